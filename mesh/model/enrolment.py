@@ -1,0 +1,48 @@
+"""Whether a pod belongs to the mesh, by Istio's precedence of labels (reference istio 1.1). Pure; the reason comes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mesh.model.labels import DATAPLANE_MODE, SIDECAR_STATUS
+
+EXCLUDED_NAMESPACES = frozenset({"kube-system"})
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    enrolled: bool
+    because: str
+
+    def __bool__(self) -> bool:
+        return self.enrolled
+
+
+def decide_enrolment(
+    *,
+    namespace: str,
+    namespace_labels: Mapping[str, str],
+    pod_labels: Mapping[str, str],
+    pod_annotations: Mapping[str, str],
+    host_network: bool,
+    phase: str,
+    excluded_namespaces: frozenset[str] = EXCLUDED_NAMESPACES,
+) -> Enrolment:
+    """The table of reference istio 1.1: hard exclusions first, then the pod's label, then its namespace's."""
+    if host_network:
+        return Enrolment(False, "the pod is on the host's network")
+    if SIDECAR_STATUS in pod_annotations:
+        return Enrolment(False, "the pod has a sidecar")
+    if namespace in excluded_namespaces:
+        return Enrolment(False, f"namespace {namespace} is excluded")
+    if phase in ("Succeeded", "Failed"):
+        return Enrolment(False, f"the pod is {phase}")
+    pod_mode = pod_labels.get(DATAPLANE_MODE)
+    if pod_mode == "ambient":
+        return Enrolment(True, f"pod label {DATAPLANE_MODE}=ambient")
+    if pod_mode == "none":
+        return Enrolment(False, f"pod label {DATAPLANE_MODE}=none")
+    if namespace_labels.get(DATAPLANE_MODE) == "ambient":
+        return Enrolment(True, f"namespace label {DATAPLANE_MODE}=ambient")
+    return Enrolment(False, f"neither pod nor namespace is labelled {DATAPLANE_MODE}=ambient")
