@@ -1,0 +1,47 @@
+# Every target does its own set-up on a fresh machine: virtual environment, exact dependencies, and, as root with apt, the
+# Debian packages that tests use as foreign peers. Nothing else is needed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help test demo lint bench proto constraints clean system
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> virtual environment and dependencies (once; about half a minute)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+system:
+	@sh tests/install-system-packages.sh
+
+test: $(STAMP) system  ## everything but the real cluster: unit, property, wire, network namespaces, foreign peers
+	@$(BIN)/python -m pytest
+
+demo: $(STAMP)  ## two nodes on this machine: watch plaintext become mutual TLS because a namespace is labelled
+	@$(BIN)/python -m meshctl_py.lab.demo
+
+lint: $(STAMP)  ## ruff, mypy --strict, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(STAMP) system  ## the data path beside Envoy, in CPU time
+	@$(BIN)/python -m benches
+
+proto: $(STAMP)  ## regenerate mesh/xds/proto from its .proto sources
+	@$(BIN)/python -m mesh.xds.proto.generate
+
+constraints: $(STAMP)  ## pin what is installed now
+	@{ echo '# Exact versions of everything that is installed, so that two installations a year apart are the same. Made by `make constraints`.'; \
+	   $(BIN)/pip freeze --exclude-editable; } > constraints.txt
+
+clean:  ## remove the virtual environment and caches
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -1,0 +1,16 @@
+#!/bin/sh
+# Debian packages that the tests use as foreign peers and judges: nft reads our rules back, curl and nghttp2 speak to us.
+# Where there is no root or no apt, says so and goes on: the tests that need a missing program then fail by name.
+set -eu
+missing=""
+for pair in nft:nftables ip:iproute2 curl:curl nghttpx:nghttp2 unshare:util-linux; do
+    command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair#*:}"
+done
+[ -n "$missing" ] || exit 0
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null 2>&1; then
+    echo "==> these packages are wanted by tests and can't be installed here (root and apt are needed):$missing" >&2
+    exit 0
+fi
+echo "==> system packages for tests:$missing"
+apt-get update -qq
+DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing >/dev/null
