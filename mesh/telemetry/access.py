@@ -1,0 +1,214 @@
+"""The access log: one record a connection, in the node proxy's line format or as JSON. Formatting is pure; `AccessLog` writes.
+
+Fields and their order are ztunnel's (target ``access``). Ours follow them: ``response_flags``, ``policy``, ``rule``, ``because`` and
+``closed_first``, so that one line answers who was refused by what, and who ended the connection.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, Final, Literal
+
+import msgspec
+
+from mesh.model.address import SocketAddress
+from mesh.model.identity import SpiffeId
+from mesh.model.workload import Workload
+from mesh.telemetry.log import quoted, timestamp
+
+SCOPE: Final = "access"
+
+Direction = Literal["inbound", "outbound"]
+Side = Literal["downstream", "upstream"]
+
+
+class AccessEvent(Enum):
+    """What the line reports. Values are ztunnel's messages."""
+
+    OPENED = "connection opened"
+    COMPLETE = "connection complete"
+    FAILED = "connection failed"
+    """Refused before anything was dialled."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccessPeer:
+    """One side of a connection as the log names it; empty: not known. ``identity`` only when mutual TLS proved it."""
+
+    address: SocketAddress | None
+    workload: str = ""
+    namespace: str = ""
+    cluster: str = ""
+    identity: SpiffeId | None = None
+
+    @classmethod
+    def of(cls, address: SocketAddress | None, workload: Workload | None, identity: SpiffeId | None = None) -> AccessPeer:
+        if workload is None:
+            return cls(address, identity=identity)
+        return cls(address, workload.name or workload.canonical_name, workload.namespace, workload.cluster_id, identity)
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRecord:
+    """``bytes_sent``/``bytes_recv`` as ztunnel counts them: outbound sent = application to peer, inbound sent = the application's answer.
+
+    ``destination.address`` is the next hop that was dialled (outbound), the pod's own address (inbound); ``hbone_address`` the CONNECT
+    authority. ``ended`` is Unix time in seconds, ``duration`` seconds.
+    """
+
+    event: AccessEvent
+    direction: Direction
+    source: AccessPeer
+    destination: AccessPeer
+    ended: float
+    duration: float = 0.0
+    hbone_address: str = ""
+    service: str = ""
+    bytes_sent: int = 0
+    bytes_recv: int = 0
+    error: str | None = None
+    response_flags: str = "-"
+    policy: str | None = None
+    rule: int | None = None
+    because: str | None = None
+    closed_first: Side | None = None
+
+    @property
+    def level(self) -> str:
+        """``debug`` when opened, ``warn`` when refused early, ``error`` when it ended with one, else ``info``."""
+        match self.event:
+            case AccessEvent.OPENED:
+                return "debug"
+            case AccessEvent.FAILED:
+                return "warn"
+            case AccessEvent.COMPLETE:
+                return "info" if self.error is None else "error"
+
+
+def format_plain(record: AccessRecord) -> str:
+    """One line with its newline. Every value that others may choose is escaped."""
+    when = timestamp(datetime.fromtimestamp(record.ended, UTC))
+    parts = [f"{when}\t{record.level}\t{SCOPE}\t{record.event.value}\t" + _plain_peer("src", record.source)]
+    parts.append(_plain_peer("dst", record.destination, record.hbone_address, record.service))
+    parts.append(f'direction="{record.direction}"')
+    if record.event is AccessEvent.COMPLETE:
+        parts.append(f'bytes_sent={record.bytes_sent} bytes_recv={record.bytes_recv} duration="{round(record.duration * 1000)}ms"')
+    if record.error is not None:
+        parts.append(f"error={quoted(record.error)}")
+    parts += [f"{name}={_plain_value(value)}" for name, value in _decision(record)]
+    return " ".join(filter(None, parts)) + "\n"
+
+
+def format_json(record: AccessRecord) -> str:
+    """The same as one JSON object: ``level``, ``time``, ``scope``, ``message``, then the fields; one line with its newline."""
+    fields: dict[str, Any] = {
+        "level": record.level,
+        "time": timestamp(datetime.fromtimestamp(record.ended, UTC)),
+        "scope": SCOPE,
+        "message": record.event.value,
+    }
+    _json_peer(fields, "src", record.source)
+    _json_peer(fields, "dst", record.destination)
+    if record.hbone_address:
+        fields["dst.hbone_addr"] = record.hbone_address
+    if record.service:
+        fields["dst.service"] = record.service
+    fields["direction"] = record.direction
+    if record.event is AccessEvent.COMPLETE:
+        fields |= {"bytes_sent": record.bytes_sent, "bytes_recv": record.bytes_recv, "duration": f"{round(record.duration * 1000)}ms"}
+    if record.error is not None:
+        fields["error"] = record.error
+    fields.update(_decision(record))
+    return msgspec.json.encode(fields).decode() + "\n"
+
+
+def _decision(record: AccessRecord) -> list[tuple[str, str | int]]:
+    fields: list[tuple[str, str | int]] = []
+    if record.response_flags != "-":
+        fields.append(("response_flags", record.response_flags))
+    if record.policy is not None:
+        fields.append(("policy", record.policy))
+    if record.rule is not None:
+        fields.append(("rule", record.rule))
+    if record.because is not None:
+        fields.append(("because", record.because))
+    if record.closed_first is not None:
+        fields.append(("closed_first", record.closed_first))
+    return fields
+
+
+def _plain_value(value: str | int) -> str:
+    return quoted(value) if isinstance(value, str) else str(value)
+
+
+def _plain_peer(side: str, peer: AccessPeer, hbone_address: str = "", service: str = "") -> str:
+    text = f"{side}.addr={peer.address}" if peer.address is not None else ""
+    if hbone_address:
+        # Bare like the other addresses; but it is the peer's text, so anything that is not one is quoted.
+        bare = hbone_address.isascii() and hbone_address.isprintable() and not set(' "\\=') & set(hbone_address)
+        text += f" {side}.hbone_addr={hbone_address if bare else quoted(hbone_address)}"
+    if service:
+        text += f" {side}.service={quoted(service)}"
+    if peer.workload:
+        text += f" {side}.workload={quoted(peer.workload)}"
+    if peer.namespace:
+        text += f" {side}.namespace={quoted(peer.namespace)}"
+    if peer.cluster:
+        text += f" {side}.cluster={quoted(peer.cluster)}"
+    if peer.identity is not None:
+        text += f" {side}.identity={quoted(str(peer.identity))}"
+    return text.lstrip()
+
+
+def _json_peer(fields: dict[str, Any], side: str, peer: AccessPeer) -> None:
+    if peer.address is not None:
+        fields[f"{side}.addr"] = str(peer.address)
+    if peer.workload:
+        fields[f"{side}.workload"] = peer.workload
+    if peer.namespace:
+        fields[f"{side}.namespace"] = peer.namespace
+    if peer.cluster:
+        fields[f"{side}.cluster"] = peer.cluster
+    if peer.identity is not None:
+        fields[f"{side}.identity"] = str(peer.identity)
+
+
+class AccessLog:
+    """Writes records to a file descriptor: lines of one turn of the event loop leave in one write, none later than that turn's end.
+
+    ``call_soon`` is the loop's own (`Reactor.call_soon`); ``wanted`` says whether records of a level are written at all.
+    """
+
+    def __init__(
+        self, call_soon: Callable[[Callable[[], None]], object], *, wanted: Callable[[str], bool], as_json: bool = False, fd: int = 1
+    ) -> None:
+        self._call_soon = call_soon
+        self._wanted = wanted
+        self._format = format_json if as_json else format_plain
+        self._fd = fd
+        self._lines: list[str] = []
+
+    def wants(self, level: str) -> bool:
+        """Ask before building a record that is seldom written (``debug``)."""
+        return self._wanted(level)
+
+    def write(self, record: AccessRecord) -> None:
+        if not self._wanted(record.level):
+            return
+        if not self._lines:
+            self._call_soon(self.flush)
+        self._lines.append(self._format(record))
+
+    def flush(self) -> None:
+        """Write what is buffered. A log that can't be written (closed pipe, full disk) costs its lines, never the connections."""
+        data = memoryview("".join(self._lines).encode("utf-8", "backslashreplace"))
+        self._lines.clear()
+        while data:
+            try:
+                data = data[os.write(self._fd, data) :]
+            except OSError:
+                return
