@@ -29,7 +29,7 @@ MAX_HEADER: Final = 8 * 1024
 MAX_BODY: Final = 64 * 1024
 MAX_CONNECTIONS: Final = 128
 """Beside serving at most so many at once, further ones wait in the kernel's backlog."""
-_READ: Final = 16 * 1024
+_READ: Final = MAX_HEADER
 
 _log = get_logger("admin")
 
