@@ -1,0 +1,200 @@
+"""Plain TCP at the reactor: accept in bounded batches, connect with a deadline."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeAlias
+
+from mesh.model.address import IpAddress, SocketAddress, parse_ip
+from mesh.reactor.loop import Reactor, Timer
+
+ACCEPT_BATCH = 32
+"""Connections taken from one listener per wake-up, so that a burst does not hold up the living ones."""
+
+ACCEPT_PAUSE = 0.1
+"""Seconds without accepting after the process ran out of descriptors or memory: the queue waits in the kernel, nothing spins."""
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds; ztunnel's limit for every upstream connect."""
+
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 180), (socket.TCP_KEEPINTVL, 180), (socket.TCP_KEEPCNT, 9))
+"""ztunnel's defaults for application sockets."""
+
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+OnAccept: TypeAlias = Callable[[socket.socket, SocketAddress], None]
+OnConnect: TypeAlias = Callable[[OSError | None], None]
+
+_cached_ip: Callable[[str], IpAddress] = lru_cache(maxsize=4096)(parse_ip)
+
+
+def socket_address(name: tuple[str, int] | tuple[str, int, int, int]) -> SocketAddress:
+    """What ``accept``, ``getpeername`` or ``getsockname`` return, IPv4-mapped addresses unmapped and zone dropped."""
+    return SocketAddress(_cached_ip(name[0].partition("%")[0]), name[1])
+
+
+def enable_keepalive(sock: socket.socket) -> None:
+    """Let the kernel find dead peers. Set on a listener it is inherited by what is accepted there."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close ``sock`` with RST instead of FIN."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    except OSError:
+        pass  # not a TCP socket, or dead already: closing is all that is left
+    sock.close()
+
+
+class Listener:
+    """A listening socket at work. `close` stops accepting and leaves the socket itself to its owner."""
+
+    __slots__ = ("_abandoned", "_fd", "_on_accept", "_pause", "_reactor", "_sock")
+
+    def __init__(self, reactor: Reactor, sock: socket.socket, on_accept: OnAccept) -> None:
+        self._reactor = reactor
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._on_accept = on_accept
+        self._pause: Timer | None = None
+        self._abandoned = False
+        self._resume()
+
+    @property
+    def paused(self) -> bool:
+        """Whether accepting waits for descriptors or memory to become free."""
+        return self._pause is not None
+
+    def close(self) -> None:
+        """Accept no more. Idempotent."""
+        self._abandoned = True
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        self._reactor.remove(self._fd)
+
+    def _resume(self) -> None:
+        self._pause = None
+        # Level-triggered: what a bounded batch left over announces itself again. Exclusive: of several processes that share the
+        # listener one wakes per connection.
+        self._reactor.add(self._fd, select.EPOLLIN | select.EPOLLEXCLUSIVE, self._on_readable)
+
+    def _on_readable(self, _events: int) -> None:
+        for _ in range(ACCEPT_BATCH):
+            try:
+                sock, name = self._sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as exc:
+                if exc.errno in _EXHAUSTED:
+                    self._reactor.remove(self._fd)
+                    self._pause = self._reactor.call_later(ACCEPT_PAUSE, self._resume)
+                    return
+                if exc.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
+                    self.close()
+                    raise
+                continue  # the connection died in the queue (ECONNABORTED and the network errors of accept(2))
+            sock.setblocking(False)
+            try:
+                self._on_accept(sock, socket_address(name))
+            except Exception as exc:
+                self._reactor.report(exc, f"accepted from {name}")
+                reset(sock)
+            if self._abandoned:
+                return
+
+
+def listen_on(reactor: Reactor, listening_socket: socket.socket, on_accept: OnAccept) -> Listener:
+    """Hand every connection of a bound, listening socket to ``on_accept(socket, peer)``: non-blocking, TCP_NODELAY set.
+
+    The socket may be shared with other processes. If ``on_accept`` raises, that connection is reset and the error reported.
+    """
+    listening_socket.setblocking(False)
+    listening_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by what is accepted
+    return Listener(reactor, listening_socket, on_accept)
+
+
+class Pending:
+    """A connect under way."""
+
+    __slots__ = ("_fd", "_on_done", "_reactor", "_sock", "_timer")
+
+    def __init__(self, reactor: Reactor, sock: socket.socket, on_done: OnConnect) -> None:
+        self._reactor = reactor
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._on_done: OnConnect | None = on_done
+        self._timer: Timer | None = None
+
+    def cancel(self) -> None:
+        """``on_done`` will not be called. The socket stays the caller's, to close."""
+        self._settle()
+
+    def _start(self, address: SocketAddress, timeout: float) -> None:
+        try:
+            code = self._sock.connect_ex(sockaddr(self._sock.family, address))
+        except OSError as exc:
+            failure = exc
+            self._reactor.call_soon(lambda: self._done(failure))
+            return
+        if code == errno.EINPROGRESS:
+            self._timer = self._reactor.call_later(timeout, self._on_timeout)
+            self._reactor.add(self._fd, select.EPOLLOUT | select.EPOLLET, self._on_writable, self._on_crash)
+        else:
+            error = OSError(code, os.strerror(code)) if code else None
+            self._reactor.call_soon(lambda: self._done(error))
+
+    def _on_writable(self, _events: int) -> None:
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        self._done(OSError(code, os.strerror(code)) if code else None)
+
+    def _on_timeout(self) -> None:
+        self._done(TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+
+    def _on_crash(self, _reason: str) -> None:
+        self._settle()
+        if self._sock.fileno() == self._fd:
+            self._reactor.remove(self._fd)
+            self._sock.close()
+
+    def _settle(self) -> OnConnect | None:
+        on_done, self._on_done = self._on_done, None
+        if on_done is not None:
+            self._reactor.remove(self._fd)
+            if self._timer is not None:
+                self._timer.cancel()
+        return on_done
+
+    def _done(self, error: OSError | None) -> None:
+        on_done = self._settle()
+        if on_done is not None:
+            on_done(error)
+
+
+def connect(reactor: Reactor, sock: socket.socket, address: SocketAddress, timeout: float, on_done: OnConnect) -> Pending:
+    """Connect a non-blocking socket the caller made; ``on_done(None)`` when it stands, ``on_done(OSError)`` when it cannot.
+
+    ``timeout`` in seconds; its passing is a TimeoutError. ``on_done`` never runs inside this call. The socket stays the caller's
+    in every case: close it when the connect failed.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    pending = Pending(reactor, sock, on_done)
+    pending._start(address, timeout)
+    return pending
+
+
+def sockaddr(family: int, address: SocketAddress) -> tuple[str, int]:
+    """``address`` as ``connect`` and ``bind`` take it for a socket of ``family``; IPv4 is mapped for an IPv6 socket."""
+    if family == socket.AF_INET6 and address.ip.version == 4:
+        return f"::ffff:{address.ip}", address.port
+    return str(address.ip), address.port

@@ -1,0 +1,295 @@
+"""TLS without sockets: pyOpenSSL's contexts and handshakes, and OpenSSL's record calls made on our own buffers.
+
+This is the one module that calls OpenSSL through the cffi binding `cryptography` ships. pyOpenSSL's own ``send`` and ``recv_into``
+copy every byte once more, Python's ``ssl`` uses the system's OpenSSL, which here lacks VAES: both cost half as much again per
+byte. `tls_engine` checks that the binding has the calls and otherwise returns the engine that uses public methods only.
+
+Buffers belong to the thread, not to the connection (`Scratch`): an idle connection owns none. So every step drains what it
+produced before another connection's step begins.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.serialization import Encoding
+from OpenSSL import SSL, crypto
+
+READ_SIZE: Final = 256 * 1024
+"""Ciphertext taken from a socket at a time."""
+
+PLAIN_OUT_SIZE: Final = 256 * 1024
+"""Plaintext encrypted between two sends."""
+
+_RECORD: Final = 16384
+_CIPHER_OUT_SIZE: Final = PLAIN_OUT_SIZE + 64 * 1024
+"""Room for the output of a full `PLAIN_OUT_SIZE` (22 bytes a record) and whatever else OpenSSL has to say."""
+
+_WRITE_BIO_KEPT: Final = 32 * 1024
+"""OpenSSL's memory BIO never shrinks; one that carried more than this is replaced by `release_memory`."""
+
+_BINDING_NAMES = ("SSL_read", "SSL_write", "SSL_get_error", "SSL_set_bio", "BIO_new", "BIO_new_mem_buf", "BIO_s_mem", "BIO_read")
+
+VerifyPeer = Callable[[bytes], str | None]
+
+
+class TlsError(Exception):
+    """The TLS connection is over. ``reason`` says why, in words for an access log."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Scratch:
+    """The buffers every engine of a thread shares."""
+
+    __slots__ = ("cipher_in", "cipher_out", "plain_in", "plain_out")
+
+    def __init__(self) -> None:
+        self.cipher_in = memoryview(bytearray(READ_SIZE))
+        # A record begun in an earlier read ends in this one.
+        self.plain_in = memoryview(bytearray(READ_SIZE + 2 * _RECORD))
+        self.plain_out = memoryview(bytearray(PLAIN_OUT_SIZE))
+        self.cipher_out = memoryview(bytearray(_CIPHER_OUT_SIZE))
+
+
+_local = threading.local()
+
+
+def scratch() -> Scratch:
+    """This thread's buffers."""
+    try:
+        found: Scratch = _local.scratch
+    except AttributeError:
+        found = _local.scratch = Scratch()
+    return found
+
+
+def verify_chain(connection: Any, certificate: crypto.X509, error: int, depth: int, ok: int) -> bool:
+    """OpenSSL's verification callback for contexts whose connections are engines: notes the reason of a refusal."""
+    engine: TlsEngine = connection.get_app_data()
+    if not ok:
+        engine.refusal = f"certificate verify failed: {_verify_error(error)}"
+        return False
+    if depth == 0:
+        der = certificate.to_cryptography().public_bytes(Encoding.DER)
+        engine.refusal = engine.verify_peer(der) if engine.verify_peer is not None else None
+        return engine.refusal is None
+    return True
+
+
+class TlsEngine:
+    """One TLS connection over memory, by pyOpenSSL's public methods.
+
+    The driver puts ciphertext into ``scratch().cipher_in`` and calls `feed`; then `handshake` until `established`, or `read`.
+    Plaintext it puts into ``scratch().plain_out`` and calls `write`. After each of these it calls `take` and sends what it says.
+    """
+
+    __slots__ = ("_connection", "_scratch", "established", "peer_closed", "refusal", "verify_peer")
+
+    def __init__(self, context: SSL.Context, *, server_side: bool, verify_peer: VerifyPeer | None = None) -> None:
+        self._connection: Any = SSL.Connection(context, None)
+        self._connection.set_app_data(self)
+        if server_side:
+            self._connection.set_accept_state()
+        else:
+            self._connection.set_connect_state()
+        self._scratch = scratch()
+        self.verify_peer = verify_peer
+        """Judges the peer's verified certificate (DER) within the handshake; text refuses it."""
+        self.refusal: str | None = None
+        self.established = False
+        self.peer_closed = False
+        """The peer has sent close_notify: end of data, and not a truncation."""
+
+    def feed(self, size: int) -> None:
+        """Take the first ``size`` bytes of ``cipher_in``."""
+        self._connection.bio_write(self._scratch.cipher_in[:size])
+
+    def handshake(self) -> None:
+        """Go on with the handshake; look at `established` afterwards. Raises TlsError."""
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            return
+        except SSL.Error as exc:
+            raise self._failure(exc) from exc
+        self.established = True
+
+    def read(self) -> int:
+        """Decrypt all that was fed into ``plain_in``; the number of bytes. Sets `peer_closed`. Raises TlsError."""
+        plain, offset = self._scratch.plain_in, 0
+        while True:
+            try:
+                offset += self._connection.recv_into(plain[offset:], _RECORD)
+            except SSL.WantReadError:
+                return offset
+            except SSL.ZeroReturnError:
+                self.peer_closed = True
+                return offset
+            except SSL.Error as exc:
+                raise self._failure(exc) from exc
+
+    def write(self, size: int) -> None:
+        """Encrypt the first ``size`` bytes of ``plain_out``. Raises TlsError."""
+        plain, offset = self._scratch.plain_out, 0
+        try:
+            while offset < size:
+                offset += self._connection.send(plain[offset : min(size, offset + _RECORD)])
+        except SSL.Error as exc:
+            raise self._failure(exc) from exc
+
+    def take(self) -> int:
+        """Move the ciphertext to be sent into ``cipher_out``; the number of bytes."""
+        try:
+            data = self._connection.bio_read(_CIPHER_OUT_SIZE)
+        except SSL.WantReadError:
+            return 0
+        self._scratch.cipher_out[: len(data)] = data
+        return len(data)
+
+    def close_notify(self) -> None:
+        """Say that no more data comes from us. Never raises: a connection too broken to say it is closed all the same."""
+        try:
+            self._connection.shutdown()
+        except SSL.Error:
+            pass
+
+    def release_memory(self) -> None:
+        """Give back what a burst of traffic made OpenSSL allocate. Cheap; call it when the connection is quiet."""
+
+    def peer_certificate(self) -> bytes | None:
+        """The peer's certificate, DER."""
+        certificate = self._connection.get_peer_certificate(as_cryptography=True)
+        return None if certificate is None else certificate.public_bytes(Encoding.DER)
+
+    @property
+    def alpn(self) -> bytes:
+        """The protocol agreed by ALPN, empty if the peer offered none."""
+        return bytes(self._connection.get_alpn_proto_negotiated())
+
+    @property
+    def parameters(self) -> tuple[str | None, str | None]:
+        """Cipher suite and key exchange group, by OpenSSL's names."""
+        return self._connection.get_cipher_name(), self._connection.get_group_name()
+
+    def _failure(self, error: Exception) -> TlsError:
+        if self.refusal is not None:
+            return TlsError(self.refusal)
+        reasons = [entry[-1] for entry in error.args[0]] if error.args and isinstance(error.args[0], list) else []
+        reason = reasons[0] if reasons else "connection closed within the handshake" if not self.established else "connection truncated"
+        if reason == "peer did not return a certificate":
+            return TlsError("no client certificate")
+        if "alert" in reason:
+            return TlsError(f"refused by peer: {reason}")
+        return TlsError(reason)
+
+
+class BindingEngine(TlsEngine):
+    """The same on OpenSSL's record calls, which read and write our buffers directly."""
+
+    __slots__ = ("_cipher_in", "_cipher_out", "_most_taken", "_plain_in", "_plain_out", "_ssl", "_write_bio")
+
+    def __init__(self, context: SSL.Context, *, server_side: bool, verify_peer: VerifyPeer | None = None) -> None:
+        super().__init__(context, server_side=server_side, verify_peer=verify_peer)
+        self._ssl = self._connection._ssl
+        self._write_bio = self._connection._from_ssl
+        self._most_taken = 0
+        self._cipher_in, self._plain_in, self._plain_out, self._cipher_out = _pointers()
+
+    def feed(self, size: int) -> None:
+        # A read-only BIO over our buffer instead of a copy into a BIO that would keep its largest size for ever. OpenSSL frees
+        # the previous one. All of it is consumed by the next read() or handshake(): a partial record is kept by OpenSSL.
+        bio = _lib.BIO_new_mem_buf(self._cipher_in, size)
+        _lib.BIO_set_mem_eof_return(bio, -1)
+        _lib.SSL_set_bio(self._ssl, bio, self._write_bio)
+
+    def read(self) -> int:
+        ssl_read, ssl, plain, offset = _lib.SSL_read, self._ssl, self._plain_in, 0
+        while True:
+            got = ssl_read(ssl, plain + offset, _RECORD)
+            if got > 0:
+                offset += got
+                continue
+            error = _lib.SSL_get_error(ssl, got)
+            if error == _WANT_READ:
+                return offset
+            if error == _ZERO_RETURN:
+                self.peer_closed = True
+                return offset
+            raise self._failed(got)
+
+    def write(self, size: int) -> None:
+        ssl_write, ssl, plain, offset = _lib.SSL_write, self._ssl, self._plain_out, 0
+        while offset < size:
+            put = ssl_write(ssl, plain + offset, min(_RECORD, size - offset))
+            if put <= 0:
+                raise self._failed(put)
+            offset += put
+
+    def take(self) -> int:
+        size: int = _lib.BIO_read(self._write_bio, self._cipher_out, _CIPHER_OUT_SIZE)
+        if size <= 0:
+            return 0
+        if size > self._most_taken:
+            self._most_taken = size
+        return size
+
+    def release_memory(self) -> None:
+        if self._most_taken > _WRITE_BIO_KEPT:
+            self._most_taken = 0
+            self._write_bio = _lib.BIO_new(_lib.BIO_s_mem())
+            bio = _lib.BIO_new_mem_buf(self._cipher_in, 0)
+            _lib.BIO_set_mem_eof_return(bio, -1)
+            _lib.SSL_set_bio(self._ssl, bio, self._write_bio)
+
+    def _failed(self, result: int) -> TlsError:
+        try:
+            self._connection._raise_ssl_error(self._ssl, result)
+        except SSL.Error as exc:
+            return self._failure(exc)
+        return TlsError("OpenSSL failed without a reason")
+
+
+def _pointers() -> tuple[Any, Any, Any, Any]:
+    try:
+        found: tuple[Any, Any, Any, Any] = _local.pointers
+    except AttributeError:
+        s = scratch()
+        found = _local.pointers = tuple(_ffi.from_buffer(view) for view in (s.cipher_in, s.plain_in, s.plain_out, s.cipher_out))
+    return found
+
+
+def _verify_error(code: int) -> str:
+    text = X509_ERRORS(code) if X509_ERRORS is not None else None
+    return text or f"error {code}"
+
+
+def _find_binding() -> tuple[Any, Any] | None:
+    lib, ffi = getattr(SSL, "_lib", None), getattr(SSL, "_ffi", None)
+    if lib is None or ffi is None or not all(hasattr(lib, name) for name in (*_BINDING_NAMES, "BIO_set_mem_eof_return")):
+        return None
+    return lib, ffi
+
+
+def _error_texts() -> Callable[[int], str] | None:
+    if BINDING is None or not hasattr(BINDING[0], "X509_verify_cert_error_string"):
+        return None
+    lib, ffi = BINDING
+    return lambda code: str(ffi.string(lib.X509_verify_cert_error_string(code)).decode())
+
+
+BINDING = _find_binding()
+X509_ERRORS = _error_texts()
+if BINDING is not None:
+    _lib, _ffi = BINDING
+    _WANT_READ, _ZERO_RETURN = _lib.SSL_ERROR_WANT_READ, _lib.SSL_ERROR_ZERO_RETURN
+
+
+def tls_engine(context: SSL.Context, *, server_side: bool, verify_peer: VerifyPeer | None = None) -> TlsEngine:
+    """A TLS connection about to shake hands, on the faster of the engines this installation allows."""
+    kind = TlsEngine if BINDING is None else BindingEngine
+    return kind(context, server_side=server_side, verify_peer=verify_peer)
