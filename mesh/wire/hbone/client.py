@@ -1,0 +1,103 @@
+"""The end of an HBONE connection that asks for tunnels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from h2.settings import SettingCodes
+
+from mesh.wire.errors import ErrorCode, LocalProtocolError
+from mesh.wire.frames import MAX_STREAM_ID
+from mesh.wire.hbone.connection import HboneConnection, Limits
+from mesh.wire.hbone.events import GoingAway, TunnelReset, TunnelResponded
+from mesh.wire.hbone.streams import Signal, Stream
+from mesh.wire.headers import Fields, MalformedHeaders, parse_response
+
+CLIENT_LIMITS: Final = Limits(max_header_list_size=16 << 10)
+
+
+class HboneClient(HboneConnection):
+    """The client core. Its preface and SETTINGS are outgoing from the start; tunnels may be requested at once."""
+
+    def __init__(self, *, now: Callable[[], float], limits: Limits = CLIENT_LIMITS) -> None:
+        settings = {
+            SettingCodes.ENABLE_PUSH: 0,
+            SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window,
+            SettingCodes.MAX_FRAME_SIZE: limits.max_frame_size,
+            SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
+        }
+        super().__init__(now=now, limits=limits, server=False, settings=settings)
+        self._next_stream = 1
+        self._last_served = MAX_STREAM_ID
+
+    @property
+    def available_tunnels(self) -> int:
+        """How many tunnels may be requested now: none after GOAWAY in either direction, else what the peer's concurrency leaves."""
+        if self.going_away or self._failure is not None:
+            return 0
+        unused = (MAX_STREAM_ID + 1 - self._next_stream) // 2
+        return max(0, min(self.peer_max_concurrent_streams - self.active_streams, unused))
+
+    def request_tunnel(self, authority: str, headers: Mapping[str, str]) -> int:
+        """Send CONNECT; returns the stream. `TunnelResponded` or `TunnelReset` follows; send no DATA before.
+
+        ``authority`` is ``ip:port``, ``[v6]:port`` or ``hostname:port``; header names are lower-case. Raises LocalProtocolError when
+        `available_tunnels` is 0.
+        """
+        if not self.available_tunnels:
+            raise LocalProtocolError("the peer takes no more tunnels on this connection")
+        stream = Stream(self._next_stream, self._limits.stream_window, self._initial_send_window)
+        self._next_stream += 2
+        self._streams[stream.id] = stream
+        stream.sent(Signal.HEADERS)
+        self._send_headers(stream.id, self._writer.request(authority, headers), end=False)
+        return stream.id
+
+    def on_goaway(self, last_stream: int, code: int) -> None:
+        """RFC 9113 section 6.8: a later GOAWAY may only lower the last stream."""
+        last_stream = min(last_stream, self._last_served)
+        self._last_served = last_stream
+        self._goaway_received = True
+        self._events.append(GoingAway(last_stream, code))
+        for stream in [stream for stream in self._streams if stream > last_stream]:
+            del self._streams[stream]
+            self._remember_reset(stream)
+            self._events.append(TunnelReset(stream, ErrorCode.REFUSED_STREAM))
+
+    def _on_answer(self, state: Stream, fields: Fields, end: bool) -> None:
+        try:
+            response = parse_response(fields)
+        except MalformedHeaders:
+            self._fail_stream(state.id, ErrorCode.PROTOCOL_ERROR)
+            return
+        if response.status < 200:  # 101 has no place in HTTP/2; an interim response cannot be the last thing on a stream
+            if end or response.status == 101:
+                self._fail_stream(state.id, ErrorCode.PROTOCOL_ERROR)
+            return
+        state.received(Signal.HEADERS)
+        self._events.append(TunnelResponded(state.id, response.status, response.headers))
+        if response.status != 200:
+            self._leave_refused(state, end)
+        elif end:
+            self._on_end(state)
+
+    def _leave_refused(self, state: Stream, end: bool) -> None:
+        """Close our side of a refused tunnel. A reset is only due if the peer still means to send: peers count resets."""
+        if end:
+            state.received(Signal.END)
+            self.end(state.id)
+        else:
+            self.reset(state.id)
+
+    def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:
+        self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED)
+
+    def _is_idle(self, stream: int) -> bool:
+        return stream % 2 == 0 or stream >= self._next_stream
+
+    def _last_peer_stream(self) -> int:
+        return 0  # push is refused, so a server has no streams
+
+    def _stop_accepting(self, last_stream: int) -> None:
+        pass

@@ -1,0 +1,189 @@
+"""Header blocks of HBONE: HPACK (RFC 7541) for the few headers we send, and the checks that any field from the network must pass.
+
+Stable headers (method, baggage) enter the dynamic table and cost a byte from then on; what changes with every connection
+(authority, forwarded, traceparent) goes as literals without indexing, for it would only push the others out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple, TypeAlias
+
+from hpack import Decoder, Encoder
+from hpack.exceptions import HPACKError, OversizedHeaderListError
+from hpack.hpack import encode_integer
+
+from mesh.wire.errors import ErrorCode, RemoteProtocolError
+
+Fields: TypeAlias = list[tuple[bytes, bytes]]
+
+# What the peer allows us may be up to 4 GiB; our few stable headers need a few hundred bytes.
+MAX_TABLE_SIZE: Final = 4096
+
+_STATIC_AUTHORITY = b"\x01"  # literal without indexing, name from the static table
+_LITERAL_NAMES = {name: b"\x00" + bytes([len(name)]) + name.encode() for name in ("forwarded", "traceparent")}
+
+
+class MalformedHeaders(Exception):
+    """A header list that RFC 9113 section 8.1.1 calls malformed: an error of its stream, not of the connection. Stays in `mesh.wire`."""
+
+
+class Request(NamedTuple):
+    """A request's pseudo-headers, checked as far as HTTP/2 itself demands, and the other headers."""
+
+    method: str
+    authority: str | None
+    headers: Mapping[str, str]
+
+
+class Response(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+
+
+class HeaderWriter:
+    """One connection's HPACK encoder. Blocks must be sent in the order in which they were made."""
+
+    __slots__ = ("_encoder", "_indexed")
+
+    def __init__(self) -> None:
+        self._encoder = Encoder()
+        self._indexed: dict[tuple[str, str], bytes] = {}
+        """Fields that stand in a table, in their indexed form. Any insertion shifts the dynamic ones, so it empties this."""
+
+    def resize(self, allowed: int) -> None:
+        """The peer's SETTINGS_HEADER_TABLE_SIZE changed."""
+        self._encoder.header_table_size = min(allowed, MAX_TABLE_SIZE)
+        self._indexed.clear()
+
+    def request(self, authority: str, headers: Mapping[str, str]) -> bytes:
+        """The block of a CONNECT to ``authority``. Header names are lower-case."""
+        parts = [self._size_update(), self._stable(":method", "CONNECT"), _STATIC_AUTHORITY, _string(_encoded(authority))]
+        self._add(headers, parts)
+        return b"".join(parts)
+
+    def response(self, status: int, headers: Mapping[str, str]) -> bytes:
+        parts = [self._size_update(), self._stable(":status", str(status))]
+        self._add(headers, parts)
+        return b"".join(parts)
+
+    def _add(self, headers: Mapping[str, str], parts: list[bytes]) -> None:
+        for name, value in headers.items():
+            literal = _LITERAL_NAMES.get(name)
+            if literal is None:
+                parts.append(self._stable(name, value))
+            else:
+                parts.append(literal)
+                parts.append(_string(_encoded(value)))
+
+    def _size_update(self) -> bytes:
+        """A change of the table's size stands before the first field (RFC 7541 section 4.2)."""
+        return self._encoder.encode([], huffman=False) if self._encoder.header_table.resized else b""
+
+    def _stable(self, name: str, value: str) -> bytes:
+        known = self._indexed.get((name, value))
+        if known is not None:
+            return known
+        written: bytes = self._encoder.encode([(_encoded(name), _encoded(value))], huffman=False)
+        if written[0] & 0x80:
+            self._indexed[name, value] = written
+        else:
+            self._indexed.clear()
+        return written
+
+
+class HeaderReader:
+    """One connection's HPACK decoder. It must see every block, in order, also those of streams that are gone."""
+
+    __slots__ = ("_decoder",)
+
+    def __init__(self, max_header_list_size: int) -> None:
+        self._decoder = Decoder(max_header_list_size)
+
+    def read(self, block: bytes) -> Fields:
+        """The fields of a block. Raises RemoteProtocolError, after which the table is lost and the connection must end."""
+        try:
+            fields: Fields = self._decoder.decode(block, raw=True)
+            return fields
+        except OversizedHeaderListError as exc:
+            raise RemoteProtocolError(
+                f"header list of over {self._decoder.max_header_list_size} bytes", ErrorCode.ENHANCE_YOUR_CALM
+            ) from exc
+        except HPACKError as exc:
+            raise RemoteProtocolError(f"header block: {exc}", ErrorCode.COMPRESSION_ERROR) from exc
+
+
+def parse_request(fields: Fields) -> Request:
+    """Check a request's header list by RFC 9113 sections 8.2, 8.3.1 and 8.5. Raises MalformedHeaders."""
+    pseudo, headers = _split(fields, _REQUEST_PSEUDO)
+    method = pseudo.get(b":method")
+    if method is None:
+        raise MalformedHeaders("no :method")
+    if method == b"CONNECT" and (b":scheme" in pseudo or b":path" in pseudo):
+        raise MalformedHeaders("CONNECT with :scheme or :path")
+    authority = pseudo.get(b":authority")
+    return Request(_checked_value(method), None if authority is None else _checked_value(authority), headers)
+
+
+def parse_response(fields: Fields) -> Response:
+    """Check a response's header list by RFC 9113 sections 8.2 and 8.3.2. Raises MalformedHeaders."""
+    pseudo, headers = _split(fields, _RESPONSE_PSEUDO)
+    status = pseudo.get(b":status", b"")
+    if len(status) != 3 or not status.isdigit() or status[0] == ord("0"):
+        raise MalformedHeaders("no :status of three digits")
+    return Response(int(status), headers)
+
+
+def check_trailers(fields: Fields) -> None:
+    """Check a trailer section by RFC 9113 section 8.1. Raises MalformedHeaders."""
+    _split(fields, frozenset())
+
+
+_REQUEST_PSEUDO = frozenset({b":method", b":authority", b":scheme", b":path"})
+_RESPONSE_PSEUDO = frozenset({b":status"})
+_CONNECTION_SPECIFIC = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
+_KNOWN_NAMES = {
+    name: name.decode() for name in (b"baggage", b"forwarded", b"traceparent", b"x-forwarded-network", b"content-type", b"date", b"server")
+}
+_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")  # a token of RFC 9110 section 5.6.2, without upper case
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 section 5.5: no control characters but HTAB
+
+
+def _split(fields: Iterable[tuple[bytes, bytes]], allowed_pseudo: frozenset[bytes]) -> tuple[dict[bytes, bytes], dict[str, str]]:
+    pseudo: dict[bytes, bytes] = {}
+    headers: dict[str, str] = {}
+    for name, value in fields:
+        if name[:1] == b":":
+            if headers or name not in allowed_pseudo or name in pseudo:
+                raise MalformedHeaders(f"{name[:32]!r} after regular headers, twice, or unknown")
+            pseudo[name] = value
+            continue
+        key = _KNOWN_NAMES.get(name) or _checked_name(name, value)
+        text = _checked_value(value)
+        headers[key] = f"{headers[key]},{text}" if key in headers else text
+    return pseudo, headers
+
+
+def _checked_name(name: bytes, value: bytes) -> str:
+    if not _NAME.fullmatch(name):
+        raise MalformedHeaders(f"header name {name[:32]!r}")
+    if name in _CONNECTION_SPECIFIC or (name == b"te" and value != b"trailers"):
+        raise MalformedHeaders(f"connection-specific header {name.decode()}")
+    return name.decode()
+
+
+def _checked_value(value: bytes) -> str:
+    """Text of a field value. What is not UTF-8 becomes U+FFFD: fields are opaque to HTTP, and a log must be able to print them."""
+    if _CONTROL.search(value) or value != value.strip(b" \t"):
+        raise MalformedHeaders("control characters or outer blanks in a header value")
+    return value.decode("utf-8", "replace")
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+def _string(value: bytes) -> bytes:
+    """A string literal of RFC 7541 section 5.2, not Huffman-coded: that costs more CPU than the few bytes are worth inside one mesh."""
+    return (bytes([len(value)]) if len(value) < 127 else bytes(encode_integer(len(value), 7))) + value
