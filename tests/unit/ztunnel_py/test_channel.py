@@ -1,0 +1,103 @@
+"""Messages and descriptors between brain and movers, over a real socket pair."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+
+from ztunnel_py import messages
+from ztunnel_py.channel import Channel, ChannelClosed
+
+Pair = tuple[Channel[messages.ToMover], Channel[messages.FromMover]]
+
+
+def run_with_pair(body: Callable[[Channel[messages.ToMover], Channel[messages.FromMover]], Awaitable[None]]) -> None:
+    async def main() -> None:
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        mover = Channel[messages.ToMover](trio.socket.from_stdlib_socket(left), messages.ToMover)
+        brain = Channel[messages.FromMover](trio.socket.from_stdlib_socket(right), messages.FromMover)
+        try:
+            with trio.fail_after(10):
+                await body(mover, brain)
+        finally:
+            mover.close()
+            brain.close()
+
+    trio.run(main)
+
+
+def test_a_message_arrives_as_it_was_sent() -> None:
+    async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
+        await mover.send(messages.Hello("0", 4711, 2))
+        assert await brain.receive() == (messages.Hello("0", 4711, 2), [])
+
+    run_with_pair(body)
+
+
+def test_a_message_larger_than_any_socket_buffer_arrives_whole_and_in_order() -> None:
+    payload = os.urandom(3_000_000)
+
+    async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(brain.send, messages.Resources("delta", payload))
+            nursery.start_soon(brain.send, messages.ReleasePod("uid"))
+            received = [(await mover.receive())[0] for _ in range(2)]
+        assert messages.Resources("delta", payload) in received
+        assert messages.ReleasePod("uid") in received
+
+    run_with_pair(body)
+
+
+def test_descriptors_stay_with_their_message_when_several_are_on_the_way() -> None:
+    async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
+        pipes = [os.pipe() for _ in range(8)]
+        pod = messages.PodInfo("uid", "name", "ns", "sa")
+        try:
+            await brain.send(messages.Scrape(1))
+            for first in (0, 4):
+                await brain.send(messages.ServePod(pod), [reader for reader, _ in pipes[first : first + 4]])
+                await brain.send(messages.Scrape(2))
+            seen: list[int] = []
+            for _ in range(5):
+                message, descriptors = await mover.receive()
+                assert len(descriptors) == (4 if isinstance(message, messages.ServePod) else 0)
+                seen += descriptors
+            for (_, writer), received in zip(pipes, seen, strict=True):
+                os.write(writer, b"x")
+                assert os.read(received, 1) == b"x"
+                os.close(received)
+        finally:
+            for ends in pipes:
+                os.close(ends[0])
+                os.close(ends[1])
+
+    run_with_pair(body)
+
+
+@pytest.mark.parametrize(
+    "frame", [b"\xff\xff\xff\xff\x00", b"\x00\x00\x00\x01\xff", b"\x00\x00\x00\x01\x00\xc1", b"\x00\x00\x00\x01\x01\x80"]
+)
+def test_bytes_that_are_no_message_close_the_channel(frame: bytes) -> None:
+    async def main() -> None:
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        channel = Channel[messages.FromMover](trio.socket.from_stdlib_socket(right), messages.FromMover)
+        left.sendall(frame)
+        with pytest.raises(ChannelClosed):
+            await channel.receive()
+        left.close()
+        channel.close()
+
+    trio.run(main)
+
+
+def test_the_death_of_the_other_side_is_told() -> None:
+    async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
+        mover.close()
+        with pytest.raises(ChannelClosed):
+            await brain.receive()
+
+    run_with_pair(body)

@@ -1,0 +1,303 @@
+"""The movers as the brain sees them: started, met again after a restart of the brain, replaced when they die.
+
+A slot has a name and at most one living process. What movers must know is posted to all of them at once and in order; one that
+comes later, or again, is told the whole first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from mesh.telemetry.log import get_logger
+from ztunnel_py import messages
+from ztunnel_py.channel import Channel, ChannelClosed, close_all
+from ztunnel_py.supervisor import LIFELINE
+
+ADOPTION_SECONDS = 3.0
+"""How long a new brain waits for movers of the last one: they look for it every 50 ms, so one that does not come is stuck."""
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 5.0
+_STEADY = 10.0
+_SCRAPE_SECONDS = 2.0
+
+_log = get_logger("movers")
+
+
+class Follower(Protocol):
+    """What the brain does about its movers; called in the movers' tasks, never concurrently."""
+
+    def mover_joined(self, mover: Mover, holding: Sequence[Holding]) -> None:
+        """A mover is there: tell it everything. ``holding`` are the pods it serves already, with descriptors that are now ours."""
+
+    def mover_said(self, mover: Mover, message: messages.FromMover) -> None:
+        """It answered or reported."""
+
+    def mover_left(self, mover: Mover) -> None:
+        """Its process has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A pod that a mover of the last brain goes on serving."""
+
+    pod: messages.PodInfo
+    descriptors: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Mover:
+    """One living mover process. `post` never blocks: the queue is the brain's memory, a mover that reads nothing is replaced."""
+
+    name: str
+    pid: int
+    channel: Channel[messages.FromMover]
+    _queue: trio.MemorySendChannel[tuple[messages.Message, list[int]]]
+    scrapes: dict[int, tuple[trio.Event, list[messages.Scraped]]] = field(default_factory=dict)
+
+    @property
+    def incarnation(self) -> str:
+        """Names this process among all movers there ever were."""
+        return f"{self.name}/{self.pid}"
+
+    def post(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
+        """Send, in order, as soon as the mover reads. Descriptors are duplicated: the caller's stay its own."""
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            self._queue.send_nowait((message, [os.dup(descriptor) for descriptor in descriptors]))
+
+
+class Movers:
+    """All slots. `run` keeps every slot filled until cancelled."""
+
+    def __init__(self, *, count: int, run_dir: Path, follower: Follower) -> None:
+        self._names = [str(number) for number in range(count)]
+        self._run_dir = run_dir
+        self._follower = follower
+        self._living: dict[str, Mover] = {}
+        self._joined: dict[str, trio.Event] = {}
+        self._request = 0
+        self._stopping = False
+
+    def living(self) -> list[Mover]:
+        """Movers that are connected now."""
+        return list(self._living.values())
+
+    def post(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
+        """Tell all movers."""
+        for mover in self._living.values():
+            mover.post(message, descriptors)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Adopt what the last brain left, start what is missing (then ``started``), replace what dies."""
+        listener = self._listen()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._accept, listener)
+            async with trio.open_nursery() as starting:
+                for name in self._names:
+                    self._joined[name] = trio.Event()
+                    nursery.start_soon(self._keep, name)
+                    starting.start_soon(self._joined[name].wait)
+                for path in self._run_dir.glob("mover-*.pid"):
+                    if path.stem.removeprefix("mover-") not in self._names:
+                        self._end_surplus(path)
+            task_status.started()
+
+    async def scrape(self) -> list[tuple[Mover, messages.Scraped]]:
+        """Ask every mover for metrics and connections; one that does not answer in two seconds is left out."""
+        self._request += 1
+        request = self._request
+        answers: list[tuple[Mover, messages.Scraped]] = []
+
+        async def ask(mover: Mover) -> None:
+            event, answer = mover.scrapes[request] = trio.Event(), list[messages.Scraped]()
+            mover.post(messages.Scrape(request))
+            with trio.move_on_after(_SCRAPE_SECONDS):
+                await event.wait()
+                answers.append((mover, answer[0]))
+            del mover.scrapes[request]
+
+        async with trio.open_nursery() as nursery:
+            for mover in self.living():
+                nursery.start_soon(ask, mover)
+        return answers
+
+    async def drain(self, seconds: float) -> None:
+        """Let all movers finish what lives, at most so long, and end."""
+        self._stopping = True
+        self.post(messages.Drain(seconds))
+        with trio.move_on_after(seconds + _SCRAPE_SECONDS):
+            while self._living:
+                await trio.sleep(0.05)
+        for mover in self.living():
+            with suppress(ProcessLookupError):
+                os.kill(mover.pid, signal.SIGKILL)
+
+    # Connections
+
+    def _listen(self) -> trio.SocketListener:
+        self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._run_dir / "brain.sock"
+        path.unlink(missing_ok=True)  # of a brain that was killed; only one brain runs, its supervisor sees to that
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(str(path))
+        path.chmod(0o600)
+        sock.listen(16)
+        sock.setblocking(False)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+    async def _accept(self, listener: trio.SocketListener) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                stream = await listener.accept()
+                nursery.start_soon(self._serve, stream.socket)
+
+    async def _serve(self, sock: trio.socket.SocketType) -> None:
+        """One mover's connection, from its `Hello` to its end."""
+        channel: Channel[messages.FromMover] = Channel(sock, messages.FromMover)
+        mover: Mover | None = None
+        try:
+            hello, _ = await channel.receive()
+            if not isinstance(hello, messages.Hello):
+                raise ChannelClosed(f"expected Hello, got {type(hello).__name__}")
+            holding = [await self._receive_holding(channel) for _ in range(hello.pods)]
+            send, receive = trio.open_memory_channel[tuple[messages.Message, list[int]]](inf)
+            mover = self._living[hello.mover] = Mover(hello.mover, hello.pid, channel, send)
+            self._joined.setdefault(hello.mover, trio.Event()).set()
+            _log.info("mover.joined", mover=hello.mover, pid=hello.pid, pods=hello.pods)
+            self._follower.mover_joined(mover, holding)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send_queued, channel, receive)
+                while True:
+                    message, descriptors = await channel.receive()
+                    close_all(descriptors)
+                    self._said(mover, message)
+        except* ChannelClosed:
+            pass
+        finally:
+            channel.close()
+            if mover is not None and self._living.get(mover.name) is mover:
+                del self._living[mover.name]
+                self._follower.mover_left(mover)
+
+    async def _receive_holding(self, channel: Channel[messages.FromMover]) -> Holding:
+        message, descriptors = await channel.receive()
+        if not isinstance(message, messages.Holding) or len(descriptors) != 4:
+            close_all(descriptors)
+            raise ChannelClosed("expected Holding")
+        return Holding(message.pod, tuple(descriptors))
+
+    async def _send_queued(
+        self, channel: Channel[messages.FromMover], receive: trio.MemoryReceiveChannel[tuple[messages.Message, list[int]]]
+    ) -> None:
+        async for message, descriptors in receive:
+            try:
+                await channel.send(message, descriptors)
+            finally:
+                close_all(descriptors)
+
+    def _said(self, mover: Mover, message: messages.FromMover) -> None:
+        if isinstance(message, messages.Scraped):
+            waiting = mover.scrapes.get(message.request)
+            if waiting is not None:
+                waiting[1].append(message)
+                waiting[0].set()
+        else:
+            self._follower.mover_said(mover, message)
+
+    # Processes
+
+    async def _keep(self, name: str) -> None:
+        """Keep one slot filled: wait for an orphan of the last brain, else start a process; again whenever it ends."""
+        pid = await self._adopt(name)
+        pause = _FIRST_PAUSE
+        while True:
+            started = trio.current_time()
+            process: subprocess.Popen[bytes] | None = None
+            if pid is None:
+                process = self._start(name)
+                pid = process.pid
+            await _wait_ended(pid)
+            if process is not None:
+                process.wait()
+            if self._stopping:
+                return
+            if trio.current_time() - started > _STEADY:
+                pause = _FIRST_PAUSE
+            _log.warning("mover.ended", mover=name, pid=pid, status=process.returncode if process else "unknown", restart_in=pause)
+            pid = None
+            await trio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    async def _adopt(self, name: str) -> int | None:
+        """The process of this slot that outlived the last brain, once it has joined; None if there is none (any more)."""
+        pid = _read_pid(self._pid_file(name))
+        if pid is None or not _is_mover(pid, name):
+            return None
+        with trio.move_on_after(ADOPTION_SECONDS):
+            await self._joined[name].wait()
+            return pid
+        _log.error("mover.stuck", mover=name, pid=pid)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        await _wait_ended(pid)
+        return None
+
+    def _start(self, name: str) -> subprocess.Popen[bytes]:
+        lifeline = os.environ.get(LIFELINE)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ztunnel_py", "mover", name],
+            pass_fds=(int(lifeline),) if lifeline else (),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a signal to the brain's group is the brain's to handle
+        )
+        self._pid_file(name).write_text(str(process.pid))
+        return process
+
+    def _end_surplus(self, path: Path) -> None:
+        """A slot that this brain no longer has: its mover drains and ends."""
+        pid = _read_pid(path)
+        if pid is not None and _is_mover(pid, path.stem.removeprefix("mover-")):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        path.unlink(missing_ok=True)
+
+    def _pid_file(self, name: str) -> Path:
+        return self._run_dir / f"mover-{name}.pid"
+
+
+def _read_pid(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_mover(pid: int, name: str) -> bool:
+    """Whether the process is a mover of ours and not one that got its number later."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-4:-1] == [b"ztunnel_py", b"mover", name.encode()]
+    except OSError:
+        return False
+
+
+async def _wait_ended(pid: int) -> None:
+    """Until the process has ended; works for processes that are not our children."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        await trio.lowlevel.wait_readable(fd)
+    finally:
+        os.close(fd)

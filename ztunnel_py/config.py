@@ -1,0 +1,116 @@
+"""What the agent reads from its environment. Names are ztunnel's where it has one (reference ztunnel 6); the rest is marked ours.
+
+Brain and movers read the same environment, so a mover needs no configuration message. `docs/reference/ztunnel.md` is tested against it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mesh.runtime.env import boolean, duration, from_environment, integer, nonempty, optional, path, paths, text, variable
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlaneAddress:
+    """Where a gRPC service of the control plane is reached, always over TLS."""
+
+    host: str
+    port: int
+
+
+def control_plane(value: str) -> ControlPlaneAddress:
+    """``https://host:port``; the scheme may be left out, as Istio allows."""
+    parsed = urlsplit(value if "://" in value else f"https://{value}")
+    try:
+        host, port = parsed.hostname, parsed.port
+    except ValueError:
+        host, port = None, None
+    if parsed.scheme != "https" or not host or parsed.path not in ("", "/"):
+        raise ValueError("https://HOST:PORT")
+    return ControlPlaneAddress(host, port or 15012)
+
+
+def mover_count(value: str) -> int:
+    """A number of processes, or ``auto``: one per CPU, at most 4."""
+    if value == "auto":
+        return max(1, min(4, len(os.sched_getaffinity(0))))
+    return integer(1, 64)(value)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """The whole configuration; a field without a reader does not exist."""
+
+    node_name: str = variable("NODE_NAME", parse=nonempty, doc="the node this agent runs on: it serves the pods of this node")
+    sources: tuple[Path, ...] = variable(
+        "MESH_SOURCE", parse=paths, doc="directories of Kubernetes YAML, separated by colons: the user's, then status overlays (ours)"
+    )
+    status_dir: Path = variable("MESH_STATUS_DIR", parse=path, doc="overlay directory in which the agent reports captured pods (ours)")
+    run_dir: Path = variable(
+        "RUN_DIR", parse=path, default="/run/ztunnel-py", doc="directory of the socket between brain and movers (ours)"
+    )
+    movers: int = variable(
+        "MOVERS", parse=mover_count, default="auto", doc="number of data plane processes; auto: one per CPU, at most 4 (ours)"
+    )
+    xds_address: ControlPlaneAddress = variable(
+        "XDS_ADDRESS", parse=control_plane, default="https://istiod.istio-system.svc:15012", doc="where configuration comes from"
+    )
+    ca_address: ControlPlaneAddress = variable(
+        "CA_ADDRESS", parse=control_plane, default="https://istiod.istio-system.svc:15012", doc="where certificates come from"
+    )
+    xds_root: Path = variable(
+        "XDS_ROOT_CA", parse=path, default="./var/run/secrets/istio/root-cert.pem", doc="PEM file of the roots that XDS_ADDRESS must prove"
+    )
+    ca_root: Path = variable(
+        "CA_ROOT_CA", parse=path, default="./var/run/secrets/istio/root-cert.pem", doc="PEM file of the roots that CA_ADDRESS must prove"
+    )
+    xds_hostname: str | None = optional(
+        "ALT_XDS_HOSTNAME", parse=nonempty, doc="name to expect in the XDS server's certificate instead of the host"
+    )
+    ca_hostname: str | None = optional(
+        "ALT_CA_HOSTNAME", parse=nonempty, doc="name to expect in the CA server's certificate instead of the host"
+    )
+    token: Path = variable(
+        "AUTH_TOKEN",
+        parse=path,
+        default="./var/run/secrets/tokens/istio-token",
+        doc="file with the token that proves this agent to the control plane",
+    )
+    cluster_id: str = variable(
+        "ISTIO_META_CLUSTER_ID", "CLUSTER_ID", parse=nonempty, default="Kubernetes", doc="sent as metadata clusterid"
+    )
+    trust_domain: str = variable(
+        "TRUST_DOMAIN", parse=nonempty, default="cluster.local", doc="trust domain of pods that xDS has not described yet"
+    )
+    pod_name: str = variable("POD_NAME", parse=text, default="ztunnel", doc="this agent's own pod, for the xDS node id")
+    pod_namespace: str = variable("POD_NAMESPACE", parse=nonempty, default="istio-system", doc="namespace of this agent's own pod")
+    instance_ip: str = variable(
+        "INSTANCE_IP", parse=nonempty, default="1.1.1.1", doc="address of this agent's own pod, for the xDS node id"
+    )
+    secret_ttl: float = variable(
+        "SECRET_TTL", parse=duration, default="24h", doc="lifetime asked for certificates; they are renewed at half of it"
+    )
+    drain: float = variable(
+        "CONNECTION_TERMINATION_DEADLINE",
+        parse=duration,
+        default="5s",
+        doc="how long connections may go on after SIGTERM before they are ended",
+    )
+    ipv6: bool = variable("IPV6_ENABLED", parse=boolean, default="true", doc="false: listeners are IPv4 only, whatever the pod has")
+    admin_address: str = variable("ADMIN_ADDR", parse=nonempty, default="localhost:15000", doc="where config_dump and logging are served")
+    stats_address: str = variable("STATS_ADDR", parse=nonempty, default="[::]:15020", doc="where metrics are served")
+    readiness_address: str = variable("READINESS_ADDR", parse=nonempty, default="[::]:15021", doc="where /healthz/ready is served")
+
+    @property
+    def socket_path(self) -> Path:
+        """Where the brain listens for movers."""
+        return self.run_dir / "brain.sock"
+
+
+def read_config(environ: Mapping[str, str] = os.environ) -> AgentConfig:
+    """Raises mesh.runtime.env.InvalidEnvironment, naming every mistake."""
+    return from_environment(AgentConfig, environ)

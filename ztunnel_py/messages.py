@@ -1,0 +1,144 @@
+"""What brain and movers say to each other. Reading this file teaches the protocol; `channel` carries it.
+
+A mover is a small client of the brain: it connects, says `Hello`, is told the state, the certificates and the pods, and from then on
+follows changes. When the brain dies the mover keeps all it has and goes on serving; it connects again to the next brain, which learns
+from `Hello` and `Holding` what the mover serves, and takes the pods' listening sockets back from it. Every message that carries file
+descriptors says which; a descriptor sent is duplicated by the kernel, both sides own theirs.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all messages: frozen, tagged with the class name."""
+
+
+class PodInfo(msgspec.Struct, frozen=True):
+    """A captured pod as both sides name it."""
+
+    uid: str
+    name: str
+    namespace: str
+    service_account: str
+
+
+# Mover to brain.
+
+
+class Hello(Message, frozen=True):
+    """First message of a mover. ``pods`` lists what it serves already (after a restart of the brain): so many `Holding` follow."""
+
+    mover: str
+    pid: int
+    pods: int
+
+
+class Holding(Message, frozen=True):
+    """The mover serves this pod. Descriptors: network namespace, then the listeners for 15001, 15006, 15008."""
+
+    pod: PodInfo
+
+
+class PodServing(Message, frozen=True):
+    """Answer to `ServePod`: the mover accepts on the pod's listeners."""
+
+    uid: str
+
+
+class PodConnections(Message, frozen=True):
+    """Sent for a releasing pod whenever the number of its living connections changes, at once after `ReleasePod`."""
+
+    uid: str
+    living: int
+
+
+class CertificateWanted(Message, frozen=True):
+    """A connection waits for this identity's certificate."""
+
+    identity: str
+
+
+class Scraped(Message, frozen=True):
+    """Answer to `Scrape`: the mover's metrics and its living connections by pod (JSON-able)."""
+
+    request: int
+    metrics: bytes
+    connections: dict[str, dict[str, list[dict[str, str]]]]
+
+
+class Drained(Message, frozen=True):
+    """Answer to `Drain`: no connection is left, or the deadline ended them; the mover exits after it."""
+
+
+# Brain to mover.
+
+
+class Resources(Message, frozen=True):
+    """A part of the mesh's state: one DeltaDiscoveryResponse as it came over xDS, or made by the brain for a full transfer.
+
+    ``transfer`` is ``delta`` for a change. A full transfer is ``part`` messages and one ``last``; the mover swaps to the new whole in
+    one step when ``last`` has come, and keeps the old until then.
+    """
+
+    transfer: str
+    payload: bytes
+
+
+class Certificate(Message, frozen=True):
+    """A certificate to use from now on. All fields as in `mesh.tls.bundle.CertificateBundle`."""
+
+    identity: str
+    key_pem: bytes
+    chain_pem: list[bytes]
+    roots_pem: bytes
+
+
+class CertificateUnavailable(Message, frozen=True):
+    """No certificate for this identity now: connections that wait for it end with ``because``."""
+
+    identity: str
+    because: str
+
+
+class ServePod(Message, frozen=True):
+    """Accept on this pod's listeners. Descriptors: network namespace, then the listeners for 15001, 15006, 15008."""
+
+    pod: PodInfo
+
+
+class ReleasePod(Message, frozen=True):
+    """The pod leaves the mesh: go on serving, also new connections from peers that do not know yet, and report `PodConnections`."""
+
+    uid: str
+
+
+class KeepPod(Message, frozen=True):
+    """Undo `ReleasePod`: the pod is enrolled again."""
+
+    uid: str
+
+
+class DropPod(Message, frozen=True):
+    """Stop serving: close the listeners and whatever is left."""
+
+    uid: str
+
+
+class Scrape(Message, frozen=True):
+    """Report metrics and connections, with this request's number."""
+
+    request: int
+
+
+class Drain(Message, frozen=True):
+    """Close all listeners, tell peers to go away, let living connections end for so many seconds, then answer `Drained`."""
+
+    seconds: float
+
+
+FromMover: TypeAlias = Hello | Holding | PodServing | PodConnections | CertificateWanted | Scraped | Drained
+ToMover: TypeAlias = Resources | Certificate | CertificateUnavailable | ServePod | ReleasePod | KeepPod | DropPod | Scrape | Drain
