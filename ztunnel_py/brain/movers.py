@@ -88,6 +88,7 @@ class Movers:
         self._joined: dict[str, trio.Event] = {}
         self._request = 0
         self._stopping = False
+        self._all_left = trio.Event()
 
     def living(self) -> list[Mover]:
         """Movers that are connected now."""
@@ -135,10 +136,12 @@ class Movers:
     async def drain(self, seconds: float) -> None:
         """Let all movers finish what lives, at most so long, and end."""
         self._stopping = True
+        self._all_left = trio.Event()
+        if not self._living:
+            return
         self.post(messages.Drain(seconds))
         with trio.move_on_after(seconds + _SCRAPE_SECONDS):
-            while self._living:
-                await trio.sleep(0.05)
+            await self._all_left.wait()
         for mover in self.living():
             with suppress(ProcessLookupError):
                 os.kill(mover.pid, signal.SIGKILL)
@@ -188,6 +191,8 @@ class Movers:
             channel.close()
             if mover is not None and self._living.get(mover.name) is mover:
                 del self._living[mover.name]
+                if not self._living:
+                    self._all_left.set()
                 self._follower.mover_left(mover)
 
     async def _receive_holding(self, channel: Channel[messages.FromMover]) -> Holding:
