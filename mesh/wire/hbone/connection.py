@@ -1,8 +1,8 @@
 """One HBONE connection without its I/O: bytes and facts in, events and bytes out.
 
 Theory of operation. `FrameSplitter` cuts what the peer sent into frames and calls the ``on_...`` methods here. SETTINGS and PING go on to
-h2 (`Control`); streams, windows, header blocks and GOAWAY are ours, since through h2 they cost more than all the rest of a tunnel. There is no
-payload in here: what arrives leaves `receive` as slices of the driver's buffer, what is sent never passes through at all (`data_header`).
+h2 (`Control`); streams, windows, header blocks and GOAWAY are ours, since through h2 they cost more than all the rest of a tunnel. There
+is no payload in here: what arrives leaves `receive` as slices of the driver's buffer, what is sent never passes through (`data_header`).
 
 Contract with the driver
 - ``receive(view)`` may be fed any portion of the decrypted byte stream. It returns the events of that portion, in order. The slices in
@@ -129,7 +129,7 @@ class HboneConnection(ABC):
         return min(self._control.remote_settings.max_concurrent_streams, MAX_STREAM_ID)
 
     def sendable(self, stream: int) -> int:
-        """Bytes of DATA that both windows allow on a stream now; 0 if it is not open for sending. `WindowOpened` tells when a 0 has grown."""
+        """Bytes of DATA that both windows allow on a stream; 0 if it is not open for sending. `WindowOpened` tells when a 0 has grown."""
         state = self._streams.get(stream)
         if state is None or state.sending is not _OPEN:
             return 0

@@ -43,8 +43,8 @@ class HboneServer(HboneConnection):
         self._answer(stream, status, headers or {}, end=True)
 
     def drain(self) -> None:
-        """Say goodbye without racing the peer's requests (RFC 9113 section 6.8): now GOAWAY with the highest stream there can be and a PING; once that
-        has come back, by itself, GOAWAY with the last stream that was taken. Tunnels requested in between are still served."""
+        """Say goodbye without racing the peer's requests (RFC 9113 section 6.8): now GOAWAY with the highest stream there can be and a PING;
+        once that has come back, by itself, GOAWAY with the last stream that was taken. Tunnels requested in between are still served."""
         if self._goaway_sent:
             return
         self.go_away(ErrorCode.NO_ERROR, MAX_STREAM_ID)
