@@ -1,0 +1,885 @@
+"""Drives HBONE connections: socket, TLS and the HTTP/2 core of `mesh.wire.hbone`, with many tunnels over each.
+
+Nothing here blocks and nothing runs per chunk but what moves the chunk. What several tunnels have to say within one turn of the
+loop leaves in one TLS write and one ``send``. Credit: the connection's returns on arrival (in the core), a stream's when its
+consumer has passed the bytes on, so a slow reader stops its own sender by the stream window and nobody else.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+
+from mesh.reactor.loop import CONNECTION, OUT, PEER_CLOSED, Reactor, Timer
+from mesh.reactor.tcp import enable_keepalive
+from mesh.reactor.tls import PLAIN_OUT_SIZE, READ_SIZE, TlsEngine, TlsError, scratch, tls_engine
+from mesh.wire.authority import Authority
+from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from mesh.wire.hbone import (
+    GoingAway,
+    HboneClient,
+    HboneConnection,
+    HboneServer,
+    PingAcknowledged,
+    RequestRefused,
+    TunnelData,
+    TunnelEnded,
+    TunnelRequested,
+    TunnelReset,
+    TunnelResponded,
+    WindowOpened,
+)
+
+if TYPE_CHECKING:
+    from OpenSSL import SSL
+
+HANDSHAKE_TIMEOUT: Final = 10.0
+"""Seconds for TLS and the peer's HTTP/2 preface together; ztunnel has no limit and so keeps slow-lorises."""
+
+PING_INTERVAL: Final = 10.0
+PING_TIMEOUT: Final = 20.0
+"""Seconds; ztunnel's. Bytes that arrive count as an answer."""
+
+RESPONSE_TIMEOUT: Final = 30.0
+"""Seconds a CONNECT may stay unanswered: the peer's own dial (10 s), and a waypoint's behind it, fit well into it."""
+
+LINGER: Final = 2.0
+"""Seconds to wait for the peer's close after ours. Closing with unread bytes would send RST and could destroy what it has not read."""
+
+FAIR_SHARE: Final = 64 * 1024
+"""Bytes one tunnel may put into a send while others wait."""
+
+_FRAME_HEADER: Final = 9
+_SMALLEST_READ: Final = 2048
+"""With less room than this left, a send goes out as it is."""
+
+_KEEPALIVE_PING: Final = b"keepaliv"
+_DRAIN_PING: Final = b"drained?"
+
+DRAIN_TIMEOUT: Final = 1.0
+"""Seconds a draining server waits for the client to have read GOAWAY before it may close an idle connection."""
+
+
+class TunnelFailure:
+    """A tunnel that did not come to be. ``status`` is the peer's answer, None if there was none."""
+
+    __slots__ = ("because", "headers", "retryable", "status")
+
+    def __init__(
+        self, because: str, *, status: int | None = None, headers: Mapping[str, str] | None = None, retryable: bool = False
+    ) -> None:
+        self.because = because
+        self.status = status
+        self.headers: Mapping[str, str] = headers or {}
+        self.retryable = retryable
+        """The peer has not acted on the request (RFC 9113 section 8.7): another connection may be tried."""
+
+    def __repr__(self) -> str:
+        return f"TunnelFailure({self.because!r}, status={self.status}, retryable={self.retryable})"
+
+
+class TunnelConsumer(Protocol):
+    """What is attached to an accepted tunnel and moves its bytes on (`mesh.reactor.relay`).
+
+    All calls come from the link, within the loop. After ``tunnel_reset`` no call comes.
+    """
+
+    readable: bool
+    """Whether `read_into` may have more. Set it and call `Tunnel.want_write`; the link drops it from its round when it is False."""
+
+    def read_into(self, views: list[memoryview]) -> int | None:
+        """Fill ``views`` in order with bytes for the tunnel; how many, or None for nothing at the moment (also after `Tunnel.end`)."""
+
+    def tunnel_data(self, chunks: list[memoryview]) -> None:
+        """Bytes from the tunnel, valid during the call. Call `Tunnel.consumed` when they have moved on."""
+
+    def tunnel_ended(self) -> None:
+        """No more bytes come from the tunnel."""
+
+    def tunnel_reset(self, reason: str, code: int | None) -> None:
+        """The tunnel is gone in both directions; ``code`` is the peer's RST_STREAM code, None if the whole link went."""
+
+
+class Tunnel:
+    """One CONNECT stream. Data that arrives before a consumer is attached waits here, bounded by the stream window."""
+
+    __slots__ = (
+        "_chunks", "_ended", "_held", "_in_round", "_local_end", "_on_response", "_request", "_reset", "_response_timer",
+        "_window_shut", "authority", "consumer", "headers", "link", "stream",
+    )  # fmt: skip
+
+    def __init__(self, link: HboneLink, stream: int, authority: str, headers: Mapping[str, str]) -> None:
+        self.link = link
+        self.stream = stream
+        self.authority = authority
+        self.headers = headers
+        """Of the peer: the request's on a server, the response's on a client. Lower-case names."""
+        self.consumer: TunnelConsumer | None = None
+        self._on_response: OnResponse | None = None
+        self._response_timer: Timer | None = None
+        self._request: TunnelRequest | None = None
+        self._chunks: list[memoryview] = []
+        self._held = bytearray()
+        self._ended = False  # the peer's direction
+        self._local_end = False
+        self._reset: tuple[str, int | None] | None = None
+        self._in_round = False
+        self._window_shut = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether any byte may still pass, in either direction."""
+        return self._reset is None and not (self._ended and self._local_end)
+
+    @property
+    def window_shut(self) -> bool:
+        """Whether the consumer was kept from sending by a window of the peer's; its turn comes by itself when that opens."""
+        return self._window_shut
+
+    def attach(self, consumer: TunnelConsumer) -> None:
+        """Hand the tunnel's bytes to ``consumer``, beginning with those that have waited here."""
+        self.consumer = consumer
+        if self._held:
+            held, self._held = self._held, bytearray()
+            consumer.tunnel_data([memoryview(held)])
+        if self._ended and self._reset is None:
+            consumer.tunnel_ended()
+        if self._reset is not None:
+            consumer.tunnel_reset(*self._reset)
+
+    def want_write(self) -> None:
+        """The consumer is `readable`: take its turn at the link's next send."""
+        if not (self._in_round or self._local_end or self._window_shut) and self._reset is None:
+            self._in_round = True
+            self.link._round.append(self)
+            self.link._schedule_pump()
+
+    def consumed(self, size: int) -> None:
+        """So many bytes of the tunnel have moved on: the peer may send as many again."""
+        if self._reset is None and not self._ended:
+            self.link._core.consumed(self.stream, size)
+            self.link._schedule_pump()
+
+    def end(self) -> None:
+        """No more bytes from us (END_STREAM). The other direction goes on."""
+        if not self._local_end and self._reset is None:
+            self._local_end = True
+            self.link._core.end(self.stream)
+            self.link._tunnel_moved(self)
+
+    def reset(self, code: int = ErrorCode.CANCEL, reason: str = "reset by us") -> None:
+        """Drop the tunnel in both directions at once. Its consumer is not told; a response still awaited is (as a failure)."""
+        if self._reset is None:
+            self._reset = (reason, None)
+            self.link._core.reset(self.stream, code)
+            self.link._tunnel_moved(self)
+            self._fail_response(TunnelFailure(reason))
+
+    # --- the link's side
+
+    def _deliver(self) -> None:
+        """Pass on what one read of the link brought."""
+        chunks, consumer = self._chunks, self.consumer
+        if consumer is None:
+            for chunk in chunks:
+                self._held += chunk
+            chunks.clear()
+            return
+        if chunks:
+            try:
+                consumer.tunnel_data(chunks)
+            finally:
+                chunks.clear()
+        if self._ended and self._reset is None:
+            consumer.tunnel_ended()
+        elif self._reset is not None:
+            consumer.tunnel_reset(*self._reset)
+
+    def _lost(self, reason: str, code: int | None, *, retryable: bool = False) -> None:
+        """The stream is no more by the peer's doing, or the link's."""
+        if self._reset is None:
+            self._reset = (reason, code)
+            self._fail_response(TunnelFailure(reason, retryable=retryable))
+            if self._request is not None:
+                self._request._peer_gone(reason)
+
+    def _fail_response(self, failure: TunnelFailure) -> None:
+        on_response = self._take_on_response()
+        if on_response is not None:
+            on_response(failure)
+
+    def _take_on_response(self) -> OnResponse | None:
+        if self._response_timer is not None:
+            self._response_timer.cancel()
+            self._response_timer = None
+        on_response, self._on_response = self._on_response, None
+        return on_response
+
+
+OnResponse: TypeAlias = Callable[["Tunnel | TunnelFailure"], None]
+
+
+class TunnelRequest:
+    """A CONNECT that awaits our answer, from a peer whose certificate was verified (``link.peer_certificate``)."""
+
+    __slots__ = ("_tunnel", "authority", "headers", "link", "on_gone", "target")
+
+    def __init__(self, tunnel: Tunnel, target: Authority) -> None:
+        self._tunnel = tunnel
+        self.link = tunnel.link
+        self.authority = tunnel.authority
+        self.target = target
+        """The authority, parsed."""
+        self.headers = tunnel.headers
+        self.on_gone: Callable[[str], None] | None = None
+        """Called with a reason if the peer withdraws before it is answered: stop dialling."""
+        tunnel._request = self
+
+    @property
+    def alive(self) -> bool:
+        """Whether the peer still waits for the answer."""
+        return self._tunnel._reset is None
+
+    def accept(self, headers: Mapping[str, str]) -> Tunnel:
+        """Answer 200. If the peer has withdrawn meanwhile, the tunnel returned is dead and tells its consumer so at once."""
+        self._tunnel._request = None
+        self.link._accept(self._tunnel, headers)
+        return self._tunnel
+
+    def refuse(self, status: int, headers: Mapping[str, str] | None = None) -> None:
+        """Answer ``status`` and be done."""
+        self._tunnel._request = None
+        self.link._refuse(self._tunnel, status, headers or {})
+
+    def _peer_gone(self, reason: str) -> None:
+        self._tunnel._request = None
+        if self.on_gone is not None:
+            self.on_gone(reason)
+
+
+JudgePeer: TypeAlias = Callable[[bytes], str | None]
+OnRequest: TypeAlias = Callable[[TunnelRequest], None]
+OnClose: TypeAlias = Callable[[str | None], None]
+
+
+class HboneLink:
+    """One HBONE connection, either end. It owns its socket from the start."""
+
+    def __init__(
+        self, reactor: Reactor, sock: socket.socket, engine: TlsEngine, core: HboneClient | HboneServer, on_close: OnClose
+    ) -> None:
+        self._reactor = reactor
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._engine = engine
+        self._core: HboneConnection = core
+        self._client = core if isinstance(core, HboneClient) else None
+        self._server = core if isinstance(core, HboneServer) else None
+        self._on_close: OnClose | None = on_close
+        self._on_ready: Callable[[HboneLink], None] | None = None
+        self._on_request: OnRequest | None = None
+        self._scratch = scratch()
+        self._tunnels: dict[int, Tunnel] = {}
+        self._round: deque[Tunnel] = deque()
+        self._shut_out: set[Tunnel] = set()
+        self._backlog: memoryview | None = None
+        self._pump_scheduled = False
+        self._peer_hung_up = False
+        self._closing = False
+        self._closed = False
+        self._draining = False
+        self._drain_read = False  # the peer knows that we drain, so no request of its can be under way any more
+        self._heard = False
+        self._heard_since_tick = False
+        self._ping_sent_at: float | None = None
+        self._timer: Timer | None = None
+        self.peer_certificate: bytes | None = None
+        """DER, once `ready`; verified up to a root of ours and by the caller's judgement."""
+        self.pooled = False
+        """The owner keeps this link for later tunnels: ping it also when it carries none."""
+        self.owner: object = None
+        """For whoever holds the link; not touched here."""
+
+    # --- facts
+
+    @property
+    def active(self) -> int:
+        """Tunnels and requests under way."""
+        return len(self._tunnels)
+
+    @property
+    def ready(self) -> bool:
+        """The TLS handshake is done and the link is not closed."""
+        return self._engine.established and not self._closed
+
+    @property
+    def usable(self) -> bool:
+        """Client: whether `open_tunnel` may be called now: not closed or closing, and within the peer's number of streams."""
+        return self.ready and not self._draining and not self._closing and self._client is not None and self._client.available_tunnels > 0
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def tls_parameters(self) -> tuple[str | None, str | None]:
+        """Cipher suite and key exchange group, by OpenSSL's names."""
+        return self._engine.parameters
+
+    # --- what the owner does
+
+    def open_tunnel(
+        self, authority: str, headers: Mapping[str, str], on_response: OnResponse, *, timeout: float = RESPONSE_TIMEOUT
+    ) -> Tunnel:
+        """Client: send CONNECT. ``on_response`` gets the tunnel (status 200) or a TunnelFailure, never within this call.
+
+        Attach a consumer within ``on_response`` or later; no byte is lost meanwhile. The returned tunnel is only good for ``reset``
+        (with which a dial is cancelled) until then.
+        """
+        if not self.usable or self._client is None:
+            tunnel = Tunnel(self, 0, authority, headers)
+            tunnel._reset = ("connection takes no more tunnels", None)
+            failure = TunnelFailure("connection takes no more tunnels", retryable=True)
+            self._reactor.call_soon(lambda: on_response(failure))
+            return tunnel
+        stream = self._client.request_tunnel(authority, headers)
+        tunnel = self._tunnels[stream] = Tunnel(self, stream, authority, {})
+        tunnel._on_response = on_response
+        tunnel._response_timer = self._reactor.call_later(
+            timeout, lambda: tunnel.reset(ErrorCode.CANCEL, f"no response to CONNECT within {timeout:g} s")
+        )
+        self._schedule_pump()
+        return tunnel
+
+    def close_gracefully(self) -> None:
+        """Take no new tunnels, let the living ones end, then close. A server says so by GOAWAY first. Idempotent."""
+        if self._closed or self._draining:
+            return
+        self._draining = True
+        if self._engine.established:
+            self._announce_drain()
+        self._schedule_pump()
+
+    def _announce_drain(self) -> None:
+        if self._server is None:
+            self._drain_read = True
+            return
+        self._server.drain()
+        self._server.ping(_DRAIN_PING)  # answered after the core's own ping, so after the final GOAWAY was made
+        self._reactor.call_later(DRAIN_TIMEOUT, self._on_drain_read)
+
+    def _on_drain_read(self) -> None:
+        self._drain_read = True
+        self._schedule_pump()
+
+    def abort(self, reason: str) -> None:
+        """Close at once; every tunnel breaks with ``reason``. Idempotent."""
+        self._finish(reason)
+
+    # --- start
+
+    def _start(self) -> None:
+        self._sock.setblocking(False)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        enable_keepalive(self._sock)
+        self._timer = self._reactor.call_later(HANDSHAKE_TIMEOUT, self._on_handshake_timeout)
+        self._reactor.add(self._fd, CONNECTION, self._on_event, self.abort)
+        if self._client is not None:
+            self._shake_hands()
+
+    def _on_handshake_timeout(self) -> None:
+        what = "HTTP/2 preface" if self._engine.established else "TLS handshake"
+        self._finish(f"{what} not complete within {HANDSHAKE_TIMEOUT:g} s")
+
+    def _shake_hands(self) -> None:
+        try:
+            self._engine.handshake()
+        except TlsError as exc:
+            self._flush()  # the alert, so that the peer learns why
+            self._finish(f"tls handshake error: {exc.reason}")
+            return
+        if self._engine.established:
+            self._on_established()
+        else:
+            self._flush()
+
+    def _on_established(self) -> None:
+        self.peer_certificate = self._engine.peer_certificate()
+        if self._engine.alpn not in (b"h2", b""):
+            self._finish(f"tls handshake error: peer chose protocol {self._engine.alpn!r}")
+            return
+        if self._client is not None:
+            self._heard_in_time()
+        if self._draining:
+            self._announce_drain()
+        self._schedule_pump()
+        on_ready, self._on_ready = self._on_ready, None
+        if on_ready is not None:
+            on_ready(self)
+
+    def _heard_in_time(self) -> None:
+        """The peer is what it should be: the handshake's deadline becomes the keepalive's clock."""
+        self._heard = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._reactor.call_later(PING_INTERVAL, self._tick)
+
+    # --- events
+
+    def _on_event(self, mask: int) -> None:
+        if mask & PEER_CLOSED:
+            self._peer_hung_up = True
+        if mask & OUT and self._backlog is not None and self._flush_backlog():
+            self._pump()
+        if mask & ~OUT:
+            self._read()
+
+    def _read(self) -> None:
+        if self._closed:
+            return
+        try:
+            size = self._sock.recv_into(self._scratch.cipher_in)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            self._finish(f"connection lost: {exc.strerror}")
+            return
+        if size == 0:
+            self._on_eof()
+            return
+        self._heard_since_tick = True
+        try:
+            self._take(size)
+        except TlsError as exc:
+            self._flush()
+            self._finish(exc.reason)
+            return
+        # A short read found the socket empty, and a later byte or FIN makes a new edge; but a FIN that this event already announced
+        # does not. A full one goes on after the other connections' turns.
+        if not self._closed and (size == READ_SIZE or self._peer_hung_up):
+            self._reactor.call_soon(self._read, self.abort)
+
+    def _take(self, size: int) -> None:
+        engine = self._engine
+        engine.feed(size)
+        if not engine.established:
+            self._shake_hands()
+            if self._closed or not engine.established:
+                return
+        size = engine.read()
+        if size and not self._closing:
+            self._receive(self._scratch.plain_in[:size])
+        if engine.peer_closed and not self._closed:
+            self._on_peer_closed()
+
+    def _on_eof(self) -> None:
+        if self._closing or self._engine.peer_closed:
+            self._finish(None)
+        elif not self._engine.established:
+            self._finish("tls handshake error: connection closed by peer")
+        elif self._tunnels:
+            self._finish("connection truncated by peer")
+        else:
+            self._finish(None)
+
+    def _on_peer_closed(self) -> None:
+        if self._tunnels and not self._closing:
+            self._finish("connection closed by peer")
+        else:
+            self._begin_close()
+
+    def _receive(self, data: memoryview) -> None:
+        try:
+            events = self._core.receive(data)
+        except RemoteProtocolError as exc:
+            self._pump()
+            self._finish(f"protocol error: {exc.reason}")
+            return
+        if not self._heard and self._core.settings_received:
+            self._heard_in_time()
+        touched: list[Tunnel] = []
+        for event in events:
+            if type(event) is TunnelData:
+                tunnel = self._tunnels.get(event.stream)
+                if tunnel is not None:
+                    if not tunnel._chunks:
+                        touched.append(tunnel)
+                    tunnel._chunks.append(event.data)
+            else:
+                tunnel = self._on_core_event(event)
+                if tunnel is not None and tunnel not in touched:
+                    touched.append(tunnel)
+        for tunnel in touched:
+            try:
+                tunnel._deliver()
+            except Exception as exc:
+                self._tunnel_crashed(tunnel, exc)
+        if not self._closed:
+            self._schedule_pump()
+
+    def _on_core_event(self, event: object) -> Tunnel | None:
+        """Act on anything but payload; returns a tunnel whose consumer has to be told once its payload is delivered."""
+        match event:
+            case WindowOpened(stream=None):
+                shut_out, self._shut_out = self._shut_out, set()
+                for tunnel in shut_out:
+                    self._let_in(tunnel)
+            case WindowOpened(stream=int(stream)):
+                self._let_in(self._tunnels.get(stream))
+            case TunnelEnded(stream=stream):
+                ended = self._tunnels.get(stream)
+                if ended is not None:
+                    ended._ended = True
+                    self._tunnel_moved(ended)
+                return ended
+            case TunnelReset(stream=stream, code=code):
+                gone = self._tunnels.pop(stream, None)
+                if gone is not None:
+                    self._guard(gone, lambda: gone._lost(f"tunnel reset by peer: {_code_name(code)}", code, retryable=event.is_retryable))
+                return gone
+            case TunnelResponded():
+                self._on_responded(event)
+            case TunnelRequested():
+                self._on_requested(event)
+            case GoingAway():
+                self._draining = self._drain_read = True
+            case PingAcknowledged(data=data) if data == _DRAIN_PING:
+                self._on_drain_read()
+            case PingAcknowledged() | RequestRefused():
+                pass
+        return None
+
+    def _on_requested(self, event: TunnelRequested) -> None:
+        tunnel = self._tunnels[event.stream] = Tunnel(self, event.stream, event.authority, event.headers)
+        on_request = self._on_request
+        assert on_request is not None  # only a server is asked
+        request = TunnelRequest(tunnel, event.target)
+        self._guard(tunnel, lambda: on_request(request))
+
+    def _on_responded(self, event: TunnelResponded) -> None:
+        tunnel = self._tunnels.get(event.stream)
+        on_response = tunnel._take_on_response() if tunnel is not None else None
+        if tunnel is None or on_response is None:
+            return
+        tunnel.headers = event.headers
+        if event.status == 200:
+            self._guard(tunnel, lambda: on_response(tunnel))
+            return
+        because = f"http status: {event.status}"
+        tunnel._reset = (because, None)
+        self._tunnel_moved(tunnel)
+        self._guard(tunnel, lambda: on_response(TunnelFailure(because, status=event.status, headers=event.headers)))
+
+    def _guard(self, tunnel: Tunnel, call: Callable[[], None]) -> None:
+        """A caller's mistake with one tunnel must not cost the others."""
+        try:
+            call()
+        except Exception as exc:
+            self._tunnel_crashed(tunnel, exc)
+
+    def _tunnel_crashed(self, tunnel: Tunnel, error: Exception) -> None:
+        self._reactor.report(error, f"tunnel to {tunnel.authority}")
+        reason = f"internal error: {error!r}"
+        consumer, tunnel.consumer = tunnel.consumer, None
+        tunnel.reset(ErrorCode.INTERNAL_ERROR, reason)
+        if consumer is not None:
+            try:
+                consumer.tunnel_reset(reason, None)
+            except Exception as exc:
+                self._reactor.report(exc, f"tunnel to {tunnel.authority}")
+
+    # --- answers (TunnelRequest)
+
+    def _accept(self, tunnel: Tunnel, headers: Mapping[str, str]) -> None:
+        if tunnel._reset is None and self._server is not None:
+            self._server.accept(tunnel.stream, headers)
+            self._schedule_pump()
+
+    def _refuse(self, tunnel: Tunnel, status: int, headers: Mapping[str, str]) -> None:
+        if tunnel._reset is None and self._server is not None:
+            tunnel._reset = (f"refused with {status}", None)
+            self._server.refuse(tunnel.stream, status, headers)
+            self._tunnel_moved(tunnel)
+
+    # --- sending
+
+    def _schedule_pump(self) -> None:
+        """Send after the events at hand, so that what they all have to say goes out together."""
+        if not self._pump_scheduled:
+            self._pump_scheduled = True
+            self._reactor.call_soon(self._pump, self.abort)
+
+    def _tunnel_moved(self, tunnel: Tunnel) -> None:
+        if not tunnel.alive:
+            self._tunnels.pop(tunnel.stream, None)
+            self._shut_out.discard(tunnel)
+        self._schedule_pump()
+
+    def _let_in(self, tunnel: Tunnel | None) -> None:
+        if tunnel is not None and tunnel._window_shut:
+            tunnel._window_shut = False
+            self._shut_out.discard(tunnel)
+            tunnel.want_write()
+
+    def _pump(self) -> None:
+        self._pump_scheduled = False
+        if self._closed or self._closing or self._backlog is not None or not self._engine.established:
+            return
+        try:
+            size = self._fill()
+            if size:
+                self._engine.write(size)
+                if not self._flush():
+                    return
+        except TlsError as exc:
+            self._finish(exc.reason)
+            return
+        if self._round or self._unsent_control:
+            self._schedule_pump()
+        elif self._draining and self._drain_read and not self._tunnels and not self._closed:
+            self._begin_close()
+
+    _unsent_control = b""
+
+    def _fill(self) -> int:
+        """Put control bytes and the tunnels' payload in turn into ``plain_out``; the number of bytes."""
+        core, round_, out = self._core, self._round, self._scratch.plain_out
+        position = 0
+        while True:
+            # Before each frame header whatever the core wants said earlier, as it demands.
+            position = self._fill_control(position)
+            room = PLAIN_OUT_SIZE - position - _FRAME_HEADER
+            if not round_ or room < _SMALLEST_READ:
+                return position
+            tunnel = round_.popleft()
+            tunnel._in_round = False
+            consumer = tunnel.consumer
+            if consumer is None or tunnel._reset is not None or tunnel._local_end:
+                continue
+            allowed = core.sendable(tunnel.stream)
+            if allowed <= 0:
+                tunnel._window_shut = True
+                self._shut_out.add(tunnel)
+                continue
+            limit = min(allowed, room, FAIR_SHARE) if round_ else min(allowed, room)
+            try:
+                if limit <= core.max_frame_size:
+                    start = position + _FRAME_HEADER
+                    size = consumer.read_into([out[start : start + limit]])
+                    if size:
+                        out[position:start] = core.data_header(tunnel.stream, size)
+                        position = start + size
+                else:
+                    position += self._fill_frames(tunnel, consumer, position, limit)
+            except LocalProtocolError:
+                raise
+            except Exception as exc:
+                self._tunnel_crashed(tunnel, exc)
+                continue
+            if consumer.readable:
+                tunnel.want_write()
+
+    def _fill_frames(self, tunnel: Tunnel, consumer: TunnelConsumer, position: int, limit: int) -> int:
+        """One read spread over several frames, for a peer that takes small ones (16 KiB is HTTP/2's default)."""
+        out, largest = self._scratch.plain_out, self._core.max_frame_size
+        views, start = [], position
+        while limit > 0 and start + _FRAME_HEADER < PLAIN_OUT_SIZE:
+            take = min(limit, largest, PLAIN_OUT_SIZE - start - _FRAME_HEADER)
+            views.append(out[start + _FRAME_HEADER : start + _FRAME_HEADER + take])
+            start += _FRAME_HEADER + take
+            limit -= take
+        left = consumer.read_into(views) or 0
+        at = position
+        for view in views:
+            if left <= 0:
+                break
+            size = min(left, len(view))
+            out[at : at + _FRAME_HEADER] = self._core.data_header(tunnel.stream, size)
+            at += _FRAME_HEADER + size
+            left -= size
+        return at - position
+
+    def _fill_control(self, position: int) -> int:
+        control = self._unsent_control + self._core.take_outgoing()
+        if control:
+            fits = min(len(control), PLAIN_OUT_SIZE - position)
+            self._scratch.plain_out[position : position + fits] = control[:fits]
+            self._unsent_control = control[fits:]
+            position += fits
+        return position
+
+    def _flush(self) -> bool:
+        """Send what the engine has ready. False if the socket takes no more for now, or is gone."""
+        if self._backlog is not None:
+            return False
+        size = self._engine.take()
+        if size == 0:
+            return True
+        out = self._scratch.cipher_out
+        try:
+            sent = self._sock.send(out[:size])
+        except BlockingIOError:
+            sent = 0
+        except OSError as exc:
+            self._send_failed(exc)
+            return False
+        if sent == size:
+            return True
+        self._backlog = memoryview(bytes(out[sent:size]))
+        return False
+
+    def _flush_backlog(self) -> bool:
+        assert self._backlog is not None
+        try:
+            sent = self._sock.send(self._backlog)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            self._send_failed(exc)
+            return False
+        if sent < len(self._backlog):
+            self._backlog = self._backlog[sent:]
+            return False
+        self._backlog = None
+        if self._closing:
+            self._say_goodbye()
+            return False
+        return True
+
+    def _send_failed(self, error: OSError) -> None:
+        if not self._closing:
+            # The peer may have said why before it went: its alert or GOAWAY can still be read.
+            self._reactor.call_soon(lambda: self._finish(f"connection lost: {error.strerror}"))
+            self._read()
+        else:
+            self._finish(None)
+
+    # --- keepalive
+
+    def _tick(self) -> None:
+        self._timer = self._reactor.call_later(PING_INTERVAL, self._tick)
+        if self._heard_since_tick:
+            self._heard_since_tick = False
+            self._ping_sent_at = None
+            return
+        self._engine.release_memory()
+        if not (self._tunnels or self.pooled):
+            return
+        now = self._reactor.now()
+        if self._ping_sent_at is None:
+            self._ping_sent_at = now
+            self._core.ping(_KEEPALIVE_PING)
+            self._schedule_pump()
+        elif now - self._ping_sent_at >= PING_TIMEOUT - PING_INTERVAL / 2:
+            self._finish(f"keepalive: no sign of life for {PING_TIMEOUT:g} s after a ping")
+
+    # --- end
+
+    def _begin_close(self) -> None:
+        """Orderly: GOAWAY, close_notify, FIN; then wait a little for the peer's."""
+        if self._closing or self._closed:
+            return
+        try:
+            if self._client is not None and not self._core.going_away:
+                self._core.go_away()
+            size = self._fill_control(0)
+            if size:
+                self._engine.write(size)
+        except TlsError as exc:
+            self._finish(exc.reason)
+            return
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._reactor.call_later(LINGER, lambda: self._finish(None))
+        if self._flush():
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        self._engine.close_notify()
+        self._flush()
+        if self._closed:
+            return
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._finish(None)
+            return
+        if self._engine.peer_closed:
+            self._finish(None)
+
+    def _finish(self, reason: str | None) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._reactor.remove(self._fd)
+        self._sock.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._round.clear()
+        self._shut_out.clear()
+        tunnels, self._tunnels = self._tunnels, {}
+        for tunnel in tunnels.values():
+            self._guard(tunnel, lambda tunnel=tunnel: self._break(tunnel, reason or "connection closed"))  # type: ignore[misc]
+        on_close, self._on_close = self._on_close, None
+        self._on_ready = self._on_request = None
+        if on_close is not None:
+            on_close(reason)
+
+    def _break(self, tunnel: Tunnel, reason: str) -> None:
+        tunnel._lost(reason, None)
+        if tunnel.consumer is not None:
+            tunnel.consumer.tunnel_reset(reason, None)
+
+
+def _code_name(code: int) -> str:
+    try:
+        return ErrorCode(code).name
+    except ValueError:
+        return f"code {code}"
+
+
+def serve_hbone(
+    reactor: Reactor,
+    sock: socket.socket,
+    context: SSL.Context,
+    *,
+    on_handshake: JudgePeer,
+    on_request: OnRequest,
+    on_close: OnClose,
+) -> HboneLink:
+    """Serve HBONE on an accepted socket, which is the link's from now on.
+
+    ``on_handshake(peer_der)`` is asked within the TLS handshake, once the chain is verified: None takes the peer, text refuses it (the
+    peer gets an alert). ``on_request`` gets each valid CONNECT. ``on_close(reason)`` is the last call: a reason when something was
+    cut off or refused, None for an orderly end.
+    """
+    engine = tls_engine(context, server_side=True, verify_peer=on_handshake)
+    link = HboneLink(reactor, sock, engine, HboneServer(now=reactor.now), on_close)
+    link._on_request = on_request
+    link._start()
+    return link
+
+
+def connect_hbone(
+    reactor: Reactor,
+    connected_sock: socket.socket,
+    context: SSL.Context,
+    *,
+    verify_peer: JudgePeer,
+    on_ready: Callable[[HboneLink], None],
+    on_close: OnClose,
+) -> HboneLink:
+    """Speak HBONE to a server on a connected socket, which is the link's from now on.
+
+    ``verify_peer(der)``: None takes the server, text refuses it. ``on_ready(link)`` comes after the handshake, never within this call;
+    ``on_close`` as in `serve_hbone`, also when the handshake failed (then without ``on_ready``). Under TLS 1.3 a server's refusal of
+    our certificate arrives after ``on_ready``.
+    """
+    engine = tls_engine(context, server_side=False, verify_peer=verify_peer)
+    link = HboneLink(reactor, connected_sock, engine, HboneClient(now=reactor.now), on_close)
+    link._on_ready = on_ready
+    link._start()
+    return link
