@@ -1,0 +1,176 @@
+"""Reading fields of an object: every mistake becomes a problem that names file, line and field, and reading goes on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from typing import TypeVar
+
+from mesh.kube.objects import FieldPath, KubeObject, SourceProblem
+
+_T = TypeVar("_T")
+
+
+def describe(value: object) -> str:
+    """What a reader of a message would call the value's type."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return f"a boolean ({str(value).lower()})"
+        case int() | float():
+            return f"a number ({value})"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case Mapping():
+            return "a mapping"
+    return type(value).__name__
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """``; did you mean 'principals'?`` when a known word is close, else the known words."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f" (known: {', '.join(sorted(known))})" if known else ""
+
+
+class Fields:
+    """A mapping somewhere in an object. Readers return what is there or the default; problems go to ``problems``, shared by all
+    readers of the object. ``null`` counts as absent, as Kubernetes has it, unless ``strict``: in a policy an empty ``from:`` is
+    no restriction at all, and surely not what was meant.
+    """
+
+    __slots__ = ("_object", "_path", "_values", "problems", "strict")
+
+    def __init__(
+        self,
+        obj: KubeObject,
+        path: FieldPath = (),
+        values: Mapping[str, object] | None = None,
+        problems: list[SourceProblem] | None = None,
+        *,
+        strict: bool = False,
+    ) -> None:
+        self._object = obj
+        self._path = path
+        self._values: Mapping[str, object] = obj.raw if values is None else values
+        self.problems: list[SourceProblem] = [] if problems is None else problems
+        self.strict = strict
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def is_empty(self, key: str) -> bool:
+        """Whether the list or mapping under ``key`` is there and has nothing in it."""
+        value = self._values.get(key)
+        return isinstance(value, list | dict) and not value
+
+    def complain(self, key: str | int | None, message: str, *further: str | int) -> None:
+        """Note a problem at ``key`` (None: at this mapping), or deeper with ``further``."""
+        path = self._path if key is None else (*self._path, key, *further)
+        self.problems.append(self._object.problem(path, message))
+
+    def refuse_unknown(self, *known: str) -> None:
+        """A key that is not known is a problem: a typo in a policy must not leave out a restriction."""
+        for key in self._values:
+            if key not in known:
+                self.complain(key, f"unknown field{did_you_mean(key, known)}")
+
+    def string(self, key: str, default: str = "", *, required: bool = False, choices: Collection[str] = ()) -> str:
+        value = self._take(key, str, "a string", required)
+        if value is None:
+            return default
+        if choices and value not in choices:
+            self.complain(key, f"expected one of {', '.join(choices)}, found '{value}'{self._hint(value, choices)}")
+            return default
+        return value
+
+    def integer(self, key: str, default: int = 0, *, required: bool = False, low: int | None = None, high: int | None = None) -> int:
+        value = self._take(key, int, "a whole number", required)
+        if value is None:
+            return default
+        if (low is not None and value < low) or (high is not None and value > high):
+            self.complain(key, f"expected a number from {low} to {high}, found {value}")
+            return default
+        return value
+
+    def boolean(self, key: str, default: bool = False) -> bool:
+        value = self._take(key, bool, "true or false", False)
+        return default if value is None else value
+
+    def number_or_string(self, key: str) -> int | str | None:
+        """Kubernetes' IntOrString; absent gives None."""
+        value = self._values.get(key)
+        if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
+            return value
+        self.complain(key, f"expected a number or a string, found {describe(value)}")
+        return None
+
+    def mapping(self, key: str, *, required: bool = False) -> Fields | None:
+        value = self._take(key, dict, "a mapping", required)
+        return None if value is None else self._child((*self._path, key), value)
+
+    def mappings(self, key: str, *, required: bool = False) -> tuple[Fields, ...]:
+        """The list of mappings under ``key``; items that are no mappings are problems and left out."""
+        value = self._take(key, list, "a list", required)
+        result: list[Fields] = []
+        for index, item in enumerate(value or ()):
+            if isinstance(item, dict):
+                result.append(self._child((*self._path, key, index), item))
+            else:
+                self.complain(key, f"expected a mapping, found {describe(item)}", index)
+        return tuple(result)
+
+    def strings(self, key: str, *, required: bool = False) -> tuple[str, ...]:
+        """The list of strings under ``key``; items that are no strings are problems and left out."""
+        value = self._take(key, list, "a list", required)
+        result: list[str] = []
+        for index, item in enumerate(value or ()):
+            if isinstance(item, str):
+                result.append(item)
+            else:
+                quote = "; put it in quotes" if isinstance(item, bool | int | float) else ""
+                self.complain(key, f"expected a string, found {describe(item)}{quote}", index)
+        return tuple(result)
+
+    def string_map(self, key: str) -> dict[str, str]:
+        """The mapping of strings to strings under ``key``, as labels and selectors are."""
+        value = self._take(key, dict, "a mapping", False)
+        result: dict[str, str] = {}
+        for name, item in (value or {}).items():
+            if isinstance(item, str):
+                result[name] = item
+            elif item is not None or self.strict:
+                quote = "; put it in quotes" if isinstance(item, bool | int | float) else ""
+                self.complain(key, f"expected a string, found {describe(item)}{quote}", name)
+            else:
+                result[name] = ""
+        return result
+
+    def _child(self, path: FieldPath, values: Mapping[str, object]) -> Fields:
+        return Fields(self._object, path, values, self.problems, strict=self.strict)
+
+    def _take(self, key: str, kind: type[_T], what: str, required: bool) -> _T | None:
+        value = self._values.get(key)
+        if value is None:
+            if required:
+                self.complain(key if key in self._values else None, f"'{key}' is required")
+            elif self.strict and key in self._values:
+                self.complain(key, f"is empty: expected {what}, or leave '{key}' out")
+            return None
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+        quote = "; put it in quotes" if kind is str and isinstance(value, bool | int | float) else ""
+        self.complain(key, f"expected {what}, found {describe(value)}{quote}")
+        return None
+
+    @staticmethod
+    def _hint(value: str, choices: Collection[str]) -> str:
+        close = difflib.get_close_matches(value.upper(), choices, n=1)
+        return f"; did you mean '{close[0]}'?" if close else ""

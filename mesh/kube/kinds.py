@@ -1,0 +1,47 @@
+"""The kinds that are read: their API group, whether they live in a namespace, and the check of their structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mesh.kube.fields import Fields
+from mesh.kube.objects import KubeObject, SourceProblem
+from mesh.kube.pod import read_pod
+from mesh.kube.policies import read_authorization_policy, read_peer_authentication
+from mesh.kube.service import read_service
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    group: str
+    namespaced: bool
+    check: Callable[[KubeObject], tuple[SourceProblem, ...]]
+    fails_closed: bool = False
+    """An object with a mistake and no good version before it is handed on with its problems, to be enforced closed."""
+
+    def serves(self, api_version: str) -> bool:
+        group, slash, _ = api_version.rpartition("/")
+        return (group if slash else "") == self.group
+
+
+def _check_metadata_only(obj: KubeObject) -> tuple[SourceProblem, ...]:
+    fields = Fields(obj)
+    fields.mapping("spec")
+    fields.mapping("status")
+    return tuple(fields.problems)
+
+
+def _check_service_account(obj: KubeObject) -> tuple[SourceProblem, ...]:
+    return ()
+
+
+KINDS: Mapping[str, Kind] = {
+    "Namespace": Kind("", False, _check_metadata_only),
+    "Node": Kind("", False, _check_metadata_only),
+    "Pod": Kind("", True, lambda obj: read_pod(obj)[1]),
+    "Service": Kind("", True, lambda obj: read_service(obj)[1]),
+    "ServiceAccount": Kind("", True, _check_service_account),
+    "AuthorizationPolicy": Kind("security.istio.io", True, lambda obj: read_authorization_policy(obj)[1], fails_closed=True),
+    "PeerAuthentication": Kind("security.istio.io", True, lambda obj: read_peer_authentication(obj)[1], fails_closed=True),
+}
