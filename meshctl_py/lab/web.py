@@ -1,0 +1,85 @@
+"""HTTP GET for probes and status: a few bounded bytes, on a socket that was opened in another network namespace."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import h11
+import trio
+
+from mesh.linux.netns import open_netns, run_in_netns_from_trio
+
+_MAX_BODY: Final = 8 << 20
+
+
+class Unreachable(Exception):
+    """Nobody answered, or not in HTTP; the text says what happened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    body: bytes
+
+
+@asynccontextmanager
+async def open_connection(netns: Path, ip: str, port: int) -> AsyncIterator[trio.SocketStream]:
+    """A TCP connection made inside the namespace at ``netns``; a socket stays where it was opened, whoever uses it. Raises Unreachable."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    try:
+        sock = trio.socket.from_stdlib_socket(await _open_socket(netns, family))
+    except OSError as exc:
+        raise Unreachable(exc.strerror or str(exc)) from exc
+    with sock:
+        try:
+            await sock.connect((ip, port))
+        except OSError as exc:
+            raise Unreachable(exc.strerror or str(exc)) from exc
+        yield trio.SocketStream(sock)
+
+
+async def fetch(netns: Path, ip: str, port: int, path: str, *, within: float, host: str = "") -> Answer:
+    """GET ``path``, in ``within`` seconds altogether. Raises Unreachable."""
+    try:
+        with trio.fail_after(within):
+            async with open_connection(netns, ip, port) as stream:
+                return await _get(stream, path, host or (f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"))
+    except trio.TooSlowError as exc:
+        raise Unreachable("no answer in time") from exc
+    except (trio.BrokenResourceError, h11.RemoteProtocolError) as exc:
+        raise Unreachable(f"no HTTP answer: {exc}") from exc
+
+
+async def _open_socket(netns: Path, family: int) -> socket.socket:
+    descriptor = open_netns(netns)
+    try:
+        sock = await run_in_netns_from_trio(descriptor, lambda: socket.socket(family, socket.SOCK_STREAM))
+    finally:
+        os.close(descriptor)
+    sock.setblocking(False)
+    return sock
+
+
+async def _get(stream: trio.SocketStream, path: str, host: str) -> Answer:
+    connection = h11.Connection(h11.CLIENT)
+    request = h11.Request(method="GET", target=path, headers=[("Host", host), ("User-Agent", "meshctl-lab"), ("Connection", "close")])
+    await stream.send_all(connection.send(request) + connection.send(h11.EndOfMessage()))
+    status, body = 0, bytearray()
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(await stream.receive_some(65536))
+        elif isinstance(event, h11.Response):
+            status = event.status_code
+        elif isinstance(event, h11.Data):
+            body += event.data
+            if len(body) > _MAX_BODY:
+                raise Unreachable(f"an answer of more than {_MAX_BODY} bytes")
+        elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
+            return Answer(status, bytes(body))
