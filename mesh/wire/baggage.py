@@ -24,7 +24,7 @@ _FIELDS: Final = {
     "cloud.region": "region",
     "cloud.availability_zone": "zone",
 }
-# What would begin another member or break the header. No Kubernetes name or label value holds any of it, but a control plane may be foreign.
+# What would begin another member or break the header. No Kubernetes name or label value holds any of it; a foreign control plane might.
 _UNWRITABLE: Final = re.compile(r'[\x00-\x20\x7f",;\\]')
 
 
@@ -57,7 +57,7 @@ def baggage_of(workload: Workload) -> str:
 
 
 def parse_baggage(value: str) -> Baggage:
-    """Read a value (repeated headers joined with commas). Never fails: unknown and malformed members are passed over, the last one wins."""
+    """Read a value (repeated headers joined by commas). Never fails: unknown and malformed members are passed over, the last one wins."""
     fields: dict[str, str] = {}
     workload_type: WorkloadType | None = None
     for member in value.split(",", MAX_MEMBERS)[:MAX_MEMBERS]:

@@ -271,7 +271,9 @@ class FrameSplitter:
                 self._finish_small(b"")
         elif kind == FrameType.PUSH_PROMISE:
             raise RemoteProtocolError("PUSH_PROMISE, which nobody may send here")
-        else:  # RFC 9113 section 4.1: unknown types are ignored, PRIORITY means nothing any more (section 5.3.2)
+        else:  # unknown types are ignored (RFC 9113 section 4.1), PRIORITY means nothing any more (section 5.3.2)
+            if kind == FrameType.PRIORITY and (stream == 0 or length != 5):
+                raise RemoteProtocolError(f"PRIORITY of {length} bytes on stream {stream}", ErrorCode.FRAME_SIZE_ERROR)
             self._skip(length)
             self._sink.on_ignored(kind)
 

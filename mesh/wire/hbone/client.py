@@ -9,6 +9,7 @@ from h2.settings import SettingCodes
 
 from mesh.wire.errors import ErrorCode, LocalProtocolError
 from mesh.wire.frames import MAX_STREAM_ID
+from mesh.wire.hbone import patience
 from mesh.wire.hbone.connection import HboneConnection, Limits
 from mesh.wire.hbone.events import GoingAway, TunnelReset, TunnelResponded
 from mesh.wire.hbone.streams import Signal, Stream
@@ -74,6 +75,7 @@ class HboneClient(HboneConnection):
         if response.status < 200:  # 101 has no place in HTTP/2; an interim response cannot be the last thing on a stream
             if end or response.status == 101:
                 self._fail_stream(state.id, ErrorCode.PROTOCOL_ERROR)
+            self._patience.spend(patience.IGNORED_FRAME, "interim responses")
             return
         state.received(Signal.HEADERS)
         self._events.append(TunnelResponded(state.id, response.status, response.headers))
@@ -99,5 +101,5 @@ class HboneClient(HboneConnection):
     def _last_peer_stream(self) -> int:
         return 0  # push is refused, so a server has no streams
 
-    def _stop_accepting(self, last_stream: int) -> None:
-        pass
+    def _accept_no_more_than(self, last_stream: int) -> int:
+        return 0

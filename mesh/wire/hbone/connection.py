@@ -61,6 +61,13 @@ class Limits:
     max_concurrent_streams: int = 200
     """Server only: more are refused with REFUSED_STREAM."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what SETTINGS cannot say."""
+        if not (0 < self.stream_window <= MAX_WINDOW and DEFAULT_WINDOW <= self.connection_window <= MAX_WINDOW):
+            raise ValueError("windows: 1 to 2^31-1 bytes for a stream, at least 65535 for the connection, which is never less")
+        if not DEFAULT_FRAME_SIZE <= self.max_frame_size < 1 << 24:
+            raise ValueError("frame size: 16384 to 2^24-1 bytes")
+
 
 # How many streams that we reset are remembered, so that frames the peer sent before it knew are passed over. A peer that is further behind
 # gets a reset it does not need, not an error.
@@ -100,7 +107,8 @@ class HboneConnection(ABC):
         self._goaway_received = False
         self._goaway_sent = False
         self._take_control_bytes()
-        self._outgoing += window_update_frame(0, limits.connection_window - DEFAULT_WINDOW)
+        if limits.connection_window > DEFAULT_WINDOW:
+            self._outgoing += window_update_frame(0, limits.connection_window - DEFAULT_WINDOW)
 
     # --- facts ---------------------------------------------------------------------------------------------------------------------------
 
@@ -169,9 +177,7 @@ class HboneConnection(ABC):
         if (
             state is None
             or state.sending is not _OPEN
-            or length > state.send_window
-            or length > self._send_window
-            or length > self._max_frame_size
+            or (length and (length > state.send_window or length > self._send_window or length > self._max_frame_size))
         ):
             raise LocalProtocolError(
                 f"{length} bytes on stream {stream}, which takes {self.sendable(stream)} in frames of {self._max_frame_size}"
@@ -227,9 +233,8 @@ class HboneConnection(ABC):
 
         Those up to it go on; the driver closes when they are over, or at once.
         """
-        last = self._last_peer_stream() if last_stream is None else last_stream
         self._goaway_sent = True
-        self._stop_accepting(last)
+        last = self._accept_no_more_than(self._last_peer_stream() if last_stream is None else last_stream)
         self._outgoing += goaway_frame(last, code)
 
     # --- frames of the connection (called by the splitter) -------------------------------------------------------------------------------
@@ -288,7 +293,7 @@ class HboneConnection(ABC):
         if state is None or state.receiving is not _OPEN:
             self._on_data_out_of_place(stream, state)
             return
-        if charged:
+        if charged:  # the table's one step that is not looked up: DATA leaves an open direction open
             state.receive_window -= charged
             if state.receive_window < 0:
                 self._fail_stream(stream, ErrorCode.FLOW_CONTROL_ERROR)
@@ -299,12 +304,12 @@ class HboneConnection(ABC):
             self._on_end(state)
 
     def _on_data_out_of_place(self, stream: int, state: Stream | None) -> None:
-        if state is not None and state.receiving is Direction.SILENT:
-            raise RemoteProtocolError(f"DATA before HEADERS on stream {stream}")
-        if state is not None:
-            self._fail_stream(stream, ErrorCode.STREAM_CLOSED)
-        else:
+        if state is None:
             self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED)
+        elif state.receiving is Direction.SILENT:
+            self._fail_stream(stream, ErrorCode.PROTOCOL_ERROR)
+        else:
+            self._fail_stream(stream, ErrorCode.STREAM_CLOSED)
 
     def on_padding(self, stream: int, length: int) -> None:
         self.consumed(stream, length)
@@ -394,18 +399,20 @@ class HboneConnection(ABC):
         """The last stream of the peer that we took."""
 
     @abstractmethod
-    def _stop_accepting(self, last_stream: int) -> None: ...
+    def _accept_no_more_than(self, last_stream: int) -> int:
+        """Pass over the peer's streams above ``last_stream``. Returns what GOAWAY may say: never more than an earlier one."""
 
     # --- shared ends ---------------------------------------------------------------------------------------------------------------------
 
     def _on_frame_of_no_stream(self, stream: int, *, answer: int | None) -> None:
-        """A frame of a stream that is over or never was. ``answer``: the code of a reset, if the peer ought to have known."""
+        """A frame of a stream that is over or never was. ``answer``: the code of a reset, unless the peer could not know it was over.
+
+        What was under way when we reset a stream (whole windows of DATA, when a policy closes many at once) is passed over in silence.
+        """
         if self._is_idle(stream):
             raise RemoteProtocolError(f"a frame on stream {stream}, which nobody opened")
-        if stream in self._reset_here:
-            return
-        self._patience.spend(patience.STALE_FRAME, "frames on closed streams")
-        if answer is not None:
+        if answer is not None and stream not in self._reset_here:
+            self._patience.spend(patience.STALE_FRAME, "frames on closed streams")
             self._outgoing += rst_stream_frame(stream, answer)
             self._remember_reset(stream)
 

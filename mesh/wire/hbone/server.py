@@ -13,7 +13,7 @@ from mesh.wire.frames import MAX_STREAM_ID
 from mesh.wire.hbone import patience
 from mesh.wire.hbone.connection import OWN_PING, HboneConnection, Limits
 from mesh.wire.hbone.events import RequestRefused, TunnelEnded, TunnelRequested
-from mesh.wire.hbone.streams import Direction, Signal, Stream
+from mesh.wire.hbone.streams import Signal, Stream
 from mesh.wire.headers import Fields, MalformedHeaders, parse_request
 
 SERVER_LIMITS: Final = Limits()
@@ -36,42 +36,48 @@ class HboneServer(HboneConnection):
 
     def accept(self, stream: int, headers: Mapping[str, str]) -> None:
         """Answer 200: the tunnel is open, also for sending. Header names are lower-case."""
-        self._answer(stream, 200, headers, end=False)
+        state = self._streams.get(stream)
+        if state is not None:
+            self._answer(state, 200, headers, end=False)
 
     def refuse(self, stream: int, status: int, headers: Mapping[str, str] | None = None) -> None:
         """Answer ``status`` (not 2xx) without a body, and be done with the stream; no event follows for it."""
-        self._answer(stream, status, headers or {}, end=True)
+        self._refuse(stream, status, headers or {}, ErrorCode.NO_ERROR)
 
     def drain(self) -> None:
-        """Say goodbye without racing the peer's requests (RFC 9113 section 6.8): now GOAWAY with the highest stream there can be and a PING;
+        """Say goodbye without racing the peer's requests (RFC 9113 section 6.8): now GOAWAY with the highest stream there is and a PING;
         once that has come back, by itself, GOAWAY with the last stream that was taken. Tunnels requested in between are still served."""
         if self._goaway_sent:
             return
         self.go_away(ErrorCode.NO_ERROR, MAX_STREAM_ID)
         self._ping(OWN_PING)
 
-    def _answer(self, stream: int, status: int, headers: Mapping[str, str], *, end: bool) -> None:
+    def _answer(self, state: Stream, status: int, headers: Mapping[str, str], *, end: bool) -> None:
+        if not state.sent(Signal.HEADERS):
+            raise LocalProtocolError(f"stream {state.id} is already answered")
+        self._send_headers(state.id, self._writer.response(status, headers), end=end)
+
+    def _refuse(self, stream: int, status: int, headers: Mapping[str, str], code: int) -> None:
+        """A whole response, then a reset for what the client may still mean to send (RFC 9113 section 8.1: NO_ERROR calls it not wrong)."""
         state = self._streams.get(stream)
         if state is None:
             return
-        if not state.sent(Signal.HEADERS):
-            raise LocalProtocolError(f"stream {stream} is already answered")
-        self._send_headers(stream, self._writer.response(status, headers), end=end)
-        if not end:
-            return
-        if state.receiving is Direction.ENDED:
+        self._answer(state, status, headers, end=True)
+        state.sent(Signal.END)
+        if state.is_over:
             del self._streams[stream]
         else:
-            # RFC 9113 section 8.1: a complete response and NO_ERROR ask the client to stop, without calling it wrong.
-            self._reset(stream, ErrorCode.NO_ERROR)
+            self._reset(stream, code)
 
     def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:
         if stream <= self._highest or stream % 2 == 0:
             if stream in self._reset_here:  # trailers that crossed our reset
+                self._patience.spend(patience.STALE_FRAME, "HEADERS on closed streams")
                 return
             raise RemoteProtocolError(f"HEADERS on stream {stream} after {self._highest}")
         self._highest = stream
         if stream > self._last_accepted:  # the peer reads in our GOAWAY that we pass over these
+            self._patience.spend(patience.REFUSED, "requests after GOAWAY")
             self._remember_reset(stream)
             return
         if self.active_streams >= self._limits.max_concurrent_streams:
@@ -89,23 +95,24 @@ class HboneServer(HboneConnection):
             state.received(Signal.END)
         try:
             request = parse_request(fields)
-            if request.method != "CONNECT":
-                raise MalformedHeaders(f"expected method CONNECT, got {request.method[:32]}")
-            if not request.authority:
-                raise MalformedHeaders("no valid authority pseudo header: it is missing")
-            target = parse_authority(request.authority)
         except MalformedHeaders as exc:
-            self._refuse_request(stream, str(exc))
+            self._refuse_request(stream, f"malformed request: {exc}", ErrorCode.PROTOCOL_ERROR)
+            return
+        if request.method != "CONNECT":
+            self._refuse_request(stream, f"expected method CONNECT, got {request.method[:32]}", ErrorCode.NO_ERROR)
+            return
+        try:
+            target = parse_authority(request.authority)
         except RemoteProtocolError as exc:
-            self._refuse_request(stream, f"no valid authority pseudo header: {exc.reason}")
-        else:
-            self._events.append(TunnelRequested(stream, request.authority, target, request.headers))
-            if end:
-                self._events.append(TunnelEnded(stream))
+            self._refuse_request(stream, f"no valid authority pseudo header: {exc.reason}", ErrorCode.NO_ERROR)
+            return
+        self._events.append(TunnelRequested(stream, request.authority, target, request.headers))
+        if end:
+            self._events.append(TunnelEnded(stream))
 
-    def _refuse_request(self, stream: int, because: str) -> None:
+    def _refuse_request(self, stream: int, because: str, code: int) -> None:
         self._patience.spend(patience.BAD_REQUEST, "bad requests")
-        self.refuse(stream, 400)
+        self._refuse(stream, 400, {}, code)
         self._events.append(RequestRefused(stream, 400, because))
 
     def _on_answer(self, state: Stream, fields: Fields, end: bool) -> None:
@@ -123,5 +130,6 @@ class HboneServer(HboneConnection):
     def _last_peer_stream(self) -> int:
         return self._highest_taken
 
-    def _stop_accepting(self, last_stream: int) -> None:
+    def _accept_no_more_than(self, last_stream: int) -> int:
         self._last_accepted = min(self._last_accepted, last_stream)
+        return self._last_accepted
