@@ -261,6 +261,7 @@ class TunnelRequest:
 
 JudgePeer: TypeAlias = Callable[[bytes], str | None]
 OnRequest: TypeAlias = Callable[[TunnelRequest], None]
+OnRefused: TypeAlias = Callable[[RequestRefused], None]
 OnClose: TypeAlias = Callable[[str | None], None]
 
 
@@ -280,6 +281,7 @@ class HboneLink:
         self._on_close: OnClose | None = on_close
         self._on_ready: Callable[[HboneLink], None] | None = None
         self._on_request: OnRequest | None = None
+        self._on_refused: OnRefused | None = None
         self._scratch = scratch()
         self._tunnels: dict[int, Tunnel] = {}
         self._round: deque[Tunnel] = deque()
@@ -547,7 +549,10 @@ class HboneLink:
                 self._draining = self._drain_read = True
             case PingAcknowledged(data=data) if data == _DRAIN_PING:
                 self._on_drain_read()
-            case PingAcknowledged() | RequestRefused():
+            case RequestRefused():
+                if self._on_refused is not None:
+                    self._on_refused(event)
+            case PingAcknowledged():
                 pass
         return None
 
@@ -824,7 +829,7 @@ class HboneLink:
         for tunnel in tunnels.values():
             self._guard(tunnel, lambda tunnel=tunnel: self._break(tunnel, reason or "connection closed"))  # type: ignore[misc]
         on_close, self._on_close = self._on_close, None
-        self._on_ready = self._on_request = None
+        self._on_ready = self._on_request = self._on_refused = None
         if on_close is not None:
             on_close(reason)
 
@@ -849,16 +854,18 @@ def serve_hbone(
     on_handshake: JudgePeer,
     on_request: OnRequest,
     on_close: OnClose,
+    on_refused: OnRefused | None = None,
 ) -> HboneLink:
     """Serve HBONE on an accepted socket, which is the link's from now on.
 
     ``on_handshake(peer_der)`` is asked within the TLS handshake, once the chain is verified: None takes the peer, text refuses it (the
-    peer gets an alert). ``on_request`` gets each valid CONNECT. ``on_close(reason)`` is the last call: a reason when something was
+    peer gets an alert). ``on_request`` gets each valid CONNECT; ``on_refused`` is told of each request that was answered 400. ``on_close(reason)`` is the last call: a reason when something was
     cut off or refused, None for an orderly end.
     """
     engine = tls_engine(context, server_side=True, verify_peer=on_handshake)
     link = HboneLink(reactor, sock, engine, HboneServer(now=reactor.now), on_close)
     link._on_request = on_request
+    link._on_refused = on_refused
     link._start()
     return link
 
