@@ -1,0 +1,218 @@
+"""gRPC client: a channel is one HTTP/2 connection; whoever holds it reconnects by opening another."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from mesh.rpc.connection import Http2Connection, Http2Stream, Limits
+from mesh.rpc.errors import RpcError
+from mesh.rpc.metadata import Header, from_headers, to_headers
+from mesh.wire.grpc import Status, decode_status_message, encode_timeout, parse_status, status_from_http
+
+CONNECT_TIMEOUT: Final = 5.0
+HANDSHAKE_TIMEOUT: Final = 10.0
+CLIENT_LIMITS: Final = Limits(max_message=200 * 1024 * 1024, stream_window=1024 * 1024, connection_window=16 * 1024 * 1024)
+"""The message limit is the node proxy's for xDS: a first response carries the whole mesh."""
+USER_AGENT: Final = "ambient-mesh"
+
+
+class ClientStream:
+    """One bidirectional call. Leaving its context cancels it when it is not over."""
+
+    def __init__(self, stream: Http2Stream) -> None:
+        self._stream = stream
+
+    async def send(self, message: bytes) -> None:
+        """Raises the RpcError the call ended with, if it is over."""
+        try:
+            await self._stream.send_message(message)
+        except RpcError as exc:
+            raise self._end_status() or exc from None
+
+    def finish_sending(self) -> None:
+        """No more messages from here (half-close)."""
+        if not self._stream.over and not self._stream.closed_here:
+            self._stream.end()
+
+    async def receive(self) -> bytes | None:
+        """The next message; None when the call ended with OK. Raises RpcError for every other status."""
+        _check_response(await self._stream.wait_headers())
+        message = await self._stream.receive_message()
+        if message is None and (failure := self._end_status()):
+            raise failure
+        return message
+
+    async def response_metadata(self) -> dict[str, str]:
+        """The server's initial metadata; waits for them."""
+        return from_headers(await self._stream.wait_headers())
+
+    @property
+    def trailing_metadata(self) -> dict[str, str]:
+        """Metadata of the end; those of the beginning when the server sent trailers only. Empty before the end."""
+        return from_headers(self._stream.trailers or self._stream.headers or ()) if self._stream.ended else {}
+
+    def cancel(self) -> None:
+        self._stream.reset()
+
+    def _end_status(self) -> RpcError | None:
+        if not self._stream.ended:
+            return None
+        end = self.trailing_metadata
+        if "grpc-status" not in end:
+            return RpcError(Status.INTERNAL, "the server ended the call without a status")
+        status = parse_status(end["grpc-status"])
+        return None if status is Status.OK else RpcError(status, decode_status_message(end.get("grpc-message", "")))
+
+
+def _check_response(headers: list[Header]) -> None:
+    fields = dict(headers)
+    if "grpc-status" in fields:
+        return  # trailers only: the status says all
+    if (status := fields.get(":status")) != "200":
+        raise RpcError(status_from_http(int(status or 0)), f"the server answered HTTP {status}")
+    if not fields.get("content-type", "").startswith("application/grpc"):
+        raise RpcError(Status.UNKNOWN, f"the server answered with content-type {fields.get('content-type')!r}")
+
+
+class Channel:
+    """Calls over one connection. Made by `open_channel`."""
+
+    def __init__(self, connection: Http2Connection, *, scheme: str, authority: str) -> None:
+        self._connection = connection
+        self._scheme = scheme
+        self._authority = authority
+
+    @property
+    def usable(self) -> bool:
+        """False once the connection is lost or the server is going away: new calls would fail with UNAVAILABLE."""
+        return self._connection.lost is None and not self._connection.going_away
+
+    async def unary(
+        self,
+        path: str,
+        request: bytes,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109  # told to the server too, which a caller's cancel scope could not do
+    ) -> bytes:
+        """One request, one response. ``timeout`` in seconds is kept here and told to the server. Raises RpcError."""
+        async with self.stream(path, metadata=metadata, timeout=timeout) as call:
+            try:
+                await call._stream.send_message(request, end=True)
+            except RpcError as exc:
+                raise call._end_status() or exc from None
+            response = await call.receive()
+            if response is None:
+                raise RpcError(Status.INTERNAL, "the server answered with no message")
+            if await call.receive() is not None:
+                raise RpcError(Status.INTERNAL, "the server answered with several messages")
+            return response
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        path: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109  # as above
+    ) -> AsyncGenerator[ClientStream, None]:
+        """A bidirectional call; with a ``timeout``, all of it must end within. Raises RpcError, DEADLINE_EXCEEDED out of the context."""
+        with trio.CancelScope(deadline=trio.current_time() + timeout if timeout is not None else float("inf")) as scope:
+            stream = await self._connection.open_stream(self._request_headers(path, metadata or {}, timeout))
+            try:
+                yield ClientStream(stream)
+            finally:
+                stream.reset()
+        if scope.cancelled_caught:
+            raise RpcError(Status.DEADLINE_EXCEEDED, f"no end within {timeout} s")
+
+    def _request_headers(self, path: str, metadata: Mapping[str, str], timeout: float | None) -> list[Header]:
+        headers = [(":method", "POST"), (":scheme", self._scheme), (":path", path), (":authority", self._authority), ("te", "trailers")]
+        if timeout is not None:
+            headers.append(("grpc-timeout", encode_timeout(timeout)))
+        headers += [("content-type", "application/grpc"), ("user-agent", USER_AGENT)]
+        return headers + to_headers(metadata)
+
+
+@asynccontextmanager
+async def open_channel(
+    host: str,
+    port: int,
+    *,
+    ssl_context: ssl.SSLContext | None,
+    server_hostname: str | None = None,
+    limits: Limits = CLIENT_LIMITS,
+) -> AsyncGenerator[Channel, None]:
+    """Connect (5 s), shake hands (10 s), then yield a Channel. ``ssl_context`` None is plaintext. ``server_hostname`` is the name that the
+    certificate must have, ``host`` by default. Raises RpcError UNAVAILABLE when any of it fails."""
+    name = server_hostname or host
+    transport = await _connect(host, port)
+    if ssl_context is not None:
+        transport = await _shake_hands(transport, ssl_context, name)
+    authority = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+    async with open_channel_on(transport, authority=authority, scheme="https" if ssl_context else "http", limits=limits) as channel:
+        yield channel
+
+
+@asynccontextmanager
+async def open_channel_on(
+    transport: trio.abc.Stream, *, authority: str = "localhost", scheme: str = "http", limits: Limits = CLIENT_LIMITS
+) -> AsyncGenerator[Channel, None]:
+    """A Channel over a stream that is connected already; it is closed with the context."""
+    connection = Http2Connection(transport, client_side=True, limits=limits)
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        await nursery.start(connection.run)
+        try:
+            yield Channel(connection, scheme=scheme, authority=authority)
+        except Exception as exc:  # kept out of the nursery, which would wrap the caller's own exception in a group
+            failure = exc
+        finally:
+            connection.close()
+    if failure is not None:
+        raise failure
+
+
+async def _connect(host: str, port: int) -> trio.abc.Stream:
+    try:
+        with trio.fail_after(CONNECT_TIMEOUT):
+            stream = await trio.open_tcp_stream(host, port)
+    except trio.TooSlowError as exc:
+        raise RpcError(Status.UNAVAILABLE, f"no connection to {host}:{port} within {CONNECT_TIMEOUT:.0f} s") from exc
+    except OSError as exc:
+        raise RpcError(Status.UNAVAILABLE, f"no connection to {host}:{port}: {exc}") from exc
+    for level, option, value in _TCP_KEEPALIVE:
+        stream.setsockopt(level, option, value)
+    return stream
+
+
+_TCP_KEEPALIVE: Final = (
+    # Seconds and counts as the node proxy sets them (reference: ztunnel's gRPC client).
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 300),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 75),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 9),
+)
+
+
+async def _shake_hands(transport: trio.abc.Stream, context: ssl.SSLContext, name: str) -> trio.abc.Stream:
+    secured = trio.SSLStream(transport, context, server_hostname=name, https_compatible=True)
+    try:
+        with trio.fail_after(HANDSHAKE_TIMEOUT):
+            await secured.do_handshake()
+    except (trio.TooSlowError, trio.BrokenResourceError, OSError) as exc:
+        await trio.aclose_forcefully(transport)
+        raise RpcError(Status.UNAVAILABLE, f"TLS with {name}: {exc.__cause__ or exc or 'no answer in time'}") from exc
+    except BaseException:
+        await trio.aclose_forcefully(transport)
+        raise
+    if secured.selected_alpn_protocol() != "h2":
+        await trio.aclose_forcefully(transport)
+        raise RpcError(Status.UNAVAILABLE, f"{name} did not agree on HTTP/2")
+    return secured
