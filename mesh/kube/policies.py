@@ -18,13 +18,14 @@ from mesh.model.labels import DRY_RUN
 ACTIONS = ("ALLOW", "DENY", "AUDIT", "CUSTOM")
 MTLS_MODES = ("UNSET", "DISABLE", "PERMISSIVE", "STRICT")
 
-_SOURCE = ("principals", "requestPrincipals", "namespaces", "ipBlocks", "remoteIpBlocks", "serviceAccounts")
+_SOURCE = ("principals", "requestPrincipals", "namespaces", "ipBlocks", "remoteIpBlocks", "serviceAccounts", "trustDomains")
 _OPERATION = ("hosts", "ports", "methods", "paths")
 _CONDITION_KEYS = (
     "source.ip",
     "source.namespace",
     "source.principal",
     "source.serviceAccount",
+    "source.trustDomain",
     "remote.ip",
     "destination.ip",
     "destination.port",

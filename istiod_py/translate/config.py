@@ -1,0 +1,27 @@
+"""What translation needs to know about the mesh as a whole, and the conditions it reports on objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh.model.identity import DEFAULT_TRUST_DOMAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    trust_domain: str = DEFAULT_TRUST_DOMAIN
+    cluster_id: str = "Kubernetes"
+    root_namespace: str = "istio-system"
+    """Policies here, without a selector, are for the whole mesh."""
+    domain_suffix: str = "cluster.local"
+    """Of service hostnames: ``web.shop.svc.cluster.local``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A status condition as Istio writes it on the object."""
+
+    type: str
+    status: bool
+    reason: str
+    message: str
