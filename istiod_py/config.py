@@ -1,0 +1,40 @@
+"""What the control plane is told at start, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mesh.model.identity import DEFAULT_TRUST_DOMAIN
+
+LONGEST_DEBOUNCE: Final = 10.0
+"""Seconds after which a push happens although changes keep coming (Istio's PILOT_DEBOUNCE_MAX)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """``source`` is the user's directory, ``overlays`` those of status; times in seconds. Addresses to listen on are ``host:port``."""
+
+    source: Path
+    state_dir: Path
+    overlays: tuple[Path, ...] = ()
+    listen: str = ":15012"
+    monitoring: str = ":15014"
+    token_dir: Path | None = None
+    cacerts: Path | None = None
+    trust_domain: str = DEFAULT_TRUST_DOMAIN
+    cluster_id: str = "Kubernetes"
+    root_namespace: str = "istio-system"
+    debounce: float = 0.1
+
+    @property
+    def tokens(self) -> Path:
+        """Where the nodes' tokens are: by default in the state directory."""
+        return self.token_dir or self.state_dir / "tokens"
+
+    @property
+    def serving_names(self) -> tuple[str, ...]:
+        """DNS names in our serving certificate."""
+        service = f"istiod.{self.root_namespace}.svc"
+        return (service, f"{service}.cluster.local", "localhost")
