@@ -51,6 +51,10 @@ LINGER: Final = 2.0
 FAIR_SHARE: Final = 64 * 1024
 """Bytes one tunnel may put into a send while others wait."""
 
+STORED_AT_MOST: Final = 32 << 20
+"""Bytes that wait in all tunnels of one link together before the connection's credit is held back: eight full stream windows. A peer may
+open 200; without this bound it could make us store 800 MiB. What is under way then still comes, at most one connection window."""
+
 _FRAME_HEADER: Final = 9
 _SMALLEST_READ: Final = 2048
 """With less room than this left, a send goes out as it is."""
@@ -107,7 +111,7 @@ class Tunnel:
 
     __slots__ = (
         "_chunks", "_ended", "_held", "_in_round", "_local_end", "_on_response", "_request", "_reset", "_response_timer",
-        "_window_shut", "authority", "consumer", "headers", "link", "stream",
+        "_waiting", "_window_shut", "authority", "consumer", "headers", "link", "stream",
     )  # fmt: skip
 
     def __init__(self, link: HboneLink, stream: int, authority: str, headers: Mapping[str, str]) -> None:
@@ -127,6 +131,7 @@ class Tunnel:
         self._reset: tuple[str, int | None] | None = None
         self._in_round = False
         self._window_shut = False
+        self._waiting = 0  # bytes that came and were not yet consumed
 
     @property
     def alive(self) -> bool:
@@ -149,6 +154,13 @@ class Tunnel:
         if self._reset is not None:
             consumer.tunnel_reset(*self._reset)
 
+    def detach(self) -> None:
+        """The consumer is done, with whatever it has not passed on. Every consumer calls this once at its end."""
+        self.consumer = None
+        self._held = bytearray()
+        waiting, self._waiting = self._waiting, 0
+        self.link._passed_on(waiting)
+
     def want_write(self) -> None:
         """The consumer is `readable`: take its turn at the link's next send."""
         if not (self._in_round or self._local_end or self._window_shut) and self._reset is None:
@@ -158,6 +170,9 @@ class Tunnel:
 
     def consumed(self, size: int) -> None:
         """So many bytes of the tunnel have moved on: the peer may send as many again."""
+        counted = min(size, self._waiting)
+        self._waiting -= counted
+        self.link._passed_on(counted)
         if self._reset is None and not self._ended:
             self.link._core.consumed(self.stream, size)
             self.link._schedule_pump()
@@ -176,6 +191,8 @@ class Tunnel:
             self.link._core.reset(self.stream, code)
             self.link._tunnel_moved(self)
             self._fail_response(TunnelFailure(reason))
+            if self.consumer is None:
+                self.detach()
 
     # --- the link's side
 
@@ -204,6 +221,8 @@ class Tunnel:
             self._fail_response(TunnelFailure(reason, retryable=retryable))
             if self._request is not None:
                 self._request._peer_gone(reason)
+            if self.consumer is None:
+                self.detach()
 
     def _fail_response(self, failure: TunnelFailure) -> None:
         on_response = self._take_on_response()
@@ -286,6 +305,8 @@ class HboneLink:
         self._tunnels: dict[int, Tunnel] = {}
         self._round: deque[Tunnel] = deque()
         self._shut_out: set[Tunnel] = set()
+        self._waiting = 0
+        self._holding_credit = False
         self._backlog: memoryview | None = None
         self._pump_scheduled = False
         self._peer_hung_up = False
@@ -509,6 +530,9 @@ class HboneLink:
                     if not tunnel._chunks:
                         touched.append(tunnel)
                     tunnel._chunks.append(event.data)
+                    size = len(event.data)
+                    tunnel._waiting += size
+                    self._waiting += size
             else:
                 tunnel = self._on_core_event(event)
                 if tunnel is not None and tunnel not in touched:
@@ -518,7 +542,17 @@ class HboneLink:
                 tunnel._deliver()
             except Exception as exc:
                 self._tunnel_crashed(tunnel, exc)
+        if self._waiting > STORED_AT_MOST and not self._holding_credit:
+            self._holding_credit = True
+            self._core.hold_credit(True)
         if not self._closed:
+            self._schedule_pump()
+
+    def _passed_on(self, size: int) -> None:
+        self._waiting -= size
+        if self._holding_credit and self._waiting <= STORED_AT_MOST // 2:
+            self._holding_credit = False
+            self._core.hold_credit(False)
             self._schedule_pump()
 
     def _on_core_event(self, event: object) -> Tunnel | None:
@@ -539,6 +573,7 @@ class HboneLink:
             case TunnelReset(stream=stream, code=code):
                 gone = self._tunnels.pop(stream, None)
                 if gone is not None:
+                    self._shut_out.discard(gone)
                     self._guard(gone, lambda: gone._lost(f"tunnel reset by peer: {_code_name(code)}", code, retryable=event.is_retryable))
                 return gone
             case TunnelResponded():
@@ -587,7 +622,8 @@ class HboneLink:
     def _tunnel_crashed(self, tunnel: Tunnel, error: Exception) -> None:
         self._reactor.report(error, f"tunnel to {tunnel.authority}")
         reason = f"internal error: {error!r}"
-        consumer, tunnel.consumer = tunnel.consumer, None
+        consumer = tunnel.consumer
+        tunnel.detach()
         tunnel.reset(ErrorCode.INTERNAL_ERROR, reason)
         if consumer is not None:
             try:
@@ -605,6 +641,7 @@ class HboneLink:
     def _refuse(self, tunnel: Tunnel, status: int, headers: Mapping[str, str]) -> None:
         if tunnel._reset is None and self._server is not None:
             tunnel._reset = (f"refused with {status}", None)
+            tunnel.detach()
             self._server.refuse(tunnel.stream, status, headers)
             self._tunnel_moved(tunnel)
 
@@ -859,8 +896,8 @@ def serve_hbone(
     """Serve HBONE on an accepted socket, which is the link's from now on.
 
     ``on_handshake(peer_der)`` is asked within the TLS handshake, once the chain is verified: None takes the peer, text refuses it (the
-    peer gets an alert). ``on_request`` gets each valid CONNECT; ``on_refused`` is told of each request that was answered 400. ``on_close(reason)`` is the last call: a reason when something was
-    cut off or refused, None for an orderly end.
+    peer gets an alert). ``on_request`` gets each valid CONNECT; ``on_refused`` is told of each request that was answered 400.
+    ``on_close(reason)`` is the last call: a reason when something was cut off or refused, None for an orderly end.
     """
     engine = tls_engine(context, server_side=True, verify_peer=on_handshake)
     link = HboneLink(reactor, sock, engine, HboneServer(now=reactor.now), on_close)

@@ -45,8 +45,11 @@ OnRelayClose: TypeAlias = Callable[[RelayResult], None]
 class Relay(Protocol):
     """A relay at work. The counters are live."""
 
-    sent: int
-    received: int
+    @property
+    def sent(self) -> int: ...
+
+    @property
+    def received(self) -> int: ...
 
     def abort(self, reason: str) -> None:
         """Cut both ends off with resets. ``on_close`` gets ``reason`` as the error. Idempotent."""
@@ -238,7 +241,7 @@ class TunnelRelay:
             return
         self.readable = False
         self._reactor.remove(self._fd)
-        self._tunnel.consumer = None
+        self._tunnel.detach()
         if error is None:
             self._sock.close()
         else:

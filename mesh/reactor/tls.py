@@ -46,14 +46,16 @@ class TlsError(Exception):
 class Scratch:
     """The buffers every engine of a thread shares."""
 
-    __slots__ = ("cipher_in", "cipher_out", "plain_in", "plain_out")
+    __slots__ = ("cipher_in", "cipher_out", "plain_in", "plain_out", "pointers")
 
     def __init__(self) -> None:
-        self.cipher_in = memoryview(bytearray(READ_SIZE))
-        # A record begun in an earlier read ends in this one.
-        self.plain_in = memoryview(bytearray(READ_SIZE + 2 * _RECORD))
-        self.plain_out = memoryview(bytearray(PLAIN_OUT_SIZE))
-        self.cipher_out = memoryview(bytearray(_CIPHER_OUT_SIZE))
+        # A record begun in an earlier read ends in this one, so plain_in takes more than a read brings.
+        buffers = [bytearray(size) for size in (READ_SIZE, READ_SIZE + 2 * _RECORD, PLAIN_OUT_SIZE, _CIPHER_OUT_SIZE)]
+        self.cipher_in, self.plain_in, self.plain_out, self.cipher_out = (memoryview(buffer) for buffer in buffers)
+        self.pointers: tuple[Any, ...] = ()
+        """The same buffers as C pointers. Of the bytearrays: cffi 2.1 crashes when the garbage collector frees one made of a memoryview."""
+        if BINDING is not None:
+            self.pointers = tuple(_ffi.from_buffer(buffer) for buffer in buffers)
 
 
 _local = threading.local()
@@ -198,7 +200,7 @@ class BindingEngine(TlsEngine):
         self._ssl = self._connection._ssl
         self._write_bio = self._connection._from_ssl
         self._most_taken = 0
-        self._cipher_in, self._plain_in, self._plain_out, self._cipher_out = _pointers()
+        self._cipher_in, self._plain_in, self._plain_out, self._cipher_out = self._scratch.pointers
 
     def feed(self, size: int) -> None:
         # A read-only BIO over our buffer instead of a copy into a BIO that would keep its largest size for ever. OpenSSL frees
@@ -252,15 +254,6 @@ class BindingEngine(TlsEngine):
         except SSL.Error as exc:
             return self._failure(exc)
         return TlsError("OpenSSL failed without a reason")
-
-
-def _pointers() -> tuple[Any, Any, Any, Any]:
-    try:
-        found: tuple[Any, Any, Any, Any] = _local.pointers
-    except AttributeError:
-        s = scratch()
-        found = _local.pointers = tuple(_ffi.from_buffer(view) for view in (s.cipher_in, s.plain_in, s.plain_out, s.cipher_out))
-    return found
 
 
 def _verify_error(code: int) -> str:

@@ -207,6 +207,16 @@ class HboneConnection(ABC):
             self._outgoing += window_update_frame(stream, state.owed)
             state.owed = 0
 
+    def hold_credit(self, hold: bool) -> None:
+        """While ``hold``, return none of the connection's credit: for a driver whose consumers together have more waiting than it will store.
+
+        It stops the payload of all tunnels within one connection window; PING, WINDOW_UPDATE and requests still pass.
+        """
+        self._receive_window_low = -1 if hold else self._limits.connection_window // 2
+        if self._receive_window < self._receive_window_low:
+            self._outgoing += window_update_frame(0, self._limits.connection_window - self._receive_window)
+            self._receive_window = self._limits.connection_window
+
     def end(self, stream: int) -> None:
         """No more bytes from us on this stream (END_STREAM on an empty DATA); the other direction goes on."""
         state = self._streams.get(stream)
