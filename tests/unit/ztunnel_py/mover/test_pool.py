@@ -1,0 +1,128 @@
+"""The pool of tunnels, with a dial that the test answers by hand."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address
+from typing import cast
+
+from mesh.model.address import SocketAddress
+from mesh.model.identity import SpiffeId
+from mesh.reactor.hbone import HboneLink
+from mesh.reactor.loop import Reactor
+from ztunnel_py.mover.pool import MAX_STREAMS_PER_CONNECTION, OnLink, PoolKey, TunnelPool
+
+CLIENT = SpiffeId("cluster.local", "shop", "client")
+SERVER = SpiffeId("cluster.local", "shop", "server")
+
+
+def key(ip: str = "10.0.0.2", source: str = "10.0.0.1") -> PoolKey:
+    return PoolKey(CLIENT, frozenset({SERVER}), SocketAddress(IPv4Address(ip), 15008), IPv4Address(source))
+
+
+class Link:
+    """What the pool looks at in a link."""
+
+    def __init__(self, active: int = 0) -> None:
+        self.active = active
+        self.usable = True
+        self.pooled = False
+        self.closed_gracefully = False
+
+    def close_gracefully(self) -> None:
+        self.closed_gracefully = True
+
+    def abort(self, reason: str) -> None:
+        self.usable = False
+
+
+class Dials:
+    def __init__(self) -> None:
+        self.open: list[tuple[PoolKey, OnLink, object]] = []
+        self.pool = TunnelPool(Reactor(), self._dial)
+        self.got: list[HboneLink | str] = []
+
+    def _dial(self, key: PoolKey, on_link: OnLink, on_closed: object) -> None:
+        self.open.append((key, on_link, on_closed))
+
+    def checkout(self, wanted: PoolKey) -> None:
+        def take(link: HboneLink | str) -> None:
+            if not isinstance(link, str):
+                cast(Link, link).active += 1
+            self.got.append(link)
+
+        self.pool.checkout(wanted, take)
+
+    def answer(self, link: Link | str, dial: int = 0) -> None:
+        self.open.pop(dial)[1](cast("HboneLink | str", link))
+
+
+def test_a_burst_for_one_peer_shares_one_dial() -> None:
+    dials = Dials()
+    for _ in range(MAX_STREAMS_PER_CONNECTION):
+        dials.checkout(key())
+    assert len(dials.open) == 1
+    link = Link()
+    dials.answer(link)
+    assert dials.got == [link] * MAX_STREAMS_PER_CONNECTION
+
+
+def test_more_than_one_connection_carries_is_dialled_for_twice() -> None:
+    dials = Dials()
+    for _ in range(MAX_STREAMS_PER_CONNECTION + 1):
+        dials.checkout(key())
+    assert len(dials.open) == 2
+    first, second = Link(), Link()
+    dials.answer(first)
+    dials.answer(second)
+    assert dials.got.count(cast(HboneLink, first)) == MAX_STREAMS_PER_CONNECTION
+    assert dials.got.count(cast(HboneLink, second)) == 1
+
+
+def test_everybody_who_waits_learns_that_the_dial_failed() -> None:
+    dials = Dials()
+    for _ in range(3):
+        dials.checkout(key())
+    dials.answer("connection failed: refused")
+    assert dials.got == ["connection failed: refused"] * 3
+    dials.checkout(key())
+    assert len(dials.open) == 1, "the next one dials anew"
+
+
+def test_tunnels_from_different_addresses_or_to_different_peers_do_not_share() -> None:
+    dials = Dials()
+    dials.checkout(key())
+    dials.checkout(key(ip="10.0.0.3"))
+    dials.checkout(key(source="10.0.0.9"))
+    assert len(dials.open) == 3
+
+
+def test_a_full_connection_is_used_again_once_its_streams_ended() -> None:
+    dials = Dials()
+    dials.checkout(key())
+    link = Link(active=MAX_STREAMS_PER_CONNECTION - 1)
+    dials.answer(link)
+    dials.checkout(key())
+    assert len(dials.open) == 1, "full: another is dialled"
+    link.active = 3
+    dials.checkout(key())
+    assert dials.got == [link, link]
+
+
+def test_a_connection_that_went_away_is_not_handed_out() -> None:
+    dials = Dials()
+    dials.checkout(key())
+    link = Link()
+    dials.answer(link)
+    link.usable = False
+    dials.checkout(key())
+    assert len(dials.open) == 1
+    assert dials.got == [link]
+
+
+def test_closing_the_pool_lets_streams_finish_when_asked_to() -> None:
+    dials = Dials()
+    dials.checkout(key())
+    link = Link()
+    dials.answer(link)
+    dials.pool.close(gracefully=True)
+    assert link.closed_gracefully

@@ -1,0 +1,285 @@
+"""The mover: a data plane process. Wires the reactor to the brain's messages; the only file of the mover that does.
+
+It keeps serving with all it has when the brain is gone, and ends only when told, or when the supervisor has died (the lifeline).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+
+import trio
+
+from mesh.authz.evaluate import AppliedPolicies
+from mesh.model.identity import SpiffeId
+from mesh.reactor.loop import Reactor
+from mesh.state.store import Changes, Delta, MeshState
+from mesh.telemetry import log
+from mesh.telemetry.access import SCOPE, AccessLog
+from mesh.telemetry.metrics import Registry, TcpMetrics, encode_snapshot
+from mesh.tls.bundle import CertificateBundle, InvalidBundle
+from mesh.xds.decode import decode_response
+from ztunnel_py import messages
+from ztunnel_py.channel import Channel, ChannelClosed, close_all
+from ztunnel_py.config import AgentConfig, read_config
+from ztunnel_py.messages import PodInfo
+from ztunnel_py.mover.credentials import CredentialStore
+from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
+from ztunnel_py.mover.ledger import DRAINED, Failure, Ledger
+from ztunnel_py.mover.outbound import Outbound
+from ztunnel_py.mover.plane import Plane
+from ztunnel_py.mover.pod import Pod, PodSockets
+from ztunnel_py.mover.waiting import WaitingRoom
+from ztunnel_py.supervisor import LIFELINE
+
+RECONNECT_SECONDS = 0.05
+"""How often a mover looks for a new brain: a restart of the brain is noticed at once, and the look costs one system call."""
+_DRAIN_LOOK = 0.05
+OUTGOING = 4096
+"""Messages to the brain that may wait; beyond that the brain is not reading, and what it would be told it asks again."""
+
+_log = log.get_logger("mover")
+
+
+def run_mover(name: str) -> int:
+    """Process entry: serve until told to stop. Returns the exit status."""
+    log.configure_from()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the brain decides what it means
+    config = read_config()
+    reactor = Reactor(on_error=lambda error, where: _log.error("callback.failed", where=where, exc_info=error))
+    return reactor.run(Mover(name, config, reactor).run)
+
+
+class Mover:
+    """Follows the brain: state, certificates and pods come as messages, connections are served in callbacks."""
+
+    def __init__(self, name: str, config: AgentConfig, reactor: Reactor) -> None:
+        self._name = name
+        self._config = config
+        self._reactor = reactor
+        self._registry = Registry()
+        self._to_brain: trio.MemorySendChannel[tuple[messages.Message, tuple[int, ...]]] | None = None
+        self._access = AccessLog(reactor.call_soon, wanted=lambda level: log.wants(SCOPE, level), as_json=log.writes_json())
+        self._plane = Plane(
+            reactor=reactor,
+            state=MeshState(),
+            credentials=CredentialStore(reactor, self._ask_certificate),
+            ledger=Ledger(TcpMetrics(self._registry), self._access, reactor.now),
+            workloads_wanted=WaitingRoom(reactor),
+            trust_domain=config.trust_domain,
+            rng=random.Random(),
+        )
+        self._plane.ledger.on_count = self._count_changed
+        self._pods: dict[str, Pod] = {}
+        self._transfer: list[Delta] = []
+        self._stopping = trio.Event()
+        self._nursery: trio.Nursery
+
+    async def run(self) -> int:
+        """Meet one brain after the other until stopped."""
+        async with trio.open_nursery() as self._nursery:
+            nursery = self._nursery
+            nursery.start_soon(self._watch_lifeline)
+            nursery.start_soon(self._watch_term)
+            nursery.start_soon(self._follow_brains)
+            await self._stopping.wait()
+            nursery.cancel_scope.cancel()
+        return 0
+
+    # The brain's side
+
+    async def _follow_brains(self) -> None:
+        while True:
+            try:
+                await self._follow_brain()
+            except (OSError, ChannelClosed):
+                pass  # no brain there, or no more: go on serving and look again
+            await trio.sleep(RECONNECT_SECONDS)
+
+    async def _follow_brain(self) -> None:
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with sock:
+            await sock.connect(str(self._config.socket_path))
+            channel: Channel[messages.ToMover] = Channel(sock, messages.ToMover)
+            send, receive = trio.open_memory_channel[tuple[messages.Message, tuple[int, ...]]](OUTGOING)
+            try:
+                await self._introduce(channel)
+                self._to_brain = send
+                for identity in self._plane.credentials.wanted():
+                    self._ask_certificate(identity)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._send_outgoing, channel, receive)
+                    while True:
+                        message, descriptors = await channel.receive()
+                        self._handle(message, descriptors)
+            except* ChannelClosed:
+                pass
+            finally:
+                self._to_brain = None
+                self._transfer.clear()
+                channel.close()
+
+    async def _introduce(self, channel: Channel[messages.ToMover]) -> None:
+        pods = list(self._pods.values())
+        await channel.send(messages.Hello(self._name, os.getpid(), len(pods)))
+        for pod in pods:
+            sockets = pod.sockets
+            descriptors = (sockets.netns, sockets.outbound, sockets.inbound_plaintext, sockets.inbound_hbone)
+            await channel.send(messages.Holding(pod.info), descriptors)
+
+    async def _send_outgoing(
+        self, channel: Channel[messages.ToMover], receive: trio.MemoryReceiveChannel[tuple[messages.Message, tuple[int, ...]]]
+    ) -> None:
+        async for message, descriptors in receive:
+            await channel.send(message, descriptors)
+
+    def _tell(self, message: messages.Message) -> None:
+        """Tell the brain, if there is one that listens. What it misses it learns from `Hello` or asks again."""
+        if self._to_brain is not None:
+            try:
+                self._to_brain.send_nowait((message, ()))
+            except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+                _log.warning("brain.not_reading", dropped=type(message).__name__)
+
+    def _ask_certificate(self, identity: SpiffeId) -> None:
+        self._tell(messages.CertificateWanted(str(identity)))
+
+    def _count_changed(self, pod: str, living: int) -> None:
+        served = self._pods.get(pod)
+        if served is not None and served.releasing:
+            self._tell(messages.PodConnections(pod, living))
+
+    # Messages
+
+    def _handle(self, message: messages.ToMover, descriptors: list[int]) -> None:
+        match message:
+            case messages.Resources():
+                self._take_resources(message)
+            case messages.Certificate():
+                self._take_certificate(message)
+            case messages.CertificateUnavailable():
+                self._plane.credentials.refuse(SpiffeId.parse(message.identity), message.because)
+            case messages.ServePod():
+                self._serve_pod(message.pod, descriptors)
+            case messages.ReleasePod():
+                self._set_releasing(message.uid, True)
+            case messages.KeepPod():
+                self._set_releasing(message.uid, False)
+            case messages.DropPod():
+                self._drop_pod(message.uid)
+            case messages.Scrape():
+                self._report(message.request)
+            case messages.Drain():
+                self._nursery.start_soon(self._drain, message.seconds)
+
+    def _take_resources(self, message: messages.Resources) -> None:
+        delta = decode_response(message.payload).delta
+        if message.transfer == "delta":
+            self._changed(self._plane.state.apply(delta))
+            return
+        self._transfer.append(delta)
+        if message.transfer == "last":
+            whole = Delta(
+                workloads=tuple(workload for part in self._transfer for workload in part.workloads),
+                services=tuple(service for part in self._transfer for service in part.services),
+                policies=tuple(policy for part in self._transfer for policy in part.policies),
+            )
+            self._transfer.clear()
+            self._changed(self._plane.state.replace(whole, addresses=True, policies=True))
+
+    def _changed(self, changes: Changes) -> None:
+        for uid in self._plane.workloads_wanted.keys():
+            self._plane.workloads_wanted.settle(uid)
+        ended = self._plane.ledger.reauthorize(self._policies_for)
+        if ended:
+            _log.info("policy.ended_connections", connections=ended)
+
+    def _policies_for(self, uid: str) -> AppliedPolicies | None:
+        pod = self._pods.get(uid)
+        workload = pod.find_workload() if pod is not None else None
+        return self._plane.state.policies_for(workload) if workload is not None else None
+
+    def _take_certificate(self, message: messages.Certificate) -> None:
+        try:
+            bundle = CertificateBundle.parse(key_pem=message.key_pem, chain_pem=message.chain_pem, roots_pem=message.roots_pem)
+        except InvalidBundle as exc:
+            _log.error("certificate.unusable", identity=message.identity, error=str(exc))
+        else:
+            self._plane.credentials.put(bundle)
+
+    # Pods
+
+    def _serve_pod(self, info: PodInfo, descriptors: list[int]) -> None:
+        known = self._pods.get(info.uid)
+        if known is not None:
+            close_all(descriptors)
+            known.releasing = False
+        else:
+            pod = self._pods[info.uid] = Pod(self._plane, info, PodSockets(*descriptors))
+            pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone)
+            _log.info("pod.serving", pod=f"{info.namespace}/{info.name}", uid=info.uid)
+        self._tell(messages.PodServing(info.uid))
+
+    def _set_releasing(self, uid: str, releasing: bool) -> None:
+        pod = self._pods.get(uid)
+        if pod is not None:
+            pod.releasing = releasing
+        if releasing:
+            self._tell(messages.PodConnections(uid, self._plane.ledger.count(uid)))
+
+    def _drop_pod(self, uid: str) -> None:
+        pod = self._pods.pop(uid, None)
+        if pod is None:
+            return
+        pod.stop_listening()
+        self._plane.ledger.end_all(uid, Failure(DRAINED, "-"))
+        pod.close()
+        _log.info("pod.dropped", pod=f"{pod.info.namespace}/{pod.info.name}", uid=uid)
+
+    # Reports
+
+    def _report(self, request: int) -> None:
+        self._plane.ledger.count_live_bytes()
+        connections: dict[str, dict[str, list[dict[str, str]]]] = {uid: {"inbound": [], "outbound": []} for uid in self._pods}
+        for living in self._plane.ledger.living():
+            entry = {"src": str(living.client), "actualDst": str(living.destination), "protocol": living.protocol}
+            if living.service is not None:
+                entry["originalDst"] = living.service.hostname
+            if living.authority:
+                entry["authority"] = living.authority
+            if living.because:
+                entry["because"] = living.because
+            connections.setdefault(living.pod, {"inbound": [], "outbound": []})[living.direction].append(entry)
+        self._tell(messages.Scraped(request, encode_snapshot(self._registry.snapshot()), connections))
+
+    # The end
+
+    async def _drain(self, seconds: float) -> None:
+        """Take nothing new, let what lives end by itself for a while, then end it, and stop."""
+        for pod in self._pods.values():
+            pod.drain()
+        with trio.move_on_after(seconds):
+            while any(True for _ in self._plane.ledger.living()):
+                await trio.sleep(_DRAIN_LOOK)
+        self._plane.ledger.end_all(None, Failure(DRAINED, "-"))
+        for uid in list(self._pods):
+            self._drop_pod(uid)
+        self._access.flush()
+        self._tell(messages.Drained())
+        await trio.sleep(_DRAIN_LOOK)  # lets the last records and frames out
+        self._stopping.set()
+
+    async def _watch_lifeline(self) -> None:
+        """The supervisor has died when the lifeline reads as closed: nobody could start a brain any more, so drain and end."""
+        number = os.environ.get(LIFELINE)
+        if number is not None:
+            await trio.lowlevel.wait_readable(int(number))
+            _log.warning("supervisor.gone", seconds=self._config.drain)
+            await self._drain(self._config.drain)
+
+    async def _watch_term(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                await self._drain(self._config.drain)

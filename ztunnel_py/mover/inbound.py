@@ -1,0 +1,239 @@
+"""Ports 15008 and 15006: what comes to a captured pod, over HBONE or as plaintext (reference ztunnel 1.5, 1.6).
+
+The order is fixed: who calls, what do they want, may they, only then a connection to the application. `_dial_application` takes the
+`Permit`: without one there is no connection.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from mesh.authz.evaluate import Connection, Denial, DryRunVerdict, Permit, authorize
+from mesh.linux.sockets import local_address, original_destination
+from mesh.model.address import SocketAddress
+from mesh.model.identity import SpiffeId
+from mesh.model.ports import RECURSIVE
+from mesh.model.workload import Workload
+from mesh.reactor.hbone import Tunnel, TunnelRequest, serve_hbone
+from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
+from mesh.reactor.tcp import Pending, reset
+from mesh.state.inbound import InboundRefusal, resolve_inbound
+from mesh.telemetry.log import get_logger
+from mesh.tls.peer import verify_client
+from mesh.wire.baggage import baggage_of
+from mesh.wire.forwarded import parse_forwarded_host
+from ztunnel_py.mover.credentials import Credentials
+from ztunnel_py.mover.ledger import Failure, Living
+from ztunnel_py.mover.outbound import RECURSION
+from ztunnel_py.mover.pod import Pod
+
+REJECTED = "connection closed due to policy rejection: "
+
+_log = get_logger("rbac")
+
+
+class InboundHbone:
+    """One mutual TLS connection of a peer; each of its CONNECT streams becomes an `_InboundTunnel`."""
+
+    def __init__(self, pod: Pod, sock: socket.socket, client: SocketAddress) -> None:
+        self._pod = pod
+        self._sock = sock
+        self.client = client
+        self.local = local_address(sock)
+        self.peer: SpiffeId | None = None
+        pod.plane.credentials.when_available(pod.identity(), self._serve)
+
+    def _serve(self, credentials: Credentials | str) -> None:
+        if isinstance(credentials, str):
+            reset(self._sock)
+            self.refuse(credentials)
+            return
+        trust_domain = credentials.bundle.identity.trust_domain
+        link = serve_hbone(
+            self._pod.plane.reactor,
+            self._sock,
+            credentials.server,
+            on_handshake=lambda der: self._verify(der, trust_domain),
+            on_request=lambda request: _InboundTunnel(self._pod, self, request),
+            on_refused=lambda refused: self.refuse(refused.because),
+            on_close=lambda because: self._closed(because),
+        )
+        self._pod.links.add(link)
+        self._forget = lambda: self._pod.links.discard(link)
+
+    def _verify(self, der: bytes, trust_domain: str) -> str | None:
+        result = verify_client(der, trust_domain)
+        if isinstance(result, str):
+            return result
+        self.peer = result
+        return None
+
+    def _closed(self, because: str | None) -> None:
+        self._forget()
+        if because is not None and self.peer is None:
+            self.refuse(because)
+
+    def refuse(self, because: str) -> None:
+        """Log what was refused before a connection of the application was in question."""
+        living = Living(self._pod.uid, "inbound", self.client, self.local, self._pod.plane.reactor.now(), source_identity=self.peer)
+        self._pod.plane.ledger.refuse(living, because)
+
+
+class _InboundTunnel:
+    """One CONNECT stream, from its request to its record."""
+
+    def __init__(self, pod: Pod, link: InboundHbone, request: TunnelRequest) -> None:
+        self._pod = pod
+        self._plane = pod.plane
+        self._link = link
+        self._request = request
+        self._pending: Pending | None = None
+        self._living = Living(pod.uid, "inbound", link.client, link.local, self._plane.reactor.now(), authority=request.authority)
+        self._living.source_identity = link.peer
+        self._living.relay_from = "upstream"
+        pod.when_workload_known(self._resolve)
+
+    def _resolve(self, workload: Workload | None) -> None:
+        if workload is None:
+            self._refuse(503, self._pod.unknown_workload())
+            return
+        target = resolve_inbound(self._plane.state, workload, self._request.authority, self._link.local.ip)
+        if isinstance(target, InboundRefusal):
+            self._refuse(target.status, target.because)
+            return
+        living = self._living
+        living.target, living.target_identity = workload, workload.identity
+        living.source = self._plane.state.find_workload_of_peer(self._link.client.ip, workload.network, self._link.peer)
+        host = parse_forwarded_host(self._request.headers.get("forwarded", ""))
+        living.service = self._plane.state.find_destination_service(workload, target.address.port, host)
+        facts = Connection(self._link.client.ip, self._link.peer, target.address)
+        _admit(self._pod, living, workload, facts, self._stop, self._dial, lambda because: self._deny(because))
+
+    def _dial(self, permit: Permit) -> None:
+        self._request.on_gone = lambda because: self._fail(Failure(because))
+        self._pending = _dial_application(self._pod, permit, self._dialled)
+
+    def _dialled(self, upstream: socket.socket | OSError) -> None:
+        self._pending = None
+        if isinstance(upstream, OSError):
+            self._request.refuse(503)
+            self._plane.ledger.finish(self._living, failure=Failure(f"connection failed: {upstream}"))
+            return
+        workload = self._living.target
+        assert workload is not None
+        tunnel: Tunnel = self._request.accept({"baggage": baggage_of(workload)})
+        self._living.relay = relay_tunnel(self._plane.reactor, upstream, tunnel, self._done, sock_is="upstream")
+
+    def _done(self, result: RelayResult) -> None:
+        self._plane.ledger.finish(self._living, result)
+
+    def _stop(self, because: str) -> None:
+        """Ended from our side before the relay ran."""
+        self._request.refuse(401)
+        self._fail(Failure(because))
+
+    def _fail(self, failure: Failure) -> None:
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        self._plane.ledger.finish(self._living, failure=failure)
+
+    def _deny(self, because: str) -> None:
+        self._request.refuse(401)
+        self._plane.ledger.finish(self._living, failure=Failure(REJECTED + because, "DENY"))
+
+    def _refuse(self, status: int, because: str) -> None:
+        self._request.refuse(status)
+        self._plane.ledger.refuse(self._living, because)
+
+
+class InboundPlaintext:
+    """One plaintext connection to the pod: policy without an identity, then the application as its client meant it."""
+
+    def __init__(self, pod: Pod, sock: socket.socket, client: SocketAddress) -> None:
+        self._pod = pod
+        self._plane = pod.plane
+        self._sock = sock
+        self._pending: Pending | None = None
+        target = original_destination(sock)
+        self._target = target if target is not None else local_address(sock)
+        self._living = Living(pod.uid, "inbound", client, self._target, self._plane.reactor.now())
+        if target is None or target.port in RECURSIVE:
+            self._refuse(RECURSION)
+        else:
+            pod.when_workload_known(self._resolve)
+
+    def _resolve(self, workload: Workload | None) -> None:
+        if workload is None:
+            self._refuse(self._pod.unknown_workload())
+            return
+        living = self._living
+        living.target = workload
+        living.source = self._plane.state.find_workload_of_peer(living.client.ip, workload.network, None)
+        living.service = self._plane.state.find_destination_service(workload, self._target.port, None)
+        facts = Connection(living.client.ip, None, self._target)
+        _admit(self._pod, living, workload, facts, self._stop, self._dial, self._deny)
+
+    def _dial(self, permit: Permit) -> None:
+        self._pending = _dial_application(self._pod, permit, self._dialled)
+
+    def _dialled(self, upstream: socket.socket | OSError) -> None:
+        self._pending = None
+        if isinstance(upstream, OSError):
+            self._end(Failure(f"connection failed: {upstream}"))
+        else:
+            self._living.relay = relay_tcp(self._plane.reactor, self._sock, upstream, self._done)
+
+    def _done(self, result: RelayResult) -> None:
+        self._plane.ledger.finish(self._living, result)
+
+    def _stop(self, because: str) -> None:
+        self._end(Failure(because))
+
+    def _deny(self, because: str) -> None:
+        self._end(Failure(REJECTED + because, "DENY"))
+
+    def _end(self, failure: Failure) -> None:
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        reset(self._sock)
+        self._plane.ledger.finish(self._living, failure=failure)
+
+    def _refuse(self, because: str) -> None:
+        reset(self._sock)
+        self._plane.ledger.refuse(self._living, because)
+
+
+def _admit(
+    pod: Pod,
+    living: Living,
+    workload: Workload,
+    facts: Connection,
+    stop: Callable[[str], None],
+    permitted: Callable[[Permit], None],
+    denied: Callable[[str], None],
+) -> None:
+    """Enter the connection, then ask policy: in this order no change of policy can slip between."""
+    living.facts, living.stop = facts, stop
+    living.applied = pod.plane.state.policies_for(workload)
+    pod.plane.ledger.open(living)
+    verdict = authorize(living.applied, facts)
+    living.verdict = verdict
+    for dry_run in verdict.dry_run:
+        _log_dry_run(living, dry_run)
+    match verdict:
+        case Permit():
+            permitted(verdict)
+        case Denial():
+            denied(verdict.because)
+
+
+def _log_dry_run(living: Living, verdict: DryRunVerdict) -> None:
+    _log.info("dry-run", src=str(living.client), dst=str(living.destination), verdict=str(verdict))
+
+
+def _dial_application(pod: Pod, permit: Permit, on_done: Callable[[socket.socket | OSError], None]) -> Pending:
+    """Connect to the application as its client. The permit is the authority to do so, and says where to."""
+    return pod.dial(permit.connection.destination, on_done, source=permit.connection.source_ip)

@@ -1,0 +1,209 @@
+"""The living connections of a mover: what each is, who may end it, and the one record it leaves when it ends.
+
+Inbound connections are entered before their policy is asked (a change that comes in between is then seen), and asked again at every
+change of policies or of the workload's list of policies: the living ones that are refused now end, no others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mesh.authz.evaluate import AppliedPolicies, Connection, Denial, Permit, authorize
+from mesh.model.address import SocketAddress
+from mesh.model.identity import SpiffeId
+from mesh.model.service import Service
+from mesh.model.workload import Workload
+from mesh.reactor.relay import Relay, RelayResult
+from mesh.telemetry.access import AccessEvent, AccessLog, AccessPeer, AccessRecord, Direction, Side
+from mesh.telemetry.metrics import TcpMetrics, TcpSeries, tcp_labels
+
+POLICY_CHANGED = "connection closed due to policy change"
+DRAINED = "connection closed due to connection drain"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a connection ended other than well, and the response flag that metrics and log show for it (Istio's)."""
+
+    because: str
+    flags: str = "CONNECT"
+
+
+@dataclass(slots=True, eq=False)
+class Living:
+    """One connection in the agent's care. Filled in as its facts become known; ``finish`` it exactly once through the ledger."""
+
+    pod: str
+    direction: Direction
+    client: SocketAddress
+    destination: SocketAddress
+    """Outbound: the next hop that is dialled. Inbound: the pod's own address, or the original destination of plaintext."""
+    started: float
+    source: Workload | None = None
+    target: Workload | None = None
+    service: Service | None = None
+    source_identity: SpiffeId | None = None
+    target_identity: SpiffeId | None = None
+    authority: str = ""
+    because: str = ""
+    facts: Connection | None = None
+    applied: AppliedPolicies | None = None
+    verdict: Permit | Denial | None = None
+    relay: Relay | None = None
+    relay_from: Side = "downstream"
+    """Which side's bytes the relay counts as sent: the side of the socket where a tunnel is served, else downstream."""
+    stop: Callable[[str], None] | None = None
+    """Ends the connection before its relay runs; afterwards the relay's own ``abort`` does."""
+    ended_by: Failure | None = None
+    """Set before the connection is ended from our side: what its record will say."""
+    series: TcpSeries | None = None
+    counted: tuple[int, int] = (0, 0)
+    """Bytes to the server and to the client that metrics have seen."""
+
+    @property
+    def protocol(self) -> str:
+        """``HBONE`` or ``TCP``, as config_dump says it."""
+        return "HBONE" if self.authority else "TCP"
+
+
+class Ledger:
+    """All living connections of this mover, by pod."""
+
+    def __init__(self, metrics: TcpMetrics, log: AccessLog, now: Callable[[], float]) -> None:
+        self._metrics = metrics
+        self._log = log
+        self._now = now
+        self._living: dict[str, set[Living]] = {}
+        self.on_count: Callable[[str, int], None] = lambda pod, living: None
+        """Told the number of a pod's living connections whenever it changes."""
+
+    def open(self, living: Living) -> None:
+        """Enter a connection: from here on it counts, can be ended by a change of policy, and will leave a record."""
+        mutual_tls = living.source_identity is not None
+        labels = tcp_labels(
+            "source" if living.direction == "outbound" else "destination",
+            source=living.source,
+            destination=living.target,
+            service=living.service,
+            source_identity=living.source_identity,
+            mutual_tls=mutual_tls,
+        )
+        living.series = self._metrics.series(labels)
+        living.series.opened += 1
+        self._metrics.sockets_open[_reporter(living)].value += 1
+        of_pod = self._living.setdefault(living.pod, set())
+        of_pod.add(living)
+        self.on_count(living.pod, len(of_pod))
+        if self._log.wants("debug"):
+            self._log.write(self._record(living, AccessEvent.OPENED, None, None))
+
+    def finish(self, living: Living, result: RelayResult | None = None, failure: Failure | None = None) -> None:
+        """Leave the ledger with a record. What ended it from our side wins over what the relay saw of it."""
+        of_pod = self._living.get(living.pod)
+        if of_pod is None or living not in of_pod or living.series is None:
+            return
+        of_pod.remove(living)
+        failure = living.ended_by or failure or (Failure(result.error) if result is not None and result.error else None)
+        self._count_bytes(living, result)
+        living.series.close(failure.flags if failure is not None else "-")
+        self._metrics.sockets_open[_reporter(living)].value -= 1
+        self._log.write(self._record(living, AccessEvent.COMPLETE, result, failure))
+        if not of_pod:
+            del self._living[living.pod]
+        self.on_count(living.pod, len(of_pod))
+
+    def refuse(self, living: Living, because: str) -> None:
+        """Record a connection that ended before anything was decided or dialled for it: one line, no traffic metric (as ztunnel)."""
+        self._log.write(self._record(living, AccessEvent.FAILED, None, Failure(because)))
+
+    def end(self, living: Living, failure: Failure) -> None:
+        """End a living connection from our side, with this reason in its record."""
+        living.ended_by = living.ended_by or failure
+        if living.relay is not None:
+            living.relay.abort(failure.because)
+        elif living.stop is not None:
+            living.stop(failure.because)
+
+    def reauthorize(self, policies_for: Callable[[str], AppliedPolicies | None]) -> int:
+        """Ask policy anew for every inbound connection whose pod's applied policies changed. Returns how many it ended.
+
+        ``policies_for(pod uid)`` gives the policies that apply now, None if the pod's workload is not known: its connections stay.
+        """
+        ended = 0
+        for pod, of_pod in list(self._living.items()):
+            applied = policies_for(pod)
+            if applied is None:
+                continue
+            for living in list(of_pod):
+                if living.facts is None or living.applied is applied:
+                    continue
+                living.applied = applied
+                verdict = authorize(applied, living.facts)
+                living.verdict = verdict
+                if isinstance(verdict, Denial):
+                    self.end(living, Failure(POLICY_CHANGED, "DENY"))
+                    ended += 1
+        return ended
+
+    def end_all(self, pod: str | None, failure: Failure) -> None:
+        """End every connection, of one pod or of all."""
+        for living in [living for living in self.living() if pod is None or living.pod == pod]:
+            self.end(living, failure)
+
+    def living(self) -> Iterator[Living]:
+        """Every living connection."""
+        for of_pod in list(self._living.values()):
+            yield from list(of_pod)
+
+    def count(self, pod: str) -> int:
+        """How many connections of this pod live."""
+        return len(self._living.get(pod, ()))
+
+    def count_live_bytes(self) -> None:
+        """Add what living connections moved since the last time to their series: done when metrics are read, never per chunk."""
+        for living in self.living():
+            self._count_bytes(living, None)
+
+    def _count_bytes(self, living: Living, result: RelayResult | None) -> None:
+        if living.series is None:
+            return
+        if result is not None:
+            sent, received = result.sent, result.received
+        elif living.relay is not None:
+            sent, received = living.relay.sent, living.relay.received
+        else:
+            return
+        to_server, to_client = (sent, received) if living.relay_from == "downstream" else (received, sent)
+        before_server, before_client = living.counted
+        living.counted = (to_server, to_client)
+        # Istio counts "received" client to server, for both reporters.
+        living.series.received += to_server - before_server
+        living.series.sent += to_client - before_client
+
+    def _record(self, living: Living, event: AccessEvent, result: RelayResult | None, failure: Failure | None) -> AccessRecord:
+        verdict = living.verdict
+        sent, received = living.counted if living.direction == "outbound" else reversed(living.counted)
+        return AccessRecord(
+            event=event,
+            direction=living.direction,
+            source=AccessPeer.of(living.client, living.source, living.source_identity),
+            destination=AccessPeer.of(living.destination, living.target, living.target_identity),
+            ended=time.time(),
+            duration=self._now() - living.started,
+            hbone_address=living.authority,
+            service=living.service.hostname if living.service is not None else "",
+            bytes_sent=sent,
+            bytes_recv=received,
+            error=failure.because if failure is not None else None,
+            response_flags=failure.flags if failure is not None else "-",
+            policy=verdict.policy if verdict is not None else None,
+            rule=verdict.rule if verdict is not None else None,
+            because=(verdict.because if verdict is not None else living.because) or None,
+            closed_first=result.first_closed if result is not None else None,
+        )
+
+
+def _reporter(living: Living) -> str:
+    return "source" if living.direction == "outbound" else "destination"

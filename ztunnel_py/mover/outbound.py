@@ -1,0 +1,136 @@
+"""Port 15001: what a captured application dialled, to HBONE or plain TCP (reference ztunnel 1.4)."""
+
+from __future__ import annotations
+
+import socket
+
+from mesh.linux.sockets import original_destination
+from mesh.model.address import SocketAddress
+from mesh.model.ports import RECURSIVE
+from mesh.model.route import Direct, Refusal, Tunnel
+from mesh.model.workload import Workload
+from mesh.reactor.hbone import HboneLink, TunnelFailure
+from mesh.reactor.hbone import Tunnel as OpenTunnel
+from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
+from mesh.reactor.tcp import reset
+from mesh.state.resolve import resolve
+from mesh.wire.baggage import baggage_of
+from mesh.wire.forwarded import write_forwarded
+from mesh.wire.traceparent import new_traceparent
+from ztunnel_py.mover.ledger import Failure, Living
+from ztunnel_py.mover.pod import Pod
+from ztunnel_py.mover.pool import PoolKey
+
+RECURSION = "attempted recursive call to ourselves"
+
+
+class Outbound:
+    """One connection of the application, from its accept to its record. Methods are its steps, in order."""
+
+    def __init__(self, pod: Pod, sock: socket.socket, client: SocketAddress) -> None:
+        self._pod = pod
+        self._plane = pod.plane
+        self._sock = sock
+        self._retried = False
+        target = original_destination(sock)
+        self._target = target if target is not None else client
+        self._living = Living(pod.uid, "outbound", client, self._target, self._plane.reactor.now())
+        if target is None or (target.ip.is_loopback and target.port in RECURSIVE):
+            self._refuse(RECURSION)
+        else:
+            pod.when_workload_known(self._route)
+
+    def _route(self, workload: Workload | None) -> None:
+        if workload is None:
+            self._refuse(self._pod.unknown_workload())
+            return
+        living = self._living
+        living.source = workload
+        route = resolve(self._plane.state, workload, self._target, self._plane.rng)
+        living.because = route.because
+        living.service = route.service
+        match route:
+            case Refusal():
+                self._refuse(route.because)
+            case Direct():
+                living.destination, living.target = route.next_hop, route.workload
+                self._enter()
+                pending = self._pod.dial(route.next_hop, self._connected_plain)
+                living.stop = lambda because: (pending.cancel(), self._fail(Failure(because)))[1]
+            case Tunnel():
+                living.destination, living.target, living.authority = route.next_hop, route.workload, route.authority
+                living.source_identity = workload.identity
+                living.target_identity = route.workload.identity
+                self._enter()
+                self._checkout(route, workload)
+
+    def _enter(self) -> None:
+        self._living.stop = lambda because: self._fail(Failure(because))
+        self._plane.ledger.open(self._living)
+
+    # Plain TCP
+
+    def _connected_plain(self, upstream: socket.socket | OSError) -> None:
+        if isinstance(upstream, OSError):
+            self._fail(Failure(f"connection failed: {upstream}"))
+        else:
+            self._living.relay = relay_tcp(self._plane.reactor, self._sock, upstream, self._done)
+
+    # HBONE
+
+    def _checkout(self, route: Tunnel, workload: Workload) -> None:
+        key = PoolKey(workload.identity, route.identities, route.next_hop, self._living.client.ip)
+        self._pod.pool.checkout(key, lambda link: self._open_tunnel(link, route, workload))
+
+    def _open_tunnel(self, link: HboneLink | str, route: Tunnel, workload: Workload) -> None:
+        if self._living.ended_by is not None:
+            return
+        if isinstance(link, str):
+            self._fail(Failure(link, flag_of(link)))
+            return
+        headers = {
+            "baggage": baggage_of(workload),
+            "forwarded": write_forwarded(self._living.client, route.service.hostname if route.service is not None else None),
+            "traceparent": new_traceparent(self._plane.rng),
+        }
+        link.open_tunnel(route.authority, headers, lambda answer: self._answered(answer, route, workload))
+
+    def _answered(self, answer: OpenTunnel | TunnelFailure, route: Tunnel, workload: Workload) -> None:
+        if self._living.ended_by is not None:
+            if isinstance(answer, OpenTunnel):
+                answer.reset()
+        elif isinstance(answer, OpenTunnel):
+            self._living.relay = relay_tunnel(self._plane.reactor, self._sock, answer, self._done)
+        elif answer.retryable and not self._retried:
+            # The pooled connection died, or went away, before the peer saw the request: nothing of the application's is lost yet.
+            self._retried = True
+            self._checkout(route, workload)
+        else:
+            self._fail(Failure(answer.because, "DENY" if answer.status == 401 else "CONNECT"))
+
+    # Ends
+
+    def _done(self, result: RelayResult) -> None:
+        self._plane.ledger.finish(self._living, result)
+
+    def _fail(self, failure: Failure) -> None:
+        reset(self._sock)
+        self._plane.ledger.finish(self._living, failure=failure)
+
+    def _refuse(self, because: str) -> None:
+        reset(self._sock)
+        self._plane.ledger.refuse(self._living, because)
+
+
+def flag_of(because: str) -> str:
+    """The response flag of a failed dial, from the reason's first words (reference ztunnel 7.3, 7.5)."""
+    return next((flag for words, flag in _FLAGS if because.startswith(words)), "CONNECT")
+
+
+_FLAGS: tuple[tuple[str, str], ...] = (
+    ("connection timed out, maybe a NetworkPolicy", "NETWORK_POLICY"),
+    ("identity error", "IDENTITY_ERROR"),
+    ("tls ", "TLS_FAILURE"),
+    ("h2 ", "H2_HANDSHAKE_FAILURE"),
+    ("http2 ", "H2_HANDSHAKE_FAILURE"),
+)

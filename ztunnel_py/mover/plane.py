@@ -1,0 +1,26 @@
+"""What all connections of one mover share."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from mesh.reactor.loop import Reactor
+from mesh.state.store import MeshState
+from ztunnel_py.mover.credentials import CredentialStore
+from ztunnel_py.mover.ledger import Ledger
+from ztunnel_py.mover.waiting import WaitingRoom
+
+
+@dataclass(slots=True)
+class Plane:
+    """The mesh as this mover knows it, and the means to serve it. One thread, so no lock: a callback sees all of a change or none."""
+
+    reactor: Reactor
+    state: MeshState
+    credentials: CredentialStore
+    ledger: Ledger
+    workloads_wanted: WaitingRoom[str]
+    """Connections whose own pod is not in the state yet, by pod uid."""
+    trust_domain: str
+    rng: random.Random

@@ -1,0 +1,189 @@
+"""One captured pod as a mover serves it: its listeners, its sockets, its identity, its pool of tunnels."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+from OpenSSL import SSL
+
+from mesh.linux.netns import entered
+from mesh.linux.sockets import make_upstream_socket
+from mesh.model.address import IpAddress, SocketAddress
+from mesh.model.identity import SpiffeId
+from mesh.model.ports import PROXY_MARK
+from mesh.model.workload import Workload
+from mesh.reactor.hbone import HboneLink, connect_hbone
+from mesh.reactor.tcp import Listener, Pending, connect, listen_on
+from mesh.tls.peer import verify_server
+from ztunnel_py.messages import PodInfo
+from ztunnel_py.mover.credentials import Credentials
+from ztunnel_py.mover.plane import Plane
+from ztunnel_py.mover.pool import OnLink, PoolKey, TunnelPool
+
+CONNECT_SECONDS = 10.0
+"""As ztunnel: every upstream connect is bounded."""
+WORKLOAD_SECONDS = 5.0
+"""How long a connection waits for its own pod's workload to arrive over xDS (ztunnel O1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PodSockets:
+    """Descriptors of a pod, owned by the mover: its network namespace and its three listeners."""
+
+    netns: int
+    outbound: int
+    inbound_plaintext: int
+    inbound_hbone: int
+
+
+class Pod:
+    """Sockets made here are the pod's own: they live in its network namespace and carry the mark that its rules let through."""
+
+    def __init__(self, plane: Plane, info: PodInfo, sockets: PodSockets) -> None:
+        self.plane = plane
+        self.info = info
+        self.sockets = sockets
+        self.releasing = False
+        self.pool = TunnelPool(plane.reactor, self._dial_hbone)
+        self.links: set[HboneLink] = set()
+        """Connections of peers to port 15008."""
+        self._listening: list[tuple[socket.socket, Listener]] = []
+
+    @property
+    def uid(self) -> str:
+        return self.info.uid
+
+    def find_workload(self) -> Workload | None:
+        """This pod in the mesh's state: by name and service account, never by address."""
+        return self.plane.state.find_local_workload(self.info.namespace, self.info.name, self.info.service_account)
+
+    def when_workload_known(self, on_workload: Callable[[Workload | None], None]) -> None:
+        """Call back with the pod's workload, now or when it has come; with None after `WORKLOAD_SECONDS`."""
+        workload = self.find_workload()
+        if workload is not None:
+            on_workload(workload)
+            return
+
+        def look_again() -> None:
+            found = self.find_workload()
+            if found is not None:
+                on_workload(found)
+            else:
+                self.plane.workloads_wanted.wait(self.uid, WORKLOAD_SECONDS, look_again, lambda: on_workload(None))
+
+        self.plane.workloads_wanted.wait(self.uid, WORKLOAD_SECONDS, look_again, lambda: on_workload(self.find_workload()))
+
+    def unknown_workload(self) -> str:
+        """ztunnel's words for a pod that the control plane has not described."""
+        info = self.info
+        return f"failed to fetch information about local workload: {info.service_account}.{info.namespace} ({info.name})"
+
+    def identity(self) -> SpiffeId:
+        """The pod's identity, also before its workload is known."""
+        workload = self.find_workload()
+        trust_domain = workload.trust_domain if workload is not None else self.plane.trust_domain
+        return SpiffeId(trust_domain, self.info.namespace, self.info.service_account)
+
+    def listen(self, *, outbound: Serve, inbound_plaintext: Serve, inbound_hbone: Serve) -> None:
+        """Accept on the three listeners: each connection becomes an object that serves it."""
+        sockets = self.sockets
+        for fd, serve in (
+            (sockets.outbound, outbound),
+            (sockets.inbound_plaintext, inbound_plaintext),
+            (sockets.inbound_hbone, inbound_hbone),
+        ):
+            # The descriptor stays in `sockets`: a new brain asks for it.
+            listening = socket.socket(fileno=os.dup(fd))
+            self._listening.append((listening, listen_on(self.plane.reactor, listening, partial(serve, self))))
+
+    def dial(
+        self, address: SocketAddress, on_done: Callable[[socket.socket | OSError], None], *, source: IpAddress | None = None
+    ) -> Pending:
+        """Connect from the pod's namespace, as ``source`` if given (only where the application must see its client's address)."""
+        family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
+        with entered(self.sockets.netns):
+            sock = make_upstream_socket(family, mark=PROXY_MARK, source=source if source != address.ip else None)
+
+        def connected(error: OSError | None) -> None:
+            if error is not None:
+                sock.close()
+                on_done(error)
+            else:
+                on_done(sock)
+
+        return connect(self.plane.reactor, sock, address, CONNECT_SECONDS, connected)
+
+    def stop_listening(self) -> None:
+        for listening, listener in self._listening:
+            listener.close()
+            listening.close()
+        self._listening = []
+
+    def drain(self) -> None:
+        """Take no new connections or tunnels; those that live go on."""
+        self.stop_listening()
+        self.pool.close(gracefully=True)
+        for link in list(self.links):
+            link.close_gracefully()
+
+    def close(self) -> None:
+        """Give back every descriptor. Connections must have been ended before."""
+        self.stop_listening()
+        self.pool.close(gracefully=False)
+        for link in list(self.links):
+            link.abort("pod dropped")
+        for fd in (self.sockets.netns, self.sockets.outbound, self.sockets.inbound_plaintext, self.sockets.inbound_hbone):
+            os.close(fd)
+
+    def _dial_hbone(self, key: PoolKey, on_link: OnLink, on_closed: Callable[[HboneLink], None]) -> None:
+        """What the pool calls: certificate, TCP, TLS with the peer's identity proved, HTTP/2."""
+
+        def with_credentials(credentials: Credentials | str) -> None:
+            if isinstance(credentials, str):
+                on_link(credentials)
+                return
+            self.dial(key.peer, lambda result: connected(result, credentials.client))
+
+        def connected(result: socket.socket | OSError, context: SSL.Context) -> None:
+            if isinstance(result, OSError):
+                on_link(hbone_dial_error(result))
+                return
+            link: HboneLink | None = None
+
+            def ready(new: HboneLink) -> None:
+                nonlocal link
+                link = new
+                on_link(new)
+
+            def closed(because: str) -> None:
+                if link is None:
+                    on_link(because)
+                else:
+                    on_closed(link)
+
+            connect_hbone(
+                self.plane.reactor,
+                result,
+                context,
+                verify_peer=lambda der: verify_server(der, key.expected),
+                on_ready=ready,
+                on_close=closed,
+            )
+
+        self.plane.credentials.when_available(key.source, with_credentials)
+
+
+def hbone_dial_error(error: OSError) -> str:
+    """ztunnel's words: the commonest cause of a silent HBONE port is a NetworkPolicy."""
+    if isinstance(error, TimeoutError):
+        return f"connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: {error}"
+    return f"connection failed: {error}"
+
+
+Serve: TypeAlias = Callable[[Pod, socket.socket, SocketAddress], object]
+"""Takes a pod, an accepted connection and its peer; the object it returns lives by its own callbacks."""

@@ -1,0 +1,132 @@
+"""HBONE connections shared by the tunnels that may share them: same identities on both ends, same peer, same source address.
+
+Differs from ztunnel on purpose (reference ztunnel 1.9, 10.1-10.3): everybody who waits for a dial shares its failure too instead of
+waiting on, a connection that was full is used again once streams ended, and one that dies before the peer answered is retried once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from mesh.model.address import IpAddress, SocketAddress
+from mesh.model.identity import SpiffeId
+from mesh.reactor.hbone import HboneLink
+from mesh.reactor.loop import Reactor, Timer
+
+MAX_STREAMS_PER_CONNECTION = 100
+"""As ztunnel's POOL_MAX_STREAMS_PER_CONNECTION; a peer may allow fewer, which `HboneLink.usable` knows."""
+UNUSED_RELEASE_SECONDS = 300.0
+"""As ztunnel's POOL_UNUSED_RELEASE_TIMEOUT."""
+
+
+class PoolKey(NamedTuple):
+    """What two tunnels must have in common to share a connection."""
+
+    source: SpiffeId
+    expected: frozenset[SpiffeId]
+    peer: SocketAddress
+    source_ip: IpAddress
+
+
+OnLink: TypeAlias = Callable[[HboneLink | str], None]
+"""Called once: with a usable connection, or with the reason why there is none."""
+
+Dial: TypeAlias = Callable[[PoolKey, OnLink, Callable[[HboneLink], None]], None]
+"""Open a connection for a key; the last argument is called when an established one has closed."""
+
+
+@dataclass(slots=True)
+class _Shelf:
+    """The connections of one key, and who waits for the next."""
+
+    links: list[HboneLink] = field(default_factory=list)
+    waiting: list[OnLink] = field(default_factory=list)
+    dialling: int = 0
+    idle_since: float | None = None
+
+
+class TunnelPool:
+    """One pool per pod and mover. ``checkout`` answers at once when a connection has room, else after a dial that all share."""
+
+    def __init__(self, reactor: Reactor, dial: Dial, *, unused_release: float = UNUSED_RELEASE_SECONDS) -> None:
+        self._reactor = reactor
+        self._dial = dial
+        self._unused_release = unused_release
+        self._shelves: dict[PoolKey, _Shelf] = {}
+        self._sweeper: Timer | None = None
+
+    def checkout(self, key: PoolKey, on_link: OnLink) -> None:
+        """Find or make a connection with room for one more stream."""
+        shelf = self._shelves.setdefault(key, _Shelf())
+        shelf.idle_since = None
+        for link in shelf.links:
+            if link.usable and link.active < MAX_STREAMS_PER_CONNECTION:
+                on_link(link)
+                return
+        shelf.waiting.append(on_link)
+        if len(shelf.waiting) > shelf.dialling * MAX_STREAMS_PER_CONNECTION:
+            shelf.dialling += 1
+            self._dial(key, lambda link: self._dialled(key, link), lambda link: self._closed(key, link))
+        self._sweep_later()
+
+    def connections(self) -> int:
+        """How many established connections the pool holds."""
+        return sum(len(shelf.links) for shelf in self._shelves.values())
+
+    def close(self, *, gracefully: bool) -> None:
+        """Let go of every connection: after its streams ended, or at once."""
+        for shelf in list(self._shelves.values()):
+            for link in list(shelf.links):
+                if gracefully:
+                    link.close_gracefully()
+                else:
+                    link.abort("pool draining")
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+
+    def _dialled(self, key: PoolKey, link: HboneLink | str) -> None:
+        shelf = self._shelves[key]
+        shelf.dialling -= 1
+        waiting, shelf.waiting = shelf.waiting, []
+        if isinstance(link, str):
+            self._forget_if_empty(key, shelf)
+        else:
+            link.pooled = True
+            shelf.links.append(link)
+        for number, on_link in enumerate(waiting):
+            if isinstance(link, str) or number == 0 or (number < MAX_STREAMS_PER_CONNECTION and link.usable):
+                on_link(link)
+            else:
+                self.checkout(key, on_link)
+
+    def _closed(self, key: PoolKey, link: HboneLink) -> None:
+        shelf = self._shelves.get(key)
+        if shelf is not None and link in shelf.links:
+            shelf.links.remove(link)
+            self._forget_if_empty(key, shelf)
+
+    def _forget_if_empty(self, key: PoolKey, shelf: _Shelf) -> None:
+        if not (shelf.links or shelf.waiting or shelf.dialling):
+            self._shelves.pop(key, None)
+
+    def _sweep_later(self) -> None:
+        if self._sweeper is None:
+            self._sweeper = self._reactor.call_later(self._unused_release / 2, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        now = self._reactor.now()
+        for shelf in self._shelves.values():
+            if any(link.active for link in shelf.links) or shelf.waiting:
+                shelf.idle_since = None
+            elif shelf.idle_since is None:
+                shelf.idle_since = now
+            elif now - shelf.idle_since >= self._unused_release / 2:
+                for link in shelf.links:
+                    link.close_gracefully()
+        if self._shelves:
+            self._sweep_later()
+

@@ -1,0 +1,83 @@
+"""Carry out a redirect plan in a pod's network namespace, prove it by reading back, and take it out again in two steps.
+
+Every function enters the namespace in a thread of its own and blocks for some milliseconds: call it from a worker thread, not from
+trio's or the reactor's. All are idempotent and get on with whatever an interrupted run left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from typing import Any, Final
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from mesh.linux.netns import ipv6_enabled, run_in_netns
+from mesh.linux.nft import Table
+from mesh.linux.nft_apply import delete_tables, find_differences, replace_tables
+from mesh.model.ports import INBOUND_CONNECTION_MARK, INBOUND_ROUTE_TABLE, INBOUND_RULE_PRIORITY, MARK_MASK
+from ztunnel_py.redirect.plan import MANGLE_TABLE, NAT_TABLE, PodCapture, RedirectPlan
+
+_BOTH: Final = (socket.AF_INET, socket.AF_INET6)
+_RTN_LOCAL: Final = 2
+_RT_SCOPE_HOST: Final = 254
+_FAMILY_NAMES: Final = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+
+
+class CaptureFailed(Exception):
+    """A pod's namespace refused what was asked; the text says what and why. Trying again later is right."""
+
+
+def observe_pod(netns_fd: int, *, bypass_inbound: bool) -> PodCapture:
+    """The facts to plan with, as the pod's namespace is now. Raises OSError when it cannot be entered."""
+    return PodCapture(ipv6=run_in_netns(netns_fd, ipv6_enabled), bypass_inbound=bypass_inbound)
+
+
+def apply_capture(netns_fd: int, plan: RedirectPlan) -> bool:
+    """Redirect the pod's new connections; False if all was in place already, then nothing is touched. Raises CaptureFailed.
+
+    Listeners must be accepting before. The way back for replies comes first, the nft tables in one transaction after it: at no
+    moment is a connection redirected that could not work.
+    """
+    return _change(netns_fd, plan.tables, plan.families)
+
+
+def verify_capture(netns_fd: int, plan: RedirectPlan) -> list[str]:
+    """What in the namespace differs from the plan, one sentence each; empty when the capture is complete. Raises CaptureFailed."""
+
+    def inside() -> list[str]:
+        return [*_routing_differences(plan.families), *find_differences(plan.tables)]
+
+    return _attempt(netns_fd, "read the rules back", inside)
+
+
+def begin_release(netns_fd: int, plan: RedirectPlan) -> bool:
+    """Let new connections go free while redirected ones go on; False if it was so already. Raises CaptureFailed.
+
+    The nat chains stay, empty: without any nat chain the kernel stops translating the packets of living connections. The way back
+    for replies stays too, so that peers who do not know yet are served through the HBONE port.
+    """
+    return _change(netns_fd, plan.releasing, plan.families)
+
+
+def finish_release(netns_fd: int) -> None:
+    """Remove everything, as if the pod had never been captured. Connections that are still redirected break. Raises CaptureFailed."""
+
+    def inside() -> None:
+        delete_tables((NAT_TABLE, MANGLE_TABLE))
+        _remove_routing()
+
+    _attempt(netns_fd, "remove the rules", inside)
+
+
+def _change(netns_fd: int, tables: tuple[Table, ...], families: tuple[int, ...]) -> bool:
+    def inside() -> bool:
+        routed = _add_routing(families)
+        if not find_differences(tables):
+            return routed
+        replace_tables(tables)
+        return True
+
+    return _attempt(netns_fd, "write the rules", inside)

@@ -1,0 +1,171 @@
+"""What a pod's network namespace needs so that its TCP connections pass through the agent, as data. Pure.
+
+Tables, chains, order and marks are those of Istio's native nftables backend, with two differences, both so that enrolling and
+un-enrolling cost no living connection (docs/design/decisions/0008-capture-keeps-connections.md):
+
+- only the packet that opens a connection is redirected;
+- releasing a pod empties the nat chains first and removes them only when the last redirected connection has ended.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+from mesh.linux.nft import (
+    Chain,
+    ChainType,
+    Hook,
+    HookPoint,
+    Rule,
+    Statement,
+    Table,
+    accept,
+    counter,
+    ct_mark,
+    daddr,
+    l4proto,
+    mark,
+    oifname,
+    redirect,
+    saddr,
+    set_ct_mark,
+    set_mark_from_ct,
+    tcp_dport,
+    tcp_flags,
+)
+from mesh.model.ports import (
+    INBOUND_CONNECTION_MARK,
+    INBOUND_HBONE,
+    INBOUND_PLAINTEXT,
+    MARK_MASK,
+    OUTBOUND,
+    PROBE_SOURCE_V4,
+    PROBE_SOURCE_V6,
+    PROXY_MARK,
+)
+
+NAT_TABLE: Final = "istio-ambient-nat"
+MANGLE_TABLE: Final = "istio-ambient-mangle"
+_DSTNAT: Final = -100
+_MANGLE: Final = -150
+
+
+@dataclass(frozen=True, slots=True)
+class PodCapture:
+    """The facts a plan depends on. ``ipv6``: the pod's namespace has IPv6. ``bypass_inbound``: connections to the pod stay as they
+    are (annotation ``ambient.istio.io/bypass-inbound-capture``), only its own are captured."""
+
+    ipv6: bool
+    bypass_inbound: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RedirectPlan:
+    """``tables`` while the pod is captured; ``releasing`` while redirected connections are let go on; ``families`` (AF_INET,
+    AF_INET6) need the rule and route that bring the replies of applications back to the agent's transparent sockets."""
+
+    tables: tuple[Table, ...]
+    releasing: tuple[Table, ...]
+    families: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _IpVersion:
+    loopback: IPv4Address | IPv6Address
+    probe: IPv4Address | IPv6Address
+
+
+_V4: Final = _IpVersion(IPv4Address("127.0.0.1"), IPv4Address(PROBE_SOURCE_V4))
+_V6: Final = _IpVersion(IPv6Address("::1"), IPv6Address(PROBE_SOURCE_V6))
+
+
+def plan_capture(pod: PodCapture) -> RedirectPlan:
+    """The rules for a pod."""
+    versions = (_V4, _V6) if pod.ipv6 else (_V4,)
+    inbound = () if pod.bypass_inbound else tuple(rule for version in versions for rule in _inbound(version))
+    outbound = (
+        *(_probe_reply(version) for version in versions),
+        Rule((l4proto(socket.IPPROTO_TCP), mark(INBOUND_CONNECTION_MARK, MARK_MASK), counter(), accept()), "the application's replies"),
+        *(_own_addresses(version) for version in versions),
+        *(_outbound(version) for version in versions),
+    )
+    mangle = _mangle()
+    return RedirectPlan(
+        tables=(_nat(inbound, outbound), mangle),
+        releasing=(_nat((), ()), mangle),
+        families=(socket.AF_INET, socket.AF_INET6) if pod.ipv6 else (socket.AF_INET,),
+    )
+
+
+def _nat(inbound: tuple[Rule, ...], outbound: tuple[Rule, ...]) -> Table:
+    return Table(
+        NAT_TABLE,
+        (
+            Chain("prerouting", inbound, Hook(ChainType.NAT, HookPoint.PREROUTING, _DSTNAT)),
+            Chain("output", outbound, Hook(ChainType.NAT, HookPoint.OUTPUT, _DSTNAT)),
+        ),
+    )
+
+
+def _mangle() -> Table:
+    """Connections that the agent opens to the application are marked, and the replies in them are routed back to the agent's
+    transparent socket although they go to the client's address. The output chain must be of type route: another one would set the
+    mark but not route anew."""
+    opened = Rule(
+        (mark(PROXY_MARK, MARK_MASK), counter(), set_ct_mark(INBOUND_CONNECTION_MARK, MARK_MASK)), "connections to the application"
+    )
+    reply = Rule((ct_mark(INBOUND_CONNECTION_MARK, MARK_MASK), counter(), set_mark_from_ct()), "bring its replies to the agent")
+    return Table(
+        MANGLE_TABLE,
+        (
+            Chain("prerouting", (opened,), Hook(ChainType.FILTER, HookPoint.PREROUTING, _MANGLE)),
+            Chain("output", (reply,), Hook(ChainType.ROUTE, HookPoint.OUTPUT, _MANGLE)),
+        ),
+    )
+
+
+def _inbound(version: _IpVersion) -> tuple[Rule, ...]:
+    return (
+        Rule((l4proto(socket.IPPROTO_TCP), saddr(version.probe), counter(), accept()), "probes of the kubelet"),
+        Rule(
+            (
+                daddr(version.loopback, negate=True),
+                tcp_dport(INBOUND_HBONE, negate=True),
+                _opens_connection(),
+                mark(PROXY_MARK, MARK_MASK, negate=True),
+                counter(),
+                redirect(INBOUND_PLAINTEXT),
+            ),
+            "connections to the application",
+        ),
+    )
+
+
+def _probe_reply(version: _IpVersion) -> Rule:
+    return Rule((l4proto(socket.IPPROTO_TCP), daddr(version.probe), counter(), accept()), "replies to probes")
+
+
+def _own_addresses(version: _IpVersion) -> Rule:
+    return Rule((oifname("lo"), daddr(version.loopback, negate=True), counter(), accept()), "the pod talks to itself")
+
+
+def _outbound(version: _IpVersion) -> Rule:
+    return Rule(
+        (
+            daddr(version.loopback, negate=True),
+            _opens_connection(),
+            mark(PROXY_MARK, MARK_MASK, negate=True),
+            counter(),
+            redirect(OUTBOUND),
+        ),
+        "connections the application opens",
+    )
+
+
+def _opens_connection() -> Statement:
+    """A SYN without ACK. conntrack begins to work when these rules appear and takes the next packet of an older connection for the
+    beginning of one; without this test nat would redirect it in mid-stream and the agent's kernel would answer with a reset."""
+    return tcp_flags(("syn",), ("fin", "syn", "rst", "ack"))
