@@ -1,0 +1,175 @@
+import errno
+import resource
+import select
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from mesh.model.address import SocketAddress, parse_ip
+from mesh.reactor import tcp
+from mesh.reactor.tcp import connect, listen_on, sockaddr, socket_address
+from mesh.testing.proxies import ReactorThread, open_descriptors, tcp_listener, wait_until
+
+
+@pytest.fixture
+def thread() -> Iterator[ReactorThread]:
+    with ReactorThread() as thread:
+        yield thread
+
+
+def dial(thread: ReactorThread, address: SocketAddress, timeout: float = 5.0) -> OSError | None:
+    results: list[OSError | None] = []
+    sock = socket.socket(socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET)
+    sock.setblocking(False)
+    with sock:
+        thread.call(lambda: connect(thread.reactor, sock, address, timeout, results.append))
+        wait_until(lambda: bool(results), "the connect to be decided")
+    return results[0]
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
+def test_accepted_connections_come_with_their_peer_address_and_without_delay(thread: ReactorThread, ip: str) -> None:
+    accepted: list[tuple[socket.socket, SocketAddress]] = []
+    with tcp_listener(SocketAddress(parse_ip(ip), 0)) as listener:
+        server = thread.call(lambda: listen_on(thread.reactor, listener, lambda sock, peer: accepted.append((sock, peer))))
+        with socket.create_connection((ip, listener.getsockname()[1])) as client:
+            wait_until(lambda: bool(accepted), "the connection")
+            sock, peer = accepted[0]
+            assert peer == SocketAddress(parse_ip(ip), client.getsockname()[1])
+            assert sock.gettimeout() == 0
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            sock.close()
+        thread.call(server.close)
+
+
+def test_a_burst_larger_than_a_batch_is_accepted_whole(thread: ReactorThread) -> None:
+    accepted: list[socket.socket] = []
+    with tcp_listener() as listener, ExitStack() as stack:
+        server = thread.call(lambda: listen_on(thread.reactor, listener, lambda sock, _peer: accepted.append(sock)))
+        for _ in range(3 * tcp.ACCEPT_BATCH + 1):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+        wait_until(lambda: len(accepted) == 3 * tcp.ACCEPT_BATCH + 1, "all connections")
+        for sock in accepted:
+            sock.close()
+        thread.call(server.close)
+
+
+def test_two_processes_worth_of_reactors_share_a_listener() -> None:
+    accepted: list[socket.socket] = []
+    with ReactorThread() as one, ReactorThread() as two, tcp_listener() as listener, ExitStack() as stack:
+        servers = [
+            (thread, thread.call(lambda thread=thread: listen_on(thread.reactor, listener, lambda sock, _peer: accepted.append(sock))))  # type: ignore[misc]
+            for thread in (one, two)
+        ]
+        for _ in range(50):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+        wait_until(lambda: len(accepted) == 50, "all connections")
+        for thread, server in servers:
+            thread.call(server.close)
+        for sock in accepted:
+            sock.close()
+
+
+def test_a_process_out_of_descriptors_pauses_accepting_and_resumes(thread: ReactorThread) -> None:
+    accepted: list[socket.socket] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with tcp_listener() as listener, ExitStack() as stack:
+        server = thread.call(lambda: listen_on(thread.reactor, listener, lambda sock, _peer: accepted.append(sock)))
+        clients = [stack.enter_context(socket.socket()) for _ in range(3)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors(), hard))
+        try:
+            for client in clients:
+                client.connect(listener.getsockname())
+            wait_until(lambda: server.paused, "accepting to pause")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        wait_until(lambda: len(accepted) == 3, "the waiting connections after the pause")
+        assert thread.errors == []
+        for sock in accepted:
+            sock.close()
+        thread.call(server.close)
+
+
+def test_an_accept_callback_that_raises_costs_its_own_connection_only(thread: ReactorThread) -> None:
+    accepted: list[socket.socket] = []
+
+    def on_accept(sock: socket.socket, _peer: SocketAddress) -> None:
+        if not thread.errors:
+            raise RuntimeError("bug")
+        accepted.append(sock)
+
+    with tcp_listener() as listener:
+        server = thread.call(lambda: listen_on(thread.reactor, listener, on_accept))
+        with socket.create_connection(listener.getsockname(), timeout=5) as first, pytest.raises(ConnectionResetError):
+            first.recv(1)
+        with socket.create_connection(listener.getsockname()):
+            wait_until(lambda: bool(accepted), "the next connection")
+        accepted[0].close()
+        thread.call(server.close)
+    assert [str(error) for error in thread.errors] == ["bug"]
+
+
+def test_a_closed_listener_accepts_no_more_and_leaves_the_socket_to_others(thread: ReactorThread) -> None:
+    accepted: list[socket.socket] = []
+    with tcp_listener() as listener:
+        server = thread.call(lambda: listen_on(thread.reactor, listener, lambda sock, _peer: accepted.append(sock)))
+        thread.call(server.close)
+        with socket.create_connection(listener.getsockname()):
+            poll = select.poll()
+            poll.register(listener, select.POLLIN)
+            assert poll.poll(5000)
+            listener.accept()[0].close()
+    assert accepted == []
+
+
+def test_connect_succeeds(thread: ReactorThread) -> None:
+    with tcp_listener() as listener:
+        assert dial(thread, socket_address(listener.getsockname())) is None
+
+
+def test_connect_to_a_closed_port_is_refused(thread: ReactorThread) -> None:
+    with tcp_listener() as listener:
+        address = socket_address(listener.getsockname())
+    error = dial(thread, address)
+    assert isinstance(error, ConnectionRefusedError)
+    assert error.errno == errno.ECONNREFUSED
+
+
+def test_connect_that_nobody_answers_times_out(thread: ReactorThread) -> None:
+    with socket.socket() as full:  # a full accept queue drops the SYN
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with ExitStack() as stack:
+            for _ in range(4):
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(full.getsockname())
+            error = dial(thread, socket_address(full.getsockname()), timeout=0.05)
+    assert isinstance(error, TimeoutError)
+
+
+def test_connect_without_a_route_fails_at_once(thread: ReactorThread) -> None:
+    error = dial(thread, SocketAddress(parse_ip("255.255.255.255"), 9))
+    assert isinstance(error, OSError)
+
+
+def test_a_cancelled_connect_calls_nobody(thread: ReactorThread) -> None:
+    results: list[OSError | None] = []
+    with tcp_listener() as listener, socket.socket() as sock:
+        sock.setblocking(False)
+        address = socket_address(listener.getsockname())
+        thread.call(lambda: connect(thread.reactor, sock, address, 5, results.append).cancel())
+        settled = threading.Event()
+        thread.call(lambda: thread.reactor.call_later(0.02, settled.set))
+        assert settled.wait(5)
+    assert results == []
+
+
+def test_addresses_are_unmapped_and_mapped_as_the_socket_needs() -> None:
+    assert socket_address(("::ffff:10.0.0.1", 80, 0, 0)) == SocketAddress(parse_ip("10.0.0.1"), 80)
+    assert socket_address(("fe80::1%eth0", 80, 0, 2)) == SocketAddress(parse_ip("fe80::1"), 80)
+    assert sockaddr(socket.AF_INET6, SocketAddress(parse_ip("10.0.0.1"), 80)) == ("::ffff:10.0.0.1", 80)
+    assert sockaddr(socket.AF_INET, SocketAddress(parse_ip("10.0.0.1"), 80)) == ("10.0.0.1", 80)
