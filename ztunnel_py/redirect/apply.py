@@ -6,24 +6,17 @@ trio's or the reactor's. All are idempotent and get on with whatever an interrup
 
 from __future__ import annotations
 
-import errno
-import socket
-from collections.abc import Iterator
-from typing import Any, Final
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+import os
+from collections.abc import Callable
+from typing import TypeVar
 
 from mesh.linux.netns import ipv6_enabled, run_in_netns
 from mesh.linux.nft import Table
-from mesh.linux.nft_apply import delete_tables, find_differences, replace_tables
-from mesh.model.ports import INBOUND_CONNECTION_MARK, INBOUND_ROUTE_TABLE, INBOUND_RULE_PRIORITY, MARK_MASK
+from mesh.linux.nft_apply import NftRefused, delete_tables, find_differences, replace_tables
 from ztunnel_py.redirect.plan import MANGLE_TABLE, NAT_TABLE, PodCapture, RedirectPlan
+from ztunnel_py.redirect.routing import add_routing, find_routing_differences, remove_routing
 
-_BOTH: Final = (socket.AF_INET, socket.AF_INET6)
-_RTN_LOCAL: Final = 2
-_RT_SCOPE_HOST: Final = 254
-_FAMILY_NAMES: Final = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+_T = TypeVar("_T")
 
 
 class CaptureFailed(Exception):
@@ -31,8 +24,8 @@ class CaptureFailed(Exception):
 
 
 def observe_pod(netns_fd: int, *, bypass_inbound: bool) -> PodCapture:
-    """The facts to plan with, as the pod's namespace is now. Raises OSError when it cannot be entered."""
-    return PodCapture(ipv6=run_in_netns(netns_fd, ipv6_enabled), bypass_inbound=bypass_inbound)
+    """The facts to plan with, as the pod's namespace is now. Raises CaptureFailed."""
+    return PodCapture(ipv6=_attempt(netns_fd, "look for IPv6", ipv6_enabled), bypass_inbound=bypass_inbound)
 
 
 def apply_capture(netns_fd: int, plan: RedirectPlan) -> bool:
@@ -48,7 +41,7 @@ def verify_capture(netns_fd: int, plan: RedirectPlan) -> list[str]:
     """What in the namespace differs from the plan, one sentence each; empty when the capture is complete. Raises CaptureFailed."""
 
     def inside() -> list[str]:
-        return [*_routing_differences(plan.families), *find_differences(plan.tables)]
+        return [*find_routing_differences(plan.families), *find_differences(plan.tables)]
 
     return _attempt(netns_fd, "read the rules back", inside)
 
@@ -67,17 +60,26 @@ def finish_release(netns_fd: int) -> None:
 
     def inside() -> None:
         delete_tables((NAT_TABLE, MANGLE_TABLE))
-        _remove_routing()
+        remove_routing()
 
     _attempt(netns_fd, "remove the rules", inside)
 
 
 def _change(netns_fd: int, tables: tuple[Table, ...], families: tuple[int, ...]) -> bool:
     def inside() -> bool:
-        routed = _add_routing(families)
+        routed = add_routing(families)
         if not find_differences(tables):
             return routed
         replace_tables(tables)
         return True
 
     return _attempt(netns_fd, "write the rules", inside)
+
+
+def _attempt(netns_fd: int, what: str, inside: Callable[[], _T]) -> _T:
+    try:
+        return run_in_netns(netns_fd, inside)
+    except NftRefused as exc:
+        raise CaptureFailed(f"cannot {what}: {exc}") from exc
+    except OSError as exc:
+        raise CaptureFailed(f"cannot {what}: {exc.strerror or os.strerror(exc.errno or 0)}") from exc
