@@ -30,7 +30,8 @@ Authority: TypeAlias = SocketAddress | HostPort
 _ADDRESS = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = re.compile(rf"((?:{_LABEL}\.)*(?![0-9]+:){_LABEL}):([0-9]{{1,5}})")
-_LONGEST = 253 + len(":65535")
+_LONGEST_HOST = 253
+_LONGEST = _LONGEST_HOST + len(":65535")
 
 
 def parse_authority(text: str) -> Authority:
@@ -49,6 +50,6 @@ def _parse(text: str) -> Authority:
         except InvalidAddress as exc:
             raise RemoteProtocolError(f"invalid authority: {text!r}") from exc
     match = _HOST.fullmatch(text)
-    if match is None or not 0 < int(match[2]) < 65536:
+    if match is None or len(match[1]) > _LONGEST_HOST or not 0 < int(match[2]) < 65536:
         raise RemoteProtocolError(f"invalid authority: {text!r}")
     return HostPort(match[1], int(match[2]))

@@ -24,7 +24,7 @@ _FIELDS: Final = {
     "cloud.region": "region",
     "cloud.availability_zone": "zone",
 }
-# What would begin another member or break the header. No Kubernetes name or label value holds any of it; a foreign control plane might.
+# What would begin another member or break the header. No Kubernetes name or label holds any of it; a foreign control plane might.
 _UNWRITABLE: Final = re.compile(r'[\x00-\x20\x7f",;\\]')
 
 
@@ -43,7 +43,7 @@ class Baggage:
 
 
 def baggage_of(workload: Workload) -> str:
-    """What we say of a workload of ours, in ztunnel's order. Empty fields are left out; the whole may be empty, and is sent all the same."""
+    """What we say of a workload of ours, in ztunnel's order. Empty fields are left out; the whole may be empty and is sent all the same."""
     members = (
         ("k8s.cluster.name", workload.cluster_id),
         ("k8s.namespace.name", workload.namespace),
