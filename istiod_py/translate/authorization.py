@@ -8,7 +8,7 @@ without the mistaken part: the last good version stays, and one that never was g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from istiod_py.translate.config import Condition, Config
@@ -128,13 +128,11 @@ def _can_match(rule: Rule) -> bool:
     return all(any(match != Match() for match in clause.matches) for clause in rule.clauses)
 
 
-def _http_of(rule: PolicyRule) -> Iterator[str]:
+def _http_of(rule: PolicyRule) -> set[str]:
     """The attributes of a rule that a node proxy cannot see."""
-    for operation in rule.operations:
-        yield from (name for name in operation if name not in _L4_OPERATION)
-    for source in rule.sources:
-        yield from (name for name in source if name not in _L4_SOURCE)
-    yield from (when.key for when in rule.conditions if when.key not in _L4_WHEN)
+    operations = {name for operation in rule.operations for name in operation} - _L4_OPERATION
+    sources = {name for source in rule.sources for name in source} - _L4_SOURCE
+    return operations | sources | ({when.key for when in rule.conditions} - _L4_WHEN)
 
 
 def _translate_rule(rule: PolicyRule, namespace: str) -> Rule:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -20,6 +20,7 @@ import trio
 
 from mesh.kube.documents import MAX_FILE_SIZE, MalformedDocument, parse_chunk, parse_json, split_documents
 from mesh.kube.fields import Fields, describe, did_you_mean
+from mesh.kube.files import directories_under, files_under
 from mesh.kube.kinds import KINDS, Kind
 from mesh.kube.label_edit import LabelError, edit_label, edit_labels
 from mesh.kube.objects import KubeObject, Layer, ObjectKey, Origin, SourceProblem
@@ -49,7 +50,6 @@ _QUIET = 0.02
 _DEBOUNCE = 0.2
 """...but a directory that never comes to rest is looked at this often."""
 
-_SUFFIXES = (".yaml", ".yml", ".json")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?\Z")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 
@@ -181,7 +181,7 @@ class _Attention:
             return
         self._watch.drain()
         for root in self._roots:
-            for directory, _ in _directories_under(root):
+            for directory, _ in directories_under(root):
                 try:
                     self._watch.add(Path(directory))
                 except OSError:
@@ -208,7 +208,7 @@ def _look(roots: Sequence[Path], before: _State, implicit: frozenset[str]) -> _S
     """The state of the directories now, sharing everything that did not change."""
     files: dict[tuple[int, str], _File] = {}
     for index, root in enumerate(roots):
-        for path in _files_under(root):
+        for path in files_under(root):
             key = (index, str(path))
             files[key] = _read_file(path, _display(path, root, index), before.files.get(key), overlay=index > 0)
     return _Assembly(files, before, implicit).finish()
@@ -217,20 +217,6 @@ def _look(roots: Sequence[Path], before: _State, implicit: frozenset[str]) -> _S
 def _display(path: Path, root: Path, index: int) -> str:
     """Users know their files by the name within their directory; overlays are named in full."""
     return str(path.relative_to(root)) if index == 0 else str(path)
-
-
-def _files_under(root: Path) -> Iterator[Path]:
-    """YAML files in path order. Hidden files and directories are left out: editors and atomic writers keep their drafts there."""
-    for directory, files in _directories_under(root):
-        for name in sorted(files):
-            if name.endswith(_SUFFIXES) and not name.startswith("."):
-                yield Path(directory, name)
-
-
-def _directories_under(root: Path) -> Iterator[tuple[str, list[str]]]:
-    for directory, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield directory, files
 
 
 def _read_file(path: Path, display: str, before: _File | None, *, overlay: bool) -> _File:

@@ -54,10 +54,11 @@ class MalformedDocument(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The text between two separators; ``line`` (0-based) is where it starts in its file."""
+    """The text between two separators; ``line`` (0-based) and ``offset`` (in characters) are where it starts in its file."""
 
     text: str
-    line: int
+    line: int = 0
+    offset: int = 0
 
 
 def split_documents(text: str) -> Iterator[Chunk]:
@@ -70,7 +71,7 @@ def split_documents(text: str) -> Iterator[Chunk]:
     for start, end in pairwise(starts):
         part = text[start:end]
         if not all(_says_nothing(text_line) for text_line in part.splitlines()):
-            yield Chunk(part, line)
+            yield Chunk(part, line, start)
         line += len(_LINE_BREAK.findall(part))
 
 
