@@ -85,6 +85,10 @@ class Http2Stream:
             await self._changed.park()
         return self.headers
 
+    def limit_messages(self, max_message: int) -> None:
+        """Another limit than the connection's; before the first `receive_message`."""
+        self._reader = MessageReader(max_message)
+
     async def receive_message(self) -> bytes | None:
         """The next message; None when the peer has ended. Messages that came whole before a failure are still delivered."""
         while True:

@@ -82,16 +82,19 @@ _RESPONSE: Final[tuple[Header, ...]] = ((":status", "200"), ("content-type", "ap
 
 @dataclass(frozen=True, slots=True)
 class Unary:
-    """One request, one response; raise RpcError for any other status."""
+    """One request, one response; raise RpcError for any other status. ``max_message`` bytes of the request, else the connection's limit."""
 
     handle: Callable[[bytes, Call], Awaitable[bytes]]
+    max_message: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Bidi:
-    """Messages both ways until the handler returns (OK) or raises RpcError. It is cancelled when the client goes or the deadline passes."""
+    """Messages both ways until the handler returns (OK) or raises RpcError. It is cancelled when the client goes or the deadline passes.
+    ``max_message`` bytes of each message from the client, else the connection's limit."""
 
     handle: Callable[[ServerStream], Awaitable[None]]
+    max_message: int | None = None
 
 
 Handler: TypeAlias = Unary | Bidi
@@ -193,12 +196,15 @@ async def _serve_call(stream: Http2Stream, handlers: Mapping[str, Handler], peer
         stream.send_headers([(":status", str(exc.http_status))], end=True)
         stream.reset(ErrorCode.NO_ERROR)
         return
+    handler = handlers.get(call.path)
+    if handler is not None and handler.max_message is not None:
+        stream.limit_messages(handler.max_message)
     served = ServerStream(stream, call)
     status, message = Status.OK, ""
     with trio.CancelScope(deadline=call.deadline) as scope:
         stream.on_failure = scope.cancel
         try:
-            await _dispatch(handlers.get(call.path), served)
+            await _dispatch(handler, served)
         except RpcError as exc:
             status, message = exc.status, exc.message
         except Exception:  # supervisor: a bug in one handler must not end the connection's other calls

@@ -1,0 +1,15 @@
+"""Names of the control plane's protocol: resource types, methods, nodes (reference istio 2.2 and 3.2, ztunnel 4.1-4.2)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+ADDRESS: Final = "type.googleapis.com/istio.workload.Address"
+AUTHORIZATION: Final = "type.googleapis.com/istio.security.Authorization"
+ADS_METHOD: Final = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
+CREATE_CERTIFICATE_METHOD: Final = "/istio.v1.auth.IstioCertificateService/CreateCertificate"
+
+
+def node_id(instance_ip: str, pod: str, namespace: str) -> str:
+    """A node proxy's ``node.id``; an unknown address is sent as 1.1.1.1, as ztunnel does."""
+    return f"ztunnel~{instance_ip or '1.1.1.1'}~{pod}.{namespace}~{namespace}.svc.cluster.local"
