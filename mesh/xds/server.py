@@ -23,7 +23,7 @@ from mesh.wire.errors import RemoteProtocolError
 from mesh.wire.grpc import Status
 from mesh.xds.cache import ResourceSource
 from mesh.xds.encode import Resource
-from mesh.xds.names import ADS_METHOD
+from mesh.xds.names import ADS_METHOD, AUTHORIZATION
 from mesh.xds.proto import discovery_pb2 as discovery
 
 MAX_REQUEST: Final = 64 * 1024 * 1024
@@ -32,7 +32,7 @@ MAX_UNANSWERED: Final = 64
 """Answers due to one client; beyond, its next request waits until it has taken some."""
 
 Authenticator: TypeAlias = Callable[[Call], Awaitable[object]]
-"""Who calls, from the call's metadata and peer certificate; raises RpcError UNAUTHENTICATED. Its result is kept as the connection's caller."""
+"""Who calls, from the call's metadata and peer certificate; raises RpcError UNAUTHENTICATED. The result is shown as the caller."""
 
 log = structlog.get_logger("xds.server")
 
@@ -176,12 +176,20 @@ class _Connection:
                 answer = self._answers.popleft()
                 self._room.unpark_all()
                 await self._respond(answer.type_url, *self._answer(answer))
-            elif (type_url := next(iter(self._changed), None)) is not None:
-                resources, removed = self._push(type_url, self._changed.pop(type_url))
-                if resources or removed:
-                    await self._respond(type_url, resources, removed)
+            elif self._changed:
+                await self._push_changes()
             else:
                 await self._work.park()
+
+    async def _push_changes(self) -> None:
+        """New policies before the workloads that name them, policies that are gone after: a policy that is named but not there denies."""
+        changed, self._changed = self._changed, {}
+        policies = changed.pop(AUTHORIZATION, set())
+        gone = {name for name in policies if self._source.get(AUTHORIZATION, name) is None}
+        for type_url, names in ((AUTHORIZATION, policies - gone), *changed.items(), (AUTHORIZATION, gone)):
+            resources, removed = self._push(type_url, names)
+            if resources or removed:
+                await self._respond(type_url, resources, removed)
 
     async def _respond(self, type_url: str, resources: Iterable[Resource], removed: Iterable[str]) -> None:
         self._responses += 1
@@ -209,9 +217,8 @@ class _Connection:
 
     def _named(self, type_url: str, names: Iterable[str], known: Mapping[str, str]) -> tuple[list[Resource], list[str]]:
         """What the names find. A name that finds nothing is named as removed: it does not exist."""
-        found: dict[str, Resource] = (
-            {each.name: each for each in self._source.on_node(type_url, self._node_name)} if known or not self._given.get(type_url) else {}
-        )
+        first = type_url not in self._given
+        found = {each.name: each for each in (self._source.on_node(type_url, self._node_name) if first else ())}
         missing: list[str] = []
         for name in names:
             resources = list(self._source.find(type_url, name))
@@ -221,7 +228,9 @@ class _Connection:
         self._given.setdefault(type_url, set()).update(found)
         return [each for each in found.values() if known.get(each.name) != each.version], missing
 
-    def _push(self, type_url: str, names: Iterable[str]) -> tuple[list[Resource], list[str]]:
+    def _push(self, type_url: str, names: Collection[str]) -> tuple[list[Resource], list[str]]:
+        if not names:
+            return [], []
         watch = self._machine.watches[type_url]
         resources: list[Resource] = []
         removed: list[str] = []
@@ -232,7 +241,11 @@ class _Connection:
                     removed.append(name)
             elif watch.wildcard or self._wants(type_url, watch, resource):
                 resources.append(resource)
-        return resources, self._note_given(type_url, watch, resources, removed)
+        if not watch.wildcard:
+            given = self._given.setdefault(type_url, set())
+            given.update(each.name for each in resources)
+            given.difference_update(removed)
+        return resources, removed
 
     def _wants(self, type_url: str, watch: Watch, resource: Resource) -> bool:
         given = self._given.get(type_url, set())
@@ -243,13 +256,6 @@ class _Connection:
             or any(group in watch.names or group in given for group in resource.groups)
             or (bool(resource.node) and resource.node == self._node_name)
         )
-
-    def _note_given(self, type_url: str, watch: Watch, resources: Iterable[Resource], removed: list[str]) -> list[str]:
-        if not watch.wildcard:
-            given = self._given.setdefault(type_url, set())
-            given.update(each.name for each in resources)
-            given.difference_update(removed)
-        return removed
 
 
 def _parse(raw: bytes) -> discovery.DeltaDiscoveryRequest:
