@@ -208,14 +208,17 @@ class HboneConnection(ABC):
             state.owed = 0
 
     def hold_credit(self, hold: bool) -> None:
-        """While ``hold``, return none of the connection's credit: for a driver whose consumers together have more waiting than it will store.
+        """While ``hold``, return none of the connection's credit: for a driver whose tunnels together have more waiting than it will store.
 
         It stops the payload of all tunnels within one connection window; PING, WINDOW_UPDATE and requests still pass.
         """
         self._receive_window_low = -1 if hold else self._limits.connection_window // 2
         if self._receive_window < self._receive_window_low:
-            self._outgoing += window_update_frame(0, self._limits.connection_window - self._receive_window)
-            self._receive_window = self._limits.connection_window
+            self._return_connection_credit()
+
+    def _return_connection_credit(self) -> None:
+        self._outgoing += window_update_frame(0, self._limits.connection_window - self._receive_window)
+        self._receive_window = self._limits.connection_window
 
     def end(self, stream: int) -> None:
         """No more bytes from us on this stream (END_STREAM on an empty DATA); the other direction goes on."""
@@ -295,10 +298,9 @@ class HboneConnection(ABC):
             left = self._receive_window - charged
             if left < 0:
                 raise RemoteProtocolError("DATA beyond the connection's window", ErrorCode.FLOW_CONTROL_ERROR)
-            if left < self._receive_window_low:
-                self._outgoing += window_update_frame(0, self._limits.connection_window - left)
-                left = self._limits.connection_window
             self._receive_window = left
+            if left < self._receive_window_low:
+                self._return_connection_credit()
         state = self._streams.get(stream)
         if state is None or state.receiving is not _OPEN:
             self._on_data_out_of_place(stream, state)
