@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -136,7 +136,7 @@ class DirectoryStore:
         """Look at the directory now; blocks on the file system. What the first look finds is all reported as changed."""
         return self._adopt(_look(self._roots, self._state, self._implicit))
 
-    async def watch(self) -> AsyncIterator[Changes]:
+    async def watch(self) -> AsyncGenerator[Changes, None]:
         """Yield changes as they happen, for ever, from what `load` saw last; files are read in a thread.
 
         Consume it in one task, and close it (`contextlib.aclosing`) when leaving early.
