@@ -72,7 +72,9 @@ def scratch() -> Scratch:
 
 def verify_chain(connection: Any, certificate: crypto.X509, error: int, depth: int, ok: int) -> bool:
     """OpenSSL's verification callback for contexts whose connections are engines: notes the reason of a refusal."""
-    engine: TlsEngine = connection.get_app_data()
+    engine: TlsEngine | None = connection.get_app_data()
+    if engine is None:  # a connection of pyOpenSSL's own
+        return bool(ok)
     if not ok:
         engine.refusal = f"certificate verify failed: {_verify_error(error)}"
         return False

@@ -1,0 +1,261 @@
+import gc
+import os
+import threading
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from OpenSSL import SSL
+
+from mesh.model.identity import SpiffeId
+from mesh.reactor import tls
+from mesh.reactor.tls import BindingEngine, TlsEngine, TlsError, VerifyPeer, scratch, tls_engine
+from mesh.testing.ca import FakeCa
+from mesh.tls.contexts import client_context, server_context
+
+SERVER = SpiffeId("cluster.local", "default", "server")
+CLIENT = SpiffeId("cluster.local", "default", "client")
+
+
+@pytest.fixture(params=["binding", "portable"], autouse=True)
+def engine_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[TlsEngine]:
+    if request.param == "portable":
+        monkeypatch.setattr(tls, "BINDING", None)
+    return TlsEngine if request.param == "portable" else BindingEngine
+
+
+@pytest.fixture(scope="module")
+def ca() -> FakeCa:
+    return FakeCa()
+
+
+def pair(ca: FakeCa, *, judge_client: VerifyPeer | None = None, judge_server: VerifyPeer | None = None) -> tuple[TlsEngine, TlsEngine]:
+    client = tls_engine(client_context(ca.issue(CLIENT)), server_side=False, verify_peer=judge_server)
+    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True, verify_peer=judge_client)
+    return client, server
+
+
+def carry(source: TlsEngine, sink: TlsEngine) -> bytes:
+    """Give ``sink`` what ``source`` has to send; the plaintext that comes of it."""
+    size = source.take()
+    if not size:
+        return b""
+    scratch().cipher_in[:size] = scratch().cipher_out[:size]
+    sink.feed(size)
+    if not sink.established:
+        sink.handshake()
+    return bytes(scratch().plain_in[: sink.read()]) if sink.established else b""
+
+
+def shake_hands(client: TlsEngine, server: TlsEngine) -> None:
+    client.handshake()
+    for _ in range(3):
+        carry(client, server)
+        carry(server, client)
+
+
+def write(engine: TlsEngine, data: bytes) -> None:
+    scratch().plain_out[: len(data)] = data
+    engine.write(len(data))
+
+
+def test_the_engine_is_the_one_the_binding_allows(ca: FakeCa, engine_kind: type[TlsEngine]) -> None:
+    assert type(pair(ca)[0]) is engine_kind
+
+
+def test_handshake_agrees_on_aes_128_the_post_quantum_group_and_h2(ca: FakeCa) -> None:
+    client, server = pair(ca)
+    shake_hands(client, server)
+    assert client.established
+    assert server.established
+    for engine in (client, server):
+        assert engine.parameters == ("TLS_AES_128_GCM_SHA256", "X25519MLKEM768")
+        assert engine.alpn == b"h2"
+        assert engine.peer_certificate() is not None
+
+
+def test_the_server_chooses_aes_128_though_the_client_prefers_aes_256(ca: FakeCa) -> None:
+    context = client_context(ca.issue(CLIENT))
+    context.set_tls13_ciphersuites(b"TLS_AES_256_GCM_SHA384:TLS_AES_128_GCM_SHA256")
+    client = tls_engine(context, server_side=False)
+    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    shake_hands(client, server)
+    assert client.parameters[0] == "TLS_AES_128_GCM_SHA256"
+
+
+@pytest.mark.parametrize("size", [1, 100, 16384, 16385, 100_000, tls.PLAIN_OUT_SIZE])
+def test_bytes_of_any_number_of_records_arrive_in_one_read(ca: FakeCa, size: int) -> None:
+    client, server = pair(ca)
+    shake_hands(client, server)
+    data = os.urandom(size)
+    write(client, data)
+    sent = client.take()
+    cipher = bytes(scratch().cipher_out[:sent])
+    received = b""
+    for start in range(0, len(cipher), tls.READ_SIZE):
+        piece = cipher[start : start + tls.READ_SIZE]
+        scratch().cipher_in[: len(piece)] = piece
+        server.feed(len(piece))
+        received += scratch().plain_in[: server.read()]
+    assert received == data
+
+
+def test_a_record_in_pieces_is_read_when_its_last_byte_has_come(ca: FakeCa) -> None:
+    client, server = pair(ca)
+    shake_hands(client, server)
+    write(client, b"x" * 5000)
+    cipher = bytes(scratch().cipher_out[: client.take()])
+    sizes = []
+    for byte in (cipher[:3], cipher[3:2000], cipher[2000:-1], cipher[-1:]):
+        scratch().cipher_in[: len(byte)] = byte
+        server.feed(len(byte))
+        sizes.append(server.read())
+    assert sizes == [0, 0, 0, 5000]
+
+
+def test_a_connection_goes_on_after_its_memory_was_released(ca: FakeCa) -> None:
+    client, server = pair(ca)
+    shake_hands(client, server)
+    for _ in range(3):
+        write(client, b"x" * 200_000)
+        assert len(carry(client, server)) == 200_000
+        client.release_memory()
+        server.release_memory()
+        write(server, b"back")
+        assert carry(server, client) == b"back"
+
+
+def test_close_notify_is_told_from_silence(ca: FakeCa) -> None:
+    client, server = pair(ca)
+    shake_hands(client, server)
+    write(client, b"last words")
+    client.close_notify()
+    assert carry(client, server) == b"last words"
+    assert server.peer_closed
+    assert not client.peer_closed
+
+
+def test_garbage_after_the_handshake_breaks_the_connection(ca: FakeCa) -> None:
+    client, server = pair(ca)
+    shake_hands(client, server)
+    write(client, b"hello")
+    size = client.take()
+    scratch().cipher_in[:size] = scratch().cipher_out[:size]
+    scratch().cipher_in[size - 1] ^= 1
+    server.feed(size)
+    with pytest.raises(TlsError, match="bad record mac"):
+        server.read()
+
+
+def refusal(client: TlsEngine, server: TlsEngine) -> tuple[str, str]:
+    """Who refused, and why."""
+    for turn in range(6):
+        source, sink, name = (client, server, "server") if turn % 2 == 0 else (server, client, "client")
+        try:
+            if turn == 0:
+                client.handshake()
+            carry(source, sink)
+        except TlsError as exc:
+            return name, exc.reason
+    raise AssertionError("nobody refused")
+
+
+def test_a_client_without_certificate_is_refused(ca: FakeCa) -> None:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_alpn_protos([b"h2"])
+    client = tls_engine(context, server_side=False)
+    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    assert refusal(client, server) == ("server", "no client certificate")
+    with pytest.raises(TlsError, match=r"refused by peer: .*certificate required"):
+        carry(server, client)
+
+
+UNKNOWN_CA = [
+    ("other.example", "certificate verify failed: unable to get local issuer certificate"),
+    ("cluster.local", "certificate verify failed: certificate signature failure"),  # same name, other key
+]
+
+
+@pytest.mark.parametrize(("name", "reason"), UNKNOWN_CA)
+def test_a_client_of_an_unknown_ca_is_refused(ca: FakeCa, name: str, reason: str) -> None:
+    bundle = replace(FakeCa(name).issue(CLIENT), roots_pem=ca.root_pem)
+    client = tls_engine(client_context(bundle), server_side=False)
+    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    assert refusal(client, server) == ("server", reason)
+    with pytest.raises(TlsError, match="refused by peer"):
+        carry(server, client)
+
+
+@pytest.mark.parametrize(("name", "reason"), UNKNOWN_CA)
+def test_a_server_of_an_unknown_ca_is_refused(ca: FakeCa, name: str, reason: str) -> None:
+    client = tls_engine(client_context(FakeCa(name).issue(CLIENT)), server_side=False)
+    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    assert refusal(client, server) == ("client", reason)
+
+
+def test_an_expired_certificate_is_refused(ca: FakeCa) -> None:
+    client = tls_engine(client_context(ca.issue(CLIENT, timedelta(minutes=-1))), server_side=False)
+    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    assert refusal(client, server) == ("server", "certificate verify failed: certificate has expired")
+
+
+def test_the_callers_judgement_refuses_within_the_handshake(ca: FakeCa) -> None:
+    client, server = pair(ca, judge_client=lambda _der: "foreign trust domain")
+    assert refusal(client, server) == ("server", "foreign trust domain")
+    client, server = pair(ca, judge_server=lambda _der: "not the one we meant")
+    assert refusal(client, server) == ("client", "not the one we meant")
+
+
+def test_a_verifier_that_raises_refuses(ca: FakeCa) -> None:
+    def fail(_der: bytes) -> str | None:
+        raise RuntimeError("bug")
+
+    client, server = pair(ca, judge_client=fail)
+    with pytest.raises((TlsError, RuntimeError)):
+        refusal(client, server)
+    assert not server.established
+
+
+def test_a_client_that_offers_no_alpn_is_served_and_one_that_offers_another_is_not(ca: FakeCa) -> None:
+    for offered, served in (([], True), ([b"http/1.1"], False), ([b"http/1.1", b"h2"], True)):
+        bundle = ca.issue(CLIENT)
+        context = client_context(bundle)
+        context.set_alpn_protos(offered) if offered else None
+        client = tls_engine(context, server_side=False)
+        server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+        if served:
+            shake_hands(client, server)
+            assert server.established
+        else:
+            assert refusal(client, server)[0] == "server"
+
+
+def test_tls_1_2_is_refused(ca: FakeCa) -> None:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_max_proto_version(SSL.TLS1_2_VERSION)
+    client = tls_engine(context, server_side=False)
+    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    assert refusal(client, server) == ("server", "unsupported protocol")
+
+
+def test_plain_http_is_refused(ca: FakeCa) -> None:
+    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    scratch().cipher_in[: len(request)] = request
+    server.feed(len(request))
+    with pytest.raises(TlsError, match="http request"):
+        server.handshake()
+
+
+def test_engines_of_finished_threads_are_freed_safely(ca: FakeCa) -> None:
+    """cffi crashed here once: a buffer of a memoryview, freed within a cycle."""
+
+    def work() -> None:
+        for _ in range(5):
+            shake_hands(*pair(ca))
+
+    for _ in range(4):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        gc.collect()
