@@ -23,7 +23,7 @@ from mesh.kube.fields import Fields, describe, did_you_mean
 from mesh.kube.files import directories_under, files_under
 from mesh.kube.kinds import KINDS, Kind
 from mesh.kube.label_edit import LabelError, edit_label, edit_labels
-from mesh.kube.objects import KubeObject, Layer, ObjectKey, Origin, SourceProblem
+from mesh.kube.objects import KubeObject, Layer, ObjectKey, Origin, SourceProblem, SourceSequence
 from mesh.kube.overlay import merge_patch, remove_overlay, write_overlay
 from mesh.linux.inotify import DirectoryWatch
 
@@ -291,7 +291,7 @@ class _FileReader:
             return
         if not isinstance(value, dict):
             self._malformed = True
-            line = Layer(origin, {}).line_of(())[0]
+            line = origin.line + (value.line if isinstance(value, SourceSequence) else 0)
             self._problems.append(SourceProblem(self._display, line, "", f"expected an object (a mapping), found {describe(value)}"))
             return
         items = value.get("items")

@@ -1,0 +1,405 @@
+"""From the pods that should be in the mesh, and what has been done about each, to what is to be done next. Pure.
+
+Goal-directed: a record holds what is known to be true of a pod, `_next_step` compares it with what is wanted and names the one step that
+comes next. Events only change what is known. So every change of mind, at any moment, in any order, leads by safe steps to the goal:
+
+    enrolled      open listeners -> capture -> verify -> announce
+    un-enrolled   begin release -> withdraw -> drain -> finish release -> close listeners
+    deleted       close listeners -> withdraw
+
+Listeners come before rules and rules before the announcement; while a pod drains its listeners stay, so that peers who do not know yet
+get in, and an enrolment meanwhile turns back without closing anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Final, TypeAlias, assert_never
+
+from mesh.model.enrolment import Enrolment
+from ztunnel_py.pods.facts import PodFacts
+from ztunnel_py.pods.vocabulary import (
+    Action,
+    Adopted,
+    Annotate,
+    Annotated,
+    Answer,
+    BeginRelease,
+    Capture,
+    Captured,
+    CloseListeners,
+    Connections,
+    Drifted,
+    Event,
+    Failed,
+    FinishRelease,
+    LingerOver,
+    ListenersClosed,
+    ListenersOpened,
+    NetnsReplaced,
+    OpenListeners,
+    PodsChanged,
+    Redirection,
+    ReleaseBegun,
+    ReleaseFinished,
+    RetryAfter,
+    RetryDue,
+    StartDraining,
+    StopDraining,
+    Verified,
+    Verify,
+    VerifyDue,
+)
+
+LINGER_SECONDS: Final = 5.0
+"""How long a released pod serves the HBONE port at least: peers learn of the withdrawal by annotation, control plane and xDS, each with
+its own debounce, and must find the port open until then."""
+FIRST_RETRY_SECONDS: Final = 0.1
+LONGEST_RETRY_SECONDS: Final = 15.0
+"""As ztunnel's for its own connections: long enough to cost nothing, short enough that nobody restarts the agent by hand."""
+
+
+class Wish(Enum):
+    CAPTURED = "captured"
+    RELEASED = "released"
+    GONE = "gone"
+    """The pod, or the namespace it had, exists no more. There is no way back: a pod that is there again starts anew."""
+
+
+class Rules(Enum):
+    """What is known of the rules in the pod's namespace."""
+
+    ABSENT = "absent"
+    UNKNOWN = "unknown"
+    IN_PLACE = "in place"
+    RELEASING = "releasing"
+
+
+@dataclass(frozen=True, slots=True)
+class PodRecord:
+    """What is known of one pod. ``annotation`` None: unknown. ``doing``: the action under way. ``because``: the last failure."""
+
+    pod: PodFacts
+    wish: Wish
+    listeners: bool = False
+    rules: Rules = Rules.ABSENT
+    verified: bool = False
+    annotation: Redirection | None = Redirection.ABSENT
+    round: int = 0
+    draining: bool = False
+    lingered: bool = False
+    living: int | None = None
+    doing: Action | None = None
+    failures: int = 0
+    resting: bool = False
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """All pods of the node. ``pods`` is None until the source was read once; ``adopted`` waits for that."""
+
+    pods: Mapping[str, PodFacts] | None = None
+    records: Mapping[str, PodRecord] = field(default_factory=dict)
+    adopted: Mapping[str, Adopted] = field(default_factory=dict)
+
+
+class Phase(Enum):
+    """A pod's state for people."""
+
+    WAITING = "waiting"
+    CAPTURING = "capturing"
+    CAPTURED = "captured"
+    PENDING = "pending"
+    RELEASING = "releasing"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class PodStatus:
+    phase: Phase
+    because: str
+
+
+Step: TypeAlias = tuple[Lifecycle, tuple[Action, ...]]
+
+
+def advance(state: Lifecycle, event: Event) -> Step:
+    """Take an event in; the new state and what to do now. Events about pods that are not known (any more) change nothing."""
+    match event:
+        case PodsChanged():
+            return _settle(_take_pods(state, event.pods))
+        case Adopted():
+            return _settle(_adopt(state, event))
+    record = state.records.get(event.uid)
+    if record is None:
+        return state, ()
+    changed = _learn(record, event)
+    return _settle_one(state, changed) if changed is not record else (state, ())
+
+
+def status_of(record: PodRecord) -> PodStatus:
+    """Where a pod stands, and why."""
+    if record.wish is Wish.CAPTURED:
+        if record.because:
+            return PodStatus(Phase.PENDING, record.because)
+        if record.pod.waiting_for and not record.listeners:
+            return PodStatus(Phase.WAITING, record.pod.waiting_for)
+        if record.verified and record.annotation is Redirection.ENABLED:
+            return PodStatus(Phase.CAPTURED, record.pod.enrolment.because)
+        return PodStatus(Phase.CAPTURING, record.pod.enrolment.because)
+    if record.because:
+        return PodStatus(Phase.RELEASING, record.because)
+    if record.draining:
+        return PodStatus(Phase.DRAINING, "unknown number of connections" if record.living is None else f"{record.living} connections")
+    return PodStatus(Phase.RELEASING, "the pod is gone" if record.wish is Wish.GONE else record.pod.enrolment.because)
+
+
+# What is wanted
+
+
+def _take_pods(state: Lifecycle, pods: Mapping[str, PodFacts]) -> Lifecycle:
+    records = {uid: _wish_anew(record, pods.get(uid)) for uid, record in state.records.items()}
+    for uid, adopted in state.adopted.items():
+        records[uid] = _wish_anew(_adopted_record(adopted), pods.get(uid))
+    for uid, pod in pods.items():
+        if uid not in records:
+            created = _new_record(pod)
+            if created is not None:
+                records[uid] = created
+    return Lifecycle(pods, records, {})
+
+
+def _new_record(pod: PodFacts) -> PodRecord | None:
+    """A record for a pod that has none; None where there is nothing to do."""
+    if pod.enrolment.enrolled:
+        # Rules and annotation of an agent that ended may be there; writing them again is harmless, believing them is not.
+        return PodRecord(pod, Wish.CAPTURED, annotation=None if pod.redirection else Redirection.ABSENT)
+    if pod.redirection:
+        return PodRecord(pod, Wish.RELEASED, rules=Rules.UNKNOWN, annotation=None)
+    return None
+
+
+def _adopt(state: Lifecycle, adopted: Adopted) -> Lifecycle:
+    if state.pods is None:
+        return replace(state, adopted={**state.adopted, adopted.uid: adopted})
+    record = state.records.get(adopted.uid)
+    if record is not None:
+        rules = Rules.UNKNOWN if record.rules is Rules.ABSENT else record.rules
+        return _with(state, replace(record, listeners=True, rules=rules, resting=False))
+    return _with(state, _wish_anew(_adopted_record(adopted), state.pods.get(adopted.uid)))
+
+
+def _adopted_record(adopted: Adopted) -> PodRecord:
+    unread = PodFacts(adopted.uid, adopted.name, adopted.namespace, adopted.service_account, Enrolment(False, "not read yet"))
+    return PodRecord(unread, Wish.RELEASED, listeners=True, rules=Rules.UNKNOWN, annotation=None)
+
+
+def _wish_anew(record: PodRecord, pod: PodFacts | None) -> PodRecord:
+    """The record with what is wanted of it now. A changed wish does not wait for the pause after a failure."""
+    if record.wish is Wish.GONE:
+        return record
+    if pod is None:
+        return replace(record, wish=Wish.GONE, resting=False)
+    wish = Wish.CAPTURED if pod.enrolment.enrolled else Wish.RELEASED
+    old = record.pod
+    if old.netns_path not in ("", pod.netns_path) and (record.listeners or record.doing is not None):
+        return replace(record, wish=Wish.GONE, resting=False)
+    if old.bypass_inbound != pod.bypass_inbound and record.rules is Rules.IN_PLACE:
+        record = replace(record, rules=Rules.UNKNOWN, verified=False)
+    if wish is not record.wish:
+        record = replace(record, wish=wish, resting=False, failures=0, because="")
+    return replace(record, pod=pod)
+
+
+# What is known
+
+
+def _learn(record: PodRecord, event: Answer | Connections | LingerOver | RetryDue | VerifyDue | NetnsReplaced) -> PodRecord:
+    match event:
+        case Connections():
+            return replace(record, living=event.living) if record.draining else record
+        case LingerOver():
+            return replace(record, lingered=True) if record.draining and event.round == record.round else record
+        case RetryDue():
+            return replace(record, resting=False)
+        case VerifyDue():
+            return replace(record, verified=False) if record.doing is None else record
+        case NetnsReplaced():
+            return replace(record, wish=Wish.GONE, resting=False)
+        case Failed():
+            return _learn_failure(record, event.because)
+        case _:
+            return _learn_success(record, event)
+
+
+def _learn_success(
+    record: PodRecord,
+    answer: ListenersOpened | Captured | Verified | Drifted | Annotated | ReleaseBegun | ReleaseFinished | ListenersClosed,
+) -> PodRecord:
+    """Answers that fit nothing under way are late and say nothing about now."""
+    done = replace(record, doing=None)
+    match record.doing, answer:
+        case OpenListeners(), ListenersOpened():
+            return replace(done, listeners=True)
+        case Capture(), Captured():
+            # What was written is what was asked for; the facts may have changed since.
+            current = record.doing.pod.bypass_inbound == record.pod.bypass_inbound
+            return replace(done, rules=Rules.IN_PLACE if current else Rules.UNKNOWN, verified=False)
+        case Verify(), Verified():
+            return replace(done, verified=record.rules is Rules.IN_PLACE)
+        case Verify(), Drifted():
+            # The first time rules are found missing they are simply written again; when that does not help it is a failure.
+            because = f"rules are not in place: {'; '.join(answer.differences)}"
+            return replace(
+                done, rules=Rules.UNKNOWN, verified=False, failures=record.failures + 1, resting=record.failures > 0, because=because
+            )
+        case Annotate(redirection=redirection), Annotated():
+            return replace(done, annotation=redirection)
+        case BeginRelease(), ReleaseBegun():
+            return replace(done, rules=Rules.RELEASING)
+        case FinishRelease(), ReleaseFinished():
+            return replace(done, rules=Rules.ABSENT)
+        case CloseListeners(), ListenersClosed():
+            return replace(done, listeners=False, draining=False)
+    return record
+
+
+def _learn_failure(record: PodRecord, because: str) -> PodRecord:
+    if record.doing is None:
+        return record
+    failed = replace(record, doing=None, failures=record.failures + 1, resting=True, because=because)
+    match record.doing:
+        case Capture() | BeginRelease() | FinishRelease():
+            return replace(failed, rules=Rules.UNKNOWN, verified=False)
+        case Annotate():
+            return replace(failed, annotation=None)
+    return failed
+
+
+# What to do
+
+
+def _settle(state: Lifecycle) -> Step:
+    actions: list[Action] = []
+    for record in list(state.records.values()):
+        state, more = _settle_one(state, record)
+        actions += more
+    return state, tuple(actions)
+
+
+def _settle_one(state: Lifecycle, record: PodRecord) -> Step:
+    """Take the steps that can be taken now, and put the record in its place in the state."""
+    before = state.records.get(record.pod.uid)
+    actions: list[Action] = []
+    if record.resting and record.doing is None and not (before is not None and before.resting):
+        actions.append(RetryAfter(record.pod.uid, _pause(record.failures)))
+    while record.doing is None and not record.resting:
+        step = _next_step(record)
+        if step is None:
+            break
+        actions.append(step)
+        record = _take_step(record, step)
+    if _is_finished(record):
+        return _replace_finished(state, record, tuple(actions))
+    if _has_arrived(record):
+        record = replace(record, failures=0, because="")
+    return _with(state, record), tuple(actions)
+
+
+def _take_step(record: PodRecord, step: Action) -> PodRecord:
+    match step:
+        case StartDraining():
+            return replace(record, draining=True, round=step.round, lingered=False, living=None)
+        case StopDraining():
+            return replace(record, draining=False)
+        case Annotate():
+            return replace(record, doing=step, annotation=None)
+    return replace(record, doing=step)
+
+
+def _next_step(record: PodRecord) -> Action | None:
+    match record.wish:
+        case Wish.CAPTURED:
+            return next(_steps_to_capture(record), None)
+        case Wish.RELEASED:
+            return next(_steps_to_release(record), None)
+        case Wish.GONE:
+            return next(_steps_to_drop(record), None)
+        case other:
+            assert_never(other)
+
+
+def _steps_to_capture(record: PodRecord) -> Iterator[Action]:
+    pod = record.pod
+    if record.draining:
+        yield StopDraining(pod.uid)
+    if pod.waiting_for and not record.listeners:
+        return
+    if record.failures > 1 and record.annotation is not Redirection.PENDING and not (record.verified and record.rules is Rules.IN_PLACE):
+        yield Annotate(pod.uid, pod, Redirection.PENDING)
+    if not record.listeners:
+        yield OpenListeners(pod.uid, pod)
+    if record.rules is not Rules.IN_PLACE:
+        yield Capture(pod.uid, pod)
+    if not record.verified:
+        yield Verify(pod.uid, pod)
+    if record.annotation is not Redirection.ENABLED:
+        yield Annotate(pod.uid, pod, Redirection.ENABLED)
+
+
+def _steps_to_release(record: PodRecord) -> Iterator[Action]:
+    pod = record.pod
+    if record.rules in (Rules.IN_PLACE, Rules.UNKNOWN):
+        yield BeginRelease(pod.uid, pod)
+    if record.annotation is not Redirection.ABSENT:
+        yield Annotate(pod.uid, pod, Redirection.ABSENT)
+    if record.rules is Rules.RELEASING:
+        if record.listeners and not record.draining:
+            yield StartDraining(pod.uid, record.round + 1, LINGER_SECONDS)
+        if record.listeners and not (record.lingered and record.living == 0):
+            return
+        yield FinishRelease(pod.uid, pod)
+    if record.listeners:
+        yield CloseListeners(pod.uid)
+
+
+def _steps_to_drop(record: PodRecord) -> Iterator[Action]:
+    # Descriptors first: they must not stay open because an annotation cannot be written.
+    if record.listeners:
+        yield CloseListeners(record.pod.uid)
+    if record.annotation is not Redirection.ABSENT:
+        yield Annotate(record.pod.uid, record.pod, Redirection.ABSENT)
+
+
+def _is_finished(record: PodRecord) -> bool:
+    """Nothing is held, announced or under way any more, and nothing is wanted."""
+    if record.wish is Wish.CAPTURED or record.doing is not None or record.listeners or record.annotation is not Redirection.ABSENT:
+        return False
+    return record.wish is Wish.GONE or record.rules is Rules.ABSENT
+
+
+def _has_arrived(record: PodRecord) -> bool:
+    return record.wish is Wish.CAPTURED and record.doing is None and record.verified and record.annotation is Redirection.ENABLED
+
+
+def _replace_finished(state: Lifecycle, record: PodRecord, actions: tuple[Action, ...]) -> Step:
+    """Forget the pod; if it exists and is wanted after all (another namespace under the same uid), begin anew after a pause."""
+    uid = record.pod.uid
+    records = {other: kept for other, kept in state.records.items() if other != uid}
+    state = replace(state, records=records)
+    pod = (state.pods or {}).get(uid)
+    if pod is None or not pod.enrolment.enrolled:
+        return state, actions
+    anew = PodRecord(pod, Wish.CAPTURED, resting=True)
+    return _with(state, anew), (*actions, RetryAfter(uid, FIRST_RETRY_SECONDS))
+
+
+def _pause(failures: int) -> float:
+    return min(FIRST_RETRY_SECONDS * 2.0 ** min(max(failures - 1, 0), 20), LONGEST_RETRY_SECONDS)
+
+
+def _with(state: Lifecycle, record: PodRecord) -> Lifecycle:
+    return replace(state, records={**state.records, record.pod.uid: record})
