@@ -98,10 +98,10 @@ class Http2Stream:
             if self._arrived:
                 self._take_arrived()
                 continue
-            self._raise_failure()
-            if self.ended:
+            if self.ended:  # before a failure: a reset after the end only says that the peer wants no more from us
                 self._finish_reading()
                 return None
+            self._raise_failure()
             await self._changed.park()
 
     async def send_message(self, payload: bytes, *, end: bool = False) -> None:
