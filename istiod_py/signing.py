@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from istiod_py.authenticate import REFUSED, Authenticator, Caller, IdentityRefused, NodeAuthorizer, Unauthenticated
 from istiod_py.ca import BadRequest, CaError, CertificateAuthority
 from mesh.model.identity import SpiffeId
-from mesh.rpc import Bidi, Call, RpcError, ServerStream, Status
+from mesh.rpc import Call, RpcError, Status
 from mesh.telemetry.log import get_logger
 from mesh.telemetry.metrics import Registry
 from mesh.xds.proto.ca_pb2 import IstioCertificateRequest, IstioCertificateResponse
@@ -80,11 +80,10 @@ class SigningService:
 
     async def _authenticate(self, call: Call) -> Caller:
         try:
-            return await self.authenticator.authenticate(call.metadata)
-        except Unauthenticated as exc:
+            return await require_caller(self.authenticator, call)
+        except RpcError:
             self.metrics.unauthenticated.value += 1
-            _log.warning("caller.refused", peer=call.peer.address, because=str(exc))
-            raise RpcError(Status.UNAUTHENTICATED, str(exc)) from exc
+            raise
 
     def _parse(self, request: bytes, caller: Caller) -> Grant:
         try:
@@ -119,15 +118,10 @@ def parse_request(data: bytes) -> Grant:
     return Grant(message.csr.encode(), impersonated, timedelta(seconds=seconds))
 
 
-def require_caller(authenticator: Authenticator, handler: Bidi) -> Bidi:
-    """The same handler, for proven callers only: the mesh's state is not for everybody who reaches the port."""
-
-    async def handle(stream: ServerStream) -> None:
-        try:
-            await authenticator.authenticate(stream.call.metadata)
-        except Unauthenticated as exc:
-            _log.warning("caller.refused", peer=stream.call.peer.address, path=stream.call.path, because=str(exc))
-            raise RpcError(Status.UNAUTHENTICATED, str(exc)) from exc
-        await handler.handle(stream)
-
-    return Bidi(handle)
+async def require_caller(authenticator: Authenticator, call: Call) -> Caller:
+    """The call's proven caller. Raises RpcError UNAUTHENTICATED; the mesh's state is not for everybody who reaches the port either."""
+    try:
+        return await authenticator.authenticate(call.metadata)
+    except Unauthenticated as exc:
+        _log.warning("caller.refused", peer=call.peer.address, path=call.path, because=str(exc))
+        raise RpcError(Status.UNAUTHENTICATED, str(exc)) from exc

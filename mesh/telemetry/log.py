@@ -90,7 +90,7 @@ def configure(levels: LogLevels | None = None, *, as_json: bool = False, stream:
     structlog.configure(
         processors=[_drop_below_level, structlog.processors.format_exc_info, _render],
         wrapper_class=structlog.make_filtering_bound_logger(0),
-        logger_factory=_make_line_logger,
+        logger_factory=_LineLogger,
         cache_logger_on_first_use=False,
     )
 
@@ -141,7 +141,10 @@ def quoted(text: str) -> str:
 
 
 class _LineLogger:
-    """Structlog's innermost logger: writes a rendered line, whatever the method."""
+    """Structlog's innermost logger: writes a rendered line, whatever the method. ``scope`` is what ``structlog.get_logger`` was given."""
+
+    def __init__(self, scope: str = "") -> None:
+        self.scope = scope
 
     def msg(self, line: str) -> None:
         stream = _sink.stream
@@ -151,12 +154,9 @@ class _LineLogger:
     debug = info = warning = error = exception = critical = msg
 
 
-def _make_line_logger(*args: object) -> _LineLogger:
-    return _LineLogger()
-
-
-def _drop_below_level(logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    if not _sink.wants(event.get("scope", ""), _SEVERITY[method]):
+def _drop_below_level(logger: _LineLogger, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    scope = event.setdefault("scope", logger.scope)
+    if not _sink.wants(scope, _SEVERITY[method]):
         raise structlog.DropEvent
     return event
 

@@ -2,6 +2,7 @@ import io
 import json
 
 import pytest
+import structlog
 
 from mesh.telemetry import log
 
@@ -31,6 +32,14 @@ def test_no_value_can_start_a_line_or_forge_a_field(stream):
     assert "\x1b" not in line
     assert "\u2028" not in line
     assert '\\"' in line
+
+
+def test_the_scope_may_come_from_structlogs_own_get_logger(stream):
+    structlog.get_logger("rpc.server").info("started")
+    assert stream.getvalue().split("\t")[2:] == ["rpc.server", "started\n"]
+    log.set_levels(log.LogLevels.parse("rpc=error"))
+    structlog.get_logger("rpc.server").info("hidden")
+    assert "hidden" not in stream.getvalue()
 
 
 def test_json_lines_have_the_node_proxys_keys_and_unknown_types_become_text():

@@ -1,0 +1,93 @@
+"""``istiod-py``: the control plane as a command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import trio
+
+from istiod_py.app import StartFailed, run_istiod
+from istiod_py.config import Config
+from mesh.runtime.signals import watch_signals
+from mesh.telemetry.log import InvalidLogSettings, configure_from
+
+EXIT_CONFIG = 78
+"""Exit status (EX_CONFIG of sysexits.h) when it can't start as configured: a restart would not help."""
+
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="ambient-mesh", prog_name="istiod-py")
+@click.option("--source", required=True, type=_DIRECTORY, help="Directory of Kubernetes YAML; watched.")
+@click.option(
+    "--overlay", "overlays", multiple=True, type=_DIRECTORY, help="Directory of status to merge onto the source's objects; repeat."
+)
+@click.option("--state-dir", required=True, type=_DIRECTORY, help="Where keys and certificates are kept; made if missing.")
+@click.option("--listen", default=":15012", metavar="HOST:PORT", help="For agents: configuration and certificates, over TLS.")
+@click.option("--monitoring", default=":15014", metavar="HOST:PORT", help="HTTP: /ready, /metrics, /debug/problems, /debug/config_dump.")
+@click.option("--token-dir", type=_DIRECTORY, help="Where the token of each Node is written.  [default: STATE_DIR/tokens]")
+@click.option("--cacerts", type=_DIRECTORY, help="Your own CA: ca-key.pem, ca-cert.pem, root-cert.pem, cert-chain.pem.")
+@click.option("--trust-domain", default="cluster.local", help="First part of every identity.")
+@click.option("--cluster-id", default="Kubernetes", help="Name of this cluster.")
+@click.option("--root-namespace", default="istio-system", help="Policies here are for the whole mesh.")
+@click.option(
+    "--debounce-ms", default=100, type=click.IntRange(0, 10_000), help="Changes that come within so many milliseconds are one push."
+)
+def main(
+    source: Path,
+    overlays: tuple[Path, ...],
+    state_dir: Path,
+    listen: str,
+    monitoring: str,
+    token_dir: Path | None,
+    cacerts: Path | None,
+    trust_domain: str,
+    cluster_id: str,
+    root_namespace: str,
+    debounce_ms: int,
+) -> None:
+    """The control plane: reads Kubernetes YAML, tells node agents what they need, and signs their certificates.
+
+    Logging is set by the environment: LOG_FORMAT (plain, json) and RUST_LOG (info, or SCOPE=LEVEL,...).
+    """
+    config = Config(
+        source=source,
+        state_dir=state_dir,
+        overlays=overlays,
+        listen=listen,
+        monitoring=monitoring,
+        token_dir=token_dir,
+        cacerts=cacerts,
+        trust_domain=trust_domain,
+        cluster_id=cluster_id,
+        root_namespace=root_namespace,
+        debounce=debounce_ms / 1000,
+    )
+    try:
+        configure_from()
+        trio.run(_run, config)
+    except (StartFailed, InvalidLogSettings) as exc:
+        print(f"istiod-py: {exc}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+
+
+async def _run(config: Config) -> None:
+    failure: StartFailed | None = None
+    async with trio.open_nursery() as nursery:
+        stop = await nursery.start(watch_signals)
+        try:
+            await nursery.start(run_istiod, config)
+        except StartFailed as exc:
+            failure = exc  # out of the nursery first, which would wrap it
+        else:
+            await stop.wait()
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+if __name__ == "__main__":
+    main()

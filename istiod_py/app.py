@@ -1,0 +1,258 @@
+"""The control plane put together: source, translation, push, certificates, and what operators ask. The only file that wires."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from typing import Final
+
+import trio
+
+from istiod_py.authenticate import Authenticator, NodeAuthorizer, TokenAuthenticator
+from istiod_py.ca import CaError, CertificateAuthority
+from istiod_py.config import LONGEST_DEBOUNCE, Config
+from istiod_py.debounce import Debounce
+from istiod_py.dump import describe
+from istiod_py.files import PUBLIC_MODE, make_private_directory, write_atomically
+from istiod_py.pods import AssignedPods
+from istiod_py.problems import ProblemLog
+from istiod_py.serving import ServingTls
+from istiod_py.signing import SigningMetrics, SigningService, require_caller
+from istiod_py.snapshot import diff
+from istiod_py.tokens import TokenStore
+from istiod_py.translate import Config as TranslateConfig
+from istiod_py.translate import Translation, translate
+from mesh.kube.directory import DirectoryStore
+from mesh.rpc import Handler, Unary, serve
+from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound_addresses, open_listeners, serve_admin
+from mesh.runtime.readiness import Readiness
+from mesh.telemetry.log import get_logger
+from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, add_build, add_process, content_type, render
+from mesh.xds.cache import ResourceCache
+from mesh.xds.names import CREATE_CERTIFICATE_METHOD
+from mesh.xds.server import AdsServer, ConnectionStatus
+
+UPKEEP_INTERVAL: Final = 60.0
+"""Seconds between looks at our own certificates, by the wall clock."""
+UPKEEP_SPREAD: Final = 10.0
+
+_log = get_logger("istiod")
+
+
+class StartFailed(Exception):
+    """The control plane can't start as configured; the text says why. The operator must act."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Where a running control plane listens, with real ports."""
+
+    agents: tuple[str, ...]
+    monitoring: tuple[str, ...]
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+async def run_istiod(config: Config, *, task_status: trio.TaskStatus[Started] = trio.TASK_STATUS_IGNORED) -> None:
+    """Run until cancelled. Raises StartFailed before anything serves; ``nursery.start`` returns once everything does."""
+    agents, monitoring = await _listen(config)
+    try:
+        istiod = await trio.to_thread.run_sync(Istiod, config)
+    except (CaError, OSError) as exc:
+        for listener in (*agents, *monitoring):
+            await listener.aclose()
+        raise StartFailed(str(exc)) from exc
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve, agents, istiod.handlers(), tls=istiod.serving.context))
+        await nursery.start(partial(serve_admin, istiod.routes(), monitoring))
+        nursery.start_soon(istiod.watch_source)
+        nursery.start_soon(istiod.run_pushes)
+        nursery.start_soon(istiod.run_upkeep)
+        istiod.ready.done()
+        started = Started(tuple(bound_addresses(agents)), tuple(bound_addresses(monitoring)))
+        _log.info("serving", agents=", ".join(started.agents), monitoring=", ".join(started.monitoring))
+        task_status.started(started)
+
+
+async def _listen(config: Config) -> tuple[list[trio.SocketListener], list[trio.SocketListener]]:
+    try:
+        agents = await open_listeners(config.listen)
+        try:
+            return agents, await open_listeners(config.monitoring)
+        except BindError:
+            for listener in agents:
+                await listener.aclose()
+            raise
+    except BindError as exc:
+        raise StartFailed(str(exc)) from exc
+
+
+class Istiod:
+    """The parts and how they hang together. Making one reads the source and the authority's files (and so blocks for a moment)."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises CaError, OSError."""
+        if not config.source.is_dir():
+            raise NotADirectoryError(f"the source {config.source} is not a directory")
+        make_private_directory(config.state_dir)
+        self._config = config
+        self._ca = open_authority(config, now())
+        self._publish_root()
+        self.serving = ServingTls(self._ca, config.serving_names, config.state_dir, now)
+        self._store = DirectoryStore([config.source, *config.overlays])
+        self._problems = ProblemLog()
+        self._ignored: set[str] = set()
+        self._pods = AssignedPods()
+        self._tokens = TokenStore(config.tokens)
+        self._debounce = Debounce(config.debounce, LONGEST_DEBOUNCE)
+        self._translating = TranslateConfig(config.trust_domain, config.cluster_id, config.root_namespace)
+        self._readiness = Readiness()
+        self.ready = self._readiness.register("first push")
+        self._registry = Registry()
+        self._authenticator: Authenticator = TokenAuthenticator(self._tokens, config.root_namespace)
+        self._cache = ResourceCache()
+        self._ads = AdsServer(self._cache, authenticate=partial(require_caller, self._authenticator))
+        self._signing = SigningMetrics(self._registry)
+        self._failures = self._registry.counter("pilot_push_failures", "Translations or pushes that ended in a defect").labelled()
+        self._pushed = self._registry.counter("pilot_xds_pushes", "Pushes that changed a type", ("type",))
+        self._add_metrics()
+        self._store.load()
+        self._tokens.reconcile(node.name for node in self._store.objects("Node"))
+        self._pods.update(self._store.objects("Pod"))
+        self._translation = Translation()
+        self._publish(translate(self._store.objects(), None, self._translating))
+
+    # Source to push
+
+    def _publish(self, translation: Translation) -> None:
+        """Hand what changed to the agents and report what is wrong with the source."""
+        changes = self._cache.apply(diff(self._translation, translation))
+        self._translation = translation
+        self._ads.publish(changes)
+        for type_url, names in changes.items():
+            self._pushed.labelled(type_url).value += 1
+            _log.info("pushed", type=type_url, resources=len(names), agents=len(self._ads.connections()))
+        self._report_problems()
+
+    async def watch_source(self) -> None:
+        """Follow the source. Tokens and assignments follow at once, what is translated after the debounce."""
+        async with aclosing(self._store.watch()) as changes_seen:
+            async for changes in changes_seen:
+                kinds = {key.kind for key in changes.changed}
+                if "Node" in kinds:
+                    self._reconcile_tokens()
+                if "Pod" in kinds:
+                    self._pods.update(self._store.objects("Pod"))
+                self._debounce.notify()
+
+    async def run_pushes(self) -> None:
+        """Translate and push after changes, one push at a time."""
+        while True:
+            await self._debounce.wait()
+            objects, before = self._store.objects(), self._translation
+            try:
+                # In a thread: a large mesh takes seconds to translate, and agents' connections must stay alive meanwhile.
+                self._publish(await trio.to_thread.run_sync(translate, objects, before, self._translating))
+            except Exception:  # supervisor: a defect that one object sets off must not take the mesh's control plane down
+                _log.exception("push.failed")
+                self._failures.value += 1
+
+    def _reconcile_tokens(self) -> None:
+        try:
+            self._tokens.reconcile(node.name for node in self._store.objects("Node"))
+        except OSError as exc:
+            _log.error("tokens.failed", directory=str(self._config.tokens), error=str(exc))
+
+    def _report_problems(self) -> None:
+        self._problems.update((*self._store.problems, *self._translation.problems))
+        for kind, origin in self._store.ignored_kinds.items():
+            if kind not in self._ignored:
+                self._ignored.add(kind)
+                _log.info("kind.ignored", kind=kind, file=origin.file, line=origin.line)
+
+    # Certificates
+
+    async def run_upkeep(self) -> None:
+        """Keep our own root and serving certificate from expiring."""
+        while True:
+            await trio.sleep(UPKEEP_INTERVAL + random.uniform(-UPKEEP_SPREAD, UPKEEP_SPREAD))
+            try:
+                if self._ca.rotate_root(now()):
+                    self._publish_root()
+                    _log.info("root.renewed", expires=self._ca.expires.isoformat())
+                if self.serving.due:
+                    self.serving.renew()
+                    _log.info("serving_certificate.renewed")
+            except (CaError, OSError) as exc:
+                _log.error("upkeep.failed", error=str(exc))
+
+    def _publish_root(self) -> None:
+        write_atomically(self._config.state_dir / "root-cert.pem", self._ca.roots_pem, PUBLIC_MODE)
+
+    # What is served
+
+    def handlers(self) -> dict[str, Handler]:
+        """The port for agents: configuration and certificates."""
+        authorizer = NodeAuthorizer(self._config.trust_domain, self._pods)
+        signing = SigningService(self._ca, self._authenticator, authorizer, self._signing)
+        return {**self._ads.handlers(), CREATE_CERTIFICATE_METHOD: Unary(signing.create_certificate)}
+
+    def routes(self) -> Routes:
+        """The port for operators, probes and scrapers."""
+        return {
+            "/ready": Route(self._readiness.serve),
+            "/metrics": Route(self._serve_metrics),
+            "/debug/problems": Route(self._serve_problems),
+            "/debug/config_dump": Route(self._serve_config_dump),
+        }
+
+    async def _serve_metrics(self, request: Request) -> Response:
+        return Response(200, render(self._registry.snapshot()), content_type(request.headers.get("accept", "")))
+
+    async def _serve_problems(self, request: Request) -> Response:
+        return Response.json(self._problems.describe())
+
+    async def _serve_config_dump(self, request: Request) -> Response:
+        return Response.json(describe_state(self._translation, self._ca, self._ads.connections()))
+
+    def _add_metrics(self) -> None:
+        add_build(self._registry, "pilot", version("ambient-mesh"))
+        add_process(self._registry)
+        self._registry.collect_from(self._collect)
+
+    def _collect(self) -> list[FamilySnapshot]:
+        gauges = (
+            ("pilot_services", "Total services known to pilot", len(self._translation.services)),
+            ("pilot_workloads", "Total workloads known to pilot", len(self._translation.workloads)),
+            ("pilot_policies", "Total L4 policies known to pilot", len(self._translation.policies)),
+            ("pilot_xds", "Number of endpoints connected to this pilot using XDS", len(self._ads.connections())),
+            ("pilot_source_problems", "Mistakes in the configuration now", len(self._problems.current)),
+            ("citadel_server_root_cert_expiry_timestamp", "The unix timestamp at which the CA expires", int(self._ca.expires.timestamp())),
+        )
+        return [FamilySnapshot(name, "gauge", help, (), (Sample((), value),)) for name, help, value in gauges]
+
+
+def open_authority(config: Config, at: datetime) -> CertificateAuthority:
+    """The operator's authority if there is one, else our own. Raises CaError."""
+    if config.cacerts is not None:
+        return CertificateAuthority.plugged_in(config.cacerts, at)
+    return CertificateAuthority.self_signed(config.state_dir, config.trust_domain, at)
+
+
+def describe_state(translation: Translation, ca: CertificateAuthority, agents: Sequence[ConnectionStatus]) -> dict[str, object]:
+    """JSON of ``/debug/config_dump``: what agents are told, who they are, and what objects' status would say. No secret is in it."""
+    return {
+        "workloads": [describe(workload) for _, workload in sorted(translation.workloads.items())],
+        "services": [describe(service) for _, service in sorted(translation.services.items())],
+        "policies": [describe(policy) for _, policy in sorted(translation.policies.items())],
+        "statuses": {str(key): describe(conditions) for key, conditions in sorted(translation.statuses.items())},
+        "agents": [describe(agent) for agent in sorted(agents, key=lambda agent: agent.node_id)],
+        "certificateAuthority": {"expires": f"{ca.expires:%Y-%m-%dT%H:%M:%SZ}", "roots": ca.roots_pem.decode("ascii")},
+    }

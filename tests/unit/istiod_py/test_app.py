@@ -1,0 +1,370 @@
+import json
+import socket
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+
+from istiod_py.app import StartFailed, run_istiod
+from istiod_py.config import Config
+from mesh.model.identity import SpiffeId
+from mesh.rpc import RpcError, Status, open_channel
+from mesh.rpc.tls import client_tls
+from mesh.tls.bundle import CertificateBundle
+from mesh.tls.csr import make_request
+from mesh.xds.client import AdsClientConfig, AdsUpdate, bearer_metadata, connect_tls, run_ads_client
+from mesh.xds.names import ADDRESS, AUTHORIZATION, CREATE_CERTIFICATE_METHOD, node_id
+from mesh.xds.proto.ca_pb2 import IstioCertificateRequest, IstioCertificateResponse
+
+CLUSTER = """\
+apiVersion: v1
+kind: Node
+metadata: {name: n1}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: n2}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: app, labels: {istio.io/dataplane-mode: ambient}}
+"""
+POD = """\
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: app, labels: {{app: {name}}}}}
+spec:
+  nodeName: {node}
+  serviceAccountName: {name}
+  containers: [{{name: main, command: [sleep, inf]}}]
+status:
+  phase: Running
+  podIP: {ip}
+  podIPs: [{{ip: {ip}}}]
+  conditions: [{{type: Ready, status: "True"}}]
+"""
+SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {name: server, namespace: app}
+spec:
+  clusterIP: 10.96.0.10
+  selector: {app: server}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+"""
+POLICY = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: only-client, namespace: app}
+spec:
+  action: ALLOW
+  rules:
+  - from:
+    - source: {principals: [cluster.local/ns/app/sa/client]}
+"""
+CLIENT, SERVER = SpiffeId("cluster.local", "app", "client"), SpiffeId("cluster.local", "app", "server")
+
+
+@dataclass
+class World:
+    """A control plane on a directory, and what a node's agent would do with it."""
+
+    directory: Path
+    agents: str = ""
+    monitoring: str = ""
+    updates: list[AdsUpdate] = field(default_factory=list)
+    news: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def source(self) -> Path:
+        return self.directory / "source"
+
+    @property
+    def config(self) -> Config:
+        return Config(self.source, self.directory / "state", listen="127.0.0.1:0", monitoring="127.0.0.1:0", debounce=0.02)
+
+    def write(self, name: str, text: str) -> None:
+        draft = self.source / f".{name}"
+        draft.write_text(text)
+        draft.rename(self.source / name)
+
+    def token(self, node: str) -> str:
+        return (self.directory / "state" / "tokens" / f"{node}.token").read_text()
+
+    def tls(self):
+        return client_tls((self.directory / "state" / "root-cert.pem").read_text())
+
+    async def follow(self, node: str = "n1") -> None:
+        """Be that node's agent, for ever."""
+        host, port = self.agents.rsplit(":", 1)
+
+        def take(update: AdsUpdate) -> None:
+            self.updates.append(update)
+            self.news.set()
+            self.news = trio.Event()
+
+        metadata = bearer_metadata(self.directory / "state" / "tokens" / f"{node}.token", cluster_id="Kubernetes")
+        connect = connect_tls(host, int(port), self.tls, server_hostname="istiod.istio-system.svc")
+        await run_ads_client(AdsClientConfig(connect, metadata, node_id("", f"ztunnel-{node}", "istio-system"), {"NODE_NAME": node}), take)
+
+    async def wait_for(self, holds):
+        """The updates, once ``holds`` of them is true."""
+        with trio.fail_after(10):
+            while not holds(self.updates):
+                await self.news.wait()
+        return self.updates
+
+    async def request(self, identity: object, *, token: str, csr: bytes | None = None, ttl: int = 3600) -> tuple[bytes, list[str]]:
+        """Ask for a certificate: the key and the chain."""
+        made = make_request(identity if isinstance(identity, SpiffeId) else CLIENT)
+        message = IstioCertificateRequest(csr=(csr or made.csr_pem).decode(), validity_duration=ttl)
+        message.metadata.update({"ImpersonatedIdentity": str(identity)})
+        host, port = self.agents.rsplit(":", 1)
+        async with open_channel(host, int(port), ssl_context=self.tls(), server_hostname="localhost") as channel:
+            metadata = {"authorization": f"Bearer {token}"}
+            answer = await channel.unary(CREATE_CERTIFICATE_METHOD, message.SerializeToString(), metadata=metadata, timeout=10)
+        return made.key_pem, list(IstioCertificateResponse.FromString(answer).cert_chain)
+
+    async def get(self, path: str) -> tuple[int, str]:
+        host, port = self.monitoring.rsplit(":", 1)
+        async with await trio.open_tcp_stream(host, int(port)) as stream:
+            await stream.send_all(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+            answer = b"".join([data async for data in stream])
+        head, _, body = answer.partition(b"\r\n\r\n")
+        return int(head.split()[1]), body.decode()
+
+    async def wait_problems(self, count: int) -> list[dict[str, object]]:
+        with trio.fail_after(10):
+            while True:
+                problems = json.loads((await self.get("/debug/problems"))[1])
+                if len(problems) == count:
+                    return problems
+                await trio.sleep(0.02)
+
+
+@asynccontextmanager
+async def running(world: World):
+    async with trio.open_nursery() as nursery:
+        started = await nursery.start(run_istiod, world.config)
+        (world.agents,), (world.monitoring,) = started.agents, started.monitoring
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def world(tmp_path):
+    world = World(tmp_path)
+    world.source.mkdir()
+    world.write("cluster.yaml", CLUSTER)
+    world.write("client.yaml", POD.format(name="client", node="n1", ip="10.0.1.2"))
+    world.write("server.yaml", POD.format(name="server", node="n2", ip="10.0.2.2"))
+    world.write("service.yaml", SERVICE)
+    return world
+
+
+def _uids(update):
+    return sorted(workload.uid for workload in update.delta.workloads)
+
+
+def test_an_agent_is_told_workloads_services_and_policies(world):
+    world.write("policy.yaml", POLICY)
+
+    async def main():
+        async with running(world) as nursery:
+            nursery.start_soon(world.follow)
+            updates = await world.wait_for(lambda updates: len(updates) == 2)
+            addresses, policies = sorted(updates, key=lambda update: update.type_url != ADDRESS)
+            assert _uids(addresses) == ["Kubernetes//Pod/app/client", "Kubernetes//Pod/app/server"]
+            (server,) = [workload for workload in addresses.delta.workloads if workload.name == "server"]
+            assert (str(server.addresses[0]), server.node, server.identity) == ("10.0.2.2", "n2", SERVER)
+            assert [str(service.key) for service in addresses.delta.services] == ["app/server.app.svc.cluster.local"]
+            assert [policy.key for policy in policies.delta.policies] == ["app/only-client"]
+
+    trio.run(main)
+
+
+def test_an_edit_pushes_only_what_changed(world):
+    async def main():
+        async with running(world) as nursery:
+            nursery.start_soon(world.follow)
+            await world.wait_for(lambda updates: len(updates) == 2)
+            world.write("server.yaml", POD.format(name="server", node="n2", ip="10.0.2.3"))
+            update = (await world.wait_for(lambda updates: len(updates) == 3))[-1]
+            assert (update.type_url, _uids(update), update.delta.services) == (ADDRESS, ["Kubernetes//Pod/app/server"], ())
+            world.write("policy.yaml", POLICY)
+            update = (await world.wait_for(lambda updates: len(updates) == 4))[-1]
+            assert (update.type_url, len(update.delta.policies)) == (AUTHORIZATION, 1)
+            (world.source / "server.yaml").unlink()
+            update = (await world.wait_for(lambda updates: len(updates) == 5))[-1]
+            assert update.delta.removed_addresses == ("Kubernetes//Pod/app/server",)
+            world.write("cluster.yaml", CLUSTER + "# a comment changes nothing\n")
+            world.write("policy.yaml", POLICY.replace("ALLOW", "DENY"))
+            update = (await world.wait_for(lambda updates: len(updates) == 6))[-1]
+            assert update.type_url == AUTHORIZATION
+
+    trio.run(main)
+
+
+def test_a_mistake_keeps_the_last_good_version_and_is_shown_with_file_line_and_field(world):
+    world.write("policy.yaml", POLICY)
+
+    async def main():
+        async with running(world) as nursery:
+            nursery.start_soon(world.follow)
+            await world.wait_for(lambda updates: len(updates) == 2)
+            assert await world.wait_problems(0) == []
+            world.write("policy.yaml", POLICY.replace("principals: [cluster.local/ns/app/sa/client]", "ipBlocks: [10.0.0.0/99]"))
+            (problem,) = await world.wait_problems(1)
+            assert (problem["file"], problem["line"]) == ("policy.yaml", 8)
+            assert str(problem["field"]).startswith("spec.rules[0].from[0].source.ipBlocks")
+            world.write("server.yaml", "apiVersion: v1\nkind: Pod\n  metadata: {")
+            both = await world.wait_problems(2)
+            assert {problem["file"] for problem in both} == {"policy.yaml", "server.yaml"}
+            # A change that is good reaches the agents meanwhile; what was kept is not pushed.
+            world.write("client.yaml", POD.format(name="client", node="n1", ip="10.0.1.9"))
+            update = (await world.wait_for(lambda updates: len(updates) == 3))[-1]
+            assert _uids(update) == ["Kubernetes//Pod/app/client"]
+            world.write("policy.yaml", POLICY)
+            await world.wait_problems(1)
+            assert len(world.updates) == 3
+
+    trio.run(main)
+
+
+def test_a_policy_that_was_never_readable_reaches_agents_as_one_that_denies(world):
+    world.write("policy.yaml", POLICY.replace("ALLOW", "DENY").replace("principals", "princpals"))
+
+    async def main():
+        async with running(world) as nursery:
+            nursery.start_soon(world.follow)
+            updates = await world.wait_for(lambda updates: len(updates) == 2)
+            (policy,) = [policy for update in updates for policy in update.delta.policies]
+            assert (policy.action.name, len(policy.rules), policy.rules[0].clauses) == ("DENY", 1, ())
+
+    trio.run(main)
+
+
+def test_a_certificate_for_a_pod_of_the_callers_node_verifies(world):
+    async def main():
+        async with running(world):
+            key, chain = await world.request(CLIENT, token=world.token("n1"))
+            bundle = CertificateBundle.parse(key_pem=key, chain_pem=[pem.encode() for pem in chain[:-1]], roots_pem=chain[-1].encode())
+            assert bundle.identity == CLIENT
+            assert chain[-1] == (world.directory / "state" / "root-cert.pem").read_text()
+
+    trio.run(main)
+
+
+def test_requests_that_may_not_be_granted_are_refused_with_their_status(world):
+    async def refused(status, identity, **arguments):
+        with pytest.raises(RpcError) as caught:
+            await world.request(identity, **arguments)
+        assert caught.value.status is status, caught.value
+
+    async def main():
+        async with running(world):
+            n1, n2 = world.token("n1"), world.token("n2")
+            await refused(Status.UNAUTHENTICATED, CLIENT, token="wrong")
+            await refused(Status.UNAUTHENTICATED, CLIENT, token=n2)
+            await refused(Status.UNAUTHENTICATED, "spiffe://example.org/ns/app/sa/client", token=n1)
+            await refused(Status.INVALID_ARGUMENT, CLIENT, token=n1, csr=b"no request")
+            await refused(Status.INVALID_ARGUMENT, CLIENT, token=n1, ttl=100 * 86400)
+            assert (await world.get("/ready")) == (200, "ready\n")
+
+    trio.run(main)
+
+
+def test_a_pod_that_moves_takes_its_identity_to_the_other_node(world):
+    async def main():
+        async with running(world):
+            world.write("client.yaml", POD.format(name="client", node="n2", ip="10.0.2.9"))
+            await world.request(CLIENT, token=world.token("n2"))
+            with pytest.raises(RpcError):
+                await world.request(CLIENT, token=world.token("n1"))
+
+    trio.run(main)
+
+
+def test_without_a_token_the_mesh_is_not_shown(world):
+    async def main():
+        async with running(world):
+            host, port = world.agents.rsplit(":", 1)
+            async with open_channel(host, int(port), ssl_context=world.tls(), server_hostname="localhost") as channel:
+                with pytest.raises(RpcError) as caught:
+                    async with channel.stream("/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources") as stream:
+                        await stream.receive()
+            assert caught.value.status is Status.UNAUTHENTICATED
+
+    trio.run(main)
+
+
+def test_tokens_come_and_go_with_their_nodes(world):
+    async def main():
+        async with running(world):
+            old = world.token("n1")
+            world.write("cluster.yaml", CLUSTER.replace("{name: n1}", "{name: n3}"))
+            with trio.fail_after(10):
+                while not (world.directory / "state" / "tokens" / "n3.token").exists():  # noqa: ASYNC110 - it is another's file
+                    await trio.sleep(0.01)
+            assert not (world.directory / "state" / "tokens" / "n1.token").exists()
+            with pytest.raises(RpcError) as caught:
+                await world.request(CLIENT, token=old)
+            assert caught.value.message == "request authenticate failure"
+
+    trio.run(main)
+
+
+def test_a_restart_keeps_root_and_tokens_and_a_connected_agent_gets_nothing_twice(world):
+    async def main():
+        async with running(world):
+            root, token = (world.directory / "state" / "root-cert.pem").read_bytes(), world.token("n1")
+        async with running(world):
+            assert (world.directory / "state" / "root-cert.pem").read_bytes() == root
+            assert world.token("n1") == token
+            await world.request(CLIENT, token=token)
+
+    trio.run(main)
+
+
+def test_operators_see_metrics_and_the_state_without_secrets(world):
+    async def main():
+        async with running(world) as nursery:
+            nursery.start_soon(world.follow)
+            await world.wait_for(lambda updates: len(updates) == 2)
+            status, text = await world.get("/metrics")
+            assert status == 200
+            assert text.endswith("# EOF\n")
+            assert "\npilot_workloads 2\n" in text
+            assert "\npilot_xds 1\n" in text
+            dump = json.loads((await world.get("/debug/config_dump"))[1])
+            assert [workload["name"] for workload in dump["workloads"]] == ["client", "server"]
+            assert dump["agents"][0]["node_id"].startswith("ztunnel~")
+            assert "PRIVATE" not in json.dumps(dump)
+            assert world.token("n1") not in json.dumps(dump)
+
+    trio.run(main)
+
+
+def _failure(config):
+    async def main():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(run_istiod, config)
+            nursery.cancel_scope.cancel()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        trio.run(main)
+    assert caught.group_contains(StartFailed)
+    return str(caught.value.exceptions[0])
+
+
+def test_an_address_in_use_a_missing_source_and_a_broken_authority_are_clear_errors(world, tmp_path):
+    from dataclasses import replace
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert f"failed to bind to address {address}" in _failure(replace(world.config, monitoring=address))
+        assert f"failed to bind to address {address}" in _failure(replace(world.config, listen=address))
+    assert "is not a directory" in _failure(replace(world.config, source=tmp_path / "nowhere"))
+    assert "ca-key.pem: No such file" in _failure(replace(world.config, cacerts=tmp_path))
