@@ -26,7 +26,7 @@ CLUSTER_DNS: Final = (SERVICES_V4[10], SERVICES_V6[10])
 MAX_NODES: Final = 240
 MAX_PODS_PER_NODE: Final = 250
 _NODES_FROM: Final = 10
-_SERVICES_FROM: Final = 256
+_SERVICES_FROM: Final = 257
 """Below: the cluster DNS, and room for addresses that users write into their files."""
 _MAX_SERVICES: Final = 60_000
 

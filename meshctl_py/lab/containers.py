@@ -110,7 +110,7 @@ class PodRunner:
             if status.because and status.state in ("waiting", "pausing"):
                 return f"{name}: {status.because}"
             if name in self._why_not_ready and not self._ready.get(name, True):
-                return f"{name}: {self._why_not_ready[name]}"
+                return f"{name}: {self._why_not_ready[name] or 'starting'}"
         return "starting"
 
     _initialised = False
@@ -227,6 +227,13 @@ class PodRunner:
     def _process(self, container: Container) -> LabProcess:
         key = self.pod.spec.key
         return LabProcess(container.name, self._place.logs / f"{key.namespace}_{key.name}_{container.name}.log", self._changed)
+
+    def entry_for(self, container: str | None, argv: tuple[str, ...]) -> Entry | None:
+        """How to run a command beside a container, by default the first; None if there is no such container."""
+        for candidate in (*self.pod.spec.containers, *self.pod.spec.init_containers):
+            if container in (None, candidate.name):
+                return self._place.entry(argv, self.pod.spec.hostname, candidate.directory)
+        return None
 
     def _entry(self, container: Container) -> Entry:
         return self._place.entry(container.argv, self.pod.spec.hostname, container.directory)

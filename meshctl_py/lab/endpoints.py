@@ -16,6 +16,8 @@ CLUSTER_DOMAIN = "cluster.local"
 class VirtualPort:
     """One address and port that stands for several; no targets: nobody is ready."""
 
+    service: str
+    """``namespace/name``, for whoever reads the rules."""
     address: SocketAddress
     protocol: str
     targets: tuple[SocketAddress, ...]
@@ -30,7 +32,7 @@ def virtual_ports(cluster: Cluster, assignments: Assignments, ready: Collection[
         for vip in vips:
             for port in service.ports:
                 if port.protocol != "SCTP":
-                    table.append(VirtualPort(SocketAddress(vip, port.port), port.protocol, _targets(pods, port, vip.version)))
+                    table.append(VirtualPort(str(key), SocketAddress(vip, port.port), port.protocol, _targets(pods, port, vip.version)))
     return tuple(table)
 
 

@@ -21,11 +21,12 @@ NOT_ENTERED = 126
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a command runs and what it finds there.
+    """Where a command runs and what it finds there. The environment is the starter's.
 
     ``join``: descriptors or paths of namespaces, joined in this order. ``hide``: a mount the command shall not see or hold (the lab's
-    namespace handles: a copy of them would keep a deleted pod's namespace alive). ``binds``: files that lie over others, source first.
-    ``as_child``: the command becomes a child of this process, in the PID namespace that was joined, and dies with it.
+    namespace handles: a copy of them would keep a deleted pod's namespace alive); None leaves it among the lab's own mounts, as the agents
+    need. ``binds``: files that lie over others, source first. ``as_child``: the command becomes a child of this process, in the PID
+    namespace that was joined, and dies with it.
     """
 
     argv: tuple[str, ...]
@@ -34,7 +35,6 @@ class Entry:
     binds: tuple[tuple[str, str], ...] = ()
     hostname: str | None = None
     directory: str | None = None
-    environment: dict[str, str] | None = None
     as_child: bool = False
 
     def command(self) -> list[str]:
@@ -46,8 +46,7 @@ class Entry:
 
 def main() -> None:
     """Carry out the entry given as the last argument; does not return."""
-    fields = json.loads(sys.argv[-1])
-    entry = Entry(**{**fields, "binds": tuple(map(tuple, fields["binds"]))})
+    entry = Entry(**json.loads(sys.argv[-1]))
     try:
         _join(entry)
     except OSError as exc:
@@ -80,24 +79,28 @@ def _run_as_child(entry: Entry) -> None:
 
 def _prepare_and_execute(entry: Entry) -> None:
     try:
-        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWUTS)
-        kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
         if entry.hide is not None:
-            kernel.unmount(entry.hide)
-        for source, target in entry.binds:
-            if os.path.exists(target):  # a minimal system may have no /etc/resolv.conf; nothing can lie over what isn't there
-                kernel.mount(source, target, flags=kernel.MS_BIND)
+            _make_private_mounts(entry.hide, entry.binds)
         if entry.hostname is not None:
+            kernel.unshare(kernel.CLONE_NEWUTS)
             kernel.set_hostname(entry.hostname)
         if entry.directory is not None:
             os.chdir(entry.directory)
     except OSError as exc:
         _fail(NOT_ENTERED, f"cannot enter: {exc.strerror}" + (f": {exc.filename}" if exc.filename else ""))
-    environment = dict(os.environ) if entry.environment is None else entry.environment
     try:
-        os.execvpe(entry.argv[0], entry.argv, environment)
+        os.execvp(entry.argv[0], entry.argv)
     except OSError as exc:
         _fail(NOT_FOUND, f"{entry.argv[0]}: {exc.strerror}")
+
+
+def _make_private_mounts(hide: str, binds: tuple[tuple[str, str], ...]) -> None:
+    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
+    kernel.unmount(hide)
+    for source, target in binds:
+        if os.path.exists(target):  # a minimal system may have no /etc/resolv.conf; nothing can lie over what isn't there
+            kernel.mount(source, target, flags=kernel.MS_BIND)
 
 
 def _fail(status: int, message: str) -> None:

@@ -23,7 +23,8 @@ from meshctl_py.lab import kernel
 class LabConfig:
     """What ``lab up`` tells the lab. Paths are absolute. ``lock`` and ``events`` are inherited descriptors.
 
-    ``with_mesh`` False leaves control plane and agents out: nodes, pods, VIPs and DNS alone.
+    ``with_mesh`` False leaves control plane and agents out: nodes, pods, VIPs and DNS alone. ``patience``: seconds until everything must
+    be ready; then the lab ends, unless ``keep``. ``user_namespace``: the lab has one of its own, because no root started it.
     """
 
     name: str
@@ -31,8 +32,11 @@ class LabConfig:
     state: str
     lock: int
     events: int
+    user_namespace: bool
     with_mesh: bool = True
     movers: int | None = None
+    patience: float = 60.0
+    keep: bool = False
 
     @classmethod
     def parse(cls, text: str) -> LabConfig:
@@ -55,7 +59,7 @@ def main() -> None:
     """``python -m meshctl_py.lab.init CONFIG``: returns at once in the caller's PID namespace, lives on as process 1 of a new one."""
     config = LabConfig.parse(sys.argv[1])
     try:
-        enter_new_namespaces()
+        enter_new_namespaces(user_namespace=config.user_namespace)
         if os.fork() != 0:
             os._exit(0)
         _private_mounts(config)
@@ -65,11 +69,11 @@ def main() -> None:
     os._exit(_run_keeper(config))
 
 
-def enter_new_namespaces() -> None:
-    """New PID (for children), mount, network and UTS namespaces; a user namespace around them unless this is root. Raises CannotIsolate."""
+def enter_new_namespaces(*, user_namespace: bool) -> None:
+    """New PID (for children), mount, network and UTS namespaces, in a user namespace if asked for. Raises CannotIsolate."""
     uid, gid = os.geteuid(), os.getegid()
     try:
-        if uid != 0:
+        if user_namespace:
             kernel.unshare(kernel.CLONE_NEWUSER)
             # One mapping is all that an unprivileged user may write, and setgroups must be denied before it (user_namespaces(7)).
             Path("/proc/self/setgroups").write_text("deny")
@@ -77,7 +81,7 @@ def enter_new_namespaces() -> None:
             Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
         kernel.unshare(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS)
     except OSError as exc:
-        hint = "" if uid == 0 else "; user namespaces may be switched off (user.max_user_namespaces, AppArmor): try as root"
+        hint = "" if not user_namespace else "; user namespaces may be switched off (user.max_user_namespaces, AppArmor): try as root"
         raise CannotIsolate(f"the kernel gives no namespaces: {exc.strerror}{hint}") from exc
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from mesh.linux.netns import create_named_netns, delete_named_netns, open_netns, run_in_netns
+from mesh.linux.netns import NotANetworkNamespace, create_named_netns, delete_named_netns, open_netns, run_in_netns
 from mesh.model.address import IpAddress
 from meshctl_py.lab.assign import CLUSTER_DNS, CONTROL_PLANE, ROUTER, NodeAssignment, PodAssignment
 
@@ -28,6 +28,19 @@ _ONLINK = 0x04
 _SCOPE_LINK = 253
 _GATEWAY_V6 = "fe80::1"
 _LAST_RESORT = 65535
+
+
+class CannotBuild(Exception):
+    """The kernel refused a part of the network; the text says which, and why."""
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Turns what netlink, mounts and sysctls raise into `CannotBuild`."""
+    try:
+        yield
+    except (NetlinkError, OSError, NotANetworkNamespace) as exc:
+        raise CannotBuild(f"{what}: {exc}") from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +63,21 @@ class Wires:
         return self.directory / f"pod_{pod.spec.key.namespace}_{pod.spec.key.name}_{pod.uid[:8]}"
 
 
+@building("router")
 def build_router() -> None:
-    """Make the calling process's own namespace the router."""
+    """Make the calling process's own namespace the router. Raises CannotBuild, like all functions here."""
     _forward()
     with IPRoute() as ip:
         _raise_loopback(ip, (*ROUTER, *CLUSTER_DNS))
 
 
+@building("control plane's namespace")
 def add_control_plane(wires: Wires) -> None:
     """The namespace that the control plane runs in."""
     _join_to_router(wires.control_plane, "to-istiod", CONTROL_PLANE)
 
 
+@building("node")
 def add_node(wires: Wires, node: NodeAssignment) -> None:
     """A node: joined to the router, which sends it the node's ranges of pod addresses."""
     path = wires.node(node.name)
@@ -74,12 +90,14 @@ def add_node(wires: Wires, node: NodeAssignment) -> None:
             ip.route("replace", dst=str(network), gateway=str(via), oif=index, flags=_ONLINK)
 
 
+@building("node")
 def remove_node(wires: Wires, name: str) -> None:
     """The namespace goes, and with it both ends of its veth."""
     _remove_link(interface_name(name))
     delete_named_netns(wires.node(name))
 
 
+@building("pod")
 def add_pod(wires: Wires, pod: PodAssignment, node: NodeAssignment) -> None:
     """A pod's namespace with ``eth0``, routed by its node; addresses beyond the node's ranges get routes of their own on the router."""
     if pod.spec.host_network:
@@ -95,6 +113,7 @@ def add_pod(wires: Wires, pod: PodAssignment, node: NodeAssignment) -> None:
             ip.route("replace", dst=_host(address), gateway=str(via), oif=index, flags=_ONLINK)
 
 
+@building("pod")
 def remove_pod(wires: Wires, pod: PodAssignment, node: NodeAssignment) -> None:
     """The pod's wire and namespace. Its processes must be gone already."""
     if pod.spec.host_network:

@@ -11,6 +11,8 @@ from mesh.kube.objects import KubeObject, SourceProblem
 from mesh.model.address import InvalidAddress, IpAddress, parse_ip
 from mesh.model.enrolment import Enrolment, decide_enrolment
 
+KINDS = ("Node", "Namespace", "Pod", "Service")
+"""What the lab builds, or needs to know to build."""
 DEFAULT_GRACE = 5
 """Seconds between SIGTERM and SIGKILL where the pod does not say; Kubernetes has 30, but somebody is watching here."""
 

@@ -35,12 +35,12 @@ async def open_connection(netns: Path, ip: str, port: int) -> AsyncIterator[trio
     try:
         sock = trio.socket.from_stdlib_socket(await _open_socket(netns, family))
     except OSError as exc:
-        raise Unreachable(exc.strerror or str(exc)) from exc
+        raise Unreachable(str(exc)) from exc
     with sock:
         try:
             await sock.connect((ip, port))
         except OSError as exc:
-            raise Unreachable(exc.strerror or str(exc)) from exc
+            raise Unreachable(f"port {port}: {os.strerror(exc.errno) if exc.errno else exc}") from exc
         yield trio.SocketStream(sock)
 
 

@@ -1,0 +1,81 @@
+"""Holds connections to an echo server and talks on each ten times a second: ``python3 hold.py HOST PORT COUNT``.
+
+Half of the connections are IPv4, half IPv6. Prints ``holding COUNT`` when all are open. When its input ends it closes them and prints, as
+JSON: how many it held, how many broke (and why), messages echoed in order, and the longest wait for an echo in milliseconds.
+"""
+
+import json
+import selectors
+import socket
+import sys
+import time
+
+PERIOD = 0.1
+host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+
+class Held:
+    def __init__(self, family: int) -> None:
+        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
+        self.socket = socket.create_connection(address[:2], timeout=10)
+        self.socket.settimeout(10)
+        self.sent = self.echoed = 0
+        self.sent_at = self.longest = 0.0
+        self.buffer = b""
+        self.broken = ""
+
+    def speak(self, now: float) -> None:
+        if self.broken or self.sent > self.echoed:
+            return  # the last one is still on its way; how long shows in `longest`
+        self.sent += 1
+        self.sent_at = now
+        try:
+            self.socket.sendall(f"{self.sent}\n".encode())
+        except OSError as exc:
+            self.broken = f"{type(exc).__name__} after {self.echoed} messages"
+
+    def listen(self, now: float) -> None:
+        try:
+            data = self.socket.recv(65536)
+        except OSError as exc:
+            self.broken = f"{type(exc).__name__} after {self.echoed} messages"
+            return
+        if not data:
+            self.broken = f"closed by the other side after {self.echoed} messages"
+            return
+        self.buffer += data
+        *lines, self.buffer = self.buffer.split(b"\n")
+        for line in lines:
+            if int(line) != self.echoed + 1:
+                self.broken = f"message {int(line)} came instead of {self.echoed + 1}"
+            self.echoed += 1
+            self.longest = max(self.longest, now - self.sent_at)
+
+
+connections = [Held(socket.AF_INET6 if index % 2 else socket.AF_INET) for index in range(count)]
+selector = selectors.DefaultSelector()
+for connection in connections:
+    selector.register(connection.socket, selectors.EVENT_READ, connection)
+selector.register(sys.stdin, selectors.EVENT_READ)
+print(f"holding {count}", flush=True)
+next_round = time.monotonic()
+ending = False
+while not ending:
+    for key, _ in selector.select(max(0.0, next_round - time.monotonic())):
+        if key.fileobj is sys.stdin:
+            ending = not sys.stdin.readline()
+        elif not key.data.broken:
+            key.data.listen(time.monotonic())
+            if key.data.broken:
+                selector.unregister(key.fileobj)
+    if time.monotonic() >= next_round:
+        next_round = time.monotonic() + PERIOD
+        for connection in connections:
+            connection.speak(time.monotonic())
+now = time.monotonic()
+broken = [connection.broken for connection in connections if connection.broken]
+waiting = [now - connection.sent_at for connection in connections if connection.sent > connection.echoed and not connection.broken]
+longest = max([connection.longest for connection in connections] + waiting)
+echoed = sum(connection.echoed for connection in connections)
+silent = sum(wait > 5 for wait in waiting)
+print(json.dumps({"held": count, "broken": broken, "silent": silent, "echoed": echoed, "longest_ms": round(longest * 1000)}), flush=True)
