@@ -72,6 +72,7 @@ class World:
     """A control plane on a directory, and what a node's agent would do with it."""
 
     directory: Path
+    listen: str = "127.0.0.1:0"
     agents: str = ""
     monitoring: str = ""
     updates: list[AdsUpdate] = field(default_factory=list)
@@ -83,7 +84,7 @@ class World:
 
     @property
     def config(self) -> Config:
-        return Config(self.source, self.directory / "state", listen="127.0.0.1:0", monitoring="127.0.0.1:0", debounce=0.02)
+        return Config(self.source, self.directory / "state", listen=self.listen, monitoring="127.0.0.1:0", debounce=0.02)
 
     def write(self, name: str, text: str) -> None:
         draft = self.source / f".{name}"
@@ -317,13 +318,26 @@ def test_tokens_come_and_go_with_their_nodes(world):
 
 
 def test_a_restart_keeps_root_and_tokens_and_a_connected_agent_gets_nothing_twice(world):
+    world.write("policy.yaml", POLICY)
+
     async def main():
-        async with running(world):
-            root, token = (world.directory / "state" / "root-cert.pem").read_bytes(), world.token("n1")
-        async with running(world):
-            assert (world.directory / "state" / "root-cert.pem").read_bytes() == root
-            assert world.token("n1") == token
-            await world.request(CLIENT, token=token)
+        async with trio.open_nursery() as agent:
+            async with running(world):
+                root, token = (world.directory / "state" / "root-cert.pem").read_bytes(), world.token("n1")
+                agent.start_soon(world.follow)
+                await world.wait_for(lambda updates: len(updates) == 2)
+                world.listen = world.agents
+            world.write("server.yaml", POD.format(name="server", node="n2", ip="10.0.2.99"))
+            async with running(world):
+                assert (world.directory / "state" / "root-cert.pem").read_bytes() == root
+                assert world.token("n1") == token
+                await world.request(CLIENT, token=token)
+                addresses, policies = sorted(
+                    (await world.wait_for(lambda updates: len(updates) == 4))[2:], key=lambda u: u.type_url != ADDRESS
+                )
+                assert _uids(addresses) == ["Kubernetes//Pod/app/server"]
+                assert (addresses.delta.services, policies.delta.policies) == ((), ())
+                agent.cancel_scope.cancel()
 
     trio.run(main)
 
