@@ -78,13 +78,12 @@ class Drained(Message, frozen=True):
 
 
 class Resources(Message, frozen=True):
-    """A part of the mesh's state: one DeltaDiscoveryResponse as it came over xDS, or made by the brain for a full transfer.
+    """A DeltaDiscoveryResponse, as it came over xDS or as the brain made it for a mover that joins.
 
-    ``transfer`` is ``delta`` for a change. A full transfer is ``part`` messages and one ``last``; the mover swaps to the new whole in
-    one step when ``last`` has come, and keeps the old until then.
+    ``whole``: it names all there is of its type; what the mover holds beyond it goes, in one step.
     """
 
-    transfer: str
+    whole: bool
     payload: bytes
 
 
@@ -140,5 +139,13 @@ class Drain(Message, frozen=True):
     seconds: float
 
 
+class SetLogLevels(Message, frozen=True):
+    """Log at these levels from now on (`mesh.telemetry.log.LogLevels`)."""
+
+    levels: str
+
+
 FromMover: TypeAlias = Hello | Holding | PodServing | PodConnections | CertificateWanted | Scraped | Drained
-ToMover: TypeAlias = Resources | Certificate | CertificateUnavailable | ServePod | ReleasePod | KeepPod | DropPod | Scrape | Drain
+ToMover: TypeAlias = (
+    Resources | Certificate | CertificateUnavailable | ServePod | ReleasePod | KeepPod | DropPod | Scrape | Drain | SetLogLevels
+)

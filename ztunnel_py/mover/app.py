@@ -14,13 +14,14 @@ import trio
 
 from mesh.authz.evaluate import AppliedPolicies
 from mesh.model.identity import SpiffeId
-from mesh.reactor.loop import Reactor
-from mesh.state.store import Changes, Delta, MeshState
+from mesh.reactor.loop import Reactor, Timer
+from mesh.state.store import Changes, MeshState
 from mesh.telemetry import log
 from mesh.telemetry.access import SCOPE, AccessLog
 from mesh.telemetry.metrics import Registry, TcpMetrics, encode_snapshot
 from mesh.tls.bundle import CertificateBundle, InvalidBundle
-from mesh.xds.decode import decode_response
+from mesh.xds.client import decode
+from mesh.xds.names import ADDRESS, AUTHORIZATION
 from ztunnel_py import messages
 from ztunnel_py.channel import Channel, ChannelClosed, close_all
 from ztunnel_py.config import AgentConfig, read_config
@@ -29,14 +30,14 @@ from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
 from ztunnel_py.mover.ledger import DRAINED, Failure, Ledger
 from ztunnel_py.mover.outbound import Outbound
-from ztunnel_py.mover.plane import Plane
+from ztunnel_py.mover.plane import POLICY_GRACE_SECONDS, Plane
 from ztunnel_py.mover.pod import Pod, PodSockets
 from ztunnel_py.mover.waiting import WaitingRoom
 from ztunnel_py.supervisor import LIFELINE
 
 RECONNECT_SECONDS = 0.05
 """How often a mover looks for a new brain: a restart of the brain is noticed at once, and the look costs one system call."""
-_DRAIN_LOOK = 0.05
+_LAST_WORDS = 0.05
 OUTGOING = 4096
 """Messages to the brain that may wait; beyond that the brain is not reading, and what it would be told it asks again."""
 
@@ -68,12 +69,13 @@ class Mover:
             credentials=CredentialStore(reactor, self._ask_certificate),
             ledger=Ledger(TcpMetrics(self._registry), self._access, reactor.now),
             workloads_wanted=WaitingRoom(reactor),
+            policies_awaited=WaitingRoom(reactor),
             trust_domain=config.trust_domain,
             rng=random.Random(),
         )
         self._plane.ledger.on_count = self._count_changed
         self._pods: dict[str, Pod] = {}
-        self._transfer: list[Delta] = []
+        self._recheck: Timer | None = None
         self._stopping = trio.Event()
         self._nursery: trio.Nursery
 
@@ -113,12 +115,11 @@ class Mover:
                     nursery.start_soon(self._send_outgoing, channel, receive)
                     while True:
                         message, descriptors = await channel.receive()
-                        self._handle(message, descriptors)
+                        await self._handle(message, descriptors)
             except* ChannelClosed:
                 pass
             finally:
                 self._to_brain = None
-                self._transfer.clear()
                 channel.close()
 
     async def _introduce(self, channel: Channel[messages.ToMover]) -> None:
@@ -153,10 +154,10 @@ class Mover:
 
     # Messages
 
-    def _handle(self, message: messages.ToMover, descriptors: list[int]) -> None:
+    async def _handle(self, message: messages.ToMover, descriptors: list[int]) -> None:
         match message:
             case messages.Resources():
-                self._take_resources(message)
+                await self._take_resources(message)
             case messages.Certificate():
                 self._take_certificate(message)
             case messages.CertificateUnavailable():
@@ -173,28 +174,35 @@ class Mover:
                 self._report(message.request)
             case messages.Drain():
                 self._nursery.start_soon(self._drain, message.seconds)
+            case messages.SetLogLevels():
+                log.set_levels(log.LogLevels.parse(message.levels))
 
-    def _take_resources(self, message: messages.Resources) -> None:
-        delta = decode_response(message.payload).delta
-        if message.transfer == "delta":
-            self._changed(self._plane.state.apply(delta))
-            return
-        self._transfer.append(delta)
-        if message.transfer == "last":
-            whole = Delta(
-                workloads=tuple(workload for part in self._transfer for workload in part.workloads),
-                services=tuple(service for part in self._transfer for service in part.services),
-                policies=tuple(policy for part in self._transfer for policy in part.policies),
-            )
-            self._transfer.clear()
-            self._changed(self._plane.state.replace(whole, addresses=True, policies=True))
+    async def _take_resources(self, message: messages.Resources) -> None:
+        decoded = await decode(message.payload)
+        state = self._plane.state
+        if message.whole:
+            addresses, policies = decoded.type_url == ADDRESS, decoded.type_url == AUTHORIZATION
+            self._changed(state.replace(decoded.delta, addresses=addresses, policies=policies))
+        else:
+            self._changed(state.apply(decoded.delta))
 
     def _changed(self, changes: Changes) -> None:
-        for uid in self._plane.workloads_wanted.keys():
+        """After every change of state: who waited for it goes on, and who is no longer allowed ends."""
+        for uid in self._plane.workloads_wanted.waited_for():
             self._plane.workloads_wanted.settle(uid)
-        ended = self._plane.ledger.reauthorize(self._policies_for)
-        if ended:
-            _log.info("policy.ended_connections", connections=ended)
+        self._plane.policies_awaited.settle(None)
+        self._reauthorize(final=False)
+
+    def _reauthorize(self, *, final: bool) -> None:
+        outcome = self._plane.ledger.reauthorize(self._policies_for, final=final)
+        if outcome.ended:
+            _log.info("policy.ended_connections", connections=outcome.ended)
+        if outcome.undecided and self._recheck is None:
+            self._recheck = self._reactor.call_later(POLICY_GRACE_SECONDS, self._recheck_now)
+
+    def _recheck_now(self) -> None:
+        self._recheck = None
+        self._reauthorize(final=True)
 
     def _policies_for(self, uid: str) -> AppliedPolicies | None:
         pod = self._pods.get(uid)
@@ -261,14 +269,13 @@ class Mover:
         for pod in self._pods.values():
             pod.drain()
         with trio.move_on_after(seconds):
-            while any(True for _ in self._plane.ledger.living()):
-                await trio.sleep(_DRAIN_LOOK)
+            await self._plane.ledger.wait_empty()
         self._plane.ledger.end_all(None, Failure(DRAINED, "-"))
         for uid in list(self._pods):
             self._drop_pod(uid)
         self._access.flush()
         self._tell(messages.Drained())
-        await trio.sleep(_DRAIN_LOOK)  # lets the last records and frames out
+        await trio.sleep(_LAST_WORDS)  # lets the last records and frames out
         self._stopping.set()
 
     async def _watch_lifeline(self) -> None:

@@ -65,4 +65,4 @@ class CredentialStore:
 
     def wanted(self) -> tuple[SpiffeId, ...]:
         """Identities that connections wait for, to ask a new brain again."""
-        return self._waiting.keys()
+        return self._waiting.waited_for()

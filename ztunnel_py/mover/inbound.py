@@ -9,13 +9,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from mesh.authz.evaluate import Connection, Denial, DryRunVerdict, Permit, authorize
+from mesh.authz.evaluate import Connection, Denial, Permit, authorize
 from mesh.linux.sockets import local_address, original_destination
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.ports import RECURSIVE
 from mesh.model.workload import Workload
-from mesh.reactor.hbone import Tunnel, TunnelRequest, serve_hbone
+from mesh.reactor.hbone import HboneLink, Tunnel, TunnelRequest, serve_hbone
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import Pending, reset
 from mesh.state.inbound import InboundRefusal, resolve_inbound
@@ -24,8 +24,9 @@ from mesh.tls.peer import verify_client
 from mesh.wire.baggage import baggage_of
 from mesh.wire.forwarded import parse_forwarded_host
 from ztunnel_py.mover.credentials import Credentials
-from ztunnel_py.mover.ledger import Failure, Living
+from ztunnel_py.mover.ledger import POLICY_CHANGED, Failure, Living
 from ztunnel_py.mover.outbound import RECURSION
+from ztunnel_py.mover.plane import POLICY_GRACE_SECONDS
 from ztunnel_py.mover.pod import Pod
 
 REJECTED = "connection closed due to policy rejection: "
@@ -42,6 +43,7 @@ class InboundHbone:
         self.client = client
         self.local = local_address(sock)
         self.peer: SpiffeId | None = None
+        self._link: HboneLink | None = None
         pod.plane.credentials.when_available(pod.identity(), self._serve)
 
     def _serve(self, credentials: Credentials | str) -> None:
@@ -55,12 +57,15 @@ class InboundHbone:
             self._sock,
             credentials.server,
             on_handshake=lambda der: self._verify(der, trust_domain),
-            on_request=lambda request: _InboundTunnel(self._pod, self, request),
+            on_request=self._request,
             on_refused=lambda refused: self.refuse(refused.because),
-            on_close=lambda because: self._closed(because),
+            on_close=self._closed,
         )
+        self._link = link
         self._pod.links.add(link)
-        self._forget = lambda: self._pod.links.discard(link)
+
+    def _request(self, request: TunnelRequest) -> None:
+        _InboundTunnel(self._pod, self, request)
 
     def _verify(self, der: bytes, trust_domain: str) -> str | None:
         result = verify_client(der, trust_domain)
@@ -70,7 +75,8 @@ class InboundHbone:
         return None
 
     def _closed(self, because: str | None) -> None:
-        self._forget()
+        if self._link is not None:
+            self._pod.links.discard(self._link)
         if because is not None and self.peer is None:
             self.refuse(because)
 
@@ -130,7 +136,7 @@ class _InboundTunnel:
 
     def _stop(self, because: str) -> None:
         """Ended from our side before the relay ran."""
-        self._request.refuse(401)
+        self._request.refuse(401 if because == POLICY_CHANGED else 503)
         self._fail(Failure(because))
 
     def _fail(self, failure: Failure) -> None:
@@ -217,21 +223,29 @@ def _admit(
 ) -> None:
     """Enter the connection, then ask policy: in this order no change of policy can slip between."""
     living.facts, living.stop = facts, stop
-    living.applied = pod.plane.state.policies_for(workload)
     pod.plane.ledger.open(living)
-    verdict = authorize(living.applied, facts)
-    living.verdict = verdict
-    for dry_run in verdict.dry_run:
-        _log_dry_run(living, dry_run)
-    match verdict:
-        case Permit():
-            permitted(verdict)
-        case Denial():
-            denied(verdict.because)
 
+    deadline = pod.plane.reactor.now() + POLICY_GRACE_SECONDS
 
-def _log_dry_run(living: Living, verdict: DryRunVerdict) -> None:
-    _log.info("dry-run", src=str(living.client), dst=str(living.destination), verdict=str(verdict))
+    def ask() -> None:
+        if living.ended_by is not None:
+            return
+        left = deadline - pod.plane.reactor.now()
+        applied = pod.plane.state.policies_for(pod.find_workload() or workload)
+        verdict = authorize(applied, facts)
+        if isinstance(verdict, Denial) and applied.unresolved and left > 0:
+            pod.plane.policies_awaited.wait(None, left, ask, ask)
+            return
+        living.applied, living.verdict = applied, verdict
+        for dry_run in verdict.dry_run:
+            _log.info("dry-run", src=str(living.client), dst=str(living.destination), verdict=str(dry_run))
+        match verdict:
+            case Permit():
+                permitted(verdict)
+            case Denial():
+                denied(verdict.because)
+
+    ask()
 
 
 def _dial_application(pod: Pod, permit: Permit, on_done: Callable[[socket.socket | OSError], None]) -> Pending:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import trio
 
 from mesh.authz.evaluate import AppliedPolicies, Connection, Denial, Permit, authorize
 from mesh.model.address import SocketAddress
@@ -68,6 +71,13 @@ class Living:
         return "HBONE" if self.authority else "TCP"
 
 
+class Reauthorization(NamedTuple):
+    """How many connections a change of policy ended, and how many wait for a policy to arrive."""
+
+    ended: int
+    undecided: int
+
+
 class Ledger:
     """All living connections of this mover, by pod."""
 
@@ -76,6 +86,7 @@ class Ledger:
         self._log = log
         self._now = now
         self._living: dict[str, set[Living]] = {}
+        self._empty = trio.Event()
         self.on_count: Callable[[str, int], None] = lambda pod, living: None
         """Told the number of a pod's living connections whenever it changes."""
 
@@ -112,6 +123,8 @@ class Ledger:
         self._log.write(self._record(living, AccessEvent.COMPLETE, result, failure))
         if not of_pod:
             del self._living[living.pod]
+        if not self._living:
+            self._empty.set()
         self.on_count(living.pod, len(of_pod))
 
     def refuse(self, living: Living, because: str) -> None:
@@ -126,12 +139,13 @@ class Ledger:
         elif living.stop is not None:
             living.stop(failure.because)
 
-    def reauthorize(self, policies_for: Callable[[str], AppliedPolicies | None]) -> int:
-        """Ask policy anew for every inbound connection whose pod's applied policies changed. Returns how many it ended.
+    def reauthorize(self, policies_for: Callable[[str], AppliedPolicies | None], *, final: bool) -> Reauthorization:
+        """Ask policy anew for every inbound connection whose pod's applied policies changed.
 
-        ``policies_for(pod uid)`` gives the policies that apply now, None if the pod's workload is not known: its connections stay.
+        ``policies_for(pod uid)`` gives the policies that apply now, None if the pod's workload is not known: its connections stay. A
+        connection that is refused only because a policy has not arrived stays undecided, until ``final``.
         """
-        ended = 0
+        ended = undecided = 0
         for pod, of_pod in list(self._living.items()):
             applied = policies_for(pod)
             if applied is None:
@@ -139,13 +153,15 @@ class Ledger:
             for living in list(of_pod):
                 if living.facts is None or living.applied is applied:
                     continue
-                living.applied = applied
                 verdict = authorize(applied, living.facts)
-                living.verdict = verdict
+                if isinstance(verdict, Denial) and applied.unresolved and not final:
+                    undecided += 1
+                    continue
+                living.applied, living.verdict = applied, verdict
                 if isinstance(verdict, Denial):
                     self.end(living, Failure(POLICY_CHANGED, "DENY"))
                     ended += 1
-        return ended
+        return Reauthorization(ended, undecided)
 
     def end_all(self, pod: str | None, failure: Failure) -> None:
         """End every connection, of one pod or of all."""
@@ -156,6 +172,12 @@ class Ledger:
         """Every living connection."""
         for of_pod in list(self._living.values()):
             yield from list(of_pod)
+
+    async def wait_empty(self) -> None:
+        """Until no connection lives."""
+        self._empty = trio.Event()
+        if self._living:
+            await self._empty.wait()
 
     def count(self, pod: str) -> int:
         """How many connections of this pod live."""

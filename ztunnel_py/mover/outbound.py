@@ -12,7 +12,7 @@ from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink, TunnelFailure
 from mesh.reactor.hbone import Tunnel as OpenTunnel
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
-from mesh.reactor.tcp import reset
+from mesh.reactor.tcp import Pending, reset
 from mesh.state.resolve import resolve
 from mesh.wire.baggage import baggage_of
 from mesh.wire.forwarded import write_forwarded
@@ -32,6 +32,7 @@ class Outbound:
         self._plane = pod.plane
         self._sock = sock
         self._retried = False
+        self._pending: Pending | None = None
         target = original_destination(sock)
         self._target = target if target is not None else client
         self._living = Living(pod.uid, "outbound", client, self._target, self._plane.reactor.now())
@@ -55,8 +56,7 @@ class Outbound:
             case Direct():
                 living.destination, living.target = route.next_hop, route.workload
                 self._enter()
-                pending = self._pod.dial(route.next_hop, self._connected_plain)
-                living.stop = lambda because: (pending.cancel(), self._fail(Failure(because)))[1]
+                self._pending = self._pod.dial(route.next_hop, self._connected_plain)
             case Tunnel():
                 living.destination, living.target, living.authority = route.next_hop, route.workload, route.authority
                 living.source_identity = workload.identity
@@ -71,6 +71,7 @@ class Outbound:
     # Plain TCP
 
     def _connected_plain(self, upstream: socket.socket | OSError) -> None:
+        self._pending = None
         if isinstance(upstream, OSError):
             self._fail(Failure(f"connection failed: {upstream}"))
         else:
@@ -114,6 +115,9 @@ class Outbound:
         self._plane.ledger.finish(self._living, result)
 
     def _fail(self, failure: Failure) -> None:
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
         reset(self._sock)
         self._plane.ledger.finish(self._living, failure=failure)
 

@@ -11,6 +11,10 @@ from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.ledger import Ledger
 from ztunnel_py.mover.waiting import WaitingRoom
 
+POLICY_GRACE_SECONDS = 0.5
+"""How long a policy that a workload names may be on its way: control planes send workloads and policies in separate messages, workloads
+first. Until then nobody is let in, and nobody who is in is ended."""
+
 
 @dataclass(slots=True)
 class Plane:
@@ -22,5 +26,7 @@ class Plane:
     ledger: Ledger
     workloads_wanted: WaitingRoom[str]
     """Connections whose own pod is not in the state yet, by pod uid."""
+    policies_awaited: WaitingRoom[None]
+    """Connections whose workload names a policy that has not arrived yet."""
     trust_domain: str
     rng: random.Random

@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeAlias
 
 from OpenSSL import SSL
@@ -99,7 +98,13 @@ class Pod:
         ):
             # The descriptor stays in `sockets`: a new brain asks for it.
             listening = socket.socket(fileno=os.dup(fd))
-            self._listening.append((listening, listen_on(self.plane.reactor, listening, partial(serve, self))))
+            self._listening.append((listening, listen_on(self.plane.reactor, listening, self._serving(serve))))
+
+    def _serving(self, serve: Serve) -> Callable[[socket.socket, SocketAddress], None]:
+        def accepted(sock: socket.socket, peer: SocketAddress) -> None:
+            serve(self, sock, peer)
+
+        return accepted
 
     def dial(
         self, address: SocketAddress, on_done: Callable[[socket.socket | OSError], None], *, source: IpAddress | None = None
@@ -160,9 +165,9 @@ class Pod:
                 link = new
                 on_link(new)
 
-            def closed(because: str) -> None:
+            def closed(because: str | None) -> None:
                 if link is None:
-                    on_link(because)
+                    on_link(because or "connection closed by the peer")
                 else:
                     on_closed(link)
 

@@ -129,4 +129,3 @@ class TunnelPool:
                     link.close_gracefully()
         if self._shelves:
             self._sweep_later()
-

@@ -38,5 +38,6 @@ class WaitingRoom(Generic[K]):
             timer.cancel()
             on_settled()
 
-    def keys(self) -> tuple[K, ...]:
+    def waited_for(self) -> tuple[K, ...]:
+        """Every key that somebody waits for."""
         return tuple(self._waiting)

@@ -1,0 +1,245 @@
+"""The brain: wires xDS, certificates, pods, movers and the admin pages together; the only file of the brain that does."""
+
+from __future__ import annotations
+
+import os
+import resource
+import ssl
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import trio
+
+from mesh.model.identity import InvalidSpiffeId, SpiffeId
+from mesh.rpc.tls import client_tls
+from mesh.runtime.env import InvalidEnvironment
+from mesh.runtime.http import BindError, open_listeners, serve_admin
+from mesh.runtime.readiness import Readiness
+from mesh.runtime.signals import watch_signals
+from mesh.state.store import MeshState
+from mesh.telemetry import log
+from mesh.telemetry.metrics import Registry, Totals, WorkloadManagerMetrics, XdsMetrics, add_build, add_process
+from mesh.tls.bundle import CertificateBundle
+from mesh.tls.rotation import CertificateManager, CertificateNews
+from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, Phase, bearer_metadata, connect_tls, run_ads_client
+from mesh.xds.names import AUTHORIZATION, node_id
+from ztunnel_py import messages
+from ztunnel_py.brain.admin import Admin
+from ztunnel_py.brain.authority import fetch_certificate
+from ztunnel_py.brain.movers import Holding, Mover, Movers
+from ztunnel_py.brain.pods import PodKeeper
+from ztunnel_py.brain.transfer import transfer_state, unreadable_bodies
+from ztunnel_py.config import AgentConfig, read_config
+from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
+
+_log = log.get_logger("brain")
+
+
+def run_brain() -> int:
+    """Process entry. Returns the exit status; `EXIT_CONFIG` when a restart would not help."""
+    try:
+        log.configure_from()
+        config = read_config()
+    except (log.InvalidLogSettings, InvalidEnvironment) as exc:
+        print(exc, file=sys.stderr)
+        return EXIT_CONFIG
+    _raise_descriptor_limit()
+    try:
+        trio.run(Brain(config).run)
+    except BindError as exc:
+        _log.error("start.failed", error=str(exc))
+        return EXIT_CONFIG
+    return 0
+
+
+class Brain:
+    """Everything of the agent that waits for something. Implements `ztunnel_py.brain.movers.Follower`."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._registry = Registry()
+        self._totals = Totals()
+        self._xds_metrics = XdsMetrics(self._registry)
+        workloads = WorkloadManagerMetrics(self._registry)
+        add_build(self._registry, "ztunnel", version("ambient-mesh"))
+        add_process(self._registry)
+        self._state = MeshState(config.node_name)
+        self._unreadable: dict[str, bytes] = {}
+        """Policies that could not be read, as they came: joining movers get them so."""
+        self._certificates = CertificateManager(lambda identity: fetch_certificate(config, identity))
+        self._certificates.subscribe(self._certificate_news)
+        self._movers = Movers(count=config.movers, run_dir=config.run_dir, follower=self)
+        self._pods = PodKeeper(config, self._movers, self._certificates, workloads)
+        self._readiness = Readiness()
+        self._state_ready = self._readiness.register("state manager")
+        self._movers_ready = self._readiness.register("movers")
+        self._pods_ready = self._readiness.register("workload proxy manager")
+        self._synced = trio.Event()
+        self._stop = trio.Event()
+
+    async def run(self) -> None:
+        """Until SIGTERM, ``/quitquitquit`` or the supervisor's death; then drain. Raises BindError when a port is taken."""
+        config = self._config
+        admin = Admin(
+            config,
+            self._state,
+            self._certificates,
+            self._movers,
+            self._pods,
+            self._registry,
+            self._totals,
+            stop=self._stop,
+        )
+        ports = [
+            (admin.routes(), await open_listeners(config.admin_address)),
+            (admin.metrics_routes(), await open_listeners(config.stats_address)),
+            (admin.readiness_routes(self._readiness), await open_listeners(config.readiness_address)),
+        ]
+        async with trio.open_nursery() as nursery:
+            for routes, listeners in ports:
+                nursery.start_soon(serve_admin, routes, listeners)
+            nursery.start_soon(self._watch_signals)
+            nursery.start_soon(self._watch_lifeline)
+            async with trio.open_nursery() as working:
+                working.start_soon(self._certificates.run)
+                working.start_soon(self._run_movers)
+                working.start_soon(self._run_xds)
+                working.start_soon(self._run_pods)
+                await self._stop.wait()
+                _log.info("draining", seconds=config.drain)
+                await self._movers.drain(config.drain)
+                working.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
+
+    # What runs
+
+    async def _run_movers(self) -> None:
+        self._movers_ready.pending("starting")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._movers.run)
+            self._movers_ready.done()
+
+    async def _run_pods(self) -> None:
+        # Capturing before the mesh is known would only make a pod's connections wait and fail; what movers of the last brain serve
+        # already goes on meanwhile.
+        self._pods_ready.pending("waiting for the first configuration")
+        await self._synced.wait()
+        await self._pods.run(on_change=self._pods_changed)
+
+    async def _run_xds(self) -> None:
+        config = self._config
+        address = config.xds_address
+        client = AdsClientConfig(
+            connect=connect_tls(address.host, address.port, self._xds_tls, server_hostname=config.xds_hostname),
+            metadata=bearer_metadata(config.token, cluster_id=config.cluster_id),
+            node_id=node_id(config.instance_ip, config.pod_name, config.pod_namespace),
+            node_metadata={
+                "NAME": config.pod_name,
+                "NAMESPACE": config.pod_namespace,
+                "INSTANCE_IPS": config.instance_ip,
+                "NODE_NAME": config.node_name,
+                "CLUSTER_ID": config.cluster_id,
+            },
+        )
+        await run_ads_client(client, self._xds_update, self._xds_state)
+
+    def _xds_tls(self) -> ssl.SSLContext:
+        return client_tls(self._config.xds_root.read_text())
+
+    async def _watch_signals(self) -> None:
+        async with trio.open_nursery() as nursery:
+            stop = await nursery.start(watch_signals)
+            await stop.wait()
+            self._stop.set()
+
+    async def _watch_lifeline(self) -> None:
+        number = os.environ.get(LIFELINE)
+        if number is not None:
+            await trio.lowlevel.wait_readable(int(number))
+            _log.error("supervisor.gone")
+            self._stop.set()
+
+    # What comes
+
+    def _xds_update(self, update: AdsUpdate) -> None:
+        self._xds_metrics.received(update.type_url, len(update.raw))
+        if update.whole:
+            policies = update.type_url == AUTHORIZATION
+            self._state.replace(update.delta, addresses=not policies, policies=policies)
+        else:
+            self._state.apply(update.delta)
+        if update.type_url == AUTHORIZATION:
+            self._keep_unreadable(update)
+        self._movers.post(messages.Resources(update.whole, update.raw))
+
+    def _keep_unreadable(self, update: AdsUpdate) -> None:
+        for key in (*(policy.key for policy in update.delta.policies), *update.delta.removed_policies):
+            self._unreadable.pop(key, None)
+        broken = [policy.key for policy in update.delta.policies if policy.unreadable is not None]
+        if broken:
+            self._unreadable |= unreadable_bodies(update.raw, broken)
+
+    def _xds_state(self, state: AdsState) -> None:
+        if state.synced:
+            self._state_ready.done()
+            self._synced.set()
+        else:
+            self._state_ready.pending(str(state))
+        if state.phase is Phase.CONNECTED:
+            self._certificates.retry_failed()
+        elif state.phase is Phase.FAILED:
+            self._xds_metrics.terminated("ConnectionError")
+
+    def _certificate_news(self, news: CertificateNews) -> None:
+        if isinstance(news, CertificateBundle):
+            self._movers.post(_certificate_message(news))
+        else:
+            self._movers.post(messages.CertificateUnavailable(str(news.identity), news.because))
+
+    def _pods_changed(self, pending: Sequence[str]) -> None:
+        if pending:
+            self._pods_ready.pending(", ".join(pending))
+        else:
+            self._pods_ready.done()
+
+    # Movers
+
+    def mover_joined(self, mover: Mover, holding: Sequence[Holding]) -> None:
+        if self._synced.is_set():
+            for message in transfer_state(self._state, self._unreadable):
+                mover.post(message)
+        for state in self._certificates.states():
+            if state.bundle is not None:
+                mover.post(_certificate_message(state.bundle))
+        self._pods.mover_joined(mover, holding)
+
+    def mover_said(self, mover: Mover, message: messages.FromMover) -> None:
+        if isinstance(message, messages.CertificateWanted):
+            self._certificate_wanted(message.identity)
+        else:
+            self._pods.mover_said(mover, message)
+
+    def mover_left(self, mover: Mover) -> None:
+        self._totals.retire(mover.incarnation)
+        self._pods.mover_left(mover)
+
+    def _certificate_wanted(self, text: str) -> None:
+        try:
+            identity = SpiffeId.parse(text)
+        except InvalidSpiffeId:
+            return
+        self._certificates.request(identity)
+        bundle = self._certificates.find_bundle(identity)
+        if bundle is not None:
+            self._movers.post(_certificate_message(bundle))
+
+
+def _certificate_message(bundle: CertificateBundle) -> messages.Certificate:
+    return messages.Certificate(str(bundle.identity), bundle.key_pem, list(bundle.chain_pem), bundle.roots_pem)
+
+
+def _raise_descriptor_limit() -> None:
+    """As many descriptors as we are allowed: a connection needs several, and movers inherit the limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,375 @@
+"""Carries out what the pods' lifecycle asks for: namespaces, listeners, rules, annotations, and the movers that serve them.
+
+`ztunnel_py.pods.lifecycle` decides, this executes; nothing here knows what comes next. Blocking work (netlink, setns, files) happens in
+threads, one action per pod at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import trio
+
+from mesh.kube.directory import DirectoryStore
+from mesh.kube.overlay import remove_overlay, write_overlay
+from mesh.linux.netns import NetnsIdentity, NotANetworkNamespace, netns_identity, open_netns, run_in_netns
+from mesh.linux.sockets import transparent_listener
+from mesh.model.identity import SpiffeId
+from mesh.model.labels import REDIRECTION
+from mesh.model.ports import INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
+from mesh.telemetry.log import get_logger
+from mesh.telemetry.metrics import WorkloadManagerMetrics
+from mesh.tls.rotation import CertificateManager, Priority
+from ztunnel_py import messages
+from ztunnel_py.brain.movers import Holding, Mover, Movers
+from ztunnel_py.channel import close_all
+from ztunnel_py.config import AgentConfig
+from ztunnel_py.pods import vocabulary as pods
+from ztunnel_py.pods.facts import PodFacts
+from ztunnel_py.pods.lifecycle import Lifecycle, Phase, PodStatus, advance, status_of
+from ztunnel_py.pods.source import watch_node_pods
+from ztunnel_py.redirect.apply import CaptureFailed, apply_capture, begin_release, finish_release, observe_pod, verify_capture
+from ztunnel_py.redirect.plan import plan_capture
+
+SERVING_SECONDS = 5.0
+"""How long movers may take to accept on a pod's listeners; one that does not is stuck, and the pod is tried again."""
+VERIFY_SECONDS = 10.0
+"""How often the rules of a captured pod are read back: whoever flushes them is found out and mended."""
+
+_log = get_logger("pods")
+
+
+class CannotServe(Exception):
+    """An action could not be done; the text is the reason people see."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A pod whose namespace and listeners are open: descriptors, and which movers accept on them."""
+
+    info: messages.PodInfo
+    descriptors: tuple[int, ...]
+    """Network namespace, then the listeners for 15001, 15006, 15008."""
+    identity: NetnsIdentity
+    serving: set[Mover] = field(default_factory=set)
+    changed: trio.Event = field(default_factory=trio.Event)
+    draining: bool = False
+    living: dict[Mover, int] = field(default_factory=dict)
+
+    @property
+    def netns(self) -> int:
+        return self.descriptors[0]
+
+
+class PodKeeper:
+    """All pods of this node. `run` follows the source; movers are told through `mover_joined`, `mover_said`, `mover_left`."""
+
+    def __init__(self, config: AgentConfig, movers: Movers, certificates: CertificateManager, metrics: WorkloadManagerMetrics) -> None:
+        self._config = config
+        self._movers = movers
+        self._certificates = certificates
+        self._started = metrics.started
+        self._stopped = metrics.stopped
+        self._state = Lifecycle()
+        self._held: dict[str, _Held] = {}
+        self._nursery: trio.Nursery | None = None
+        self._waiting: list[pods.Action] = []
+        self._timers: dict[str, trio.CancelScope] = {}
+        self._reported: dict[str, PodStatus] = {}
+        self._on_change: Callable[[Sequence[str]], None] = lambda pending: None
+
+    async def run(self, on_change: Callable[[Sequence[str]], None]) -> None:
+        """Follow the pods of this node until cancelled. ``on_change`` is told, whenever it changes, which can't be captured and why."""
+        self._on_change = on_change
+        async with trio.open_nursery() as self._nursery:
+            for action in self._waiting:
+                self._nursery.start_soon(self._do, action)
+            self._nursery.start_soon(self._verify_captured)
+            store = DirectoryStore(self._config.sources)
+            async with aclosing(watch_node_pods(store, self._config.node_name)) as changes:
+                async for found in changes:
+                    self._tell(pods.PodsChanged(found))
+                    self._on_change(self._pending())
+
+    def statuses(self) -> dict[str, tuple[PodFacts, PodStatus]]:
+        """Every pod that something is or was to be done about, by uid."""
+        return {uid: (record.pod, status_of(record)) for uid, record in self._state.records.items()}
+
+    def identity_of(self, info: messages.PodInfo | PodFacts) -> SpiffeId:
+        return SpiffeId(self._config.trust_domain, info.namespace, info.service_account)
+
+    # Movers
+
+    def mover_joined(self, mover: Mover, holding: Sequence[Holding]) -> None:
+        """Take over what it serves, have it serve the rest."""
+        for held in holding:
+            self._adopt(mover, held)
+        for uid, pod in self._held.items():
+            if mover not in pod.serving:
+                mover.post(messages.ServePod(pod.info), pod.descriptors)
+            if pod.draining:
+                mover.post(messages.ReleasePod(uid))
+
+    def mover_said(self, mover: Mover, message: messages.FromMover) -> None:
+        match message:
+            case messages.PodServing():
+                pod = self._held.get(message.uid)
+                if pod is not None:
+                    pod.serving.add(mover)
+                    _notify(pod)
+            case messages.PodConnections():
+                pod = self._held.get(message.uid)
+                if pod is not None and pod.draining:
+                    pod.living[mover] = message.living
+                    self._count(message.uid, pod)
+
+    def mover_left(self, mover: Mover) -> None:
+        for uid, pod in self._held.items():
+            pod.serving.discard(mover)
+            _notify(pod)
+            if pod.living.pop(mover, None) is not None:
+                self._count(uid, pod)
+
+    def _adopt(self, mover: Mover, holding: Holding) -> None:
+        known = self._held.get(holding.pod.uid)
+        if known is not None:
+            close_all(holding.descriptors)
+            known.serving.add(mover)
+            return
+        identity = netns_identity(holding.descriptors[0])
+        self._held[holding.pod.uid] = _Held(holding.pod, holding.descriptors, identity, {mover})
+        self._certificates.request(self.identity_of(holding.pod), Priority.WARMUP)
+        info = holding.pod
+        self._tell(pods.Adopted(info.uid, info.name, info.namespace, info.service_account))
+
+    def _count(self, uid: str, pod: _Held) -> None:
+        """Tell how many connections live, once every living mover has reported."""
+        if pod.draining and all(mover in pod.living for mover in self._movers.living()):
+            self._tell(pods.Connections(uid, sum(pod.living.values())))
+
+    # The lifecycle
+
+    def _tell(self, event: pods.Event) -> None:
+        self._state, actions = advance(self._state, event)
+        for action in actions:
+            if self._nursery is not None:
+                self._nursery.start_soon(self._do, action)
+            else:
+                self._waiting.append(action)
+        self._report()
+
+    async def _do(self, action: pods.Action) -> None:
+        try:
+            answer = await self._carry_out(action)
+        except (CannotServe, CaptureFailed, OSError, NotANetworkNamespace) as exc:
+            answer = pods.Failed(action.uid, str(exc))
+        if answer is not None:
+            self._tell(answer)
+
+    async def _carry_out(self, action: pods.Action) -> pods.Event | None:
+        match action:
+            case pods.OpenListeners():
+                await self._open(action.pod)
+                return pods.ListenersOpened(action.uid)
+            case pods.Capture():
+                await trio.to_thread.run_sync(_capture, self._held_pod(action.uid).netns, action.pod)
+                return pods.Captured(action.uid)
+            case pods.Verify():
+                differences = await trio.to_thread.run_sync(_verify, self._held_pod(action.uid).netns, action.pod)
+                return pods.Drifted(action.uid, tuple(differences)) if differences else pods.Verified(action.uid)
+            case pods.Annotate():
+                await trio.to_thread.run_sync(self._annotate, action.pod, action.redirection)
+                return pods.Annotated(action.uid)
+            case pods.BeginRelease():
+                await self._release(action.uid, action.pod, _begin_release)
+                return pods.ReleaseBegun(action.uid)
+            case pods.FinishRelease():
+                await self._release(action.uid, action.pod, _finish_release)
+                return pods.ReleaseFinished(action.uid)
+            case pods.CloseListeners():
+                self._close(action.uid)
+                return pods.ListenersClosed(action.uid)
+            case pods.StartDraining():
+                self._start_draining(action.uid)
+                await trio.sleep(action.seconds)
+                return pods.LingerOver(action.uid, action.round)
+            case pods.StopDraining():
+                self._stop_draining(action.uid)
+                return None
+            case pods.RetryAfter():
+                return await self._sleep_until_retry(action)
+
+    async def _open(self, facts: PodFacts) -> None:
+        pod = self._held.get(facts.uid)
+        if pod is None:
+            pod = self._held[facts.uid] = await trio.to_thread.run_sync(self._open_descriptors, facts)
+            self._started.value += 1
+            self._movers.post(messages.ServePod(pod.info), pod.descriptors)
+        self._certificates.request(self.identity_of(facts), Priority.WARMUP)
+        with trio.move_on_after(SERVING_SECONDS) as limit:
+            while not (self._movers.living() and all(mover in pod.serving for mover in self._movers.living())):
+                await pod.changed.wait()
+        if limit.cancelled_caught:
+            self._close(facts.uid)
+            raise CannotServe(f"the movers did not serve the pod within {SERVING_SECONDS:g} s")
+
+    def _open_descriptors(self, facts: PodFacts) -> _Held:
+        """In a thread: the namespace, and the listeners inside it."""
+        netns = open_netns(facts.netns_path)
+        try:
+            listeners = run_in_netns(netns, self._open_listeners)
+        except BaseException:
+            os.close(netns)
+            raise
+        info = messages.PodInfo(facts.uid, facts.name, facts.namespace, facts.service_account)
+        return _Held(info, (netns, *listeners), netns_identity(netns))
+
+    def _open_listeners(self) -> list[int]:
+        opened: list[int] = []
+        try:
+            for port in (OUTBOUND, INBOUND_PLAINTEXT, INBOUND_HBONE):
+                opened.append(transparent_listener(port, mark=PROXY_MARK, ipv6=self._config.ipv6).detach())
+        except OSError:
+            close_all(opened)
+            raise
+        return opened
+
+    def _close(self, uid: str) -> None:
+        pod = self._held.pop(uid, None)
+        if pod is None:
+            return
+        self._movers.post(messages.DropPod(uid))
+        close_all(pod.descriptors)
+        self._stopped.value += 1
+        identity = self.identity_of(pod.info)
+        if all(self.identity_of(other.info) != identity for other in self._held.values()):
+            self._certificates.forget(identity)
+
+    def _start_draining(self, uid: str) -> None:
+        pod = self._held.get(uid)
+        if pod is not None:
+            pod.draining = True
+            pod.living = {}
+            self._movers.post(messages.ReleasePod(uid))
+
+    def _stop_draining(self, uid: str) -> None:
+        pod = self._held.get(uid)
+        if pod is not None:
+            pod.draining = False
+            self._movers.post(messages.KeepPod(uid))
+
+    async def _sleep_until_retry(self, action: pods.RetryAfter) -> pods.Event | None:
+        previous = self._timers.pop(action.uid, None)
+        if previous is not None:
+            previous.cancel()
+        with trio.CancelScope() as scope:
+            self._timers[action.uid] = scope
+            await trio.sleep(action.seconds)
+        if self._timers.get(action.uid) is scope:
+            del self._timers[action.uid]
+        return None if scope.cancelled_caught else pods.RetryDue(action.uid)
+
+    # Blocking work; runs in threads, so it takes what it needs as arguments
+
+    def _held_pod(self, uid: str) -> _Held:
+        pod = self._held.get(uid)
+        if pod is None:
+            raise CannotServe("the pod's namespace is not open")
+        return pod
+
+    async def _release(self, uid: str, facts: PodFacts, release: Callable[[int, PodFacts], None]) -> None:
+        """Do it in the pod's namespace, opened anew if it is not held; a namespace that is gone needs nothing."""
+        pod = self._held.get(uid)
+        if pod is not None:
+            await trio.to_thread.run_sync(release, pod.netns, facts)
+            return
+        try:
+            netns = open_netns(facts.netns_path)
+        except (FileNotFoundError, NotANetworkNamespace):
+            return
+        try:
+            await trio.to_thread.run_sync(release, netns, facts)
+        finally:
+            os.close(netns)
+
+    def _annotate(self, facts: PodFacts, redirection: pods.Redirection) -> None:
+        if redirection is pods.Redirection.ABSENT:
+            remove_overlay(self._config.status_dir, "Pod", facts.namespace, facts.name)
+        else:
+            patch = {"metadata": {"annotations": {REDIRECTION: redirection.value}}}
+            write_overlay(self._config.status_dir, "Pod", facts.namespace, facts.name, patch)
+
+    # Looking after captured pods
+
+    async def _verify_captured(self) -> None:
+        """Read every captured pod's rules back now and then, and notice a namespace that was replaced under the same name."""
+        while True:
+            captured = [uid for uid, (_, status) in self.statuses().items() if status.phase is Phase.CAPTURED]
+            for uid in captured:
+                await trio.sleep(VERIFY_SECONDS / len(captured))
+                pod, record = self._held.get(uid), self._state.records.get(uid)
+                if pod is None or record is None:
+                    continue
+                if await trio.to_thread.run_sync(_identity_at, record.pod.netns_path) != pod.identity:
+                    self._tell(pods.NetnsReplaced(uid))
+                else:
+                    self._tell(pods.VerifyDue(uid))
+            if not captured:
+                await trio.sleep(VERIFY_SECONDS)
+
+    def _report(self) -> None:
+        """Log every pod whose state changed."""
+        now = {uid: status_of(record) for uid, record in self._state.records.items()}
+        for uid, status in now.items():
+            before = self._reported.get(uid)
+            if before is None or (before.phase, before.because) != (status.phase, status.because):
+                pod = self._state.records[uid].pod
+                write = _log.warning if status.phase is Phase.PENDING else _log.info
+                if status.phase is not Phase.DRAINING or before is None or before.phase is not Phase.DRAINING:
+                    write(f"pod.{status.phase.value}", pod=f"{pod.namespace}/{pod.name}", because=status.because)
+        for uid in self._reported.keys() - now.keys():
+            _log.info("pod.done", uid=uid)
+        if now != self._reported:
+            self._reported = now
+            self._on_change(self._pending())
+
+    def _pending(self) -> list[str]:
+        """The pods that should be captured and can't be, with the reason."""
+        records = self._state.records
+        return [
+            f"{records[uid].pod.namespace}/{records[uid].pod.name}: {status.because}"
+            for uid, status in self._reported.items()
+            if status.phase is Phase.PENDING
+        ]
+
+
+def _identity_at(path: str) -> NetnsIdentity | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return NetnsIdentity(found.st_ino, found.st_dev)
+
+
+def _capture(netns: int, facts: PodFacts) -> None:
+    apply_capture(netns, plan_capture(observe_pod(netns, bypass_inbound=facts.bypass_inbound)))
+
+
+def _verify(netns: int, facts: PodFacts) -> list[str]:
+    return verify_capture(netns, plan_capture(observe_pod(netns, bypass_inbound=facts.bypass_inbound)))
+
+
+def _begin_release(netns: int, facts: PodFacts) -> None:
+    begin_release(netns, plan_capture(observe_pod(netns, bypass_inbound=facts.bypass_inbound)))
+
+
+def _finish_release(netns: int, facts: PodFacts) -> None:
+    finish_release(netns)
+
+
+def _notify(pod: _Held) -> None:
+    pod.changed.set()
+    pod.changed = trio.Event()
