@@ -93,6 +93,10 @@ class Channel:
         """False once the connection is lost or the server is going away: new calls would fail with UNAVAILABLE."""
         return self._connection.lost is None and not self._connection.going_away
 
+    async def wait_unusable(self) -> None:
+        """Until ``usable`` is False."""
+        await self._connection.wait_closing()
+
     async def unary(
         self,
         path: str,

@@ -28,7 +28,9 @@ MAX_QUEUED_DATA: Final = 256 * 1024
 """DATA accepted from callers but not yet by the transport; a peer with a huge window that reads slowly costs no more than this."""
 MAX_QUEUED_CONTROL: Final = 1024 * 1024
 """Beyond MAX_QUEUED_DATA only answers to the peer's own frames are queued: this many mean that it sends and does not read."""
+INITIAL_WINDOW: Final = 65535
 CLOSE_TIMEOUT: Final = 1.0
+"""For what is queued at the end (the last trailers, GOAWAY) to go out."""
 RESET_BURST: Final = 200
 RESETS_PER_SECOND: Final = 20.0
 """Streams a peer may cancel; more is the rapid-reset attack (CVE-2023-44487)."""
@@ -36,7 +38,8 @@ RESETS_PER_SECOND: Final = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a peer may make us hold. Sizes in bytes, times in seconds."""
+    """What a peer may make us hold. Sizes in bytes, times in seconds. h2 holds a peer to windows and stream count from the first byte,
+    before it can have read our SETTINGS: a window below HTTP/2's initial 65 535 would break honest peers."""
 
     max_message: int
     max_streams: int = 100
@@ -45,6 +48,10 @@ class Limits:
     connection_window: int = 4 * 1024 * 1024
     keepalive_interval: float = 30.0
     keepalive_timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        if min(self.stream_window, self.connection_window) < INITIAL_WINDOW:
+            raise ValueError("windows below HTTP/2's initial one")
 
 
 _GRACEFUL_GOAWAY: Final = {
@@ -214,7 +221,7 @@ class Http2Connection:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until the connection is lost or closed; then every stream has failed, ``lost`` says why and the transport is closed."""
         self._h2.initiate_connection()
-        self._h2.increment_flow_control_window(self.limits.connection_window - 65535)
+        self._h2.increment_flow_control_window(self.limits.connection_window - INITIAL_WINDOW)
         self._pump()
         try:
             with self._scope:
@@ -239,6 +246,11 @@ class Http2Connection:
         while self._streams and self.lost is None:
             await self._progress.park()
 
+    async def wait_closing(self) -> None:
+        """Until the connection is lost or either side has said GOAWAY."""
+        while self.lost is None and not self.going_away:
+            await self._progress.park()
+
     def _send_goaway(self, code: int) -> None:
         if self.lost is None and not self.going_away:
             self.going_away = True
@@ -252,10 +264,11 @@ class Http2Connection:
                 stream.fail(RpcError(Status.UNAVAILABLE, reason))
             self._streams.clear()
             self._progress.unpark_all()
-            self._scope.cancel()
+            self._wake_writer.unpark_all()  # it ends the connection when all is sent
+            self._scope.deadline = trio.current_time() + CLOSE_TIMEOUT
 
     async def _close_transport(self) -> None:
-        """What was queued before the end (a GOAWAY, the last trailers) still goes, if the transport takes it soon."""
+        """When `run` was cancelled, what was queued still goes, if the transport takes it soon."""
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             try:
                 if self._out and not self._in_flight:
@@ -354,7 +367,7 @@ class Http2Connection:
     # --- tasks ---
 
     async def _run_writer(self) -> None:
-        while True:
+        while self._out or self.lost is None:
             if not self._out:
                 await self._wake_writer.park()
                 continue
@@ -363,9 +376,11 @@ class Http2Connection:
             try:
                 await self._transport.send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
-                return self._lose(f"connection lost: {_reason(exc)}")
+                self._lose(f"connection lost: {_reason(exc)}")
+                break
             self._in_flight = 0
             self._progress.unpark_all()
+        self._scope.cancel()
 
     async def _run_keepalive(self) -> None:
         """A peer that answers nothing, not even a PING, is gone: half-open connections show no other sign."""
