@@ -39,6 +39,7 @@ MAX_FILE_SIZE = 32 << 20
 """Bytes of one file. A file of 10 000 pods is about 6 MB."""
 
 _SEPARATOR = re.compile(r"^---(?=[ \t\r\n]|\Z)", re.MULTILINE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LINE_BREAK = re.compile(r"\r\n|[\r\n\x85\u2028\u2029]")
 
 
@@ -107,8 +108,8 @@ def parse_chunk(chunk: Chunk) -> list[object]:
         raise _malformed(message, mark, chunk.line) from exc
     except YAMLError as exc:
         raise MalformedDocument(str(exc).splitlines()[0], chunk.line + 1, 1) from exc
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as exc:
-        # ruamel.yaml 0.19 lets a few malformed directives and tags escape as Python's own errors (found by the property test).
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as exc:
+        # ruamel.yaml 0.19 lets some malformed directives and escapes ("\\UFFFFFFFF") out as Python's own errors.
         raise MalformedDocument(f"not YAML: {exc}", chunk.line + 1, 1) from exc
     return builder.documents
 
@@ -207,6 +208,8 @@ class _Builder:
         parent = self._open[-1]
         assert isinstance(parent.value, SourceMapping)
         key = str(event.value)
+        if not key.isascii() and _SURROGATE.search(key):
+            raise self._refuse("half a surrogate pair is no character")
         if event.anchor is not None:
             self._anchors[event.anchor] = _Anchored(key, 1, 0)
         parent.merging = key == "<<" and bool(event.implicit[0])
@@ -250,6 +253,8 @@ class _Builder:
 
     def _resolve(self, event: ScalarEvent) -> object:
         tag, text = event.tag, str(event.value)
+        if not text.isascii() and _SURROGATE.search(text):
+            raise self._refuse("half a surrogate pair is no character")
         if event.implicit[0]:
             return resolve_plain(text)
         if tag in (None, "!", "tag:yaml.org,2002:str"):

@@ -101,7 +101,7 @@ def read_authorization_policy(obj: KubeObject) -> tuple[AuthorizationPolicy, tup
         namespace=obj.namespace,
         name=obj.name,
         selector=_read_selector(spec),
-        has_target_refs="targetRef" in spec or "targetRefs" in spec,
+        has_target_refs=_read_target_refs(spec),
         action=spec.string("action", "ALLOW", choices=ACTIONS),
         rules=tuple(_read_rule(rule) for rule in spec.mappings("rules")),
         dry_run=dry_run == "true",
@@ -130,6 +130,15 @@ def _read_selector(spec: Fields) -> Mapping[str, str] | None:
         return None
     selector.refuse_unknown("matchLabels")
     return selector.string_map("matchLabels")
+
+
+def _read_target_refs(spec: Fields) -> bool:
+    """Whether the policy is for waypoints. What it targets matters to them alone."""
+    one = spec.mapping("targetRef")
+    several = spec.mappings("targetRefs")
+    if spec.is_empty("targetRefs"):
+        spec.complain("targetRefs", "is empty: add an item, or leave 'targetRefs' out")
+    return one is not None or bool(several)
 
 
 def _read_mode(parent: Fields, key: str) -> str:
@@ -176,8 +185,8 @@ def _read_attributes(item: Fields, key: str, known: tuple[str, ...]) -> Mapping[
     if part is None:
         return {}
     part.refuse_unknown(*known)
-    attributes = {name: _read_values(part, name, _CHECKS.get(name)) for name in known if name in part}
-    if not any(True for _ in part):
+    attributes = {name: _read_values(part, name, _CHECKS.get(name)) for name in known if name in set(part)}
+    if item.is_empty(key):
         item.complain(key, "is empty: name at least one attribute")
     return attributes
 

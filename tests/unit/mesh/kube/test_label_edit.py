@@ -64,6 +64,7 @@ items:
       a: b
 """
 NO_FINAL_NEWLINE = "apiVersion: v1\nkind: Namespace\nmetadata:\n  labels:\n    a: b\n  name: shop"
+HEAD = "apiVersion: v1\nkind: Namespace\n"
 NASTY = {
     "tidy": TIDY,
     "commented": COMMENTED,
@@ -75,14 +76,14 @@ NASTY = {
     "windows": COMMENTED.replace("\n", "\r\n"),
     "windows without final newline": TIDY.replace("\n", "\r\n").removesuffix("\r\n"),
     "byte order mark": "\ufeff" + COMMENTED,
-    "label value not written": "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels:\n    x:\n    y: z\n",
-    "last label value not written": "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels:\n    x:\nspec: {}\n",
-    "one space": "apiVersion: v1\nkind: Namespace\nmetadata:\n name: shop\n labels:\n  a: b\n",
+    "label value not written": HEAD + "metadata:\n  name: shop\n  labels:\n    x:\n    y: z\n",
+    "last label value not written": HEAD + "metadata:\n  name: shop\n  labels:\n    x:\nspec: {}\n",
+    "one space": HEAD + "metadata:\n name: shop\n labels:\n  a: b\n",
     "emoji before it": "# 🚀 é\napiVersion: v1\nkind: Namespace\nmetadata:\n  annotations: {é: 🚀}\n  name: shop\n",
-    "flow over lines": "apiVersion: v1\nkind: Namespace\nmetadata: {\n  name: shop,\n  labels: {\n    a: b,\n  },\n}\n",
-    "comment under labels": "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels:\n    # none but this\n    a: b\n    # after\n",
+    "flow over lines": HEAD + "metadata: {\n  name: shop,\n  labels: {\n    a: b,\n  },\n}\n",
+    "comment under labels": HEAD + "metadata:\n  name: shop\n  labels:\n    # none but this\n    a: b\n    # after\n",
     "directive and end": "%YAML 1.2\n---\napiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n...\n",
-    "plain value over lines": "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels:\n    a: 'b'\n  annotations:\n    x: y\n      z\n",
+    "plain value over lines": HEAD + "metadata:\n  name: shop\n  labels:\n    a: 'b'\n  annotations:\n    x: y\n      z\n",
 }
 
 
