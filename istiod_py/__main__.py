@@ -11,10 +11,12 @@ import trio
 from istiod_py.app import StartFailed, run_istiod
 from istiod_py.config import Config
 from mesh.runtime.signals import watch_signals
-from mesh.telemetry.log import InvalidLogSettings, configure_from
+from mesh.telemetry.log import InvalidLogSettings, configure_from, get_logger
 
 EXIT_CONFIG = 78
 """Exit status (EX_CONFIG of sysexits.h) when it can't start as configured: a restart would not help."""
+
+_log = get_logger("istiod")
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
@@ -84,6 +86,7 @@ async def _run(config: Config) -> None:
             failure = exc  # out of the nursery first, which would wrap it
         else:
             await stop.wait()
+            _log.info("stopping")
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure

@@ -1,13 +1,15 @@
 import json
 import socket
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import trio
 
 from istiod_py.app import StartFailed, run_istiod
+from istiod_py.ca import CertificateAuthority
 from istiod_py.config import Config
 from mesh.model.identity import SpiffeId
 from mesh.rpc import RpcError, Status, open_channel
@@ -361,6 +363,23 @@ def test_operators_see_metrics_and_the_state_without_secrets(world):
     trio.run(main)
 
 
+def test_an_authority_of_the_operators_signs_instead_of_our_own(world, tmp_path):
+    cacerts = tmp_path / "cacerts"
+    CertificateAuthority.self_signed(cacerts, "example.org", datetime.now(UTC))
+    (cacerts / "root-cert.pem").write_bytes((cacerts / "ca-cert.pem").read_bytes())
+
+    async def main():
+        async with trio.open_nursery() as nursery:
+            started = await nursery.start(run_istiod, replace(world.config, cacerts=cacerts))
+            world.agents = started.agents[0]
+            _, chain = await world.request(CLIENT, token=world.token("n1"))
+            assert chain[-1] == (cacerts / "root-cert.pem").read_text() == (world.directory / "state" / "root-cert.pem").read_text()
+            assert not (world.directory / "state" / "ca-key.pem").exists()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
 def _failure(config):
     async def main():
         async with trio.open_nursery() as nursery:
@@ -374,8 +393,6 @@ def _failure(config):
 
 
 def test_an_address_in_use_a_missing_source_and_a_broken_authority_are_clear_errors(world, tmp_path):
-    from dataclasses import replace
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert f"failed to bind to address {address}" in _failure(replace(world.config, monitoring=address))
