@@ -1,0 +1,452 @@
+"""Capture and release in real network namespaces, with a stand-in for the data plane."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
+
+import pytest
+
+from mesh.linux.netns import run_in_netns
+from mesh.linux.nft import Chain, Rule, Table, jump, render
+from mesh.linux.nft_apply import replace_tables
+from mesh.linux.sockets import local_address, make_upstream_socket, original_destination, peer_address, transparent_listener
+from mesh.model.address import SocketAddress
+from mesh.model.ports import INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
+from mesh.testing.netns import PATIENCE_SECONDS, EchoServer, Netns, echoes, namespaces, wire
+from ztunnel_py.redirect.apply import CaptureFailed, apply_capture, begin_release, finish_release, observe_pod, verify_capture
+from ztunnel_py.redirect.plan import NAT_TABLE, PodCapture, RedirectPlan, plan_capture
+
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")]
+
+POD_V4, PEER_V4 = ip_address("10.77.0.2"), ip_address("10.77.0.1")
+POD_V6, PEER_V6 = ip_address("fd77::2"), ip_address("fd77::1")
+APP, REMOTE = 8080, 9090
+
+
+class StandInProxy:
+    """Accepts what is redirected, notes where it was going, and carries it on as the agent would: outbound as itself, inbound
+    under the client's address."""
+
+    def __init__(self, pod: Netns) -> None:
+        self._pod = pod
+        self.seen: list[tuple[int, SocketAddress, SocketAddress | None]] = []
+        self._listeners = [pod.run(lambda port=port: transparent_listener(port, mark=PROXY_MARK)) for port in (OUTBOUND, INBOUND_PLAINTEXT)]
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        for listener in self._listeners:
+            self._selector.register(listener, selectors.EVENT_READ)
+        self._peer: dict[socket.socket, socket.socket] = {}
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> StandInProxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._wake.close()
+        self._thread.join(PATIENCE_SECONDS)
+        for sock in (*self._listeners, self._woken, *self._peer):
+            sock.close()
+        self._selector.close()
+
+    def went_to(self, port: int) -> list[SocketAddress | None]:
+        return [original for listener, _, original in list(self.seen) if listener == port]
+
+    def _serve(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                sock = key.fileobj
+                if sock is self._woken:
+                    return
+                if sock in self._listeners:
+                    self._accept(sock)
+                else:
+                    self._forward(sock)
+
+    def _accept(self, listener: socket.socket) -> None:
+        sock, _ = listener.accept()
+        sock.settimeout(PATIENCE_SECONDS)
+        client, original, port = peer_address(sock), original_destination(sock), local_address(listener).port
+        self.seen.append((port, client, original))
+        assert original is not None
+        upstream = self._pod.run(lambda: self._dial(original, client, inbound=port == INBOUND_PLAINTEXT))
+        self._peer[sock], self._peer[upstream] = upstream, sock
+        for one in (sock, upstream):
+            self._selector.register(one, selectors.EVENT_READ)
+
+    def _dial(self, target: SocketAddress, client: SocketAddress, *, inbound: bool) -> socket.socket:
+        family = socket.AF_INET6 if target.ip.version == 6 else socket.AF_INET
+        sock = make_upstream_socket(family, mark=PROXY_MARK, source=client.ip if inbound else None)
+        sock.settimeout(PATIENCE_SECONDS)
+        sock.connect((str(target.ip), target.port))
+        return sock
+
+    def _forward(self, sock: socket.socket) -> None:
+        other = self._peer[sock]
+        try:
+            data = sock.recv(65536)
+            if data:
+                other.sendall(data)
+                return
+        except OSError:
+            pass
+        for one in (sock, other):
+            self._selector.unregister(one)
+            del self._peer[one]
+            one.close()
+
+
+class World:
+    """A pod and a peer, an application in each, and connections between them that can be asked whether they live."""
+
+    def __init__(self, pod: Netns, peer: Netns, app: EchoServer, remote: EchoServer) -> None:
+        self.pod, self.peer, self.app, self.remote = pod, peer, app, remote
+
+    def plan(self, *, bypass_inbound: bool = False) -> RedirectPlan:
+        return plan_capture(observe_pod(self.pod.fd, bypass_inbound=bypass_inbound))
+
+    def outbound(self, version: int = 4) -> socket.socket:
+        """A connection that the pod's application opens."""
+        return self.pod.connect(SocketAddress(PEER_V4 if version == 4 else PEER_V6, REMOTE))
+
+    def inbound(self, version: int = 4) -> socket.socket:
+        """A connection to the pod's application."""
+        return self.peer.connect(SocketAddress(POD_V4 if version == 4 else POD_V6, APP))
+
+    def each_kind(self) -> list[socket.socket]:
+        return [make(version) for make in (self.outbound, self.inbound) for version in (4, 6)]
+
+    def state(self) -> str:
+        """All that capture may touch, as text."""
+        commands = (
+            ["nft", "list", "ruleset"],
+            *(["ip", f"-{version}", *what] for version in (4, 6) for what in (["rule"], ["route", "show", "table", "100"])),
+        )
+        return "".join(self.pod.output(*command, check=False) for command in commands)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with ExitStack() as stack:
+        pod, peer = stack.enter_context(namespaces("pod", "peer"))
+        wire(pod, peer, (f"{POD_V4}/24", f"{POD_V6}/64"), (f"{PEER_V4}/24", f"{PEER_V6}/64"))
+        app = stack.enter_context(EchoServer(pod.listen(APP)))
+        remote = stack.enter_context(EchoServer(peer.listen(REMOTE)))
+        yield World(pod, peer, app, remote)
+
+
+@contextmanager
+def closing(socks: list[socket.socket]) -> Iterator[list[socket.socket]]:
+    try:
+        yield socks
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+@pytest.mark.parametrize("capture", [PodCapture(ipv6=True), PodCapture(ipv6=False), PodCapture(ipv6=True, bypass_inbound=True)], ids=str)
+def test_nft_lists_the_rules_exactly_as_we_print_them(world: World, capture: PodCapture) -> None:
+    plan = plan_capture(capture)
+    apply_capture(world.pod.fd, plan)
+    assert world.pod.output("nft", "--stateless", "list", "ruleset") == render(plan.tables)
+    begin_release(world.pod.fd, plan)
+    assert world.pod.output("nft", "--stateless", "list", "ruleset") == render(plan.releasing)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_outbound_connections_reach_the_proxy_which_learns_where_they_were_going(world: World, version: int) -> None:
+    with StandInProxy(world.pod) as proxy:
+        apply_capture(world.pod.fd, world.plan())
+        with world.outbound(version) as sock:
+            assert echoes(sock)
+        target = SocketAddress(PEER_V4 if version == 4 else PEER_V6, REMOTE)
+        assert proxy.went_to(OUTBOUND) == [target]
+        assert world.remote.saw(POD_V4 if version == 4 else POD_V6) == 1
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_application_sees_its_client_behind_the_proxy(world: World, version: int) -> None:
+    with StandInProxy(world.pod) as proxy:
+        apply_capture(world.pod.fd, world.plan())
+        with world.inbound(version) as sock:
+            assert echoes(sock, b"x" * 50_000)
+        assert proxy.went_to(INBOUND_PLAINTEXT) == [SocketAddress(POD_V4 if version == 4 else POD_V6, APP)]
+        assert [client.ip for client in world.app.clients] == [PEER_V4 if version == 4 else PEER_V6]
+
+
+def test_the_pod_talks_to_itself_past_the_proxy(world: World) -> None:
+    with StandInProxy(world.pod) as proxy:
+        apply_capture(world.pod.fd, world.plan())
+        for ip in ("127.0.0.1", "::1", str(POD_V4), str(POD_V6)):
+            with world.pod.connect(SocketAddress(ip_address(ip), APP)) as sock:
+                assert echoes(sock)
+        assert proxy.seen == []
+
+
+def test_the_hbone_port_is_reached_directly(world: World) -> None:
+    with StandInProxy(world.pod) as proxy, EchoServer(world.pod.listen(INBOUND_HBONE)) as hbone:
+        apply_capture(world.pod.fd, world.plan())
+        with world.peer.connect(SocketAddress(POD_V4, INBOUND_HBONE)) as sock:
+            assert echoes(sock)
+        assert (hbone.saw(PEER_V4), proxy.seen) == (1, [])
+
+
+def test_with_bypass_only_outbound_connections_are_captured(world: World) -> None:
+    with StandInProxy(world.pod) as proxy:
+        apply_capture(world.pod.fd, world.plan(bypass_inbound=True))
+        with closing(world.each_kind()) as socks:
+            assert all(echoes(sock) for sock in socks)
+        assert (len(proxy.went_to(OUTBOUND)), len(proxy.went_to(INBOUND_PLAINTEXT))) == (2, 0)
+
+
+def test_a_pod_without_ipv6_is_captured_for_ipv4(world: World) -> None:
+    world.pod.output("sysctl", "-w", "net.ipv6.conf.lo.disable_ipv6=1")
+    plan = world.plan()
+    assert plan.families == (socket.AF_INET,)
+    with StandInProxy(world.pod) as proxy:
+        apply_capture(world.pod.fd, plan)
+        assert verify_capture(world.pod.fd, plan) == []
+        with closing([world.outbound(4), world.inbound(4)]) as socks:
+            assert all(echoes(sock) for sock in socks)
+        assert len(proxy.seen) == 2
+
+
+def test_fifty_connections_that_were_there_before_capture_live_on(world: World) -> None:
+    """Half opened by the pod, half by its peer, over IPv4 and IPv6; some idle throughout, some busy while the rules appear."""
+    make = [world.outbound, world.inbound]
+    with closing([make[number % 2](4 if number % 4 < 2 else 6) for number in range(50)]) as held, StandInProxy(world.pod) as proxy:
+        assert all(echoes(sock) for sock in held[10:])
+        with busy(held[40:]) as interrupted:
+            plan = world.plan()
+            apply_capture(world.pod.fd, plan)
+            assert [number for number, sock in enumerate(held[:40]) if not echoes(sock)] == []
+            with closing(world.each_kind()) as new:
+                assert all(echoes(sock) for sock in new)
+        assert interrupted == []
+        assert (len(proxy.went_to(OUTBOUND)), len(proxy.went_to(INBOUND_PLAINTEXT))) == (2, 2)
+        assert [number for number, sock in enumerate(held) if not echoes(sock)] == []
+
+
+@contextmanager
+def busy(socks: list[socket.socket]) -> Iterator[list[int]]:
+    """Keep these connections talking all the time; yields the numbers of those that broke."""
+    broken: list[int] = []
+    stop = threading.Event()
+
+    def talk(number: int, sock: socket.socket) -> None:
+        while not stop.is_set():
+            if not echoes(sock, b"busy" * 100):
+                broken.append(number)
+                return
+
+    threads = [threading.Thread(target=talk, args=(number, sock), daemon=True) for number, sock in enumerate(socks)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield broken
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(PATIENCE_SECONDS)
+
+
+def test_without_the_test_for_new_connections_capture_would_cut_living_ones(world: World) -> None:
+    """What Istio's rules do; if this ever fails the kernel has learnt better and our extra test may go."""
+    with closing(world.each_kind()) as held, StandInProxy(world.pod):
+        apply_capture(world.pod.fd, world.plan())
+        finish_release(world.pod.fd)
+        rules = render(world.plan().tables).replace("tcp flags syn / fin,syn,rst,ack ", "meta l4proto tcp ")
+        load(world.pod, rules)
+        assert [echoes(sock) for sock in held] == [False] * 4
+
+
+def load(netns: Netns, rules: str) -> None:
+    """Have nft itself install rules, in one transaction."""
+    fd = os.memfd_create("rules")
+    try:
+        os.write(fd, rules.encode())
+        netns.output("nft", "-f", f"/proc/{os.getpid()}/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
+def test_redirected_connections_live_through_release_and_new_ones_go_free(world: World) -> None:
+    plan = world.plan()
+    with closing([]) as held, StandInProxy(world.pod) as proxy:
+        held += world.each_kind()  # before the mesh
+        apply_capture(world.pod.fd, plan)
+        held += world.each_kind()  # redirected
+        assert all(echoes(sock) for sock in held)
+        assert len(proxy.seen) == 4
+        begin_release(world.pod.fd, plan)
+        held += world.each_kind()  # free
+        assert [number for number, sock in enumerate(held) if not echoes(sock)] == []
+        assert len(proxy.seen) == 4
+        apply_capture(world.pod.fd, plan)
+        held += world.each_kind()  # redirected again
+        assert [number for number, sock in enumerate(held) if not echoes(sock)] == []
+        assert len(proxy.seen) == 8
+
+
+def test_a_released_pod_still_serves_peers_that_come_through_the_tunnel(world: World) -> None:
+    """The agent dials the application under the client's address although nothing is redirected any more."""
+    plan = world.plan()
+    apply_capture(world.pod.fd, plan)
+    begin_release(world.pod.fd, plan)
+    for pod, peer in ((POD_V4, PEER_V4), (POD_V6, PEER_V6)):
+        with world.pod.run(lambda pod=pod, peer=peer: dial_as(pod, peer)) as sock:
+            assert echoes(sock)
+        assert world.app.saw(peer) == 1
+
+
+def dial_as(pod: object, client: object) -> socket.socket:
+    family = socket.AF_INET6 if ":" in str(pod) else socket.AF_INET
+    sock = make_upstream_socket(family, mark=PROXY_MARK, source=ip_address(str(client)))
+    sock.settimeout(PATIENCE_SECONDS)
+    sock.connect((str(pod), APP))
+    return sock
+
+
+def test_after_release_the_namespace_is_as_it_was(world: World) -> None:
+    before = world.state()
+    plan = world.plan()
+    with StandInProxy(world.pod):
+        apply_capture(world.pod.fd, plan)
+        with closing(world.each_kind()) as socks:
+            assert all(echoes(sock) for sock in socks)
+        begin_release(world.pod.fd, plan)
+        with closing(world.each_kind()) as free:
+            finish_release(world.pod.fd)
+            assert all(echoes(sock) for sock in free)
+    assert world.state() == before
+    finish_release(world.pod.fd)
+    assert world.state() == before
+
+
+def test_capture_leaves_other_rules_and_routes_alone(world: World) -> None:
+    world.pod.output("nft", "add table inet theirs; add chain inet theirs c; add rule inet theirs c tcp dport 1 drop")
+    world.pod.output("ip", "rule", "add", "fwmark", "0x7", "lookup", "100", "pref", "32764")
+    world.pod.output("ip", "route", "add", "10.9.9.0/24", "dev", "eth0", "table", "100")
+    before = world.state()
+    plan = world.plan()
+    apply_capture(world.pod.fd, plan)
+    begin_release(world.pod.fd, plan)
+    finish_release(world.pod.fd)
+    assert world.state() == before
+
+
+def test_applying_again_changes_nothing_and_keeps_the_counters(world: World) -> None:
+    plan = world.plan()
+    with StandInProxy(world.pod):
+        assert apply_capture(world.pod.fd, plan)
+        with world.outbound() as sock:
+            assert echoes(sock)
+        before = world.state()
+        assert not apply_capture(world.pod.fd, plan)
+        assert world.state() == before
+        assert "packets 1" in before
+
+
+@pytest.mark.parametrize(
+    ("damage", "difference"),
+    [
+        ("nft flush chain inet istio-ambient-nat output", "table istio-ambient-nat: chain output: a rule is missing: "),
+        ("nft delete table inet istio-ambient-mangle", "table istio-ambient-mangle is missing"),
+        ("nft insert rule inet istio-ambient-nat output accept", "table istio-ambient-nat: chain output: rule 1 is not: "),
+        ("nft add rule inet istio-ambient-nat output accept", "table istio-ambient-nat: chain output: 1 rules too many"),
+        ("nft add chain inet istio-ambient-nat surprise", "table istio-ambient-nat: chain surprise is not ours"),
+        ("ip rule delete pref 32764", "IPv4 rule is missing: fwmark 0x111/0xfff lookup 100"),
+        ("ip -6 rule delete pref 32764", "IPv6 rule is missing: fwmark 0x111/0xfff lookup 100"),
+        ("ip route flush table 100", "IPv4 route is missing: local default dev lo table 100"),
+        ("ip -6 route flush table 100", "IPv6 route is missing: local default dev lo table 100"),
+    ],
+)
+def test_verification_finds_what_somebody_changed_and_applying_repairs_it(world: World, damage: str, difference: str) -> None:
+    plan = world.plan()
+    apply_capture(world.pod.fd, plan)
+    assert verify_capture(world.pod.fd, plan) == []
+    intact = world.state()
+    world.pod.output(*damage.split())
+    found = verify_capture(world.pod.fd, plan)
+    assert found
+    assert found[0].startswith(difference)
+    assert apply_capture(world.pod.fd, plan)
+    assert verify_capture(world.pod.fd, plan) == []
+    assert world.state() == intact
+
+
+def test_rules_that_only_look_like_ours_are_found(world: World) -> None:
+    """The same comment, another port: what a rule does counts."""
+    plan = world.plan()
+    apply_capture(world.pod.fd, plan)
+    forged = render(plan.tables).replace("redirect to :15001", "redirect to :15002", 1)
+    load(world.pod, "flush ruleset; " + forged)
+    assert [difference.partition(": rule")[0] for difference in verify_capture(world.pod.fd, plan)] == [f"table {NAT_TABLE}: chain output"]
+
+
+def test_residue_of_another_agent_under_the_same_names_is_replaced(world: World) -> None:
+    world.pod.output(
+        "nft", f"add table inet {NAT_TABLE}; add chain inet {NAT_TABLE} istio-output; add rule inet {NAT_TABLE} istio-output drop"
+    )
+    world.pod.output("ip", "rule", "add", "fwmark", "0x111/0xfff", "lookup", "100", "pref", "32764")
+    plan = world.plan()
+    apply_capture(world.pod.fd, plan)
+    assert verify_capture(world.pod.fd, plan) == []
+    assert world.pod.output("nft", "--stateless", "list", "ruleset") == render(plan.tables)
+
+
+def test_a_refused_plan_changes_nothing_and_names_the_rule(world: World) -> None:
+    plan = world.plan()
+    apply_capture(world.pod.fd, plan)
+    before = world.state()
+    broken = RedirectPlan((*plan.tables, Table("broken", (Chain("c", (Rule((jump("nowhere"),)),)),))), plan.releasing, plan.families)
+    with pytest.raises(CaptureFailed, match="add rule broken c jump nowhere: No such file or directory"):
+        apply_capture(world.pod.fd, broken)
+    assert world.state() == before
+
+
+def test_a_namespace_that_cannot_be_entered_is_an_error_with_its_reason() -> None:
+    with open("/dev/null", "rb") as file, pytest.raises(CaptureFailed, match="Invalid argument"):
+        apply_capture(file.fileno(), plan_capture(PodCapture(ipv6=False)))
+
+
+def test_no_descriptor_and_no_thread_is_left_behind(world: World) -> None:
+    plan = world.plan()
+    apply_capture(world.pod.fd, plan)
+    before = (len(os.listdir("/proc/self/fd")), threading.active_count())
+    for _ in range(20):
+        apply_capture(world.pod.fd, plan)
+        verify_capture(world.pod.fd, plan)
+        begin_release(world.pod.fd, plan)
+        finish_release(world.pod.fd)
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_replacing_a_table_never_leaves_a_moment_without_it(world: World) -> None:
+    """A connection opened while the tables are rewritten over and over is always redirected."""
+    plan = world.plan()
+    with StandInProxy(world.pod) as proxy:
+        apply_capture(world.pod.fd, plan)
+        stop = threading.Event()
+
+        def rewrite() -> None:
+            while not stop.is_set():
+                replace_tables(plan.tables)
+
+        writer = threading.Thread(target=lambda: run_in_netns(world.pod.fd, rewrite), daemon=True)
+        writer.start()
+        try:
+            for _ in range(100):
+                with world.outbound() as sock:
+                    assert echoes(sock)
+        finally:
+            stop.set()
+            writer.join(PATIENCE_SECONDS)
+        assert len(proxy.went_to(OUTBOUND)) == 100
