@@ -54,14 +54,16 @@ def peer_address(sock: socket.socket) -> SocketAddress:
     return _socket_address(sock.getpeername())
 
 
-def transparent_listener(port: int, *, mark: int, reuse_port: bool = False, backlog: int = LISTEN_BACKLOG) -> socket.socket:
+def transparent_listener(
+    port: int, *, mark: int, ipv6: bool = True, reuse_port: bool = False, backlog: int = LISTEN_BACKLOG
+) -> socket.socket:
     """A non-blocking TCP listener on every address, IPv4 and, where the namespace has it, IPv6; connections inherit mark and
     transparency. Raises OSError, e.g. EADDRINUSE when a process of the pod holds the port.
 
     ``reuse_port`` is off unless asked for: our upgrades pass the very sockets on, and with it a process of the same user in the pod
     could take a share of the connections.
     """
-    dual_stack = ipv6_enabled()
+    dual_stack = ipv6 and ipv6_enabled()
     sock = _stream_socket(socket.AF_INET6 if dual_stack else socket.AF_INET)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

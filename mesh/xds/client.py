@@ -189,7 +189,7 @@ class _Session:
             await stream.send(self._encode(await self._take(raw)))
 
     async def _take(self, raw: bytes) -> Request:
-        decoded = await _decode(raw)
+        decoded = await decode(raw)
         whole, was_synced = self._machine.is_whole(decoded.type_url), self._machine.synced
         if decoded.type_url not in (ADDRESS, AUTHORIZATION):
             log.error("xds.unknown_type", type=decoded.type_url)
@@ -233,7 +233,8 @@ class _Session:
         return message.SerializeToString()
 
 
-async def _decode(raw: bytes) -> DecodedResponse:
+async def decode(raw: bytes) -> DecodedResponse:
+    """`decode_response`, in a thread if it is large. Raises RemoteProtocolError."""
     if len(raw) <= DECODE_IN_THREAD:
         return decode_response(raw)
     return await trio.to_thread.run_sync(decode_response, raw)

@@ -147,7 +147,7 @@ def status_of(record: PodRecord) -> PodStatus:
             return PodStatus(Phase.PENDING, record.because)
         if record.pod.waiting_for and not record.listeners:
             return PodStatus(Phase.WAITING, record.pod.waiting_for)
-        if record.verified and record.annotation is Redirection.ENABLED:
+        if record.rules is Rules.IN_PLACE and record.annotation is Redirection.ENABLED:  # also while it is verified again
             return PodStatus(Phase.CAPTURED, record.pod.enrolment.because)
         return PodStatus(Phase.CAPTURING, record.pod.enrolment.because)
     if record.because:
