@@ -79,25 +79,25 @@ class MeshState:
 
     def apply(self, delta: Delta) -> Changes:
         """Make the change. An endpoint may come before its service, and a workload before a policy that it names."""
-        workloads: set[str] = set()
-        services: set[NamespacedHostname] = set()
+        workloads: dict[str, Workload | None] = {}
+        services: dict[NamespacedHostname, Service | None] = {}
         for name in delta.removed_addresses:
             if name in self._workloads:
-                self._put_workload(name, None, workloads)
-            else:
-                self._remove_service(name, services)
-        for workload in delta.workloads:
-            self._put_workload(workload.uid, workload, workloads)
-        for service in delta.services:
-            self._put_service(service.key, service, services)
-        policies: set[str] = set()
-        for key in delta.removed_policies:
-            self._put_policy(key, None, policies)
-        for policy in delta.policies:
-            self._put_policy(policy.key, policy, policies)
-        if policies:
+                workloads[name] = None
+            elif (key := _service_name(name)) is not None:
+                services[key] = None
+        workloads |= {workload.uid: workload for workload in delta.workloads}
+        services |= {service.key: service for service in delta.services}
+        policies: dict[str, Policy | None] = dict.fromkeys(delta.removed_policies)
+        policies |= {policy.key: policy for policy in delta.policies}
+        changes = Changes(
+            frozenset([uid for uid, workload in workloads.items() if self._put_workload(uid, workload)]),
+            frozenset([key for key, service in services.items() if self._put_service(key, service)]),
+            frozenset([key for key, policy in policies.items() if self._put_policy(key, policy)]),
+        )
+        if changes.policies:
             self._reapply_policies()
-        return Changes(frozenset(workloads), frozenset(services), frozenset(policies))
+        return changes
 
     def replace(self, whole: Delta, *, addresses: bool, policies: bool) -> Changes:
         """Make the change, and remove what is absent from it: of workloads and services, of policies, or of both."""
@@ -116,10 +116,12 @@ class MeshState:
             )
         )
 
-    def _put_workload(self, uid: str, new: Workload | None, changed: set[str]) -> None:
+    # Each of these puts one object in or, with None, takes it out, and says whether that changed anything.
+
+    def _put_workload(self, uid: str, new: Workload | None) -> bool:
         old = self._workloads.get(uid)
         if old == new:
-            return
+            return False
         if new is None:
             del self._workloads[uid]
         else:
@@ -131,19 +133,12 @@ class MeshState:
         for workload in (old, new):
             for service in workload.services if workload is not None else ():
                 self._picks.pop(service, None)
-        changed.add(uid)
+        return True
 
-    def _remove_service(self, name: str, changed: set[NamespacedHostname]) -> None:
-        try:
-            key = NamespacedHostname.parse(name)
-        except InvalidAddress:
-            return  # the uid of a workload that we do not have
-        self._put_service(key, None, changed)
-
-    def _put_service(self, key: NamespacedHostname, new: Service | None, changed: set[NamespacedHostname]) -> None:
+    def _put_service(self, key: NamespacedHostname, new: Service | None) -> bool:
         old = self._services.get(key)
         if old == new:
-            return
+            return False
         if new is None:
             del self._services[key]
         else:
@@ -152,18 +147,18 @@ class MeshState:
         self._services_by_cidr.replace(old, new)
         self._services_by_hostname.replace(old, new)
         self._picks.pop(key, None)
-        changed.add(key)
+        return True
 
-    def _put_policy(self, key: str, new: Policy | None, changed: set[str]) -> None:
+    def _put_policy(self, key: str, new: Policy | None) -> bool:
         old = self._policies.get(key)
         if old == new:
-            return
+            return False
         if new is None:
             del self._policies[key]
         else:
             self._policies[key] = new
         self._policies_by_scope.replace(old, new)
-        changed.add(key)
+        return True
 
     def _reapply_policies(self) -> None:
         for key, before in list(self._applied.items()):
@@ -322,6 +317,13 @@ class MeshState:
 _Account = tuple[str, str, str]
 """Namespace, name, service account."""
 _ScopeKey = tuple[Scope, str]
+
+
+def _service_name(name: str) -> NamespacedHostname | None:
+    try:
+        return NamespacedHostname.parse(name)
+    except InvalidAddress:
+        return None  # the uid of a workload that we do not have
 
 
 def _scope_keys(policy: Policy) -> tuple[_ScopeKey, ...]:
