@@ -33,7 +33,9 @@ class ClientStream:
         try:
             await self._stream.send_message(message)
         except RpcError as exc:
-            raise self._end_status() or exc from None
+            if not self._stream.ended:
+                raise
+            raise self._end_status() or RpcError(Status.CANCELLED, "the server has ended the call") from exc
 
     def finish_sending(self) -> None:
         """No more messages from here (half-close)."""
@@ -109,8 +111,10 @@ class Channel:
         async with self.stream(path, metadata=metadata, timeout=timeout) as call:
             try:
                 await call._stream.send_message(request, end=True)
-            except RpcError as exc:
-                raise call._end_status() or exc from None
+            except RpcError:
+                if not call._stream.ended:
+                    raise
+                # The server answered before it had the whole request: its answer says why.
             response = await call.receive()
             if response is None:
                 raise RpcError(Status.INTERNAL, "the server answered with no message")

@@ -55,14 +55,11 @@ class Limits:
 
 
 _GRACEFUL_GOAWAY: Final = {
-    # h2 closes its connection at the first GOAWAY in either direction; RFC 9113 section 6.8 lets the streams up to last_stream_id
-    # go on, and istiod ends every connection that way once in half an hour.
+    # h2 closes its connection at the first GOAWAY it receives; RFC 9113 section 6.8 lets the streams up to last_stream_id go on, and
+    # istiod ends every connection that way once in half an hour.
     **H2ConnectionStateMachine._transitions,
-    **{
-        (state, direction): (None, state)
-        for state in (ConnectionState.CLIENT_OPEN, ConnectionState.SERVER_OPEN)
-        for direction in (ConnectionInputs.SEND_GOAWAY, ConnectionInputs.RECV_GOAWAY)
-    },
+    (ConnectionState.CLIENT_OPEN, ConnectionInputs.RECV_GOAWAY): (None, ConnectionState.CLIENT_OPEN),
+    (ConnectionState.SERVER_OPEN, ConnectionInputs.RECV_GOAWAY): (None, ConnectionState.SERVER_OPEN),
 }
 
 
@@ -240,12 +237,6 @@ class Http2Connection:
         self._send_goaway(code)
         self._lose("closed here")
 
-    async def drain(self) -> None:
-        """GOAWAY, then until the streams that are open have ended."""
-        self._send_goaway(ErrorCode.NO_ERROR)
-        while self._streams and self.lost is None:
-            await self._progress.park()
-
     async def wait_closing(self) -> None:
         """Until the connection is lost or either side has said GOAWAY."""
         while self.lost is None and not self.going_away:
@@ -307,6 +298,8 @@ class Http2Connection:
         await trio.lowlevel.checkpoint()
         while data:
             stream._raise_failure()
+            if stream.closed_here:
+                raise RpcError(Status.CANCELLED, "the stream is closed")
             room = self._room(stream)
             if room <= 0:
                 await self._progress.park()
@@ -447,9 +440,6 @@ class Http2Connection:
         assert self._on_request is not None, "h2 gives requests to servers only"
         stream = Http2Stream(self, event.stream_id)
         stream.headers = _text(event.headers)
-        if self.going_away:
-            self._h2.reset_stream(stream.id, ErrorCode.REFUSED_STREAM)
-            return
         self._streams[stream.id] = stream
         self._on_request(stream)
 

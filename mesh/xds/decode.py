@@ -305,11 +305,11 @@ def decode_policy(name: str, body: bytes) -> Policy:
         message = authz.Authorization.FromString(body)
     except DecodeError as exc:
         return _with_reason(unreadable, f"not an Authorization: {exc}")
+    if (message.namespace, message.name) != (namespace, short):
+        return _with_reason(unreadable, f"the policy calls itself {message.namespace}/{message.name}")
     if message.scope in Scope._value2member_map_:
         unreadable = Policy(short, namespace, Scope(message.scope), Action.DENY, dry_run=message.dry_run)
     try:
-        if (message.namespace, message.name) != (namespace, short):
-            raise _Unusable(f"the policy calls itself {message.namespace}/{message.name}")
         return _policy(message)
     except (_Unusable, InvalidAddress) as exc:
         return _with_reason(unreadable, str(exc))

@@ -149,6 +149,27 @@ def test_a_deadline_reaches_the_handler_and_ends_it() -> None:
     _run(main, trio.testing.MockClock(autojump_threshold=0.01))
 
 
+def test_a_status_that_comes_before_the_request_is_whole_is_the_call_s() -> None:
+    async def main() -> None:
+        async def refuse(stream: ServerStream) -> None:
+            raise RpcError(Status.UNAUTHENTICATED, "who?")
+
+        async def answer(stream: ServerStream) -> None:
+            await stream.send(b"enough")
+
+        async with _connected({"/t/refuse": Bidi(refuse), "/t/answer": Bidi(answer)}) as (channel, _):
+            with pytest.raises(RpcError, match=r"UNAUTHENTICATED: who\?"):
+                await channel.unary("/t/refuse", b"x" * 1_000_000)
+            assert await channel.unary("/t/answer", b"x" * 1_000_000) == b"enough"
+            async with channel.stream("/t/answer") as call:
+                assert await call.receive() == b"enough"
+                assert await call.receive() is None
+                with pytest.raises(RpcError, match="the server has ended the call"):
+                    await call.send(b"more")
+
+    _run(main)
+
+
 def test_a_client_that_leaves_cancels_the_handler() -> None:
     async def main() -> None:
         started, cancelled = trio.Event(), trio.Event()
