@@ -46,10 +46,14 @@ _REPLIES: Final[msgspec.json.Decoder[Reply]] = msgspec.json.Decoder(Reply)
 
 
 class StartingLab:
-    """A lab on its way up: iterate for its events. The context's end before it was ready ends the lab and waits until nothing is left."""
+    """A lab on its way up: iterate for its events.
 
-    def __init__(self, home: LabHome, events: socket.socket, launcher: subprocess.Popen[bytes]) -> None:
+    The context's end ends the lab and waits until nothing is left, unless the lab became ready and is not tied to its starter.
+    """
+
+    def __init__(self, home: LabHome, events: socket.socket, launcher: subprocess.Popen[bytes], *, tied: bool) -> None:
         self.home = home
+        self._tied = tied
         self._events = events
         self._launcher = launcher
         self._ready = False
@@ -59,8 +63,8 @@ class StartingLab:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._events.close()  # what the keeper notices
-        if not self._ready:
-            self._launcher.wait()
+        self._launcher.wait()
+        if self._tied or not self._ready:
             self.home.wait_until_gone(_DOWN_WITHIN)
             remove_remains(self.home)
 
@@ -88,12 +92,13 @@ class StartingLab:
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """``patience`` in seconds; ``movers`` None: the agent's own choice; ``with_mesh`` False: neither control plane nor agents."""
+    """See `LabConfig`. ``patience`` in seconds; ``movers`` None: the agent's own choice."""
 
     patience: float = 60.0
     keep: bool = False
     movers: int | None = None
     with_mesh: bool = True
+    tied: bool = False
 
 
 def start_lab(directory: Path, name: str, options: UpOptions) -> StartingLab:
@@ -117,6 +122,7 @@ def start_lab(directory: Path, name: str, options: UpOptions) -> StartingLab:
             movers=options.movers,
             patience=options.patience,
             keep=options.keep,
+            tied=options.tied,
         )
         launcher = subprocess.Popen(
             [sys.executable, "-m", "meshctl_py.lab.init", config.dump()],
@@ -126,7 +132,7 @@ def start_lab(directory: Path, name: str, options: UpOptions) -> StartingLab:
             pass_fds=(config.lock, config.events),
             start_new_session=True,
         )
-    return StartingLab(home, ours, launcher)
+    return StartingLab(home, ours, launcher, tied=options.tied)
 
 
 class Lab:

@@ -57,9 +57,14 @@ class LabHome:
     def istiod(self) -> Path:
         return self.path / "istiod"
 
+    @property
+    def status(self) -> Path:
+        """Holds the overlays of all who report status."""
+        return self.path / "status"
+
     def status_of(self, writer: str) -> Path:
         """The overlay of ``lab`` or of a node's agent."""
-        return self.path / "status" / writer
+        return self.status / writer
 
     def run_of(self, node: str) -> Path:
         """Where a node's agent has its sockets."""

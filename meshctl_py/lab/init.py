@@ -24,7 +24,8 @@ class LabConfig:
     """What ``lab up`` tells the lab. Paths are absolute. ``lock`` and ``events`` are inherited descriptors.
 
     ``with_mesh`` False leaves control plane and agents out: nodes, pods, VIPs and DNS alone. ``patience``: seconds until everything must
-    be ready; then the lab ends, unless ``keep``. ``user_namespace``: the lab has one of its own, because no root started it.
+    be ready; then the lab ends, unless ``keep``. ``tied``: it also ends when its starter does, however that ends. ``user_namespace``: the
+    lab has one of its own, because no root started it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LabConfig:
     movers: int | None = None
     patience: float = 60.0
     keep: bool = False
+    tied: bool = False
 
     @classmethod
     def parse(cls, text: str) -> LabConfig:

@@ -90,11 +90,12 @@ async def _live(config: LabConfig, world: World, starter: Starter, stop: trio.Ev
         async with trio.open_nursery() as starting:
             starting.start_soon(_stop_when_gone, starter, stop)
             outcome = await _start(config, world, starter, stop, tasks)
-            starting.cancel_scope.cancel()
-        await starter.tell(outcome)
+            if not config.tied:
+                starting.cancel_scope.cancel()  # before it hears that all is well, and goes
+            await starter.tell(outcome)
+            if isinstance(outcome, Failed) and not config.keep:
+                stop.set()
         starter.dismiss()
-        if isinstance(outcome, Failed) and not config.keep:
-            stop.set()
 
 
 async def _stop_when_gone(starter: Starter, stop: trio.Event) -> None:

@@ -18,6 +18,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from mesh.linux.netns import NotANetworkNamespace, create_named_netns, delete_named_netns, open_netns, run_in_netns
+from mesh.linux.nft_apply import NftRefused
 from mesh.model.address import IpAddress
 from meshctl_py.lab.assign import CLUSTER_DNS, CONTROL_PLANE, ROUTER, NodeAssignment, PodAssignment
 
@@ -39,7 +40,7 @@ def building(what: str) -> Iterator[None]:
     """Turns what netlink, mounts and sysctls raise into `CannotBuild`."""
     try:
         yield
-    except (NetlinkError, OSError, NotANetworkNamespace) as exc:
+    except (NetlinkError, OSError, NotANetworkNamespace, NftRefused) as exc:
         raise CannotBuild(f"{what}: {exc}") from exc
 
 
@@ -82,7 +83,7 @@ def add_node(wires: Wires, node: NodeAssignment) -> None:
     """A node: joined to the router, which sends it the node's ranges of pod addresses."""
     path = wires.node(node.name)
     _join_to_router(path, interface_name(node.name), node.ips)
-    with _inside(path) as namespace:
+    with inside(path) as namespace:
         run_in_netns(namespace, lambda: _become_node(node))
     with IPRoute() as ip:
         index = _index(ip, interface_name(node.name))
@@ -103,7 +104,7 @@ def add_pod(wires: Wires, pod: PodAssignment, node: NodeAssignment) -> None:
     if pod.spec.host_network:
         return
     create_named_netns(wires.directory, wires.pod(pod).name)
-    with _inside(wires.pod(pod)) as namespace, _inside(wires.node(pod.node)) as node_namespace:
+    with inside(wires.pod(pod)) as namespace, inside(wires.node(pod.node)) as node_namespace:
         run_in_netns(node_namespace, lambda: _wire_pod(pod, node, namespace))
         run_in_netns(namespace, lambda: _become_pod(pod, node))
     with IPRoute() as ip:
@@ -119,7 +120,7 @@ def remove_pod(wires: Wires, pod: PodAssignment, node: NodeAssignment) -> None:
     if pod.spec.host_network:
         return
     if wires.node(pod.node).exists():
-        with _inside(wires.node(pod.node)) as namespace:
+        with inside(wires.node(pod.node)) as namespace:
             run_in_netns(namespace, lambda: _remove_link(_pod_interface(pod)))
     delete_named_netns(wires.pod(pod))
     with IPRoute() as ip:
@@ -145,7 +146,8 @@ def _foreign(pod: PodAssignment, node: NodeAssignment) -> tuple[IpAddress, ...]:
 
 
 @contextmanager
-def _inside(path: Path) -> Iterator[int]:
+def inside(path: Path) -> Iterator[int]:
+    """A descriptor of the namespace bound at ``path``, for as long as the context lasts."""
     descriptor = open_netns(path)
     try:
         yield descriptor
@@ -155,7 +157,7 @@ def _inside(path: Path) -> Iterator[int]:
 
 def _join_to_router(path: Path, interface: str, ips: tuple[IpAddress, ...]) -> None:
     create_named_netns(path.parent, path.name)
-    with _inside(path) as namespace:
+    with inside(path) as namespace:
         with IPRoute() as ip:
             ip.link("add", ifname=interface, kind="veth", peer={"ifname": "eth0", "net_ns_fd": namespace})
             index = _index(ip, interface)

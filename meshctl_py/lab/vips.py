@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Final
 
-from mesh.linux.netns import open_netns, run_in_netns
+from mesh.linux.netns import run_in_netns
 from mesh.linux.nft import (
     Chain,
     ChainType,
@@ -29,6 +28,7 @@ from mesh.linux.nft import (
 )
 from mesh.linux.nft_apply import replace_tables
 from meshctl_py.lab.endpoints import VirtualPort
+from meshctl_py.lab.network import building, inside
 
 _TABLE: Final = "lab-services"
 _DNAT: Final = -100
@@ -61,12 +61,9 @@ def plan_services(table: tuple[VirtualPort, ...], node: tuple[IPv4Address, IPv6A
 
 
 def apply_services(netns: Path, planned: Table) -> None:
-    """Make the node at ``netns`` have these rules, in one transaction. Blocks. Raises OSError, NftRefused."""
-    namespace = open_netns(netns)
-    try:
+    """Make the node at ``netns`` have these rules, in one transaction. Blocks. Raises CannotBuild."""
+    with building("service addresses"), inside(netns) as namespace:
         run_in_netns(namespace, lambda: replace_tables([planned]))
-    finally:
-        os.close(namespace)
 
 
 def _matches(port: VirtualPort) -> tuple[Statement, Statement]:

@@ -14,7 +14,6 @@ import trio
 from mesh.kube.directory import DirectoryStore, remove_overlay, write_overlay
 from mesh.kube.objects import ObjectKey, SourceProblem
 from mesh.kube.overlay import overlay_path
-from mesh.linux.nft_apply import NftRefused
 from mesh.model import ports
 from mesh.model.labels import REDIRECTION
 from mesh.telemetry.log import get_logger
@@ -108,7 +107,10 @@ class World:
         self._istiod: _Program | None = None
         self._published: dict[ObjectKey, Mapping[str, object]] = {}
         self._rules: dict[str, tuple[VirtualPort, ...]] = {}
+        self._built: set[str] = set()
+        """Nodes whose namespaces are there."""
         self._broken: dict[str, str] = {}
+        """Why pods and nodes could not be built, by name."""
         self._nursery: trio.Nursery | None = None
 
     async def open(self, nursery: trio.Nursery) -> None:
@@ -216,6 +218,7 @@ class World:
 
     async def _add_node(self, node: NodeAssignment) -> None:
         await trio.to_thread.run_sync(network.add_node, self.wires, node)
+        self._built.add(node.name)
         write_etc_files(self.home.files / node.name, node.name, tuple(map(str, node.ips)), "default")
         if self._with_mesh:
             programs.make_agent_directories(self.home, node.name)
@@ -227,6 +230,7 @@ class World:
             self._agents[node.name] = self._start_program(f"ztunnel-{node.name}", entry, environment, health)
 
     async def _remove_node(self, name: str) -> None:
+        self._built.discard(name)
         if name in self._agents:
             await self._agents.pop(name).task.end()
         await trio.to_thread.run_sync(network.remove_node, self.wires, name)
@@ -314,7 +318,7 @@ class World:
             self.zone = dns_names(self._cluster, self._assignments, self._ready_pods())
             for name in self._assignments.nodes:
                 self._publish_node(name)
-            for key in self._pods:
+            for key in list(self._pods):
                 self._publish_pod(key)
             for service in self._cluster.services.values():
                 self._publish_service(ObjectKey("Service", *service.key), self._assignments.vips.get(service.key, ()))
@@ -329,13 +333,14 @@ class World:
 
     async def _apply_services(self) -> None:
         table = self._virtual_ports()
-        for name, node in list(self._assignments.nodes.items()):
-            if self._rules.get(name) == table or not self.wires.node(name).exists():
+        for name in sorted(self._built):
+            if self._rules.get(name) == table:
                 continue
             try:
-                await trio.to_thread.run_sync(apply_services, self.wires.node(name), plan_services(table, node.ips))
+                planned = plan_services(table, self._assignments.nodes[name].ips)
+                await trio.to_thread.run_sync(apply_services, self.wires.node(name), planned)
                 self._rules[name] = table
-            except (OSError, NftRefused) as exc:
+            except CannotBuild as exc:
                 log.error("services.failed", node=name, error=str(exc))
 
     def _publish(self, key: ObjectKey, patch: Mapping[str, object]) -> None:

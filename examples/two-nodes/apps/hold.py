@@ -1,7 +1,7 @@
 """Holds connections to an echo server and talks on each ten times a second: ``python3 hold.py HOST PORT COUNT``.
 
-Half of the connections are IPv4, half IPv6. Prints ``holding COUNT`` when all are open. When its input ends it closes them and prints, as
-JSON: how many it held, how many broke (and why), messages echoed in order, and the longest wait for an echo in milliseconds.
+Half of the connections are IPv4, half IPv6. Prints ``holding COUNT`` when all are open. For each line of input it prints, as JSON: how
+many it holds, which broke (and why), messages echoed in order on each, and the longest wait for an echo in milliseconds.
 """
 
 import json
@@ -52,6 +52,18 @@ class Held:
             self.longest = max(self.longest, now - self.sent_at)
 
 
+def report(connections: list[Held]) -> dict[str, object]:
+    now = time.monotonic()
+    living = [connection for connection in connections if not connection.broken]
+    waiting = [now - connection.sent_at for connection in living if connection.sent > connection.echoed]
+    return {
+        "held": len(connections),
+        "broken": [connection.broken for connection in connections if connection.broken],
+        "echoed": [connection.echoed for connection in connections],
+        "longest_ms": round(1000 * max([connection.longest for connection in connections] + waiting)),
+    }
+
+
 connections = [Held(socket.AF_INET6 if index % 2 else socket.AF_INET) for index in range(count)]
 selector = selectors.DefaultSelector()
 for connection in connections:
@@ -59,12 +71,13 @@ for connection in connections:
 selector.register(sys.stdin, selectors.EVENT_READ)
 print(f"holding {count}", flush=True)
 next_round = time.monotonic()
-ending = False
-while not ending:
+while True:
     for key, _ in selector.select(max(0.0, next_round - time.monotonic())):
         if key.fileobj is sys.stdin:
-            ending = not sys.stdin.readline()
-        elif not key.data.broken:
+            if not sys.stdin.readline():
+                sys.exit()
+            print(json.dumps(report(connections)), flush=True)
+        else:
             key.data.listen(time.monotonic())
             if key.data.broken:
                 selector.unregister(key.fileobj)
@@ -72,10 +85,3 @@ while not ending:
         next_round = time.monotonic() + PERIOD
         for connection in connections:
             connection.speak(time.monotonic())
-now = time.monotonic()
-broken = [connection.broken for connection in connections if connection.broken]
-waiting = [now - connection.sent_at for connection in connections if connection.sent > connection.echoed and not connection.broken]
-longest = max([connection.longest for connection in connections] + waiting)
-echoed = sum(connection.echoed for connection in connections)
-silent = sum(wait > 5 for wait in waiting)
-print(json.dumps({"held": count, "broken": broken, "silent": silent, "echoed": echoed, "longest_ms": round(longest * 1000)}), flush=True)
