@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_network
 
 import pytest
+
 from istiod_py.translate import Condition, Config, Translation, translate
 from mesh.model.policy import (
     Action,
@@ -138,7 +139,7 @@ PORT_80 = Rule((Clause((Match(destination_ports=(80,)),)),))
     ("{rules: [{to: [{operation: {methods: [GET]}}]}, {to: [{operation: {ports: ['80']}}]}]}", (PORT_80,), "methods", ALLOW_TAIL),
     ("{rules: [{to: [{operation: {ports: ['80']}}], from: [{source: {requestPrincipals: [x], notRemoteIpBlocks: [1.2.3.4]}}]}]}", (),
      "notRemoteIpBlocks, requestPrincipals", ALLOW_TAIL),
-    ("{rules: [{to: [{operation: {ports: ['80']}}], when: [{key: 'request.headers[x]', values: [y]}, {key: connection.sni, values: [z]}]}]}",
+    ("{rules: [{to: [{operation: {ports: ['1']}}], when: [{key: 'request.headers[x]', values: [b]}, {key: connection.sni, values: [c]}]}]}",
      (), "connection.sni, request.headers[x]", ALLOW_TAIL),
     ("{rules: [{from: [{source: {principals: [a], trustDomains: [x]}}]}]}", (), "trustDomains", ALLOW_TAIL),
     ("{action: DENY, rules: [{to: [{operation: {methods: [GET], ports: ['80']}}]}]}", (PORT_80,), "methods", DENY_TAIL),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from istiod_py.translate import Config, Translation, translate
 from mesh.model.policy import Action, Clause, Match, Policy, Presence, Rule, Scope
 from mesh.testing.objects import objects_from_yaml
