@@ -1,12 +1,10 @@
-"""gRPC on the wire, without I/O: message framing, status, timeouts, binary metadata (grpc/doc/PROTOCOL-HTTP2.md).
+"""gRPC on the wire, without I/O: message framing, status, timeouts (grpc/doc/PROTOCOL-HTTP2.md).
 
 HTTP/2 itself is not here: h2 does it whole (`mesh.rpc`).
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 import re
 from collections import deque
@@ -169,11 +167,3 @@ _FROM_RESET: Final[dict[int, Status]] = {
 def status_from_reset(code: int) -> Status:
     """What an RST_STREAM code means for the call (PROTOCOL-HTTP2.md, Errors)."""
     return _FROM_RESET.get(code, Status.INTERNAL)
-
-
-def decode_binary(text: str) -> bytes:
-    """The value of a ``-bin`` header: base64, padded or not. Raises RemoteProtocolError."""
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise RemoteProtocolError("a -bin header is not base64") from exc
