@@ -152,6 +152,8 @@ class DirectoryStore:
 
     def _adopt(self, state: _State) -> Changes:
         before, self._state = self._state, state
+        if state is before:
+            return Changes()
         keys = before.objects.keys() | state.objects.keys()
         changed = frozenset(key for key in keys if before.objects.get(key) is not state.objects.get(key))
         return Changes(changed, before.problems != state.problems)
@@ -211,6 +213,8 @@ def _look(roots: Sequence[Path], before: _State, implicit: frozenset[str]) -> _S
         for path in files_under(root):
             key = (index, str(path))
             files[key] = _read_file(path, _display(path, root, index), before.files.get(key), overlay=index > 0)
+    if files.keys() == before.files.keys() and all(files[key] is before.files[key] for key in files):
+        return before
     return _Assembly(files, before, implicit).finish()
 
 
