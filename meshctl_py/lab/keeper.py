@@ -30,6 +30,8 @@ log = get_logger("lab")
 
 _TAIL = 8
 """Lines of each log shown with a failure."""
+_TELL_WITHIN = 5.0
+"""Seconds a starter may take to read the outcome."""
 _LOOK_AGAIN = 0.1
 """Seconds between looks at what rings no bell: agents report captured pods in files."""
 
@@ -90,9 +92,10 @@ async def _live(config: LabConfig, world: World, starter: Starter, stop: trio.Ev
         async with trio.open_nursery() as starting:
             starting.start_soon(_stop_when_gone, starter, stop)
             outcome = await _start(config, world, starter, stop, tasks)
-            if not config.tied:
-                starting.cancel_scope.cancel()  # before it hears that all is well, and goes
-            await starter.tell(outcome)
+            with trio.move_on_after(_TELL_WITHIN, shield=True):
+                if not config.tied:
+                    starting.cancel_scope.cancel()  # before it hears that all is well, and goes
+                await starter.tell(outcome)
             if isinstance(outcome, Failed) and not config.keep:
                 stop.set()
         starter.dismiss()
