@@ -233,10 +233,12 @@ def test_a_pick_list_is_kept_until_something_it_depends_on_changes() -> None:
 
 
 def test_a_service_that_changes_makes_new_pick_lists() -> None:
-    state = state_of(service(), workload("a", "10.0.0.1", services=MEMBER))
-    assert picked(state) == ["a"]
-    state.apply(Delta(services=(service("server", "default", ports=(ServicePort(81, 8080),)),)))
-    assert picked(state) == []
+    state = state_of(service(), workload("a", "10.0.0.1", services={HOST: ()}))
+    client = workload("client")
+    assert [one.target_port for one in state.picks(service(), Wanted(80), client).candidates] == [8080]
+    moved = service("server", "default", ports=(ServicePort(80, 9090),))
+    state.apply(Delta(services=(moved,)))
+    assert [one.target_port for one in state.picks(moved, Wanted(80), client).candidates] == [9090]
 
 
 def test_ports_that_nobody_offers_leave_nothing_behind() -> None:
