@@ -106,7 +106,10 @@ class _State:
 
 
 class DirectoryStore:
-    """The objects of a directory. Reading methods answer from memory; `load` and `watch` bring it up to date."""
+    """The objects of a directory. Reading methods answer from memory; `load` and `watch` bring it up to date.
+
+    For one task at a time: neither `load` beside a running `watch`, nor two watches, of one store.
+    """
 
     def __init__(self, paths: Sequence[Path], *, implicit_namespaces: Iterable[str] = IMPLICIT_NAMESPACES) -> None:
         if not paths:
@@ -145,7 +148,8 @@ class DirectoryStore:
             while True:
                 # Watching comes before looking, so that nothing falls between the two.
                 await trio.to_thread.run_sync(attention.renew)
-                changes = self._adopt(await trio.to_thread.run_sync(_look, self._roots, self._state, self._implicit))
+                state = await trio.to_thread.run_sync(_look, self._roots, self._state, self._implicit, abandon_on_cancel=True)
+                changes = self._adopt(state)
                 if changes:
                     yield changes
                 await attention.wait()
@@ -232,6 +236,9 @@ def _read_file(path: Path, display: str, before: _File | None, *, overlay: bool)
                 return before
             if not stat.S_ISREG(info.st_mode):
                 return _unreadable(signature, before, display, "not a regular file")
+            if info.st_size == 0 and before is not None and before.candidates:
+                # Being written, or cut off by accident; a file meant to go away is deleted.
+                return _unreadable(signature, before, display, "empty; what it defined stays until it is deleted or has content again")
             if info.st_size > MAX_FILE_SIZE:
                 return _unreadable(signature, before, display, f"larger than {MAX_FILE_SIZE >> 20} MiB")
             content = file.read(MAX_FILE_SIZE + 1)

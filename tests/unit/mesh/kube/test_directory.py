@@ -345,6 +345,17 @@ def test_what_is_no_text_is_told_and_costs_nothing_else(world: World, content: b
     assert world.names == {"Namespace shop"}
 
 
+def test_an_emptied_file_takes_nothing_with_it(world: World) -> None:
+    """An editor that truncates before it writes must not open the mesh for a moment."""
+    world.write("a.yaml", NAMESPACE, POLICY)
+    world.write("a.yaml", "")
+    assert world.names == {"Namespace shop", "AuthorizationPolicy shop/allow"}
+    assert world.problems == ["a.yaml: cannot be read: empty; what it defined stays until it is deleted or has content again"]
+    world.write("a.yaml", "# nothing any more\n")
+    assert world.names == set()
+    assert world.problems == []
+
+
 def test_files_that_are_none_do_not_block(world: World) -> None:
     world.write("a.yaml", NAMESPACE)
     os.mkfifo(world.source / "fifo.yaml")
