@@ -27,7 +27,7 @@ from istiod_py.snapshot import diff
 from istiod_py.tokens import TokenStore
 from istiod_py.translate import Config as TranslateConfig
 from istiod_py.translate import Translation, translate
-from mesh.kube.directory import DirectoryStore
+from mesh.kube.directory import IMPLICIT_NAMESPACES, DirectoryStore
 from mesh.rpc import Handler, Unary, serve
 from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound_addresses, open_listeners, serve_admin
 from mesh.runtime.readiness import Readiness
@@ -106,7 +106,9 @@ class Istiod:
         self._ca = open_authority(config, now())
         self._publish_root()
         self.serving = ServingTls(self._ca, config.serving_names, config.state_dir, now)
-        self._store = DirectoryStore([config.source, *config.overlays])
+        # The root namespace needs no Namespace object: without one, policies of the whole mesh would be passed over.
+        implicit = IMPLICIT_NAMESPACES | {config.root_namespace}
+        self._store = DirectoryStore([config.source, *config.overlays], implicit_namespaces=implicit)
         self._problems = ProblemLog()
         self._ignored: set[str] = set()
         self._pods = AssignedPods()
