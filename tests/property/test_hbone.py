@@ -59,7 +59,7 @@ _FIELDS = [
     [("checksum", "1")],
     [("Upper", "x"), ("connection", "close")],
 ]
-_STREAMS = st.sampled_from([0, 1, 1, 3, 3, 5, 7, 2, 99])
+_STREAMS = st.sampled_from([1, 1, 1, 3, 3, 5, 7, 0, 2, 99])
 
 
 @st.composite
@@ -134,7 +134,18 @@ def run(core: HboneConnection, wire: bytes, cuts: list[int]) -> tuple[list[Hbone
     return joined(events), core.take_outgoing(), failure
 
 
-CORES = pytest.mark.parametrize(("core", "start"), [(new_server, PREFACE + SETTINGS), (new_client, SETTINGS)], ids=["server", "client"])
+def opening(*fields: tuple[str, str]) -> bytes:
+    """HEADERS on streams 1 and 3 that touch no table, so that any encoder may go on after them."""
+    block = Encoder().encode([(name, value, True) for name, value in fields])
+    return b"".join(header_frames(stream, block, end_stream=False, max_frame_size=16384) for stream in (1, 3))
+
+
+CORES = pytest.mark.parametrize(
+    ("core", "start"),
+    [(new_server, PREFACE + SETTINGS + opening(*_FIELDS[0])), (new_client, SETTINGS + opening((":status", "200")))],
+    ids=["server", "client"],
+)
+WIRES = frames().map(b"".join) | mutated()
 New = Callable[[], HboneConnection]
 
 
@@ -154,7 +165,7 @@ def test_mutated_frames_raise_nothing_but_the_protocol_error(core: New, start: b
 
 @CORES
 @settings(max_examples=300)
-@given(wire=mutated(), data=st.data())
+@given(wire=WIRES, data=st.data())
 def test_however_bytes_are_cut_they_mean_the_same(core: New, start: bytes, wire: bytes, data: st.DataObject) -> None:
     wire = start + wire
     cuts = data.draw(st.lists(st.integers(0, len(wire)), max_size=20))
@@ -167,7 +178,7 @@ def test_however_bytes_are_cut_they_mean_the_same(core: New, start: bytes, wire:
 
 
 @CORES
-@given(wire=mutated())
+@given(wire=WIRES)
 def test_byte_by_byte_is_one_way_of_cutting(core: New, start: bytes, wire: bytes) -> None:
     wire = start + wire
     events, outgoing, failure = run(core(), wire, [])
@@ -183,10 +194,11 @@ def test_byte_by_byte_is_one_way_of_cutting(core: New, start: bytes, wire: bytes
 def test_events_keep_the_order_of_a_tunnels_life(core: New, start: bytes, wire: list[bytes]) -> None:
     """Request or response, payload, one end: for every stream, whatever the peer sends."""
     connection = core()
-    started: set[int] = set()
+    started = {1, 3}
     closed: set[int] = set()
     reset: set[int] = set()
-    for frame in [start, *wire]:
+    deliver(connection, start)
+    for frame in wire:
         try:
             events = deliver(connection, frame)
         except RemoteProtocolError:
@@ -210,7 +222,7 @@ def test_events_keep_the_order_of_a_tunnels_life(core: New, start: bytes, wire: 
                     pass
 
 
-@given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(1, 40_000), max_size=15), window=st.integers(1, 100_000))
+@given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(1, 40_000), max_size=15), window=st.integers(1000, 100_000))
 def test_payload_arrives_whole_through_any_window(seed: int, sizes: list[int], window: int) -> None:
     clock = StoppedClock()
     client = HboneClient(now=clock)

@@ -39,12 +39,13 @@ _REPRESENTATION = st.one_of(
         lambda parts: bytes([parts[0] | parts[1], len(parts[2])]) + parts[2]
     ),
     st.integers(0x20, 0x3F).map(lambda byte: bytes([byte])),
+    st.integers(60, 126).map(lambda length: b"\x40\x01a" + bytes([length]) + bytes(length)),
     st.binary(max_size=6),
 )
 
 
 @settings(max_examples=500)
-@given(blocks=st.lists(st.lists(_REPRESENTATION, max_size=12).map(b"".join), max_size=4))
+@given(blocks=st.lists(st.lists(_REPRESENTATION, max_size=25).map(b"".join), max_size=4))
 def test_any_block_means_to_us_what_it_means_to_the_library(blocks: list[bytes]) -> None:
     reader, library = HeaderReader(2000), Decoder(2000)
     for block in blocks:
