@@ -1,0 +1,84 @@
+"""The rules of a captured pod as golden text; tests/netns holds the same text against what nft lists."""
+
+from __future__ import annotations
+
+import socket
+
+from mesh.linux.nft import render
+from ztunnel_py.redirect.plan import PodCapture, plan_capture
+
+MANGLE = """\
+table inet istio-ambient-mangle {
+	chain prerouting {
+		type filter hook prerouting priority mangle; policy accept;
+		meta mark & 0x00000fff == 0x00000539 counter ct mark set ct mark & 0xfffff111 | 0x00000111 comment "connections to the application"
+	}
+
+	chain output {
+		type route hook output priority mangle; policy accept;
+		ct mark & 0x00000fff == 0x00000111 counter meta mark set ct mark comment "bring its replies to the agent"
+	}
+}
+"""
+CAPTURED_V4 = f"""\
+table inet istio-ambient-nat {{
+	chain prerouting {{
+		type nat hook prerouting priority dstnat; policy accept;
+		meta l4proto tcp ip saddr 169.254.7.127 counter accept comment "probes of the kubelet"
+		ip daddr != 127.0.0.1 tcp dport != 15008 tcp flags syn / fin,syn,rst,ack meta mark & 0x00000fff != 0x00000539 counter \
+redirect to :15006 comment "connections to the application"
+	}}
+
+	chain output {{
+		type nat hook output priority -100; policy accept;
+		meta l4proto tcp ip daddr 169.254.7.127 counter accept comment "replies to probes"
+		meta l4proto tcp meta mark & 0x00000fff == 0x00000111 counter accept comment "the application's replies"
+		oifname "lo" ip daddr != 127.0.0.1 counter accept comment "the pod talks to itself"
+		ip daddr != 127.0.0.1 tcp flags syn / fin,syn,rst,ack meta mark & 0x00000fff != 0x00000539 counter \
+redirect to :15001 comment "connections the application opens"
+	}}
+}}
+{MANGLE}"""
+RELEASING = f"""\
+table inet istio-ambient-nat {{
+	chain prerouting {{
+		type nat hook prerouting priority dstnat; policy accept;
+	}}
+
+	chain output {{
+		type nat hook output priority -100; policy accept;
+	}}
+}}
+{MANGLE}"""
+
+
+def test_an_ipv4_pod_gets_istios_rules_with_a_test_for_new_connections() -> None:
+    plan = plan_capture(PodCapture(ipv6=False))
+    assert render(plan.tables) == CAPTURED_V4
+    assert plan.families == (socket.AF_INET,)
+
+
+def test_a_dual_stack_pod_gets_every_rule_for_both_families() -> None:
+    lines = render(plan_capture(PodCapture(ipv6=True)).tables).splitlines()
+    v4 = {line for line in lines if " ip daddr " in line or " ip saddr " in line or "\tip daddr" in line}
+    v6 = {line for line in lines if "ip6 " in line}
+    translated = {
+        line.replace("169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff").replace("127.0.0.1", "::1").replace("ip ", "ip6 ")
+        for line in v4
+    }
+    assert len(v4) == 5
+    assert v6 == translated
+    assert plan_capture(PodCapture(ipv6=True)).families == (socket.AF_INET, socket.AF_INET6)
+
+
+def test_bypass_leaves_inbound_connections_alone_and_keeps_the_way_back() -> None:
+    plan = plan_capture(PodCapture(ipv6=True, bypass_inbound=True))
+    text = render(plan.tables)
+    assert "15006" not in text
+    assert text.count("redirect to :15001") == 2
+    assert MANGLE in text
+
+
+def test_releasing_keeps_empty_nat_chains_and_the_way_back() -> None:
+    assert render(plan_capture(PodCapture(ipv6=False)).releasing) == RELEASING
+    assert render(plan_capture(PodCapture(ipv6=True)).releasing) == RELEASING
