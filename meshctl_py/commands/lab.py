@@ -22,6 +22,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _FOLLOW_POLL = 0.1
+_INTERRUPTED = 130
+"""Exit status by which shells know Ctrl-C."""
 
 
 @click.group()
@@ -62,15 +64,16 @@ def _in_lab(command: Callable[Concatenate[Lab, _P], _T]) -> Callable[_P, _T]:
 @click.option("--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds until everything must be ready.")
 @click.option("--keep", is_flag=True, help="Leave the lab running when not everything becomes ready in time.")
 @click.option("--movers", type=click.IntRange(1, 64), help="Data plane processes of each agent; by default one per CPU, at most 4.")
+@click.option("--foreground", is_flag=True, help="Stay until Ctrl-C, which ends the lab.")
 @_refusing
-def up(directory: Path, name: str | None, timeout: float, keep: bool, movers: int | None) -> None:
+def up(directory: Path, name: str | None, timeout: float, keep: bool, movers: int | None, foreground: bool) -> None:
     """Build the cluster that the YAML files in DIR describe, and wait until it is ready.
 
     Changes to the files are followed while the lab runs. Ctrl-C before it is ready removes everything.
     """
     began = time.monotonic()
     signal.signal(signal.SIGTERM, _interrupt)
-    options = UpOptions(patience=timeout, keep=keep, movers=movers)
+    options = UpOptions(patience=timeout, keep=keep, movers=movers, tied=foreground)
     with start_lab(directory, name or name_from_directory(directory), options) as starting, render.progress() as progress:
         try:
             for event in starting:
@@ -80,13 +83,15 @@ def up(directory: Path, name: str | None, timeout: float, keep: bool, movers: in
                     case Ready(status):
                         progress.finish()
                         render.show_up(status, time.monotonic() - began)
+                        if foreground:
+                            starting.wait_gone()
                     case Failed():
                         progress.finish()
                         _fail(starting, event, keep)
         except KeyboardInterrupt:
             progress.finish()
             click.echo("interrupted: removing everything", err=True)
-            sys.exit(130)
+            sys.exit(_INTERRUPTED)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

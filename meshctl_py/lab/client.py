@@ -85,6 +85,11 @@ class StartingLab:
                 if isinstance(event, Ready | Failed):
                     return
 
+    def wait_gone(self) -> None:
+        """Until a lab that is tied to this has been ended by somebody else."""
+        while self._events.recv(65536):
+            pass
+
     def leave_running(self) -> None:
         """The lab shall stay although it did not become ready."""
         self._ready = True
