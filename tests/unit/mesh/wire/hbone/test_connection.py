@@ -127,6 +127,18 @@ def test_data_on_closed_streams_counts_for_the_connections_window_and_comes_back
     assert pair.server.take_outgoing() == window_update_frame(0, 60_000)
 
 
+def test_credit_that_is_held_stops_the_peer_and_comes_back_at_once() -> None:
+    pair = HbonePair(server_limits=Limits(stream_window=60_000, connection_window=DEFAULT_WINDOW))
+    stream = pair.open_tunnel()
+    pair.server.hold_credit(True)
+    deliver(pair.server, data(stream, 50_000))
+    assert pair.server.take_outgoing() == b""
+    pair.server.hold_credit(False)
+    assert pair.server.take_outgoing() == window_update_frame(0, 50_000)
+    pair.server.hold_credit(False)
+    assert pair.server.take_outgoing() == b""
+
+
 def test_settings_move_the_windows_of_living_streams_below_zero_too() -> None:
     pair = HbonePair()
     stream = pair.open_tunnel()
