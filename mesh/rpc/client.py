@@ -76,8 +76,9 @@ def _check_response(headers: list[Header]) -> None:
     fields = dict(headers)
     if "grpc-status" in fields:
         return  # trailers only: the status says all
-    if (status := fields.get(":status")) != "200":
-        raise RpcError(status_from_http(int(status or 0)), f"the server answered HTTP {status}")
+    if (status := fields.get(":status", "")) != "200":
+        code = int(status) if status.isascii() and status.isdecimal() and len(status) == 3 else 0
+        raise RpcError(status_from_http(code), f"the server answered HTTP {status[:40]!r}")
     if not fields.get("content-type", "").startswith("application/grpc"):
         raise RpcError(Status.UNKNOWN, f"the server answered with content-type {fields.get('content-type')!r}")
 

@@ -6,7 +6,7 @@ arrival, stream credit when a consumer has taken the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -195,7 +195,7 @@ class Http2Connection:
         self._credit = 0
         self._resets = RESET_BURST * 1.0
         self._resets_at = 0.0
-        config = h2.config.H2Configuration(client_side=client_side, header_encoding="utf-8")
+        config = h2.config.H2Configuration(client_side=client_side)
         self._h2 = h2.connection.H2Connection(config)
         self._h2.state_machine._transitions = _GRACEFUL_GOAWAY  # shadows the class's table for this connection
         self._h2.decoder.max_header_list_size = limits.max_header_list
@@ -489,9 +489,9 @@ class Http2Connection:
                 self._forget(stream)
 
 
-def _text(headers: object) -> list[Header]:
-    """h2 decodes header names and values when told an encoding; its annotations do not say so."""
-    return [(str(name), str(value)) for name, value in headers]  # type: ignore[attr-defined]  # list of pairs, see h2.events
+def _text(headers: Iterable[tuple[bytes, bytes]] | None) -> list[Header]:
+    """Decoded here: h2's own decoding lets a UnicodeDecodeError out. What is no UTF-8 becomes U+FFFD, which equals nothing we expect."""
+    return [(name.decode("utf-8", "replace"), value.decode("utf-8", "replace")) for name, value in headers or ()]
 
 
 def _code_name(code: int | None) -> str:

@@ -126,6 +126,8 @@ async def _accept(
     async def serve_and_leave(stream: trio.SocketStream, place: object) -> None:
         try:
             await serve_socket(stream)
+        except Exception:  # supervisor: one connection's bug is not the others' end
+            log.exception("rpc.connection_failed")
         finally:
             places.release_on_behalf_of(place)
 

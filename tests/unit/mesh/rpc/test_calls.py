@@ -376,3 +376,16 @@ def test_a_peer_that_asks_and_never_reads_is_dropped_before_its_answers_pile_up(
                 await near.send_all(client.data_to_send())
 
     _run(main, trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_header_that_is_no_text_harms_nobody() -> None:
+    async def main() -> None:
+        async with _bare_client() as client:
+            client.h2.config.validate_outbound_headers = False
+            client.h2.send_headers(1, [*((name.encode(), value.encode()) for name, value in _request()), (b"x-bad", b"\xff\xfe")])
+            client.h2.send_data(1, b"\0\0\0\0\0", end_stream=True)
+            trailers = await client.wait_for(h2.events.TrailersReceived)
+            assert isinstance(trailers, h2.events.TrailersReceived)
+            assert dict(trailers.headers or ())["grpc-status"] == "0"  # type: ignore[comparison-overlap]  # text, by header_encoding
+
+    _run(main)
