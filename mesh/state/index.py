@@ -44,12 +44,8 @@ class Index(Generic[K, V]):
         many = self._many.get(key)
         return tuple(many.values()) if many is not None else ()
 
-    def __iter__(self) -> Iterator[K]:
-        """All keys that have a value."""
-        yield from self._one
-        yield from self._many
-
     def __len__(self) -> int:
+        """How many keys have a value."""
         return len(self._one) + len(self._many)
 
     def _add(self, key: K, value: V) -> None:
