@@ -144,21 +144,18 @@ def status(running: Lab, output: str) -> None:
         render.show_status(found)
 
 
-@lab.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@lab.command("exec")
 @click.option("-n", "--namespace", metavar="NS", help="The pod's namespace; needed when pods of several have this name.")
 @click.option("-c", "--container", metavar="CONTAINER", help="Whose working directory; by default the first container's.")
 @_in_lab
 @click.argument("target")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, required=True)
 def execute(running: Lab, namespace: str | None, container: str | None, target: str, command: tuple[str, ...]) -> None:
     """Run COMMAND in a pod, a node, or the router between the nodes.
 
-    TARGET is a pod's or node's name, 'router' or 'istiod'. Options of COMMAND follow after '--'.
+    TARGET is a pod's or node's name, 'router' or 'istiod'. As with kubectl, COMMAND follows after '--' when it has options of its own.
     """
-    words = command[1:] if command[0] == "--" else command
-    if not words:
-        raise click.UsageError("Missing COMMAND.")
-    running.open_command(target, words, namespace=namespace, container=container).execute()
+    running.open_command(target, command, namespace=namespace, container=container).execute()
 
 
 @lab.command()
