@@ -71,8 +71,7 @@ class PodKeeper:
         self._config = config
         self._movers = movers
         self._certificates = certificates
-        self._started = metrics.started
-        self._stopped = metrics.stopped
+        self._metrics = metrics
         self._state = Lifecycle()
         self._held: dict[str, _Held] = {}
         self._nursery: trio.Nursery | None = None
@@ -206,7 +205,7 @@ class PodKeeper:
         pod = self._held.get(facts.uid)
         if pod is None:
             pod = self._held[facts.uid] = await trio.to_thread.run_sync(self._open_descriptors, facts)
-            self._started.value += 1
+            self._metrics.started.value += 1
             self._movers.post(messages.ServePod(pod.info), pod.descriptors)
         self._certificates.request(self.identity_of(facts), Priority.WARMUP)
         with trio.move_on_after(SERVING_SECONDS) as limit:
@@ -243,7 +242,7 @@ class PodKeeper:
             return
         self._movers.post(messages.DropPod(uid))
         close_all(pod.descriptors)
-        self._stopped.value += 1
+        self._metrics.stopped.value += 1
         identity = self.identity_of(pod.info)
         if all(self.identity_of(other.info) != identity for other in self._held.values()):
             self._certificates.forget(identity)
@@ -334,6 +333,9 @@ class PodKeeper:
             _log.info("pod.done", uid=uid)
         if now != self._reported:
             self._reported = now
+            phases = [status.phase for status in now.values()]
+            self._metrics.active.value = len(self._held)
+            self._metrics.pending.value = phases.count(Phase.PENDING) + phases.count(Phase.CAPTURING)
             self._on_change(self._pending())
 
     def _pending(self) -> list[str]:
