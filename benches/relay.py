@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import socket
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor
 from mesh.testing.ca import FakeCa
+from mesh.testing.envoy import running_client, running_server
 from mesh.testing.proxies import EgressProxy, IngressProxy, tcp_listener
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.contexts import client_context, server_context
@@ -104,11 +104,7 @@ def mesh_pair(target: SocketAddress, bundle: CertificateBundle) -> Iterator[Pair
 @contextmanager
 def envoy_pair(target: SocketAddress, bundle: CertificateBundle) -> Iterator[Pair]:
     """Two Envoys doing the same."""
-    from benches.envoy import running_client, running_server
-
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        server = stack.enter_context(running_server(Path(directory, "server"), bundle))
-        client = stack.enter_context(running_client(Path(directory, "client"), bundle, server.address, str(target)))
+    with running_server(bundle) as server, running_client(bundle, server.address, str(target)) as client:
         yield Pair(client.address, (client.pid, server.pid))
 
 
@@ -137,6 +133,7 @@ def serve_one(sock: socket.socket) -> None:
         elif command == b"d":
             for _ in range(int.from_bytes(sock.recv(4))):
                 sock.sendall(buffer)
+            sock.recv(1)  # the client ends
         else:
             while size := sock.recv_into(buffer):
                 sock.sendall(memoryview(buffer)[:size])
@@ -162,7 +159,7 @@ def download(entry: SocketAddress, blocks: int) -> None:
     buffer, total = bytearray(BLOCK), 0
     with dial(entry) as sock:
         sock.sendall(b"d" + blocks.to_bytes(4))
-        while size := sock.recv_into(buffer):
+        while total < blocks * BLOCK and (size := sock.recv_into(buffer)):
             total += size
     assert total == blocks * BLOCK
 
