@@ -5,6 +5,7 @@ It keeps serving with all it has when the brain is gone, and ends only when told
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -65,16 +66,18 @@ class Mover:
         self._access = AccessLog(reactor.call_soon, wanted=lambda level: log.wants(SCOPE, level), as_json=log.writes_json())
         self._plane = Plane(
             reactor=reactor,
-            state=MeshState(),
+            state=MeshState(config.node_name),
             credentials=CredentialStore(reactor, self._ask_certificate),
             ledger=Ledger(TcpMetrics(self._registry), self._access, reactor.now),
             workloads_wanted=WaitingRoom(reactor),
             policies_awaited=WaitingRoom(reactor),
+            synced=False,
             trust_domain=config.trust_domain,
             rng=random.Random(),
         )
         self._plane.ledger.on_count = self._count_changed
         self._pods: dict[str, Pod] = {}
+        self._received: set[str] = set()
         self._recheck: Timer | None = None
         self._stopping = trio.Event()
         self._nursery: trio.Nursery
@@ -182,7 +185,13 @@ class Mover:
         state = self._plane.state
         if message.whole:
             addresses, policies = decoded.type_url == ADDRESS, decoded.type_url == AUTHORIZATION
-            self._changed(state.replace(decoded.delta, addresses=addresses, policies=policies))
+            changes = state.replace(decoded.delta, addresses=addresses, policies=policies)
+            self._received.add(decoded.type_url)
+            if not self._plane.synced and self._received >= {ADDRESS, AUTHORIZATION}:
+                self._plane.synced = True
+                # What has come is here to stay: full collections need not walk it (0.15-0.3 s each at 100 000 workloads).
+                gc.freeze()
+            self._changed(changes)
         else:
             self._changed(state.apply(decoded.delta))
 

@@ -28,5 +28,7 @@ class Plane:
     """Connections whose own pod is not in the state yet, by pod uid."""
     policies_awaited: WaitingRoom[None]
     """Connections whose workload names a policy that has not arrived yet."""
+    synced: bool
+    """Both workloads and policies have come once. Before that nobody is served: a workload without its policies would admit anybody."""
     trust_domain: str
     rng: random.Random

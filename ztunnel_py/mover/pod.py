@@ -58,7 +58,9 @@ class Pod:
         return self.info.uid
 
     def find_workload(self) -> Workload | None:
-        """This pod in the mesh's state: by name and service account, never by address."""
+        """This pod in the mesh's state: by name and service account, never by address. None while the state is incomplete."""
+        if not self.plane.synced:
+            return None
         return self.plane.state.find_local_workload(self.info.namespace, self.info.name, self.info.service_account)
 
     def when_workload_known(self, on_workload: Callable[[Workload | None], None]) -> None:
