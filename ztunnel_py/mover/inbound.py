@@ -108,11 +108,14 @@ class _InboundTunnel:
         if isinstance(target, InboundRefusal):
             self._refuse(target.status, target.because)
             return
+        if target.proxied is not None:
+            self._refuse(503, "the application takes the PROXY protocol, which is not supported yet")
+            return
         living = self._living
         living.target, living.target_identity = workload, workload.identity
         living.source = self._plane.state.find_workload_of_peer(self._link.client.ip, workload.network, self._link.peer)
         host = parse_forwarded_host(self._request.headers.get("forwarded", ""))
-        living.service = self._plane.state.find_destination_service(workload, target.address.port, host)
+        living.service = target.service or self._plane.state.find_destination_service(workload, target.address.port, host)
         facts = Connection(self._link.client.ip, self._link.peer, target.address)
         _admit(self._pod, living, workload, facts, self._stop, self._dial, lambda because: self._deny(because))
 
