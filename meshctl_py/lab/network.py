@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from pathlib import Path
 
 from pyroute2 import IPRoute
@@ -27,7 +29,9 @@ _NODAD = 0x02
 _ONLINK = 0x04
 """RTNH_F_ONLINK: the gateway is this wire's other end, whatever the addresses say."""
 _SCOPE_LINK = 253
-_GATEWAY_V6 = "fe80::1"
+_GATEWAY_V6 = IPv6Address("fe80::1")
+_PERMANENT = 0x80
+"""NUD_PERMANENT."""
 _LAST_RESORT = 65535
 
 
@@ -105,8 +109,9 @@ def add_pod(wires: Wires, pod: PodAssignment, node: NodeAssignment) -> None:
         return
     create_named_netns(wires.directory, wires.pod(pod).name)
     with inside(wires.pod(pod)) as namespace, inside(wires.node(pod.node)) as node_namespace:
-        run_in_netns(node_namespace, lambda: _wire_pod(pod, node, namespace))
-        run_in_netns(namespace, lambda: _become_pod(pod, node))
+        wire = _Wire.between(pod.uid)
+        run_in_netns(node_namespace, lambda: _wire_pod(pod, node, namespace, wire))
+        run_in_netns(namespace, lambda: _become_pod(pod, node, wire))
     with IPRoute() as ip:
         for address in _foreign(pod, node):
             via = node.ips[0] if address.version == 4 else node.ips[1]
@@ -155,22 +160,52 @@ def inside(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+@dataclass(frozen=True, slots=True)
+class _Wire:
+    """A veth whose ends know each other from the start: the first packet need not wait for an answer to who is there."""
+
+    near: str
+    far: str
+
+    @classmethod
+    def between(cls, what: str) -> _Wire:
+        """Hardware addresses made from a name (locally administered: second bit of the first byte)."""
+        digest = hashlib.sha256(what.encode()).hexdigest()
+        octets = ":".join(digest[index : index + 2] for index in range(0, 10, 2))
+        return cls(f"02:{octets}", f"06:{octets}")
+
+    def lay(self, ip: IPRoute, interface: str, namespace: int) -> int:
+        """Make it: ``interface`` here, ``eth0`` there. The index of the near end."""
+        peer = {"ifname": "eth0", "net_ns_fd": namespace, "address": self.far}
+        ip.link("add", ifname=interface, kind="veth", address=self.near, peer=peer)
+        return _index(ip, interface)
+
+    def introduce_near(self, ip: IPRoute, index: int, address: IpAddress) -> None:
+        """At the far end: this address is at the near end."""
+        ip.neigh("replace", dst=str(address), lladdr=self.near, ifindex=index, state=_PERMANENT)
+
+    def introduce_far(self, ip: IPRoute, index: int, address: IpAddress) -> None:
+        """At the near end: this address is at the far end."""
+        ip.neigh("replace", dst=str(address), lladdr=self.far, ifindex=index, state=_PERMANENT)
+
+
 def _join_to_router(path: Path, interface: str, ips: tuple[IpAddress, ...]) -> None:
     create_named_netns(path.parent, path.name)
     with inside(path) as namespace:
+        wire = _Wire.between(interface)
         with IPRoute() as ip:
-            ip.link("add", ifname=interface, kind="veth", peer={"ifname": "eth0", "net_ns_fd": namespace})
-            index = _index(ip, interface)
+            index = wire.lay(ip, interface, namespace)
             ip.link("set", index=index, state="up")
             for address in ROUTER:
                 _add_address(ip, index, address)
-        run_in_netns(namespace, lambda: _become_leaf(ips))
+        run_in_netns(namespace, lambda: _become_leaf(ips, wire))
         with IPRoute() as ip:
             for address in ips:
                 ip.route("replace", dst=_host(address), oif=index)
+                wire.introduce_far(ip, index, address)
 
 
-def _become_leaf(ips: tuple[IpAddress, ...]) -> None:
+def _become_leaf(ips: tuple[IpAddress, ...], wire: _Wire) -> None:
     """Inside a namespace that hangs on the router by ``eth0``."""
     _quiet()
     with IPRoute() as ip:
@@ -180,6 +215,7 @@ def _become_leaf(ips: tuple[IpAddress, ...]) -> None:
             _add_address(ip, index, address)
         ip.link("set", index=index, state="up")
         for gateway in ROUTER:
+            wire.introduce_near(ip, index, gateway)
             ip.route("replace", dst="default" if gateway.version == 4 else "::/0", gateway=str(gateway), oif=index, flags=_ONLINK)
 
 
@@ -193,18 +229,17 @@ def _become_node(node: NodeAssignment) -> None:
             ip.route("replace", dst=str(network), type="unreachable", priority=_LAST_RESORT)
 
 
-def _wire_pod(pod: PodAssignment, node: NodeAssignment, namespace: int) -> None:
-    interface = _pod_interface(pod)
+def _wire_pod(pod: PodAssignment, node: NodeAssignment, namespace: int, wire: _Wire) -> None:
     with IPRoute() as ip:
-        ip.link("add", ifname=interface, kind="veth", peer={"ifname": "eth0", "net_ns_fd": namespace})
-        index = _index(ip, interface)
-        ip.addr("add", index=index, address=_GATEWAY_V6, prefixlen=64, flags=_NODAD)
+        index = wire.lay(ip, _pod_interface(pod), namespace)
+        ip.addr("add", index=index, address=str(_GATEWAY_V6), prefixlen=64, flags=_NODAD)
         ip.link("set", index=index, state="up")
         for address in pod.ips:
             ip.route("replace", dst=_host(address), oif=index, prefsrc=str(node.ips[0] if address.version == 4 else node.ips[1]))
+            wire.introduce_far(ip, index, address)
 
 
-def _become_pod(pod: PodAssignment, node: NodeAssignment) -> None:
+def _become_pod(pod: PodAssignment, node: NodeAssignment, wire: _Wire) -> None:
     _quiet()
     # A container may listen on port 80 whatever user it runs as, as under Kubernetes' runtimes.
     _sysctl("net/ipv4/ip_unprivileged_port_start", "0")
@@ -215,11 +250,13 @@ def _become_pod(pod: PodAssignment, node: NodeAssignment) -> None:
             _add_address(ip, index, address)
         ip.link("set", index=index, state="up")
         if any(address.version == 4 for address in pod.ips):
-            gateway = str(node.pod_ranges[0][1])
-            ip.route("replace", dst=f"{gateway}/32", oif=index, scope=_SCOPE_LINK)
-            ip.route("replace", dst="default", gateway=gateway, oif=index)
+            gateway = node.pod_ranges[0][1]
+            ip.route("replace", dst=_host(gateway), oif=index, scope=_SCOPE_LINK)
+            ip.route("replace", dst="default", gateway=str(gateway), oif=index)
+            wire.introduce_near(ip, index, gateway)
         if any(address.version == 6 for address in pod.ips):
-            ip.route("replace", dst="::/0", gateway=_GATEWAY_V6, oif=index)
+            ip.route("replace", dst="::/0", gateway=str(_GATEWAY_V6), oif=index)
+            wire.introduce_near(ip, index, _GATEWAY_V6)
 
 
 def _raise_loopback(ip: IPRoute, addresses: tuple[IpAddress, ...]) -> None:
@@ -256,8 +293,12 @@ def _forward() -> None:
 
 
 def _quiet() -> None:
-    """No address detection delays, no source address filter: answers may take another way than the question when traffic is redirected."""
-    for scope in ("all", "default"):
+    """No address detection delays, no source address filter: answers may take another way than the question when traffic is redirected.
+
+    Interfaces that are there already keep what was the default when they were made, so each is told. While the detection of its link-local
+    address lasts, an interface asks for no neighbours (RFC 4862 5.4), and what is forwarded over it is unreachable for three seconds.
+    """
+    for scope in ("all", "default", *(name for _, name in socket.if_nameindex())):
         _sysctl(f"net/ipv4/conf/{scope}/rp_filter", "0")
         _sysctl(f"net/ipv6/conf/{scope}/accept_dad", "0")
         _sysctl(f"net/ipv6/conf/{scope}/accept_ra", "0")
