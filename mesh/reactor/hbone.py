@@ -174,8 +174,10 @@ class Tunnel:
         self._waiting -= counted
         self.link._passed_on(counted)
         if self._reset is None and not self._ended:
-            self.link._core.consumed(self.stream, size)
-            self.link._schedule_pump()
+            core = self.link._core
+            core.consumed(self.stream, size)
+            if core.has_outgoing:
+                self.link._schedule_pump()
 
     def end(self) -> None:
         """No more bytes from us (END_STREAM). The other direction goes on."""
@@ -361,13 +363,14 @@ class HboneLink:
         Attach a consumer within ``on_response`` or later; no byte is lost meanwhile. The returned tunnel is only good for ``reset``
         (with which a dial is cancelled) until then.
         """
-        if not self.usable or self._client is None:
+        client = self._client
+        if client is None or not self.usable:
             tunnel = Tunnel(self, 0, authority, headers)
             tunnel._reset = ("connection takes no more tunnels", None)
             failure = TunnelFailure("connection takes no more tunnels", retryable=True)
             self._reactor.call_soon(lambda: on_response(failure))
             return tunnel
-        stream = self._client.request_tunnel(authority, headers)
+        stream = client.request_tunnel(authority, headers)
         tunnel = self._tunnels[stream] = Tunnel(self, stream, authority, {})
         tunnel._on_response = on_response
         tunnel._response_timer = self._reactor.call_later(
@@ -545,7 +548,7 @@ class HboneLink:
         if self._waiting > STORED_AT_MOST and not self._holding_credit:
             self._holding_credit = True
             self._core.hold_credit(True)
-        if not self._closed:
+        if not self._closed and (self._core.has_outgoing or self._draining):
             self._schedule_pump()
 
     def _passed_on(self, size: int) -> None:

@@ -200,13 +200,14 @@ class TunnelRelay:
                 self._pass_end_on()
 
     def _pass_end_on(self) -> None:
+        if self._sock_ended:  # closing says it as well
+            self._finish(None)
+            return
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError as exc:
             if exc.errno != errno.ENOTCONN:
                 self._socket_failed(exc)
-                return
-        self._finish_if_over()
 
     # --- end
 

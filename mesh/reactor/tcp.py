@@ -59,7 +59,7 @@ def reset(sock: socket.socket) -> None:
 class Listener:
     """A listening socket at work. `close` stops accepting and leaves the socket itself to its owner."""
 
-    __slots__ = ("_abandoned", "_fd", "_on_accept", "_pause", "_reactor", "_sock")
+    __slots__ = ("_abandoned", "_batch", "_fd", "_on_accept", "_pause", "_reactor", "_sock")
 
     def __init__(self, reactor: Reactor, sock: socket.socket, on_accept: OnAccept) -> None:
         self._reactor = reactor
@@ -68,6 +68,7 @@ class Listener:
         self._on_accept = on_accept
         self._pause: Timer | None = None
         self._abandoned = False
+        self._batch = 1
         self._resume()
 
     @property
@@ -90,10 +91,12 @@ class Listener:
         self._reactor.add(self._fd, select.EPOLLIN | select.EPOLLEXCLUSIVE, self._on_readable)
 
     def _on_readable(self, _events: int) -> None:
-        for _ in range(ACCEPT_BATCH):
+        # As many as waited last time, and twice that if there were more: one more accept than needed costs as much as a wake-up.
+        for taken in range(self._batch):
             try:
                 sock, name = self._sock.accept()
             except (BlockingIOError, InterruptedError):
+                self._batch = max(1, taken)
                 return
             except OSError as exc:
                 if exc.errno in _EXHAUSTED:
@@ -112,6 +115,7 @@ class Listener:
                 reset(sock)
             if self._abandoned:
                 return
+        self._batch = min(2 * self._batch, ACCEPT_BATCH)
 
 
 def listen_on(reactor: Reactor, listening_socket: socket.socket, on_accept: OnAccept) -> Listener:

@@ -123,6 +123,11 @@ class HboneConnection(ABC):
         return self._goaway_sent or self._goaway_received
 
     @property
+    def has_outgoing(self) -> bool:
+        """Whether `take_outgoing` has something."""
+        return bool(self._outgoing)
+
+    @property
     def settings_received(self) -> bool:
         """The peer's SETTINGS have come: its windows, frame size and number of streams are known rather than RFC 9113's defaults."""
         return self._settings_received
