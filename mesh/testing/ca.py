@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mesh.model.identity import DEFAULT_TRUST_DOMAIN, SpiffeId
@@ -25,6 +27,18 @@ class FakeCa:
         self._name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, trust_domain)])
         self._root = self._self_sign()
         self.root_pem = self._root.public_bytes(Encoding.PEM)
+
+    @classmethod
+    def with_key_of(cls, directory: Path, trust_domain: str = DEFAULT_TRUST_DOMAIN) -> Self:
+        """Signs as the control plane does that keeps its root in ``directory`` (``ca-key.pem``, ``ca-cert.pem``)."""
+        ca = cls(trust_domain)
+        key = load_pem_private_key((directory / "ca-key.pem").read_bytes(), password=None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        ca._key = key
+        ca._root = x509.load_pem_x509_certificate((directory / "ca-cert.pem").read_bytes())
+        ca._name = ca._root.subject
+        ca.root_pem = ca._root.public_bytes(Encoding.PEM)
+        return ca
 
     def issue(
         self,

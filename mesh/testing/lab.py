@@ -99,13 +99,13 @@ class Lab:
 
 
 @contextmanager
-def running_lab(example: Path, directory: Path) -> Iterator[Lab]:
-    """Bring up a lab on a copy of an example; it is gone afterwards, whatever happened."""
+def running_lab(example: Path, directory: Path, *options: str) -> Iterator[Lab]:
+    """Bring up a lab on a copy of an example; it is gone afterwards, whatever happened. ``options`` are those of ``meshctl lab up``."""
     source = directory / "cluster"
     shutil.copytree(example, source)
     lab = Lab(f"test-{os.getpid()}-{directory.name}"[:40], source)
     try:
-        lab.meshctl("lab", "up", str(source), "--name", lab.name, timeout=120)
+        lab.meshctl("lab", "up", str(source), "--name", lab.name, *options, timeout=120)
         yield lab
     finally:
         lab.meshctl("lab", "down", "--name", lab.name, check=False)
