@@ -74,18 +74,20 @@ def show_failure(failure: Failed) -> None:
         _show_problems(failure.status.problems, to=_ERR)
 
 
-def show_labs(labs: Sequence[tuple[LabHome, LabStatus | None]]) -> None:
-    """One line a lab; None: its processes are gone, its files are not."""
+def show_labs(labs: Sequence[tuple[LabHome, LabStatus | str]]) -> None:
+    """One line a lab; in place of a status: ``starting``, or ``killed`` where the processes are gone and the files are not."""
     if not labs:
         _OUT.print("no labs")
         return
     table = _Table("NAME", "STATE", "NODES", "PODS", "SOURCE")
     for home, status in labs:
-        if status is None:
-            table.add_row(home.name, "killed", "", "", f"'meshctl lab down --name {home.name}' removes its files")
+        if isinstance(status, str):
+            table.add_row(
+                home.name, status, "", "", f"'meshctl lab down --name {home.name}' removes its files" if status == "killed" else ""
+            )
         else:
-            pending = status.pending()
-            table.add_row(home.name, "ready" if not pending else "not ready", str(len(status.nodes)), str(len(status.pods)), status.source)
+            state = "not ready" if status.pending() else "ready"
+            table.add_row(home.name, state, str(len(status.nodes)), str(len(status.pods)), status.source)
     table.print()
 
 

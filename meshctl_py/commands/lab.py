@@ -17,6 +17,7 @@ from meshctl_py import render
 from meshctl_py.lab.client import Lab, StartingLab, UpOptions, start_lab
 from meshctl_py.lab.home import LabError, LabHome, choose_lab, find_labs, name_from_directory, remove_remains
 from meshctl_py.lab.messages import Failed, Ready, Waiting
+from meshctl_py.lab.status import LabStatus
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -129,7 +130,16 @@ def down(every: bool, name: str | None) -> None:
 @_refusing
 def list_labs() -> None:
     """Show the labs of this user."""
-    render.show_labs([(home, Lab(home).status() if home.alive else None) for home in find_labs()])
+    render.show_labs([(home, _state_of(home)) for home in find_labs()])
+
+
+def _state_of(home: LabHome) -> LabStatus | str:
+    if not home.alive:
+        return "killed"
+    try:
+        return Lab(home).status()
+    except LabError:
+        return "starting"  # it has its lock, and no ear yet
 
 
 @lab.command()

@@ -58,7 +58,9 @@ def write_etc_files(directory: Path, hostname: str, ips: tuple[str, ...], namesp
 class PodRunner:
     """Runs one pod; `changed` is called whenever something that `phase` or `ready` may depend on has changed."""
 
-    def __init__(self, pod: PodAssignment, place: Place, captured: Callable[[], Awaitable[None]], changed: Callable[[], None]) -> None:
+    def __init__(
+        self, pod: PodAssignment, place: Place, captured: Callable[[PodAssignment], Awaitable[None]], changed: Callable[[], None]
+    ) -> None:
         self.pod = pod
         self._place = place
         self._captured = captured
@@ -120,7 +122,7 @@ class PodRunner:
         try:
             for process in self.processes.values():
                 process.wait_for("capture by the agent")
-            await self._captured()
+            await self._captured(self.pod)
             if await self._run_init_containers():
                 self._initialised = True
                 async with trio.open_nursery() as nursery:

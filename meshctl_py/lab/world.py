@@ -107,7 +107,7 @@ class World:
         self._istiod: _Program | None = None
         self._published: dict[ObjectKey, Mapping[str, object]] = {}
         self._rules: dict[str, tuple[VirtualPort, ...]] = {}
-        self._built: set[str] = set()
+        self._built: dict[str, NodeAssignment] = {}
         """Nodes whose namespaces are there."""
         self._broken: dict[str, str] = {}
         """Why pods and nodes could not be built, by name."""
@@ -126,15 +126,15 @@ class World:
 
     async def reconcile(self) -> None:
         """Bring everything in step with what the store holds now: first what goes, then what comes."""
-        self._cluster = read_cluster(self.store.objects(*KINDS))
-        before, after = self._assignments, assign(self._cluster, self._assignments, lambda: str(uuid.uuid4()))
+        cluster = read_cluster(self.store.objects(*KINDS))
+        before, after = self._assignments, assign(cluster, self._assignments, lambda: str(uuid.uuid4()))
+        self._cluster, self._assignments = cluster, after  # at once: other tasks look at both
         async with trio.open_nursery() as nursery:
             for key, pod in before.pods.items():
                 if key not in after.pods or after.pods[key].uid != pod.uid:
                     nursery.start_soon(self._tolerate, str(key), self._remove_pod(pod, before.nodes[pod.node]))
         for name in before.nodes.keys() - after.nodes.keys():
             await self._tolerate(name, self._remove_node(name))
-        self._assignments = after
         for name, node in after.nodes.items():
             if name not in before.nodes:
                 await self._tolerate(node.name, self._add_node(node))
@@ -218,7 +218,7 @@ class World:
 
     async def _add_node(self, node: NodeAssignment) -> None:
         await trio.to_thread.run_sync(network.add_node, self.wires, node)
-        self._built.add(node.name)
+        self._built[node.name] = node
         write_etc_files(self.home.files / node.name, node.name, tuple(map(str, node.ips)), "default")
         if self._with_mesh:
             programs.make_agent_directories(self.home, node.name)
@@ -230,7 +230,7 @@ class World:
             self._agents[node.name] = self._start_program(f"ztunnel-{node.name}", entry, environment, health)
 
     async def _remove_node(self, name: str) -> None:
-        self._built.discard(name)
+        self._built.pop(name, None)
         if name in self._agents:
             await self._agents.pop(name).task.end()
         await trio.to_thread.run_sync(network.remove_node, self.wires, name)
@@ -244,7 +244,7 @@ class World:
         files = self.home.files / f"{key.namespace}_{key.name}"
         write_etc_files(files, pod.spec.hostname, tuple(map(str, pod.ips)), key.namespace)
         place = Place(self.wires.pod(pod), files, self.home.netns, self.source, self.home.logs, str(node.ips[0]))
-        runner = PodRunner(pod, place, lambda: self._wait_captured(key), self.bell.ring)
+        runner = PodRunner(pod, place, self._wait_captured, self.bell.ring)
         living = self._pods[key] = _Pod(runner, _Task())
         self._publish_pod(key)
         self._spawn(living.task, runner.run)
@@ -260,17 +260,18 @@ class World:
         self._published.pop(ObjectKey("Pod", *key), None)
         await trio.to_thread.run_sync(network.remove_pod, self.wires, pod, node)
 
-    async def _wait_captured(self, key: PodKey) -> None:
+    async def _wait_captured(self, pod: PodAssignment) -> None:
         """Return once the agent has captured the pod, or nobody wants it captured. No container runs before: nothing leaves unprotected."""
-        while self._wants_capture(key) and self._redirection(key) != "enabled":  # noqa: ASYNC110 - another process writes the file
+        while self._wants_capture(pod) and self._redirection(pod) != "enabled":  # noqa: ASYNC110 - another process writes the file
             await trio.sleep(_CAPTURE_POLL)
 
-    def _wants_capture(self, key: PodKey) -> bool:
-        return self._with_mesh and bool(self._cluster.enrolment_of(self._assignments.pods[key].spec))
+    def _wants_capture(self, pod: PodAssignment) -> bool:
+        current = self._cluster.pods.get(pod.spec.key, pod.spec)
+        return self._with_mesh and bool(self._cluster.enrolment_of(current))
 
-    def _redirection(self, key: PodKey) -> str:
+    def _redirection(self, pod: PodAssignment) -> str:
         """What the agent of the pod's node last wrote: ``enabled``, ``pending`` or nothing."""
-        path = overlay_path(self.home.status_of(self._assignments.pods[key].node), ObjectKey("Pod", *key))
+        path = overlay_path(self.home.status_of(pod.node), ObjectKey("Pod", *pod.spec.key))
         try:
             return str(json.loads(path.read_text())["metadata"]["annotations"][REDIRECTION])
         except (OSError, ValueError, KeyError, TypeError):
@@ -333,12 +334,11 @@ class World:
 
     async def _apply_services(self) -> None:
         table = self._virtual_ports()
-        for name in sorted(self._built):
+        for name, node in list(self._built.items()):
             if self._rules.get(name) == table:
                 continue
             try:
-                planned = plan_services(table, self._assignments.nodes[name].ips)
-                await trio.to_thread.run_sync(apply_services, self.wires.node(name), planned)
+                await trio.to_thread.run_sync(apply_services, self.wires.node(name), plan_services(table, node.ips))
                 self._rules[name] = table
             except CannotBuild as exc:
                 log.error("services.failed", node=name, error=str(exc))
@@ -350,7 +350,7 @@ class World:
 
     def _publish_node(self, name: str) -> None:
         node = self._assignments.nodes[name]
-        ready = self._agents[name].health == "ready" if name in self._agents else True
+        ready = not self._with_mesh or (name in self._agents and self._agents[name].health == "ready")
         addresses = [{"type": "InternalIP", "address": str(ip)} for ip in node.ips] + [{"type": "Hostname", "address": name}]
         spec = {"podCIDR": str(node.pod_ranges[0]), "podCIDRs": list(map(str, node.pod_ranges))}
         self._publish(ObjectKey("Node", "", name), {"spec": spec, "status": {"addresses": addresses, "conditions": _condition(ready, "")}})
@@ -388,7 +388,7 @@ class World:
 
     def _pod_status(self, key: PodKey, pod: PodAssignment) -> PodStatus:
         enrolment = self._cluster.enrolment_of(pod.spec)
-        redirection = self._redirection(key) if self._with_mesh else ""
+        redirection = self._redirection(pod) if self._with_mesh else ""
         if enrolment and self._with_mesh:
             mesh = "captured" if redirection == "enabled" else "pending"
         else:
