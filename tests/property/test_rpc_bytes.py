@@ -119,7 +119,7 @@ def test_no_bytes_make_the_client_raise_anything_but_its_own_error(wire: bytes, 
             with trio.fail_after(60):
                 async with open_channel_on(near) as channel:
                     try:
-                        assert await channel.unary("/t/echo", b"hello") == b"hello"
+                        await channel.unary("/t/echo", b"hello")  # the bytes may well make an answer
                     except RpcError:
                         pass
 

@@ -43,10 +43,10 @@ def test_a_message_larger_than_any_socket_buffer_arrives_whole_and_in_order() ->
 
     async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(brain.send, messages.Resources("delta", payload))
+            nursery.start_soon(brain.send, messages.Resources(False, payload))
             nursery.start_soon(brain.send, messages.ReleasePod("uid"))
             received = [(await mover.receive())[0] for _ in range(2)]
-        assert messages.Resources("delta", payload) in received
+        assert messages.Resources(False, payload) in received
         assert messages.ReleasePod("uid") in received
 
     run_with_pair(body)
