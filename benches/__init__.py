@@ -1,0 +1,1 @@
+"""What the data path costs in CPU time, beside Envoy where it does the same: ``python -m benches``."""
