@@ -16,12 +16,16 @@ from select import EPOLLERR
 from typing import Final, Literal, Protocol, TypeAlias
 
 from mesh.reactor.hbone import Tunnel
-from mesh.reactor.loop import BYTE_BUDGET, CONNECTION, OUT, PEER_CLOSED, Reactor
+from mesh.reactor.loop import BYTE_BUDGET, CONNECTION, OUT, PEER_CLOSED, Reactor, Timer
 from mesh.reactor.pipes import Pipe, borrow_pipe, discard_pipe, return_pipe
 from mesh.reactor.tcp import reset as reset_socket
+from mesh.reactor.tls import scratch
 from mesh.wire.errors import ErrorCode
 
 Side: TypeAlias = Literal["downstream", "upstream"]
+
+LINGER: Final = 5.0
+"""Seconds in which a socket may read the rest of what it was sent, after the far side stopped listening to it."""
 
 _MOST_VIEWS: Final = 64
 """Chunks given to one ``sendmsg``; above that they are joined, since a peer may send frames of one byte."""
@@ -59,7 +63,7 @@ class TunnelRelay:
     """A socket on one end, an HBONE tunnel on the other."""
 
     __slots__ = (
-        "_fd", "_first_closed", "_hung_up", "_on_close", "_pending", "_reactor", "_side", "_sock", "_sock_ended", "_tunnel",
+        "_fd", "_first_closed", "_hung_up", "_linger", "_on_close", "_pending", "_reactor", "_side", "_sock", "_sock_ended", "_tunnel",
         "_tunnel_done", "readable", "received", "sent",
     )  # fmt: skip
 
@@ -75,6 +79,7 @@ class TunnelRelay:
         self._sock_ended = False
         self._tunnel_done = False
         self._first_closed: Side | None = None
+        self._linger: Timer | None = None
         self.readable = False
         self.sent = 0
         self.received = 0
@@ -87,7 +92,9 @@ class TunnelRelay:
     def _on_event(self, mask: int) -> None:
         if mask & OUT and self._pending:
             self._drain()
-        if mask & ~OUT and self._on_close is not None:
+        if self._linger is not None:
+            self._discard()
+        elif mask & ~OUT and self._on_close is not None:
             if mask & PEER_CLOSED:
                 self._hung_up = True
                 # An error while we read nothing, because the window is shut or all was read, would go unnoticed.
@@ -176,11 +183,25 @@ class TunnelRelay:
         if code != ErrorCode.NO_ERROR:
             self._finish(reason)
             return
-        # A peer that got all it wanted (RFC 9113 section 8.1): what it sent is complete, what the socket still says is not wanted.
-        self._sock_ended = self._tunnel_done = True
-        self.readable = False
+        # A peer that got all it wanted (RFC 9113 section 8.1; Envoy, when its upstream ended first): what it sent is complete, what the
+        # socket still says nobody wants. Closing now would send RST for the unread bytes and destroy what the socket has not read.
+        self._tunnel_done = True
+        self._linger = self._reactor.call_later(LINGER, lambda: self._finish(None))
         if not self._pending:
-            self._finish(None)
+            self._pass_end_on()
+        self._discard()
+
+    def _discard(self) -> None:
+        buffer = scratch().cipher_in
+        try:
+            while self._on_close is not None and not self._sock_ended:
+                self._sock_ended = self._sock.recv_into(buffer) == 0
+        except BlockingIOError:
+            return
+        except OSError:
+            self._sock_ended = True
+            self._pending.clear()
+        self._finish_if_over()
 
     def _drain(self) -> None:
         pending = self._pending
@@ -241,6 +262,8 @@ class TunnelRelay:
         if on_close is None:
             return
         self.readable = False
+        if self._linger is not None:
+            self._linger.cancel()
         self._reactor.remove(self._fd)
         self._tunnel.detach()
         if error is None:

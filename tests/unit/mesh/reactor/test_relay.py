@@ -16,6 +16,7 @@ from mesh.reactor.relay import SpliceRelay, TunnelRelay
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import Path, ReactorThread, open_descriptors, read_all, wait_until
 from mesh.tls.contexts import client_context, server_context
+from mesh.wire.errors import ErrorCode
 
 MIB = 1 << 20
 STREAM_WINDOW = 4 * MIB
@@ -224,6 +225,24 @@ def test_a_tunnel_that_nobody_reads_does_not_hold_up_its_neighbours(tunnel: Path
         client, server = (stack.enter_context(sock) for sock in tunnel.connect())
         in_background(stack, lambda: send_and_end(client, b"y" * 32 * MIB))
         assert len(read_all(server)) == 32 * MIB
+
+
+def test_an_answer_arrives_whole_though_the_far_side_stops_listening(tunnel: Path) -> None:
+    """RST_STREAM(NO_ERROR), as of an Envoy whose upstream ends first: closing with the client's bytes unread would destroy the answer."""
+    down = os.urandom(MIB) * 3
+    client, server = tunnel.connect()
+    with client, server:
+        send_until_held_back(client)
+        server.sendall(down)
+        assert tunnel.ingress is not None
+        relay = tunnel.ingress.relays[0]
+        assert isinstance(relay, TunnelRelay)
+        wait_until(lambda: relay.sent == len(down), "the answer to be on its way")
+        tunnel.thread.call(lambda: relay._break("answered", ErrorCode.NO_ERROR))
+        client.sendall(b"more that nobody wants")
+        assert read_all(client) == down
+        client.close()
+        assert tunnel.results()[0].error is None
 
 
 def test_tunnels_share_a_connection_fairly(tunnel: Path) -> None:
