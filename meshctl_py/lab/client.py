@@ -39,8 +39,8 @@ from meshctl_py.lab.messages import (
 from meshctl_py.lab.processes import tail
 from meshctl_py.lab.status import LabStatus
 
-_REPLY_WITHIN: Final = 15.0
-_DOWN_WITHIN: Final = 20.0
+_REPLY_WITHIN: Final = 10.0
+_DOWN_WITHIN: Final = 10.0
 _EVENTS: Final[msgspec.json.Decoder[Event]] = msgspec.json.Decoder(Event)
 _REPLIES: Final[msgspec.json.Decoder[Reply]] = msgspec.json.Decoder(Reply)
 
@@ -65,8 +65,7 @@ class StartingLab:
         self._events.close()  # what the keeper notices
         self._launcher.wait()
         if self._tied or not self._ready:
-            self.home.wait_until_gone(_DOWN_WITHIN)
-            remove_remains(self.home)
+            _end(self.home)
 
     def __iter__(self) -> Iterator[Event]:
         """Events up to `Ready` or `Failed`, which always comes."""
@@ -178,11 +177,8 @@ class Lab:
         try:
             self._ask(AskDown())
         except LabError:
-            if self.home.alive:
-                raise
-        if not self.home.wait_until_gone(_DOWN_WITHIN):
-            raise LabError(f"lab {self.home.name} did not end within {_DOWN_WITHIN:g} s")
-        remove_remains(self.home)
+            self.home.kill()
+        _end(self.home)
 
     def _ask(self, request: Request) -> tuple[Reply, list[int]]:
         try:
@@ -224,6 +220,15 @@ class PreparedCommand:
         finally:
             for descriptor in self.descriptors:
                 os.close(descriptor)
+
+
+def _end(home: LabHome) -> None:
+    """Wait for the end of a lab that was told to end, and remove what is left. Raises LabError."""
+    if not home.wait_until_gone(_DOWN_WITHIN):
+        home.kill()
+    if not home.wait_until_gone(_DOWN_WITHIN):
+        raise LabError(f"lab {home.name} does not end; its files stay in {home.path}")
+    remove_remains(home)
 
 
 def _connect(home: LabHome) -> socket.socket:

@@ -6,11 +6,14 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from meshctl_py.lab.init import PID_FILE
 
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
 _FALLBACK: Final = "lab"
@@ -83,6 +86,15 @@ class LabHome:
         finally:
             os.close(descriptor)
         return False
+
+    def kill(self) -> None:
+        """End the lab's process 1, and by that all others; for labs that do not listen."""
+        try:
+            pid = int((self.path / PID_FILE).read_text())
+            if os.fsencode(self.path) in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        except (OSError, ValueError):
+            return
 
     def wait_until_gone(self, within: float) -> bool:
         """Whether the lab's processes ended within so many seconds."""

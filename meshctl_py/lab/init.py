@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
 
 from meshctl_py.lab import kernel
 
@@ -48,6 +49,10 @@ class LabConfig:
         return json.dumps(asdict(self))
 
 
+PID_FILE: Final = "pid"
+"""In the lab's directory: process 1, as the host counts, for those who must end a lab that does not listen."""
+
+
 def netns_directory(state: str) -> str:
     """Where the lab's network namespaces are bound: a tmpfs that only the lab's own mount namespace shows."""
     return f"{state}/netns"
@@ -62,7 +67,9 @@ def main() -> None:
     config = LabConfig.parse(sys.argv[1])
     try:
         enter_new_namespaces(user_namespace=config.user_namespace)
-        if os.fork() != 0:
+        child = os.fork()
+        if child != 0:
+            Path(config.state, PID_FILE).write_text(str(child))
             os._exit(0)
         _private_mounts(config)
     except CannotIsolate as exc:
@@ -106,9 +113,16 @@ def _run_keeper(config: LabConfig) -> int:
     status = _reap_until(keeper.pid)
     _kill_the_rest()
     if status == 0:
-        kernel.unmount(netns_directory(config.state))
+        _unmount_netns(config.state)
         shutil.rmtree(config.state, ignore_errors=True)
     return abs(status)
+
+
+def _unmount_netns(state: str) -> None:
+    try:
+        kernel.unmount(netns_directory(state))
+    except OSError:
+        return  # somebody removed the directory under it; the mount is gone with it
 
 
 def _reap_until(pid: int) -> int:

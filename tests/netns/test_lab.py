@@ -387,6 +387,20 @@ def test_a_killed_keeper_takes_the_lab_along_and_down_removes_its_files(tmp_path
     assert_nothing_is_left(home)
 
 
+def test_down_ends_a_lab_whose_keeper_is_stuck(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("apiVersion: v1\nkind: Node\nmetadata: {name: n1}\n")
+    name = f"test-{os.getpid()}-stuck"
+    home = LabHome(name, own_labs() / name)
+    with start_lab(tmp_path, name, UpOptions(with_mesh=False)) as starting:
+        assert isinstance([*starting][-1], Ready)
+    for pid in processes_of(home):
+        if b"meshctl_py.lab.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGSTOP)
+    output, _ = meshctl("down", "--name", name).communicate(timeout=60)
+    assert output == f"lab {name} is gone\n"
+    assert_nothing_is_left(home)
+
+
 @pytest.mark.parametrize(
     ("text", "because"),
     [
