@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 import trio
 from OpenSSL import SSL
@@ -25,6 +25,9 @@ from mesh.reactor.relay import Relay, RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import CONNECT_TIMEOUT, Listener, connect, listen_on, reset, socket_address
 
 T = TypeVar("T")
+
+MakeSocket: TypeAlias = Callable[[int], socket.socket]
+"""Makes a TCP socket of an address family; in another network namespace, for tests that need one."""
 
 LOOPBACK = SocketAddress(parse_ip("127.0.0.1"), 0)
 
@@ -91,9 +94,10 @@ class ReactorThread:
 class IngressProxy:
     """Serves HBONE on ``listener`` and connects each tunnel to the address its CONNECT names."""
 
-    def __init__(self, reactor: Reactor, listener: socket.socket, context: SSL.Context) -> None:
+    def __init__(self, reactor: Reactor, listener: socket.socket, context: SSL.Context, make_socket: MakeSocket = socket.socket) -> None:
         self.reactor = reactor
         self.context = context
+        self._make_socket = make_socket
         self.judge: Callable[[bytes], str | None] = lambda _der: None
         self.links: list[HboneLink] = []
         self.closed: list[str | None] = []
@@ -121,7 +125,7 @@ class IngressProxy:
         if not isinstance(request.target, SocketAddress):
             request.refuse(503)
             return
-        sock = socket.socket(socket.AF_INET6 if request.target.ip.version == 6 else socket.AF_INET)
+        sock = self._make_socket(socket.AF_INET6 if request.target.ip.version == 6 else socket.AF_INET)
         sock.setblocking(False)
 
         def connected(error: OSError | None) -> None:
@@ -149,8 +153,10 @@ class EgressProxy:
         peer: SocketAddress,
         authority: str,
         verify_peer: Callable[[bytes], str | None] = lambda _der: None,
+        make_socket: MakeSocket = socket.socket,
     ) -> None:
         self.reactor = reactor
+        self._make_socket = make_socket
         self.context = context
         self.peer = peer
         self.authority = authority
@@ -179,7 +185,7 @@ class EgressProxy:
 
     def _dial(self) -> None:
         self._dialling = True
-        sock = socket.socket(socket.AF_INET6 if self.peer.ip.version == 6 else socket.AF_INET)
+        sock = self._make_socket(socket.AF_INET6 if self.peer.ip.version == 6 else socket.AF_INET)
         sock.setblocking(False)
 
         def connected(error: OSError | None) -> None:
