@@ -31,6 +31,8 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
 _STEADY = 10.0
 _SCRAPE_SECONDS = 2.0
+_MOST_UNREAD = 10_000
+"""Messages a mover may leave unread before it counts as stuck and is replaced: changes come a few a second."""
 
 _log = get_logger("movers")
 
@@ -73,8 +75,16 @@ class Mover:
 
     def post(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
         """Send, in order, as soon as the mover reads. Descriptors are duplicated: the caller's stay its own."""
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            self._queue.send_nowait((message, [os.dup(descriptor) for descriptor in descriptors]))
+        if self._queue.statistics().current_buffer_used >= _MOST_UNREAD:
+            _log.error("mover.not_reading", mover=self.name, pid=self.pid)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            return
+        duplicates = [os.dup(descriptor) for descriptor in descriptors]
+        try:
+            self._queue.send_nowait((message, duplicates))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            close_all(duplicates)  # it has just ended
 
 
 class Movers:
@@ -169,12 +179,12 @@ class Movers:
         """One mover's connection, from its `Hello` to its end."""
         channel: Channel[messages.FromMover] = Channel(sock, messages.FromMover)
         mover: Mover | None = None
+        send, receive = trio.open_memory_channel[tuple[messages.Message, list[int]]](inf)
         try:
             hello, _ = await channel.receive()
             if not isinstance(hello, messages.Hello):
                 raise ChannelClosed(f"expected Hello, got {type(hello).__name__}")
             holding = [await self._receive_holding(channel) for _ in range(hello.pods)]
-            send, receive = trio.open_memory_channel[tuple[messages.Message, list[int]]](inf)
             mover = self._living[hello.mover] = Mover(hello.mover, hello.pid, channel, send)
             self._joined.setdefault(hello.mover, trio.Event()).set()
             _log.info("mover.joined", mover=hello.mover, pid=hello.pid, pods=hello.pods)
@@ -189,6 +199,8 @@ class Movers:
             pass
         finally:
             channel.close()
+            send.close()
+            _discard(receive)
             if mover is not None and self._living.get(mover.name) is mover:
                 del self._living[mover.name]
                 if not self._living:
@@ -279,6 +291,16 @@ class Movers:
 
     def _pid_file(self, name: str) -> Path:
         return self._run_dir / f"mover-{name}.pid"
+
+
+def _discard(queue: trio.MemoryReceiveChannel[tuple[messages.Message, list[int]]]) -> None:
+    """Close the descriptors of messages that were never sent."""
+    while True:
+        try:
+            _, descriptors = queue.receive_nowait()
+        except (trio.WouldBlock, trio.EndOfChannel):
+            return
+        close_all(descriptors)
 
 
 def _read_pid(path: Path) -> int | None:

@@ -145,7 +145,7 @@ class Mover:
             try:
                 self._to_brain.send_nowait((message, ()))
             except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-                _log.warning("brain.not_reading", dropped=type(message).__name__)
+                _log.debug("brain.not_reading", dropped=type(message).__name__)
 
     def _ask_certificate(self, identity: SpiffeId) -> None:
         self._tell(messages.CertificateWanted(str(identity)))

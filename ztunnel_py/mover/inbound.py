@@ -17,7 +17,7 @@ from mesh.model.ports import RECURSIVE
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink, Tunnel, TunnelRequest, serve_hbone
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
-from mesh.reactor.tcp import Pending, reset
+from mesh.reactor.tcp import reset
 from mesh.state.inbound import InboundRefusal, resolve_inbound
 from mesh.telemetry.log import get_logger
 from mesh.tls.peer import verify_client
@@ -27,7 +27,7 @@ from ztunnel_py.mover.credentials import Credentials
 from ztunnel_py.mover.ledger import POLICY_CHANGED, Failure, Living
 from ztunnel_py.mover.outbound import RECURSION
 from ztunnel_py.mover.plane import POLICY_GRACE_SECONDS
-from ztunnel_py.mover.pod import Pod
+from ztunnel_py.mover.pod import Dialling, Pod
 
 REJECTED = "connection closed due to policy rejection: "
 
@@ -94,7 +94,7 @@ class _InboundTunnel:
         self._plane = pod.plane
         self._link = link
         self._request = request
-        self._pending: Pending | None = None
+        self._pending: Dialling | None = None
         self._living = Living(pod.uid, "inbound", link.client, link.local, self._plane.reactor.now(), authority=request.authority)
         self._living.source_identity = link.peer
         self._living.relay_from = "upstream"
@@ -120,6 +120,9 @@ class _InboundTunnel:
         _admit(self._pod, living, workload, facts, self._stop, self._dial, lambda because: self._deny(because))
 
     def _dial(self, permit: Permit) -> None:
+        if not self._request.alive:
+            self._fail(Failure("the peer withdrew its request"))
+            return
         self._request.on_gone = lambda because: self._fail(Failure(because))
         self._pending = _dial_application(self._pod, permit, self._dialled)
 
@@ -164,7 +167,7 @@ class InboundPlaintext:
         self._pod = pod
         self._plane = pod.plane
         self._sock = sock
-        self._pending: Pending | None = None
+        self._pending: Dialling | None = None
         target = original_destination(sock)
         self._target = target if target is not None else local_address(sock)
         self._living = Living(pod.uid, "inbound", client, self._target, self._plane.reactor.now())
@@ -251,6 +254,6 @@ def _admit(
     ask()
 
 
-def _dial_application(pod: Pod, permit: Permit, on_done: Callable[[socket.socket | OSError], None]) -> Pending:
+def _dial_application(pod: Pod, permit: Permit, on_done: Callable[[socket.socket | OSError], None]) -> Dialling:
     """Connect to the application as its client. The permit is the authority to do so, and says where to."""
     return pod.dial(permit.connection.destination, on_done, source=permit.connection.source_ip)

@@ -12,13 +12,13 @@ from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink, TunnelFailure
 from mesh.reactor.hbone import Tunnel as OpenTunnel
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
-from mesh.reactor.tcp import Pending, reset
+from mesh.reactor.tcp import reset
 from mesh.state.resolve import resolve
 from mesh.wire.baggage import baggage_of
 from mesh.wire.forwarded import write_forwarded
 from mesh.wire.traceparent import new_traceparent
 from ztunnel_py.mover.ledger import Failure, Living
-from ztunnel_py.mover.pod import Pod
+from ztunnel_py.mover.pod import Dialling, Pod
 from ztunnel_py.mover.pool import PoolKey
 
 RECURSION = "attempted recursive call to ourselves"
@@ -32,7 +32,7 @@ class Outbound:
         self._plane = pod.plane
         self._sock = sock
         self._retried = False
-        self._pending: Pending | None = None
+        self._pending: Dialling | None = None
         target = original_destination(sock)
         self._target = target if target is not None else client
         self._living = Living(pod.uid, "outbound", client, self._target, self._plane.reactor.now())

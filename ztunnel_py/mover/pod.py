@@ -40,6 +40,21 @@ class PodSockets:
     inbound_hbone: int
 
 
+class Dialling:
+    """A connect under way, and the socket it is for."""
+
+    __slots__ = ("_pending", "_sock")
+
+    def __init__(self, sock: socket.socket, pending: Pending) -> None:
+        self._sock = sock
+        self._pending = pending
+
+    def cancel(self) -> None:
+        """Give the connection up; nobody is called back."""
+        self._pending.cancel()
+        self._sock.close()
+
+
 class Pod:
     """Sockets made here are the pod's own: they live in its network namespace and carry the mark that its rules let through."""
 
@@ -70,14 +85,17 @@ class Pod:
             on_workload(workload)
             return
 
+        deadline = self.plane.reactor.now() + WORKLOAD_SECONDS
+
         def look_again() -> None:
             found = self.find_workload()
-            if found is not None:
+            left = deadline - self.plane.reactor.now()
+            if found is not None or left <= 0:
                 on_workload(found)
             else:
-                self.plane.workloads_wanted.wait(self.uid, WORKLOAD_SECONDS, look_again, lambda: on_workload(None))
+                self.plane.workloads_wanted.wait(self.uid, left, look_again, look_again)
 
-        self.plane.workloads_wanted.wait(self.uid, WORKLOAD_SECONDS, look_again, lambda: on_workload(self.find_workload()))
+        look_again()
 
     def unknown_workload(self) -> str:
         """ztunnel's words for a pod that the control plane has not described."""
@@ -110,7 +128,7 @@ class Pod:
 
     def dial(
         self, address: SocketAddress, on_done: Callable[[socket.socket | OSError], None], *, source: IpAddress | None = None
-    ) -> Pending:
+    ) -> Dialling:
         """Connect from the pod's namespace, as ``source`` if given (only where the application must see its client's address)."""
         family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
         with entered(self.sockets.netns):
@@ -123,7 +141,7 @@ class Pod:
             else:
                 on_done(sock)
 
-        return connect(self.plane.reactor, sock, address, CONNECT_SECONDS, connected)
+        return Dialling(sock, connect(self.plane.reactor, sock, address, CONNECT_SECONDS, connected))
 
     def stop_listening(self) -> None:
         for listening, listener in self._listening:
