@@ -23,6 +23,10 @@ _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "TZ", "HOME", "TERM")
 """All that a container's environment takes from the user's: the lab must not behave differently from shell to shell."""
 
 
+_FIRST_PROBES: Final = 0.1
+"""Seconds between probes of a container that is not ready yet: somebody is waiting for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a pod's processes run. ``files``: the pod's own /etc files; ``hide``: the directory of namespace handles."""
@@ -173,24 +177,31 @@ class PodRunner:
 
     async def _watch_readiness(self, container: Container, process: LabProcess) -> None:
         """Ready while running, and, with a probe, as it says; a container that was started again begins anew."""
-        probe, seen, good, bad = container.readiness, 0, 0, 0
         while True:
-            status = process.status
-            if status.state != "running":
+            changed, status = process.status_changed, process.status
+            running = status.state == "running"
+            if not running:
                 self._set_ready(container.name, False, status.because or status.last_exit)
-                await trio.sleep(0.05)
-                continue
-            if status.starts != seen:
-                seen, good, bad = status.starts, 0, 0
-                if probe:
-                    await trio.sleep(probe.initial_delay)
-            failure = await self._probe(container, probe) if probe else ""
+            elif container.readiness is None:
+                self._set_ready(container.name, True)
+            async with trio.open_nursery() as nursery:
+                if running and container.readiness is not None:
+                    nursery.start_soon(self._probe_for_ever, container, container.readiness)
+                await changed.wait()
+                nursery.cancel_scope.cancel()
+
+    async def _probe_for_ever(self, container: Container, probe: Probe) -> None:
+        good = bad = 0
+        self._set_ready(container.name, False, "not asked yet")
+        await trio.sleep(probe.initial_delay)
+        while True:
+            failure = await self._probe(container, probe)
             good, bad = (good + 1, 0) if not failure else (0, bad + 1)
-            if probe is None or good >= probe.success_threshold:
+            if good >= probe.success_threshold:
                 self._set_ready(container.name, True)
             elif bad >= probe.failure_threshold or not self._ready[container.name]:
                 self._set_ready(container.name, False, failure)
-            await trio.sleep(probe.period if probe and self._ready[container.name] else 0.1)
+            await trio.sleep(probe.period if self._ready[container.name] else _FIRST_PROBES)
 
     async def _probe(self, container: Container, probe: Probe) -> str:
         """Empty for success, else what went wrong.

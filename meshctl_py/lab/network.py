@@ -90,7 +90,7 @@ def add_node(wires: Wires, node: NodeAssignment) -> None:
     with inside(path) as namespace:
         run_in_netns(namespace, lambda: _become_node(node))
     with IPRoute() as ip:
-        index = _index(ip, interface_name(node.name))
+        index = _index(interface_name(node.name))
         for network, via in zip(node.pod_ranges, node.ips, strict=True):
             ip.route("replace", dst=str(network), gateway=str(via), oif=index, flags=_ONLINK)
 
@@ -112,11 +112,12 @@ def add_pod(wires: Wires, pod: PodAssignment, node: NodeAssignment) -> None:
         wire = _Wire.between(pod.uid)
         run_in_netns(node_namespace, lambda: _wire_pod(pod, node, namespace, wire))
         run_in_netns(namespace, lambda: _become_pod(pod, node, wire))
-    with IPRoute() as ip:
-        for address in _foreign(pod, node):
-            via = node.ips[0] if address.version == 4 else node.ips[1]
-            index = _index(ip, interface_name(node.name))
-            ip.route("replace", dst=_host(address), gateway=str(via), oif=index, flags=_ONLINK)
+    if foreign := _foreign(pod, node):
+        index = _index(interface_name(node.name))
+        with IPRoute() as ip:
+            for address in foreign:
+                via = node.ips[0] if address.version == 4 else node.ips[1]
+                ip.route("replace", dst=_host(address), gateway=str(via), oif=index, flags=_ONLINK)
 
 
 @building("pod")
@@ -178,7 +179,7 @@ class _Wire:
         """Make it: ``interface`` here, ``eth0`` there. The index of the near end."""
         peer = {"ifname": "eth0", "net_ns_fd": namespace, "address": self.far}
         ip.link("add", ifname=interface, kind="veth", address=self.near, peer=peer)
-        return _index(ip, interface)
+        return _index(interface)
 
     def introduce_near(self, ip: IPRoute, index: int, address: IpAddress) -> None:
         """At the far end: this address is at the near end."""
@@ -210,7 +211,7 @@ def _become_leaf(ips: tuple[IpAddress, ...], wire: _Wire) -> None:
     _quiet()
     with IPRoute() as ip:
         _raise_loopback(ip, ())
-        index = _index(ip, "eth0")
+        index = _index("eth0")
         for address in ips:
             _add_address(ip, index, address)
         ip.link("set", index=index, state="up")
@@ -223,7 +224,7 @@ def _become_node(node: NodeAssignment) -> None:
     _forward()
     with IPRoute() as ip:
         # The pods' gateway; on the loopback, because a node has one and many wires to pods.
-        _add_address(ip, _index(ip, "lo"), node.pod_ranges[0][1])
+        _add_address(ip, _index("lo"), node.pod_ranges[0][1])
         for network in node.pod_ranges:
             # An address that no pod has goes nowhere, instead of back and forth between router and node.
             ip.route("replace", dst=str(network), type="unreachable", priority=_LAST_RESORT)
@@ -245,7 +246,7 @@ def _become_pod(pod: PodAssignment, node: NodeAssignment, wire: _Wire) -> None:
     _sysctl("net/ipv4/ip_unprivileged_port_start", "0")
     with IPRoute() as ip:
         _raise_loopback(ip, ())
-        index = _index(ip, "eth0")
+        index = _index("eth0")
         for address in pod.ips:
             _add_address(ip, index, address)
         ip.link("set", index=index, state="up")
@@ -260,7 +261,7 @@ def _become_pod(pod: PodAssignment, node: NodeAssignment, wire: _Wire) -> None:
 
 
 def _raise_loopback(ip: IPRoute, addresses: tuple[IpAddress, ...]) -> None:
-    index = _index(ip, "lo")
+    index = _index("lo")
     ip.link("set", index=index, state="up")
     for address in addresses:
         _add_address(ip, index, address)
@@ -278,8 +279,9 @@ def _remove_link(interface: str) -> None:
             ip.link("del", index=index)
 
 
-def _index(ip: IPRoute, interface: str) -> int:
-    return int(ip.link_lookup(ifname=interface)[0])
+def _index(interface: str) -> int:
+    """In the calling thread's namespace, as everything here."""
+    return socket.if_nametoindex(interface)
 
 
 def _host(address: IpAddress) -> str:

@@ -46,6 +46,8 @@ class LabProcess:
         self._status = ProcessStatus(name)
         self._process: trio.Process | None = None
         self._restart_now = trio.Event()
+        self.status_changed = trio.Event()
+        """Set at the next change; take it before looking at `status`."""
 
     @property
     def status(self) -> ProcessStatus:
@@ -128,6 +130,8 @@ class LabProcess:
         starts = before.starts + (state == "running")
         self._status = ProcessStatus(self.name, state, pid, starts, before.last_exit if last_exit is None else last_exit, because)
         if self._status != before:
+            self.status_changed.set()
+            self.status_changed = trio.Event()
             self._changed()
 
 

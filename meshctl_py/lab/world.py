@@ -36,6 +36,8 @@ log = get_logger("lab")
 
 NETNS_ANNOTATION: Final = "ambient.mesh/netns"
 """Tells the agent where a pod's network namespace is bound; a Kubernetes agent learns it from the container runtime."""
+_BUILT_AT_ONCE: Final = 4
+"""Pods wired at a time: the kernel takes a while for each namespace, but only one writer of the routing tables at once."""
 _CAPTURE_POLL: Final = 0.05
 _READY_POLL: Final = 0.1
 _ALIVE_POLL: Final = 1.0
@@ -138,11 +140,13 @@ class World:
         for name, node in after.nodes.items():
             if name not in before.nodes:
                 await self._tolerate(node.name, self._add_node(node))
-        for key, pod in after.pods.items():
-            if key in self._pods:
-                self._pods[key].runner.adopt(pod)
-            else:
-                await self._tolerate(str(key), self._add_pod(pod, after.nodes[pod.node]))
+        async with trio.open_nursery() as nursery:
+            limit = trio.CapacityLimiter(_BUILT_AT_ONCE)
+            for key, pod in after.pods.items():
+                if key in self._pods:
+                    self._pods[key].runner.adopt(pod)
+                else:
+                    nursery.start_soon(self._build_pod, limit, pod, after.nodes[pod.node])
         self.bell.ring()
 
     async def status(self) -> LabStatus:
@@ -237,6 +241,10 @@ class World:
         self._rules.pop(name, None)
         self._published.pop(ObjectKey("Node", "", name), None)
         remove_overlay(self.home.status_of("lab"), "Node", "", name)
+
+    async def _build_pod(self, limit: trio.CapacityLimiter, pod: PodAssignment, node: NodeAssignment) -> None:
+        async with limit:
+            await self._tolerate(str(pod.spec.key), self._add_pod(pod, node))
 
     async def _add_pod(self, pod: PodAssignment, node: NodeAssignment) -> None:
         key = pod.spec.key
