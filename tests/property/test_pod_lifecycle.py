@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from mesh.model.enrolment import Enrolment
 from ztunnel_py.pods.facts import PodFacts
-from ztunnel_py.pods.lifecycle import Lifecycle, Phase, advance, status_of
+from ztunnel_py.pods.lifecycle import Lifecycle, Phase, Wish, advance, status_of
 from ztunnel_py.pods.vocabulary import (
     Action,
     Adopted,
@@ -48,18 +48,34 @@ UIDS = st.sampled_from(["a", "b"])
 
 @dataclass
 class RealPod:
-    """What is really so, in the kernel, in the movers, in the overlay directory."""
+    """What is really so, in the kernel, in the movers, in the overlay directory. A pod may get another namespace at any time; what is
+    held open, and what is under way, stays in the one where it began."""
 
-    listeners: bool = False
-    rules: str = "absent"
+    namespace: int = 0
+    held: int | None = None
+    """The namespace in which the listeners are."""
+    rules_in: dict[int, str] = field(default_factory=dict)
     proved: bool = False
     annotation: str = ""
     draining: bool = False
     lingered: bool = False
     connections: int = 0
-    replaced: bool = False
-    """The namespace was replaced while the action under way acts on the old one, whose descriptor it has."""
     pending: list[Action] = field(default_factory=list)
+    acts_on: int = 0
+    """The namespace of the action under way."""
+
+    @property
+    def listeners(self) -> bool:
+        return self.held is not None
+
+    @property
+    def rules(self) -> str:
+        """In the namespace where the listeners are, else in the one that the pod has."""
+        return self.rules_in.get(self.namespace if self.held is None else self.held, "absent")
+
+    def set_rules(self, namespace: int, rules: str) -> None:
+        self.rules_in[namespace] = rules
+        self.proved = False
 
 
 class Executor(RuleBasedStateMachine):
@@ -98,6 +114,7 @@ class Executor(RuleBasedStateMachine):
             case _:
                 assert not real.pending, "one action at a time"
                 real.pending.append(action)
+                real.acts_on = real.namespace if real.held is None else real.held
                 self.check_may_begin(action, real)
 
     def tell_later_connections(self, uid: str) -> None:
@@ -112,22 +129,20 @@ class Executor(RuleBasedStateMachine):
             case Annotate(redirection=Redirection.ENABLED):
                 assert real.listeners
                 assert real.proved, "announced without proof"
-            case FinishRelease():
-                assert real.rules in ("releasing", "unknown")
+            case FinishRelease() if self.state.records[action.uid].wish is Wish.RELEASED:
+                assert real.rules != "in place", "connections still being redirected would be cut"
                 assert not real.listeners or (real.connections == 0 and real.lingered), "living connections cut"
                 assert real.annotation == ""
-            case CloseListeners() if action.uid in self.pods and self.state.records[action.uid].wish.name == "RELEASED":
+            case CloseListeners() if action.uid in self.pods and self.state.records[action.uid].wish is Wish.RELEASED:
                 assert real.rules == "absent", "redirected to nobody"
 
     def carry_out(self, action: Action, real: RealPod) -> Event:
-        replaced, real.replaced = real.replaced, False
         match action:
             case OpenListeners():
-                real.listeners = True
+                real.held = real.acts_on
                 return ListenersOpened(action.uid)
             case Capture():
-                if not replaced:
-                    real.rules, real.proved = "in place", False
+                real.set_rules(real.acts_on, "in place")
                 return Captured(action.uid)
             case Verify():
                 real.proved = real.rules == "in place"
@@ -136,14 +151,13 @@ class Executor(RuleBasedStateMachine):
                 real.annotation = action.redirection.value
                 return Annotated(action.uid)
             case BeginRelease():
-                if not replaced:
-                    real.rules, real.proved = "releasing", False
+                real.set_rules(real.acts_on, "releasing")
                 return ReleaseBegun(action.uid)
             case FinishRelease():
-                real.rules = "absent"
+                real.set_rules(real.acts_on, "absent")
                 return ReleaseFinished(action.uid)
             case CloseListeners():
-                real.listeners, real.draining, real.connections = False, False, 0
+                real.held, real.draining, real.connections = None, False, 0
                 return ListenersClosed(action.uid)
         raise AssertionError(action)
 
@@ -163,7 +177,7 @@ class Executor(RuleBasedStateMachine):
         if known is None:
             real = self.real(uid)
             if not real.pending and not real.listeners and uid not in self.state.records:
-                self.world[uid] = RealPod(annotation=stale, rules="unknown" if stale else "absent")
+                self.world[uid] = RealPod(annotation=stale, rules_in={0: "unknown"} if stale else {})
         waiting = "" if ready or (known is not None and not known.waiting_for) else "no address yet"
         redirection = self.real(uid).annotation
         self.pods[uid] = PodFacts(
@@ -184,10 +198,9 @@ class Executor(RuleBasedStateMachine):
             self.publish()
 
     def replace_netns(self, uid: str) -> None:
-        """The old namespace is gone: its rules and connections with it. Listening sockets stay until closed."""
         real = self.real(uid)
-        real.rules, real.proved, real.connections = "absent", False, 0
-        real.replaced = bool(real.pending)
+        real.namespace += 1
+        real.connections = 0
 
     def publish(self) -> None:
         self.read = True
@@ -196,7 +209,7 @@ class Executor(RuleBasedStateMachine):
     @precondition(lambda self: not self.read)
     @rule(uid=UIDS)
     def a_mover_of_the_last_brain_holds_a_pod(self, uid: str) -> None:
-        self.world[uid] = RealPod(listeners=True, rules="in place", annotation="enabled", connections=1)
+        self.world[uid] = RealPod(held=0, rules_in={0: "in place"}, annotation="enabled", connections=1)
         self.tell(Adopted(uid, uid, "ns", "sa"))
 
     @rule(uid=UIDS, works=st.sampled_from([True, True, True, False]), partly=st.booleans())
@@ -209,12 +222,9 @@ class Executor(RuleBasedStateMachine):
             self.tell(self.carry_out(action, real))
         else:
             if partly and not isinstance(action, OpenListeners):
-                replaced = real.replaced
                 self.carry_out(action, real)
-                real.replaced = replaced
-            if isinstance(action, Capture | BeginRelease | FinishRelease) and not real.replaced:
-                real.rules, real.proved = "unknown", False
-            real.replaced = False
+            if isinstance(action, Capture | BeginRelease | FinishRelease):
+                real.set_rules(real.acts_on, "unknown")
             self.tell(Failed(uid, "it did not work"))
 
     @precondition(lambda self: self.timers)
@@ -245,7 +255,7 @@ class Executor(RuleBasedStateMachine):
     def somebody_changes_the_rules(self, uid: str) -> None:
         real = self.real(uid)
         if real.rules == "in place":
-            real.rules, real.proved = "unknown", False
+            real.set_rules(real.namespace if real.held is None else real.held, "unknown")
             self.tell(VerifyDue(uid))
 
     @rule(uid=UIDS)
@@ -292,7 +302,7 @@ class Executor(RuleBasedStateMachine):
             elif pod is None or not pod.enrolment.enrolled:
                 assert uid not in self.state.records
                 assert (real.listeners, real.annotation) == (False, "")
-                assert real.rules == "absent" or pod is None
+                assert pod is None or real.rules == "absent"
 
     def finish(self, uid: str, real: RealPod) -> None:
         self.tell(self.carry_out(real.pending.pop(), real))

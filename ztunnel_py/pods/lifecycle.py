@@ -5,7 +5,7 @@ comes next. Events only change what is known. So every change of mind, at any mo
 
     enrolled      open listeners -> capture -> verify -> announce
     un-enrolled   begin release -> withdraw -> drain -> finish release -> close listeners
-    deleted       close listeners -> withdraw
+    deleted       finish release -> close listeners -> withdraw
 
 Listeners come before rules and rules before the announcement; while a pod drains its listeners stay, so that peers who do not know yet
 get in, and an enrolment meanwhile turns back without closing anything.
@@ -175,11 +175,19 @@ def _take_pods(state: Lifecycle, pods: Mapping[str, PodFacts]) -> Lifecycle:
 def _new_record(pod: PodFacts) -> PodRecord | None:
     """A record for a pod that has none; None where there is nothing to do."""
     if pod.enrolment.enrolled:
-        # Rules and annotation of an agent that ended may be there; writing them again is harmless, believing them is not.
-        return PodRecord(pod, Wish.CAPTURED, annotation=None if pod.redirection else Redirection.ABSENT)
+        return PodRecord(pod, Wish.CAPTURED, rules=_rules_left(pod), annotation=_annotation_left(pod))
     if pod.redirection:
-        return PodRecord(pod, Wish.RELEASED, rules=Rules.UNKNOWN, annotation=None)
+        return PodRecord(pod, Wish.RELEASED, rules=_rules_left(pod), annotation=_annotation_left(pod))
     return None
+
+
+def _rules_left(pod: PodFacts) -> Rules:
+    """An annotated pod may have rules of an agent that ended. Writing or removing them again is harmless, believing in them is not."""
+    return Rules.UNKNOWN if pod.redirection else Rules.ABSENT
+
+
+def _annotation_left(pod: PodFacts) -> Redirection | None:
+    return None if pod.redirection else Redirection.ABSENT
 
 
 def _adopt(state: Lifecycle, adopted: Adopted) -> Lifecycle:
@@ -202,16 +210,23 @@ def _wish_anew(record: PodRecord, pod: PodFacts | None) -> PodRecord:
     if record.wish is Wish.GONE:
         return record
     if pod is None:
-        return replace(record, wish=Wish.GONE, resting=False)
+        return _gone(record)
     wish = Wish.CAPTURED if pod.enrolment.enrolled else Wish.RELEASED
     old = record.pod
-    if old.netns_path not in ("", pod.netns_path) and (record.listeners or record.doing is not None):
-        return replace(record, wish=Wish.GONE, resting=False)
+    if old.netns_path not in ("", pod.netns_path):
+        if record.listeners or record.doing is not None:
+            return _gone(record)
+        if record.rules is not Rules.ABSENT:
+            record = replace(record, rules=Rules.UNKNOWN, verified=False)
     if old.bypass_inbound != pod.bypass_inbound and record.rules is Rules.IN_PLACE:
         record = replace(record, rules=Rules.UNKNOWN, verified=False)
     if wish is not record.wish:
         record = replace(record, wish=wish, resting=False, failures=0, because="")
     return replace(record, pod=pod)
+
+
+def _gone(record: PodRecord) -> PodRecord:
+    return replace(record, wish=Wish.GONE, resting=False, failures=0, because="")
 
 
 # What is known
@@ -226,9 +241,9 @@ def _learn(record: PodRecord, event: Answer | Connections | LingerOver | RetryDu
         case RetryDue():
             return replace(record, resting=False)
         case VerifyDue():
-            return replace(record, verified=False) if record.doing is None else record
+            return replace(record, verified=False)
         case NetnsReplaced():
-            return replace(record, wish=Wish.GONE, resting=False)
+            return _gone(record)
         case Failed():
             return _learn_failure(record, event.because)
         case _:
@@ -367,7 +382,10 @@ def _steps_to_release(record: PodRecord) -> Iterator[Action]:
 
 
 def _steps_to_drop(record: PodRecord) -> Iterator[Action]:
-    # Descriptors first: they must not stay open because an annotation cannot be written.
+    # A pod that is gone from the source alone, by a mistake in it, still runs: nothing may redirect it to listeners that are closed.
+    # Tried once; descriptors must not stay open because rules cannot be removed or an annotation cannot be written.
+    if record.listeners and record.rules is not Rules.ABSENT and not record.failures:
+        yield FinishRelease(record.pod.uid, record.pod)
     if record.listeners:
         yield CloseListeners(record.pod.uid)
     if record.annotation is not Redirection.ABSENT:
@@ -386,15 +404,15 @@ def _has_arrived(record: PodRecord) -> bool:
 
 
 def _replace_finished(state: Lifecycle, record: PodRecord, actions: tuple[Action, ...]) -> Step:
-    """Forget the pod; if it exists and is wanted after all (another namespace under the same uid), begin anew after a pause."""
+    """Forget the pod. If it was gone and is there after all (its namespace was replaced, its file mended), begin anew after a pause."""
     uid = record.pod.uid
     records = {other: kept for other, kept in state.records.items() if other != uid}
     state = replace(state, records=records)
     pod = (state.pods or {}).get(uid)
-    if pod is None or not pod.enrolment.enrolled:
+    anew = _new_record(pod) if pod is not None and record.wish is Wish.GONE else None
+    if anew is None:
         return state, actions
-    anew = PodRecord(pod, Wish.CAPTURED, resting=True)
-    return _with(state, anew), (*actions, RetryAfter(uid, FIRST_RETRY_SECONDS))
+    return _with(state, replace(anew, resting=True)), (*actions, RetryAfter(uid, FIRST_RETRY_SECONDS))
 
 
 def _pause(failures: int) -> float:

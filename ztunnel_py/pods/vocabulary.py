@@ -64,7 +64,7 @@ class Annotate:
 @dataclass(frozen=True, slots=True)
 class BeginRelease:
     """Let new connections go free (`begin_release`): `ReleaseBegun`. With listeners closed since a restart, open the namespace anew;
-    a namespace that is gone counts as released."""
+    a namespace that is gone, or was never known, counts as released."""
 
     uid: str
     pod: PodFacts
@@ -89,7 +89,8 @@ class StopDraining:
 
 @dataclass(frozen=True, slots=True)
 class FinishRelease:
-    """Remove all rules (`finish_release`): `ReleaseFinished`. A namespace that is gone counts as finished."""
+    """Remove all rules (`finish_release`): `ReleaseFinished`. A namespace that is gone, or was
+    never known, counts as finished."""
 
     uid: str
     pod: PodFacts
