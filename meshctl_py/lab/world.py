@@ -175,7 +175,8 @@ class World:
     def processes(self) -> Mapping[str, LabProcess]:
         """All processes by the names users call them: ``istiod``, ``ztunnel-NODE``, ``NAMESPACE/POD/CONTAINER``."""
         programs_of_mesh = {program.process.name: program.process for program in (self._istiod, *self._agents.values()) if program}
-        containers = {f"{key}/{name}": process for key, pod in self._pods.items() for name, process in pod.runner.processes.items()}
+        pods = {key: self._pods[key] for key in self._assignments.pods if key in self._pods}
+        containers = {f"{key}/{name}": process for key, pod in pods.items() for name, process in pod.runner.processes.items()}
         return programs_of_mesh | containers
 
     def find_entry(self, target: str, namespace: str | None, container: str | None, argv: tuple[str, ...]) -> Entry | str:
@@ -194,7 +195,7 @@ class World:
             return self._infrastructure_entry(Path("/proc/self/ns/net"), "router", argv)
         if target == "istiod" and self._istiod is not None:
             return self._infrastructure_entry(self.wires.control_plane, "istiod", argv)
-        known = ", ".join(["router", *self._assignments.nodes, *(str(key) for key in self._pods)])
+        known = ", ".join(["router", *self._assignments.nodes, *map(str, self._assignments.pods)])
         return f"there is no pod or node {target}{'' if namespace is None else f' in namespace {namespace}'} (there are: {known})"
 
     def find_processes(self, name: str, part: str | None) -> list[int] | str:
