@@ -19,7 +19,7 @@ class NodeStatus:
 
 @dataclass(frozen=True, slots=True)
 class PodStatus:
-    """``mesh``: ``captured``, ``pending``, ``leaving`` (no longer enrolled, still captured) or ``outside``; why: ``enrolment``."""
+    """``mesh``: ``captured``, ``pending``, ``leaving`` (no longer enrolled, the agent has not let go yet) or ``outside``; why: ``enrolment``."""
 
     namespace: str
     name: str
