@@ -62,6 +62,9 @@ _SMALLEST_READ: Final = 2048
 _KEEPALIVE_PING: Final = b"keepaliv"
 _DRAIN_PING: Final = b"drained?"
 
+PROTOCOL_ERROR: Final = "protocol error: "
+"""How the reason of a link begins that was closed because its peer, though proved, does not keep to HTTP/2."""
+
 DRAIN_TIMEOUT: Final = 1.0
 """Seconds a draining server waits for the client to have read GOAWAY before it may close an idle connection."""
 
@@ -416,8 +419,8 @@ class HboneLink:
             self._shake_hands()
 
     def _on_handshake_timeout(self) -> None:
-        what = "HTTP/2 preface" if self._engine.established else "TLS handshake"
-        self._finish(f"{what} not complete within {HANDSHAKE_TIMEOUT:g} s")
+        what = f"{PROTOCOL_ERROR}no HTTP/2 preface" if self._engine.established else "tls handshake error: not complete"
+        self._finish(f"{what} within {HANDSHAKE_TIMEOUT:g} s")
 
     def _shake_hands(self) -> None:
         try:
@@ -521,7 +524,7 @@ class HboneLink:
             events = self._core.receive(data)
         except RemoteProtocolError as exc:
             self._pump()
-            self._finish(f"protocol error: {exc.reason}")
+            self._finish(f"{PROTOCOL_ERROR}{exc.reason}")
             return
         if not self._heard and self._core.settings_received:
             self._heard_in_time()

@@ -15,7 +15,7 @@ from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.ports import RECURSIVE
 from mesh.model.workload import Workload
-from mesh.reactor.hbone import HboneLink, Tunnel, TunnelRequest, serve_hbone
+from mesh.reactor.hbone import PROTOCOL_ERROR, HboneLink, Tunnel, TunnelRequest, serve_hbone
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import reset
 from mesh.state.inbound import InboundRefusal, resolve_inbound
@@ -42,9 +42,16 @@ class InboundHbone:
         self._sock = sock
         self.client = client
         self.local = local_address(sock)
-        self.peer: SpiffeId | None = None
+        self.told: str | None = None
+        """The error in the last record of a tunnel: a connection that breaks with tunnels in it is told by theirs."""
+        self._shown: SpiffeId | None = None
         self._link: HboneLink | None = None
         pod.plane.credentials.when_available(pod.identity(), self._serve)
+
+    @property
+    def peer(self) -> SpiffeId | None:
+        """Who the peer has proved to be; None before the handshake's end, when it has only shown a certificate, as anybody may."""
+        return self._shown if self._link is not None and self._link.peer_certificate is not None else None
 
     def _serve(self, credentials: Credentials | str) -> None:
         if isinstance(credentials, str):
@@ -71,13 +78,13 @@ class InboundHbone:
         result = verify_client(der, trust_domain)
         if isinstance(result, str):
             return result
-        self.peer = result
+        self._shown = result
         return None
 
     def _closed(self, because: str | None) -> None:
         if self._link is not None:
             self._pod.links.discard(self._link)
-        if because is not None and self.peer is None:
+        if because is not None and because != self.told and (self.peer is None or because.startswith(PROTOCOL_ERROR)):
             self.refuse(because)
 
     def refuse(self, because: str) -> None:
@@ -138,6 +145,7 @@ class _InboundTunnel:
         self._living.relay = relay_tunnel(self._plane.reactor, upstream, tunnel, self._done, sock_is="upstream")
 
     def _done(self, result: RelayResult) -> None:
+        self._link.told = result.error
         self._plane.ledger.finish(self._living, result)
 
     def _stop(self, because: str) -> None:
@@ -146,6 +154,7 @@ class _InboundTunnel:
         self._fail(Failure(because))
 
     def _fail(self, failure: Failure) -> None:
+        self._link.told = failure.because
         if self._pending is not None:
             self._pending.cancel()
             self._pending = None

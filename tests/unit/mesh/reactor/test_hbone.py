@@ -139,7 +139,7 @@ def test_a_handshake_that_stops_half_way_meets_its_deadline(ingress: IngressProx
     monkeypatch.setattr(hbone, "HANDSHAKE_TIMEOUT", 0.1)
     with socket.create_connection(("127.0.0.1", ingress.address.port)) as sock:
         sock.sendall(b"\x16\x03\x01\x02\x00\x01")
-        assert ending_of(ingress) == "TLS handshake not complete within 0.1 s"
+        assert ending_of(ingress) == "tls handshake error: not complete within 0.1 s"
 
 
 def test_a_peer_that_says_nothing_after_the_handshake_meets_the_same_deadline(
@@ -149,7 +149,7 @@ def test_a_peer_that_says_nothing_after_the_handshake_meets_the_same_deadline(
     with RawClient(ingress) as client:
         client.shake_hands()
         client.tls.send(b"PRI * HTTP/2.0\r\n")
-        assert ending_of(ingress) == "HTTP/2 preface not complete within 0.2 s"
+        assert ending_of(ingress) == "protocol error: no HTTP/2 preface within 0.2 s"
 
 
 def test_a_peer_that_leaves_within_the_handshake_is_named(ingress: IngressProxy) -> None:
