@@ -56,5 +56,8 @@ def _context(bundle: CertificateBundle) -> SSL.Context:
 
 
 def _select_alpn(_connection: SSL.Connection, offered: list[bytes]) -> bytes:
-    # Without a common protocol: the empty answer, which ends the handshake with no_application_protocol.
-    return ALPN if ALPN in offered else b""
+    if ALPN in offered:
+        return ALPN
+    # Ends the handshake with the alert no_application_protocol; in the form in which pyOpenSSL reports OpenSSL's own errors.
+    names = ", ".join(name.decode("ascii", "backslashreplace") for name in offered[:4])
+    raise SSL.Error([("mesh", "select_alpn", f"no protocol in common: the peer offers {names[:100]}")])
