@@ -11,10 +11,15 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+
+from mesh.linux.netns import open_netns
+from mesh.testing.netns import Netns
 
 T = TypeVar("T")
 
@@ -93,9 +98,65 @@ class Lab:
         for file in files:
             (self.source / file).unlink(missing_ok=True)
 
+    def pod(self, where: str) -> dict[str, Any]:
+        """The status of ``namespace/name``."""
+        return next(pod for pod in self.status()["pods"] if f"{pod['namespace']}/{pod['name']}" == where)
+
     def pods_in_mesh(self) -> set[str]:
         """``namespace/name`` of every pod that is captured."""
         return {f"{pod['namespace']}/{pod['name']}" for pod in self.status()["pods"] if pod["mesh"] == "captured"}
+
+    # What follows looks at the lab from the machine it runs on, past meshctl; needs root.
+
+    @cached_property
+    def home(self) -> Path:
+        """The lab's own directory: control plane's state, tokens, logs."""
+        return Path(self.status()["logs"]).parent
+
+    @contextmanager
+    def inside(self, where: str) -> Iterator[Netns]:
+        """A pod's or node's network namespace, for sockets of this very process."""
+        process = self.start(where, "sh", "-c", "echo inside; exec cat")
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "inside\n"
+            path = Path(f"/proc/{process.pid}/ns/net")
+            fd = open_netns(path)
+            try:
+                yield Netns(where, path, fd)
+            finally:
+                os.close(fd)
+        finally:
+            process.kill()
+            process.communicate()
+
+    def agent(self, node: str, *part: str) -> list[int]:
+        """This machine's process ids of a node's agent: its supervisor (no part), ``brain``, ``mover`` or one mover (``mover``, ``0``)."""
+        wanted = b"\0".join([b"ztunnel_py", *(word.encode() for word in part or ("proxy",))]) + b"\0"
+        run_dir = f"RUN_DIR={self.home}/run/{node}\0".encode()
+        found: list[int] = []
+        for process in Path("/proc").iterdir():
+            if process.name.isdecimal():
+                try:
+                    ours = wanted in (process / "cmdline").read_bytes() and run_dir in (process / "environ").read_bytes()
+                except OSError:
+                    continue
+                if ours:
+                    found.append(int(process.name))
+        return sorted(found)
+
+    def descriptors(self, node: str, *part: str) -> Counter[str]:
+        """Open descriptors of the node's movers, or of another part, by kind. Pipes are left out: idle ones are kept for the next relay."""
+        kinds: Counter[str] = Counter()
+        for pid in self.agent(node, *(part or ("mover",))):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                try:
+                    kind = os.readlink(descriptor).partition(":")[0]
+                except OSError:
+                    continue  # closed while we looked
+                if kind != "pipe":
+                    kinds[kind] += 1
+        return kinds
 
 
 @contextmanager
