@@ -32,7 +32,7 @@ from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.lifecycle import Lifecycle, Phase, PodStatus, advance, status_of
 from ztunnel_py.pods.source import watch_node_pods
 from ztunnel_py.redirect.apply import CaptureFailed, apply_capture, begin_release, finish_release, observe_pod, verify_capture
-from ztunnel_py.redirect.plan import plan_capture
+from ztunnel_py.redirect.plan import RedirectPlan, plan_capture
 
 SERVING_SECONDS = 5.0
 """How long movers may take to accept on a pod's listeners; one that does not is stuck, and the pod is tried again."""
@@ -174,10 +174,10 @@ class PodKeeper:
                 await self._open(action.pod)
                 return pods.ListenersOpened(action.uid)
             case pods.Capture():
-                await trio.to_thread.run_sync(_capture, self._held_pod(action.uid).netns, action.pod)
+                await trio.to_thread.run_sync(_capture, self._held_pod(action.uid).netns, action.pod, self._config.ipv6)
                 return pods.Captured(action.uid)
             case pods.Verify():
-                differences = await trio.to_thread.run_sync(_verify, self._held_pod(action.uid).netns, action.pod)
+                differences = await trio.to_thread.run_sync(_verify, self._held_pod(action.uid).netns, action.pod, self._config.ipv6)
                 return pods.Drifted(action.uid, tuple(differences)) if differences else pods.Verified(action.uid)
             case pods.Annotate():
                 await trio.to_thread.run_sync(self._annotate, action.pod, action.redirection)
@@ -279,18 +279,18 @@ class PodKeeper:
             raise CannotServe("the pod's namespace is not open")
         return pod
 
-    async def _release(self, uid: str, facts: PodFacts, release: Callable[[int, PodFacts], None]) -> None:
+    async def _release(self, uid: str, facts: PodFacts, release: Callable[[int, PodFacts, bool], None]) -> None:
         """Do it in the pod's namespace, opened anew if it is not held; a namespace that is gone needs nothing."""
         pod = self._held.get(uid)
         if pod is not None:
-            await trio.to_thread.run_sync(release, pod.netns, facts)
+            await trio.to_thread.run_sync(release, pod.netns, facts, self._config.ipv6)
             return
         try:
             netns = open_netns(facts.netns_path)
         except (FileNotFoundError, NotANetworkNamespace):
             return
         try:
-            await trio.to_thread.run_sync(release, netns, facts)
+            await trio.to_thread.run_sync(release, netns, facts, self._config.ipv6)
         finally:
             os.close(netns)
 
@@ -356,19 +356,23 @@ def _identity_at(path: str) -> NetnsIdentity | None:
     return NetnsIdentity(found.st_ino, found.st_dev)
 
 
-def _capture(netns: int, facts: PodFacts) -> None:
-    apply_capture(netns, plan_capture(observe_pod(netns, bypass_inbound=facts.bypass_inbound)))
+def _plan(netns: int, facts: PodFacts, ipv6: bool) -> RedirectPlan:
+    return plan_capture(observe_pod(netns, bypass_inbound=facts.bypass_inbound, ipv6=ipv6))
 
 
-def _verify(netns: int, facts: PodFacts) -> list[str]:
-    return verify_capture(netns, plan_capture(observe_pod(netns, bypass_inbound=facts.bypass_inbound)))
+def _capture(netns: int, facts: PodFacts, ipv6: bool) -> None:
+    apply_capture(netns, _plan(netns, facts, ipv6))
 
 
-def _begin_release(netns: int, facts: PodFacts) -> None:
-    begin_release(netns, plan_capture(observe_pod(netns, bypass_inbound=facts.bypass_inbound)))
+def _verify(netns: int, facts: PodFacts, ipv6: bool) -> list[str]:
+    return verify_capture(netns, _plan(netns, facts, ipv6))
 
 
-def _finish_release(netns: int, facts: PodFacts) -> None:
+def _begin_release(netns: int, facts: PodFacts, ipv6: bool) -> None:
+    begin_release(netns, _plan(netns, facts, ipv6))
+
+
+def _finish_release(netns: int, facts: PodFacts, ipv6: bool) -> None:
     finish_release(netns)
 
 

@@ -264,7 +264,7 @@ def _learn_success(
             current = record.doing.pod.bypass_inbound == record.pod.bypass_inbound
             return replace(done, rules=Rules.IN_PLACE if current else Rules.UNKNOWN, verified=False)
         case Verify(), Verified():
-            return replace(done, verified=record.rules is Rules.IN_PLACE)
+            return replace(done, verified=True)
         case Verify(), Drifted():
             # The first time rules are found missing they are simply written again; when that does not help it is a failure.
             because = f"rules are not in place: {'; '.join(answer.differences)}"
@@ -289,8 +289,6 @@ def _learn_failure(record: PodRecord, because: str) -> PodRecord:
     match record.doing:
         case Capture() | BeginRelease() | FinishRelease():
             return replace(failed, rules=Rules.UNKNOWN, verified=False)
-        case Annotate():
-            return replace(failed, annotation=None)
     return failed
 
 

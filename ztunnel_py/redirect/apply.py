@@ -23,9 +23,10 @@ class CaptureFailed(Exception):
     """A pod's namespace refused what was asked; the text says what and why. Trying again later is right."""
 
 
-def observe_pod(netns_fd: int, *, bypass_inbound: bool) -> PodCapture:
-    """The facts to plan with, as the pod's namespace is now. Raises CaptureFailed."""
-    return PodCapture(ipv6=_attempt(netns_fd, "look for IPv6", ipv6_enabled), bypass_inbound=bypass_inbound)
+def observe_pod(netns_fd: int, *, bypass_inbound: bool, ipv6: bool = True) -> PodCapture:
+    """The facts to plan with, as the pod's namespace is now. ``ipv6`` False: the listeners are IPv4 only, so IPv6 is left alone even
+    where the pod has it. Raises CaptureFailed."""
+    return PodCapture(ipv6=ipv6 and _attempt(netns_fd, "look for IPv6", ipv6_enabled), bypass_inbound=bypass_inbound)
 
 
 def apply_capture(netns_fd: int, plan: RedirectPlan) -> bool:
