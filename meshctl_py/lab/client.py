@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -96,13 +97,17 @@ class StartingLab:
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """See `LabConfig`. ``patience`` in seconds; ``movers`` None: the agent's own choice."""
+    """See `LabConfig`. ``patience`` in seconds; ``movers`` None: the agent's own choice.
+
+    ``copy``: the lab follows a copy of the directory, which goes with it.
+    """
 
     patience: float = 60.0
     keep: bool = False
     movers: int | None = None
     with_mesh: bool = True
     tied: bool = False
+    copy: bool = False
 
 
 def start_lab(directory: Path, name: str, options: UpOptions) -> StartingLab:
@@ -113,6 +118,8 @@ def start_lab(directory: Path, name: str, options: UpOptions) -> StartingLab:
     if ":" in str(source):
         raise LabError(f"{source}: the agents take lists of directories separated by ':', so a lab's directory can't have one in its path")
     home, lock = claim_lab(name)
+    if options.copy:
+        source = shutil.copytree(source, home.copy)
     ours, theirs = socket.socketpair()
     with theirs, open(lock, "rb"), (home.logs / "keeper.log").open("ab") as log:
         config = LabConfig(

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Final, NoReturn
 
 from mesh.model.labels import DATAPLANE_MODE
@@ -35,8 +34,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     report = Report()
     try:
-        with tempfile.TemporaryDirectory(prefix="ambient-mesh-demo-") as scratch, ExitStack() as clean_up:
-            _run(report, Path(scratch), clean_up)
+        with ExitStack() as clean_up:
+            _run(report, clean_up)
     except KeyboardInterrupt:
         print("\ninterrupted; everything is removed", file=sys.stderr)
         sys.exit(130)
@@ -51,12 +50,11 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _run(report: Report, scratch: Path, clean_up: ExitStack) -> None:
+def _run(report: Report, clean_up: ExitStack) -> None:
     """Bring up a copy of the example and try all claims. Raises LabError when there is no lab to try them in."""
-    source = scratch / "two-nodes"
-    shutil.copytree(EXAMPLES / "two-nodes", source)
-    report.step("meshctl lab up examples/two-nodes")
-    starting = clean_up.enter_context(start_lab(source, f"demo-{os.getpid()}", UpOptions(tied=True, patience=40.0)))
+    report.step("meshctl lab up --copy examples/two-nodes")
+    options = UpOptions(tied=True, copy=True, patience=40.0)
+    starting = clean_up.enter_context(start_lab(EXAMPLES / "two-nodes", f"demo-{os.getpid()}", options))
     *_, outcome = starting
     if isinstance(outcome, Failed):
         logs = "".join(f"\n  {item.what}: {item.because}\n    " + "\n    ".join(item.tail) for item in outcome.pending)
@@ -64,7 +62,7 @@ def _run(report: Report, scratch: Path, clean_up: ExitStack) -> None:
     report.step("two nodes, a router between them, five pods, a control plane, an agent on each node")
     tap = Tap(Lab(starting.home), "n2")
     clean_up.callback(tap.close)
-    demo = Demo(Stage(Lab(starting.home), source, report), tap, clean_up)
+    demo = Demo(Stage(Lab(starting.home), starting.home.copy, report), tap, clean_up)
     try:
         demo.run()
     finally:

@@ -40,6 +40,11 @@ class LabHome:
         return self.path / "control.sock"
 
     @property
+    def copy(self) -> Path:
+        """Of the user's directory, where the lab follows a copy."""
+        return self.path / "source"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -123,7 +128,7 @@ def own_labs() -> Path:
 def find_labs() -> list[LabHome]:
     """All labs of this user that have a directory, also those whose processes were killed."""
     root = own_labs()
-    return [LabHome(path.name, path) for path in sorted(root.iterdir()) if (path / "lock").exists()] if root.is_dir() else []
+    return [LabHome(path.name, path) for path in sorted(root.iterdir())] if root.is_dir() else []
 
 
 def choose_lab(name: str | None) -> LabHome:
@@ -153,13 +158,8 @@ def claim_lab(name: str) -> tuple[LabHome, int]:
         raise LabError(f"{name!r} is no name for a lab: at most 32 lower-case letters, digits and '-'")
     home = LabHome(name, own_labs() / name)
     try:
-        while True:
-            home.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if home.lock.exists() and os.path.samestat(home.lock.stat(), os.fstat(descriptor)):
-                break
-            os.close(descriptor)  # an ending lab removed the file between our opening and locking it
+        while (descriptor := _lock(home)) is None:
+            pass
     except BlockingIOError:
         raise LabError(
             f"a lab named {name} is running already: 'meshctl lab down --name {name}' ends it, --name gives this one another"
@@ -168,6 +168,26 @@ def claim_lab(name: str) -> tuple[LabHome, int]:
         raise LabError(f"cannot make {home.path}: {exc.strerror}") from exc
     _clear(home)
     return home, descriptor
+
+
+def _lock(home: LabHome) -> int | None:
+    """None: somebody who cleaned up after another lab removed directory or file while it was being locked. Raises OSError."""
+    home.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(home.lock.stat(), os.fstat(descriptor)):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def remove_remains(home: LabHome) -> None:

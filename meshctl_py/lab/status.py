@@ -19,7 +19,10 @@ class NodeStatus:
 
 @dataclass(frozen=True, slots=True)
 class PodStatus:
-    """``mesh``: ``captured``, ``pending``, ``leaving`` (no longer enrolled, the agent has not let go yet) or ``outside``; why: ``enrolment``."""
+    """``mesh``: ``captured``, ``pending``, ``leaving`` (no longer enrolled, the agent has not let go yet) or ``outside``.
+
+    ``enrolment`` says which label decided.
+    """
 
     namespace: str
     name: str

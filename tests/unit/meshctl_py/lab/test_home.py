@@ -82,3 +82,12 @@ def test_the_lock_is_held_through_an_inherited_descriptor(labs: Path) -> None:
     fcntl.flock(inherited, fcntl.LOCK_UN)
     os.close(inherited)
     assert claimed.wait_until_gone(1)
+
+
+def test_a_directory_without_a_lock_is_a_killed_lab_that_can_be_claimed(labs: Path) -> None:
+    (labs / "one" / "status").mkdir(parents=True)
+    (found,) = find_labs()
+    assert not found.alive
+    claimed, lock = claim_lab("one")
+    assert claimed.alive
+    os.close(lock)
