@@ -72,28 +72,24 @@ def setns(fd: int) -> None:
 class entered:
     """Be in another network namespace for a few system calls, on a thread that must not stay there (a mover's main thread).
 
+    ``home`` is a descriptor of the thread's own namespace, from `open_own_netns`: who comes here for every connection opens it once.
     No waiting, no checkpoint and no callback inside: all other code of the thread assumes its own namespace. A thread that cannot go
     back would open sockets of one pod in another, so the process aborts instead.
     """
 
     __slots__ = ("_fd", "_home")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, home: int) -> None:
         self._fd = fd
+        self._home = home
 
     def __enter__(self) -> None:
-        self._home = open_own_netns()
-        try:
-            setns(self._fd)
-        except OSError:
-            os.close(self._home)
-            raise
+        setns(self._fd)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if _libc.setns(self._home, CLONE_NEWNET) != 0:
             os.write(2, b"mesh.linux.netns: cannot return to the own network namespace, aborting\n")
             os.abort()
-        os.close(self._home)
 
 
 def run_in_netns(fd: int, function: Callable[[], _T]) -> _T:

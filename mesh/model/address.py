@@ -6,7 +6,9 @@ IP addresses are `ipaddress` objects everywhere, IPv4-mapped IPv6 already unmapp
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NamedTuple, Self, TypeAlias
 
@@ -50,6 +52,10 @@ def parse_cidr(text: str) -> Cidr:
         raise InvalidAddress(f"not an IP address or CIDR: {text!r}") from exc
 
 
+# Of the same few addresses every connection asks it several times, and `ipaddress` puts it together anew each time.
+_text_of: Callable[[IpAddress], str] = lru_cache(maxsize=4096)(str)
+
+
 class SocketAddress(NamedTuple):
     """An IP address and a TCP port. ``str()`` gives ``10.0.0.1:80`` or ``[fd00::1]:80``, the form of an HBONE authority."""
 
@@ -69,7 +75,8 @@ class SocketAddress(NamedTuple):
         return cls(ip, int(port))
 
     def __str__(self) -> str:
-        return f"[{self.ip}]:{self.port}" if self.ip.version == 6 else f"{self.ip}:{self.port}"
+        ip = _text_of(self.ip)
+        return f"[{ip}]:{self.port}" if ":" in ip else f"{ip}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,12 +59,13 @@ def reset(sock: socket.socket) -> None:
 class Listener:
     """A listening socket at work. `close` stops accepting and leaves the socket itself to its owner."""
 
-    __slots__ = ("_abandoned", "_batch", "_fd", "_on_accept", "_pause", "_reactor", "_sock")
+    __slots__ = ("_abandoned", "_batch", "_family", "_fd", "_on_accept", "_pause", "_reactor", "_sock")
 
     def __init__(self, reactor: Reactor, sock: socket.socket, on_accept: OnAccept) -> None:
         self._reactor = reactor
         self._sock = sock
         self._fd = sock.fileno()
+        self._family = int(sock.family)
         self._on_accept = on_accept
         self._pause: Timer | None = None
         self._abandoned = False
@@ -94,7 +95,8 @@ class Listener:
         # As many as waited last time, and twice that if there were more: one more accept than needed costs as much as a wake-up.
         for taken in range(self._batch):
             try:
-                sock, name = self._sock.accept()
+                # What socket.accept() wraps, which makes enums of family and type each time.
+                fd, name = self._sock._accept()  # type: ignore[attr-defined]  # not in typeshed
             except (BlockingIOError, InterruptedError):
                 self._batch = max(1, taken)
                 return
@@ -107,6 +109,7 @@ class Listener:
                     self.close()
                     raise
                 continue  # the connection died in the queue (ECONNABORTED and the network errors of accept(2))
+            sock = socket.socket(self._family, socket.SOCK_STREAM, 0, fd)
             sock.setblocking(False)
             try:
                 self._on_accept(sock, socket_address(name))

@@ -20,7 +20,7 @@ def resolve(state: MeshState, source: Workload, target: SocketAddress, rng: rand
     An address that a workload and a service both have stands for the workload when a waypoint is looked for, and for the service
     when endpoints are (ztunnel's rule, kept).
     """
-    if target.ip.is_loopback and target.port in RECURSIVE:
+    if target.port in RECURSIVE and target.ip.is_loopback:
         return Refusal("attempted recursive call to ourselves")
     address = NetworkAddress(source.network, target.ip)
     workload = state.find_workload_at(address)

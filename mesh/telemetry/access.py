@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum
-from typing import Any, Final, Literal
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -35,8 +34,8 @@ class AccessEvent(Enum):
     """Refused before anything was dialled."""
 
 
-@dataclass(frozen=True, slots=True)
-class AccessPeer:
+# Named tuples rather than frozen dataclasses: a connection makes three, and a frozen dataclass sets every field by a call.
+class AccessPeer(NamedTuple):
     """One side of a connection as the log names it; empty: not known. ``identity`` only when mutual TLS proved it."""
 
     address: SocketAddress | None
@@ -52,8 +51,7 @@ class AccessPeer:
         return cls(address, workload.name or workload.canonical_name, workload.namespace, workload.cluster_id, identity)
 
 
-@dataclass(frozen=True, slots=True)
-class AccessRecord:
+class AccessRecord(NamedTuple):
     """``bytes_sent``/``bytes_recv`` as ztunnel counts them: outbound sent = application to peer, inbound sent = the application's answer.
 
     ``destination.address`` is the next hop that was dialled (outbound), the pod's own address (inbound); ``hbone_address`` the CONNECT
@@ -91,8 +89,7 @@ class AccessRecord:
 
 def format_plain(record: AccessRecord) -> str:
     """One line with its newline. Every value that others may choose is escaped."""
-    when = timestamp(datetime.fromtimestamp(record.ended, UTC))
-    parts = [f"{when}\t{record.level}\t{SCOPE}\t{record.event.value}\t" + _plain_peer("src", record.source)]
+    parts = [f"{timestamp(record.ended)}\t{record.level}\t{SCOPE}\t{record.event.value}\t" + _plain_peer("src", record.source)]
     parts.append(_plain_peer("dst", record.destination, record.hbone_address, record.service))
     parts.append(f'direction="{record.direction}"')
     if record.event is AccessEvent.COMPLETE:
@@ -107,7 +104,7 @@ def format_json(record: AccessRecord) -> str:
     """The same as one JSON object: ``level``, ``time``, ``scope``, ``message``, then the fields; one line with its newline."""
     fields: dict[str, Any] = {
         "level": record.level,
-        "time": timestamp(datetime.fromtimestamp(record.ended, UTC)),
+        "time": timestamp(record.ended),
         "scope": SCOPE,
         "message": record.event.value,
     }
@@ -153,15 +150,20 @@ def _plain_peer(side: str, peer: AccessPeer, hbone_address: str = "", service: s
         text += f" {side}.hbone_addr={hbone_address if bare else quoted(hbone_address)}"
     if service:
         text += f" {side}.service={quoted(service)}"
-    if peer.workload:
-        text += f" {side}.workload={quoted(peer.workload)}"
-    if peer.namespace:
-        text += f" {side}.namespace={quoted(peer.namespace)}"
-    if peer.cluster:
-        text += f" {side}.cluster={quoted(peer.cluster)}"
-    if peer.identity is not None:
-        text += f" {side}.identity={quoted(str(peer.identity))}"
-    return text.lstrip()
+    return (text + _plain_workload(side, *peer[1:])).lstrip()
+
+
+@lru_cache(maxsize=4096)
+def _plain_workload(side: str, workload: str, namespace: str, cluster: str, identity: SpiffeId | None) -> str:
+    """What lines about the same workload have in common, each field with a blank before it."""
+    text = f" {side}.workload={quoted(workload)}" if workload else ""
+    if namespace:
+        text += f" {side}.namespace={quoted(namespace)}"
+    if cluster:
+        text += f" {side}.cluster={quoted(cluster)}"
+    if identity is not None:
+        text += f" {side}.identity={quoted(str(identity))}"
+    return text
 
 
 def _json_peer(fields: dict[str, Any], side: str, peer: AccessPeer) -> None:

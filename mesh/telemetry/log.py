@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, TextIO, TypeAlias, cast
 
 import msgspec
@@ -128,9 +130,16 @@ def get_logger(scope: str, **bound: object) -> Logger:
     return cast(Logger, structlog.get_logger(scope=scope, **bound))
 
 
-def timestamp(now: datetime | None = None) -> str:
-    """RFC 3339 in UTC with microseconds, as every line begins."""
-    return (now or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+def timestamp(seconds: float | None = None) -> str:
+    """A Unix time, by default now, as every line begins: RFC 3339 in UTC with microseconds."""
+    micros = round((time.time() if seconds is None else seconds) * 1_000_000)
+    return f"{_second(micros // 1_000_000)}.{micros % 1_000_000:06}Z"
+
+
+@lru_cache(maxsize=16)
+def _second(seconds: int) -> str:
+    """Lines come many to the second."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def quoted(text: str) -> str:

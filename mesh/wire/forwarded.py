@@ -5,6 +5,7 @@ Like baggage it is a claim for telemetry; policy looks at the certificate and th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mesh.model.address import InvalidAddress, SocketAddress
@@ -28,24 +29,23 @@ def parse_forwarded(value: str) -> Forwarded:
 
     A value that is not ASCII is ignored whole, as ztunnel does.
     """
-    client: SocketAddress | None = None
-    host: str | None = None
-    if not value.isascii():
-        return Forwarded()
-    for pair in value.replace(",", ";").split(";"):
-        name, equals, text = pair.partition("=")
-        text = text.strip().strip('"')
-        match name.strip().lower() if equals and text else "":
-            case "for" if client is None:
-                client = _find_address(text)
-            case "host" if host is None:
-                host = text
-    return Forwarded(client, host)
+    client = next((found for text in _texts_of("for", value) if (found := _find_address(text)) is not None), None)
+    return Forwarded(client, parse_forwarded_host(value))
 
 
 def parse_forwarded_host(value: str) -> str | None:
     """The service that the client addressed, if the header names one."""
-    return parse_forwarded(value).host
+    return next(_texts_of("host", value), None)
+
+
+def _texts_of(wanted: str, value: str) -> Iterator[str]:
+    if wanted not in value.lower() or not value.isascii():
+        return
+    for pair in value.replace(",", ";").split(";"):
+        name, _, text = pair.partition("=")
+        text = text.strip().strip('"')
+        if text and name.strip().lower() == wanted:
+            yield text
 
 
 def _find_address(text: str) -> SocketAddress | None:

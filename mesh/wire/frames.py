@@ -49,6 +49,8 @@ class FrameType(IntEnum):
     CONTINUATION = 0x9
 
 
+_DATA, _HEADERS = int(FrameType.DATA), int(FrameType.HEADERS)  # members of an enum are slower to find and to compare
+
 _HEADER = Struct(">IBI")  # length and type share the first 32 bits
 _U32 = Struct(">I")
 _U32_U32 = Struct(">II")
@@ -189,19 +191,18 @@ class FrameSplitter:
             at += FRAME_HEADER_SIZE
             length = word >> 8
             end = at + length
-            # The path of bulk payload: a whole frame of DATA, there in the buffer, with nothing peculiar about it.
-            if (
-                not word & 0xFF
-                and end <= size
-                and 0 < length <= max_frame_size
-                and not flags & PADDED
-                and 0 < stream <= MAX_STREAM_ID
-                and self._plain
-            ):
-                on_data(stream, length, data[at:end], flags & END_STREAM != 0)
-                at = end
-            else:
-                self._start_frame(length, word & 0xFF, flags, stream & MAX_STREAM_ID)
+            # Frames that are there whole and have nothing peculiar about them: payload, an end of a tunnel, a request or an answer.
+            if end <= size and length <= max_frame_size and 0 < stream <= MAX_STREAM_ID and self._plain:
+                kind = word & 0xFF
+                if kind == _DATA and not flags & PADDED and (length or flags & END_STREAM):
+                    on_data(stream, length, data[at:end], flags & END_STREAM != 0)
+                    at = end
+                    continue
+                if kind == _HEADERS and flags & ~END_STREAM == END_HEADERS and length <= self._max_block_size:
+                    self._sink.on_headers(stream, bytes(data[at:end]), flags & END_STREAM != 0)
+                    at = end
+                    continue
+            self._start_frame(length, word & 0xFF, flags, stream & MAX_STREAM_ID)
 
     def _go_on(self, data: memoryview, at: int, size: int) -> int:
         """Take what is there of what is half read; returns the position after it."""

@@ -12,8 +12,10 @@ import signal
 import socket
 
 import trio
+from OpenSSL import SSL
 
 from mesh.authz.evaluate import AppliedPolicies
+from mesh.linux.netns import open_own_netns
 from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor, Timer
 from mesh.state.store import Changes, MeshState
@@ -38,6 +40,9 @@ from ztunnel_py.supervisor import LIFELINE
 
 RECONNECT_SECONDS = 0.05
 """How often a mover looks for a new brain: a restart of the brain is noticed at once, and the look costs one system call."""
+LONGEST_RECONNECT_SECONDS = 2.0
+"""How long it waits at most when the brain is there but talks go wrong at once (no descriptors are left): each begins with the whole state."""
+STEADY_SECONDS = 1.0
 _LAST_WORDS = 0.05
 OUTGOING = 4096
 """Messages to the brain that may wait; beyond that the brain is not reading, and what it would be told it asks again."""
@@ -73,6 +78,7 @@ class Mover:
             policies_awaited=WaitingRoom(reactor),
             synced=False,
             trust_domain=config.trust_domain,
+            home=open_own_netns(),
             rng=random.Random(),
         )
         self._plane.ledger.on_count = self._count_changed
@@ -96,14 +102,21 @@ class Mover:
     # The brain's side
 
     async def _follow_brains(self) -> None:
+        pause = RECONNECT_SECONDS
         while True:
+            began = trio.current_time()
+            met = False
             try:
-                await self._follow_brain()
+                met = await self._follow_brain()
             except (OSError, ChannelClosed):
                 pass  # no brain there, or no more: go on serving and look again
-            await trio.sleep(RECONNECT_SECONDS)
+            brief = met and trio.current_time() - began < STEADY_SECONDS
+            pause = min(2 * pause, LONGEST_RECONNECT_SECONDS) if brief else RECONNECT_SECONDS
+            await trio.sleep(pause)
 
-    async def _follow_brain(self) -> None:
+    async def _follow_brain(self) -> bool:
+        """Until the brain has gone; True if there was one that answered."""
+        met = False
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with sock:
             await sock.connect(str(self._config.socket_path))
@@ -118,12 +131,14 @@ class Mover:
                     nursery.start_soon(self._send_outgoing, channel, receive)
                     while True:
                         message, descriptors = await channel.receive()
+                        met = True
                         await self._handle(message, descriptors)
             except* ChannelClosed:
                 pass
             finally:
                 self._to_brain = None
                 channel.close()
+        return met
 
     async def _introduce(self, channel: Channel[messages.ToMover]) -> None:
         pods = list(self._pods.values())
@@ -164,7 +179,7 @@ class Mover:
             case messages.Certificate():
                 self._take_certificate(message)
             case messages.CertificateUnavailable():
-                self._plane.credentials.refuse(SpiffeId.parse(message.identity), message.because)
+                self._lose_certificate(SpiffeId.parse(message.identity), message.because)
             case messages.ServePod():
                 self._serve_pod(message.pod, descriptors)
             case messages.ReleasePod():
@@ -173,6 +188,8 @@ class Mover:
                 self._set_releasing(message.uid, False)
             case messages.DropPod():
                 self._drop_pod(message.uid)
+            case messages.Ping():
+                self._tell(messages.Pong(message.number))
             case messages.Scrape():
                 self._report(message.request)
             case messages.Drain():
@@ -220,11 +237,18 @@ class Mover:
 
     def _take_certificate(self, message: messages.Certificate) -> None:
         try:
-            bundle = CertificateBundle.parse(key_pem=message.key_pem, chain_pem=message.chain_pem, roots_pem=message.roots_pem)
-        except InvalidBundle as exc:
+            self._plane.credentials.put(
+                CertificateBundle.parse(key_pem=message.key_pem, chain_pem=message.chain_pem, roots_pem=message.roots_pem)
+            )
+        except (InvalidBundle, SSL.Error) as exc:
+            # OpenSSL refuses what parses, such as an intermediate with a weak key. The brain has it and won't send another soon.
             _log.error("certificate.unusable", identity=message.identity, error=str(exc))
-        else:
-            self._plane.credentials.put(bundle)
+            self._plane.credentials.refuse(SpiffeId.parse(message.identity), f"the certificate is unusable: {exc}")
+
+    def _lose_certificate(self, identity: SpiffeId, because: str) -> None:
+        self._plane.credentials.refuse(identity, because)
+        if all(pod.identity() != identity for pod in self._pods.values()):
+            self._plane.credentials.forget(identity)
 
     # Pods
 
@@ -234,8 +258,14 @@ class Mover:
             close_all(descriptors)
             known.releasing = False
         else:
-            pod = self._pods[info.uid] = Pod(self._plane, info, PodSockets(*descriptors))
-            pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone)
+            pod = Pod(self._plane, info, PodSockets(*descriptors))
+            try:
+                pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone)
+            except OSError as exc:  # no descriptors are left; the brain hears nothing and tries again
+                _log.error("pod.not_served", pod=f"{info.namespace}/{info.name}", uid=info.uid, error=str(exc))
+                pod.close()
+                return
+            self._pods[info.uid] = pod
             _log.info("pod.serving", pod=f"{info.namespace}/{info.name}", uid=info.uid)
         self._tell(messages.PodServing(info.uid))
 

@@ -21,10 +21,9 @@ from mesh.reactor.tcp import reset
 from mesh.state.inbound import InboundRefusal, resolve_inbound
 from mesh.telemetry.log import get_logger
 from mesh.tls.peer import verify_client
-from mesh.wire.baggage import baggage_of
 from mesh.wire.forwarded import parse_forwarded_host
 from ztunnel_py.mover.credentials import Credentials
-from ztunnel_py.mover.ledger import POLICY_CHANGED, Failure, Living
+from ztunnel_py.mover.ledger import DRAINED, POLICY_CHANGED, Failure, Living
 from ztunnel_py.mover.outbound import RECURSION
 from ztunnel_py.mover.plane import POLICY_GRACE_SECONDS
 from ztunnel_py.mover.pod import Dialling, Pod
@@ -54,9 +53,9 @@ class InboundHbone:
         return self._shown if self._link is not None and self._link.peer_certificate is not None else None
 
     def _serve(self, credentials: Credentials | str) -> None:
-        if isinstance(credentials, str):
+        if isinstance(credentials, str) or self._pod.closed:
             reset(self._sock)
-            self.refuse(credentials)
+            self.refuse(credentials if isinstance(credentials, str) else DRAINED)
             return
         trust_domain = credentials.bundle.identity.trust_domain
         link = serve_hbone(
@@ -141,7 +140,7 @@ class _InboundTunnel:
             return
         workload = self._living.target
         assert workload is not None
-        tunnel: Tunnel = self._request.accept({"baggage": baggage_of(workload)})
+        tunnel: Tunnel = self._request.accept({"baggage": self._pod.baggage(workload)})
         self._living.relay = relay_tunnel(self._plane.reactor, upstream, tunnel, self._done, sock_is="upstream")
 
     def _done(self, result: RelayResult) -> None:

@@ -24,6 +24,7 @@ from mesh.telemetry.metrics import TcpMetrics, TcpSeries, tcp_labels
 
 POLICY_CHANGED = "connection closed due to policy change"
 DRAINED = "connection closed due to connection drain"
+_MOST_KNOWN_SERIES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +87,15 @@ class Ledger:
         self._log = log
         self._now = now
         self._living: dict[str, set[Living]] = {}
+        self._known_series: dict[tuple[object, ...], tuple[TcpSeries, tuple[object, ...]]] = {}
+        """By direction, identity and the ids of workloads and service, which are held here, so that no id gets another meaning."""
         self._empty = trio.Event()
         self.on_count: Callable[[str, int], None] = lambda pod, living: None
         """Told the number of a pod's living connections whenever it changes."""
 
     def open(self, living: Living) -> None:
         """Enter a connection: from here on it counts, can be ended by a change of policy, and will leave a record."""
-        mutual_tls = living.source_identity is not None
-        labels = tcp_labels(
-            "source" if living.direction == "outbound" else "destination",
-            source=living.source,
-            destination=living.target,
-            service=living.service,
-            source_identity=living.source_identity,
-            mutual_tls=mutual_tls,
-        )
-        living.series = self._metrics.series(labels)
+        living.series = self._series_of(living)
         living.series.opened += 1
         self._metrics.sockets_open[_reporter(living)].value += 1
         of_pod = self._living.setdefault(living.pod, set())
@@ -172,6 +166,27 @@ class Ledger:
         """Every living connection."""
         for of_pod in list(self._living.values()):
             yield from list(of_pod)
+
+    def _series_of(self, living: Living) -> TcpSeries:
+        """Where the connection counts. Its labels are put together once for all connections between the same ends."""
+        ends = living.source, living.target, living.service
+        key = living.direction, living.source_identity, *map(id, ends)
+        known = self._known_series.get(key)
+        if known is not None:
+            return known[0]
+        labels = tcp_labels(
+            "source" if living.direction == "outbound" else "destination",
+            source=living.source,
+            destination=living.target,
+            service=living.service,
+            source_identity=living.source_identity,
+            mutual_tls=living.source_identity is not None,
+        )
+        series = self._metrics.series(labels)
+        if len(self._known_series) >= _MOST_KNOWN_SERIES:
+            self._known_series.clear()  # ends that have changed since take room; living connections hold their series themselves
+        self._known_series[key] = series, ends
+        return series
 
     async def wait_empty(self) -> None:
         """Until no connection lives."""

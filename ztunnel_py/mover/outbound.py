@@ -14,7 +14,6 @@ from mesh.reactor.hbone import Tunnel as OpenTunnel
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import reset
 from mesh.state.resolve import resolve
-from mesh.wire.baggage import baggage_of
 from mesh.wire.forwarded import write_forwarded
 from mesh.wire.traceparent import new_traceparent
 from ztunnel_py.mover.ledger import Failure, Living
@@ -36,7 +35,7 @@ class Outbound:
         target = original_destination(sock)
         self._target = target if target is not None else client
         self._living = Living(pod.uid, "outbound", client, self._target, self._plane.reactor.now())
-        if target is None or (target.ip.is_loopback and target.port in RECURSIVE):
+        if target is None or (target.port in RECURSIVE and target.ip.is_loopback):
             self._refuse(RECURSION)
         else:
             pod.when_workload_known(self._route)
@@ -90,7 +89,7 @@ class Outbound:
             self._fail(Failure(link, flag_of(link)))
             return
         headers = {
-            "baggage": baggage_of(workload),
+            "baggage": self._pod.baggage(workload),
             "forwarded": write_forwarded(self._living.client, route.service.hostname if route.service is not None else None),
             "traceparent": new_traceparent(self._plane.rng),
         }

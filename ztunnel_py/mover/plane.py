@@ -31,4 +31,6 @@ class Plane:
     synced: bool
     """Both workloads and policies have come once. Before that nobody is served: a workload without its policies would admit anybody."""
     trust_domain: str
+    home: int
+    """The mover's own network namespace, to come back to from a pod's."""
     rng: random.Random

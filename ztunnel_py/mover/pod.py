@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from mesh.model.identity import SpiffeId
 from mesh.model.ports import PROXY_MARK
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink, connect_hbone
+from mesh.reactor.loop import Timer
 from mesh.reactor.tcp import Listener, Pending, connect, listen_on
 from mesh.tls.peer import verify_server
+from mesh.wire.baggage import baggage_of
 from ztunnel_py.messages import PodInfo
 from ztunnel_py.mover.credentials import Credentials
 from ztunnel_py.mover.plane import Plane
@@ -41,18 +44,19 @@ class PodSockets:
 
 
 class Dialling:
-    """A connect under way, and the socket it is for."""
+    """A connect under way, and the socket it is for; or a failure that is still to be told."""
 
     __slots__ = ("_pending", "_sock")
 
-    def __init__(self, sock: socket.socket, pending: Pending) -> None:
-        self._sock = sock
+    def __init__(self, pending: Pending | Timer, sock: socket.socket | None = None) -> None:
         self._pending = pending
+        self._sock = sock
 
     def cancel(self) -> None:
         """Give the connection up; nobody is called back."""
         self._pending.cancel()
-        self._sock.close()
+        if self._sock is not None:
+            self._sock.close()
 
 
 class Pod:
@@ -63,10 +67,12 @@ class Pod:
         self.info = info
         self.sockets = sockets
         self.releasing = False
+        self.closed = False
         self.pool = TunnelPool(plane.reactor, self._dial_hbone)
         self.links: set[HboneLink] = set()
         """Connections of peers to port 15008."""
         self._listening: list[tuple[socket.socket, Listener]] = []
+        self._described: tuple[Workload, str] | None = None
 
     @property
     def uid(self) -> str:
@@ -97,6 +103,12 @@ class Pod:
 
         look_again()
 
+    def baggage(self, workload: Workload) -> str:
+        """What the pod's tunnels say of its workload; put together anew only when that has changed."""
+        if self._described is None or self._described[0] is not workload:
+            self._described = workload, baggage_of(workload)
+        return self._described[1]
+
     def unknown_workload(self) -> str:
         """ztunnel's words for a pod that the control plane has not described."""
         info = self.info
@@ -109,7 +121,7 @@ class Pod:
         return SpiffeId(trust_domain, self.info.namespace, self.info.service_account)
 
     def listen(self, *, outbound: Serve, inbound_plaintext: Serve, inbound_hbone: Serve) -> None:
-        """Accept on the three listeners: each connection becomes an object that serves it."""
+        """Accept on the three listeners: each connection becomes an object that serves it. Raises OSError; then `close` the pod."""
         sockets = self.sockets
         for fd, serve in (
             (sockets.outbound, outbound),
@@ -130,9 +142,11 @@ class Pod:
         self, address: SocketAddress, on_done: Callable[[socket.socket | OSError], None], *, source: IpAddress | None = None
     ) -> Dialling:
         """Connect from the pod's namespace, as ``source`` if given (only where the application must see its client's address)."""
-        family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
-        with entered(self.sockets.netns):
-            sock = make_upstream_socket(family, mark=PROXY_MARK, source=source if source != address.ip else None)
+        try:
+            sock = self._make_socket(address, source)
+        except OSError as exc:
+            failure = exc  # told later, as every other: whoever dials has more to do first
+            return Dialling(self.plane.reactor.call_later(0, lambda: on_done(failure)))
 
         def connected(error: OSError | None) -> None:
             if error is not None:
@@ -141,7 +155,15 @@ class Pod:
             else:
                 on_done(sock)
 
-        return Dialling(sock, connect(self.plane.reactor, sock, address, CONNECT_SECONDS, connected))
+        return Dialling(connect(self.plane.reactor, sock, address, CONNECT_SECONDS, connected), sock)
+
+    def _make_socket(self, address: SocketAddress, source: IpAddress | None) -> socket.socket:
+        if self.closed:
+            # The numbers of its descriptors may be another pod's by now.
+            raise OSError(errno.ENETDOWN, "the pod is no longer served")
+        family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
+        with entered(self.sockets.netns, self.plane.home):
+            return make_upstream_socket(family, mark=PROXY_MARK, source=source if source != address.ip else None)
 
     def stop_listening(self) -> None:
         for listening, listener in self._listening:
@@ -157,7 +179,8 @@ class Pod:
             link.close_gracefully()
 
     def close(self) -> None:
-        """Give back every descriptor. Connections must have been ended before."""
+        """Give back every descriptor. Connections must have been ended before; what still waits for something finds the pod closed."""
+        self.closed = True
         self.stop_listening()
         self.pool.close(gracefully=False)
         for link in list(self.links):

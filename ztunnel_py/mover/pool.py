@@ -19,6 +19,8 @@ MAX_STREAMS_PER_CONNECTION = 100
 """As ztunnel's POOL_MAX_STREAMS_PER_CONNECTION; a peer may allow fewer, which `HboneLink.usable` knows."""
 UNUSED_RELEASE_SECONDS = 300.0
 """As ztunnel's POOL_UNUSED_RELEASE_TIMEOUT."""
+GONE = "pool draining"
+"""Why a pool that was closed has no connection."""
 
 
 class PoolKey(NamedTuple):
@@ -56,10 +58,16 @@ class TunnelPool:
         self._unused_release = unused_release
         self._shelves: dict[PoolKey, _Shelf] = {}
         self._sweeper: Timer | None = None
+        self._gone = False
 
     def checkout(self, key: PoolKey, on_link: OnLink) -> None:
-        """Find or make a connection with room for one more stream."""
-        shelf = self._shelves.setdefault(key, _Shelf())
+        """Find or make a connection with room for one more stream. A pool that was closed at once has none any more."""
+        if self._gone:
+            on_link(GONE)
+            return
+        shelf = self._shelves.get(key)
+        if shelf is None:
+            shelf = self._shelves[key] = _Shelf()
         shelf.idle_since = None
         for link in shelf.links:
             if link.usable and link.active < MAX_STREAMS_PER_CONNECTION:
@@ -76,13 +84,14 @@ class TunnelPool:
         return sum(len(shelf.links) for shelf in self._shelves.values())
 
     def close(self, *, gracefully: bool) -> None:
-        """Let go of every connection: after its streams ended, or at once."""
+        """Let go of every connection: after its streams ended, or at once; then also of those that are still being dialled."""
+        self._gone = self._gone or not gracefully
         for shelf in list(self._shelves.values()):
             for link in list(shelf.links):
                 if gracefully:
                     link.close_gracefully()
                 else:
-                    link.abort("pool draining")
+                    link.abort(GONE)
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -90,6 +99,9 @@ class TunnelPool:
     def _dialled(self, key: PoolKey, link: HboneLink | str) -> None:
         shelf = self._shelves[key]
         shelf.dialling -= 1
+        if self._gone and not isinstance(link, str):
+            link.abort(GONE)
+            link = GONE
         waiting, shelf.waiting = shelf.waiting, []
         if isinstance(link, str):
             self._forget_if_empty(key, shelf)
@@ -97,10 +109,13 @@ class TunnelPool:
             link.pooled = True
             shelf.links.append(link)
         for number, on_link in enumerate(waiting):
-            if isinstance(link, str) or number == 0 or (number < MAX_STREAMS_PER_CONNECTION and link.usable):
-                on_link(link)
-            else:
-                self.checkout(key, on_link)
+            try:
+                if isinstance(link, str) or number == 0 or (number < MAX_STREAMS_PER_CONNECTION and link.usable):
+                    on_link(link)
+                else:
+                    self.checkout(key, on_link)
+            except Exception as exc:  # who fails with it must not keep the others waiting
+                self._reactor.report(exc, f"who waited for a connection to {key.peer}")
 
     def _closed(self, key: PoolKey, link: HboneLink) -> None:
         shelf = self._shelves.get(key)

@@ -103,6 +103,7 @@ class HboneConnection(ABC):
         self._send_window = DEFAULT_WINDOW
         self._initial_send_window = DEFAULT_WINDOW
         self._max_frame_size = DEFAULT_FRAME_SIZE
+        self._peer_max_streams = MAX_STREAM_ID
         self._settings_received = False
         self._goaway_received = False
         self._goaway_sent = False
@@ -139,7 +140,7 @@ class HboneConnection(ABC):
 
     @property
     def peer_max_concurrent_streams(self) -> int:
-        return min(self._control.remote_settings.max_concurrent_streams, MAX_STREAM_ID)
+        return self._peer_max_streams
 
     def sendable(self, stream: int) -> int:
         """Bytes of DATA that both windows allow on a stream; 0 if it is not open for sending. `WindowOpened` tells when a 0 has grown."""
@@ -266,6 +267,7 @@ class HboneConnection(ABC):
         self._settings_received = True
         settings = self._control.remote_settings
         self._max_frame_size = settings.max_frame_size
+        self._peer_max_streams = min(settings.max_concurrent_streams, MAX_STREAM_ID)
         self._writer.resize(settings.header_table_size)
         self._shift_windows(settings.initial_window_size - self._initial_send_window)
         self._initial_send_window = settings.initial_window_size

@@ -1,6 +1,5 @@
 import json
 import os
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -42,7 +41,7 @@ def test_a_plain_line_has_the_node_proxys_fields_in_its_order():
 def test_a_refusal_names_policy_rule_and_reason():
     because = "explicitly denied by: app/no"
     error = f"connection closed due to policy rejection: {because}"
-    denied = replace(RECORD, error=error, response_flags="DENY", policy="app/no", rule=0, because=because, closed_first="upstream")
+    denied = RECORD._replace(error=error, response_flags="DENY", policy="app/no", rule=0, because=because, closed_first="upstream")
     line = format_plain(denied)
     assert "\terror\t" in line
     assert line.endswith(f'error="{error}" response_flags="DENY" policy="app/no" rule=0 because="{because}" closed_first="upstream"\n')
@@ -68,7 +67,7 @@ def test_an_early_refusal_has_only_addresses_direction_and_error():
     ],
 )
 def test_the_level_follows_from_what_happened(event, error, level):
-    assert replace(RECORD, event=event, error=error).level == level
+    assert RECORD._replace(event=event, error=error).level == level
 
 
 hostile = st.text(max_size=60)
@@ -77,7 +76,7 @@ hostile = st.text(max_size=60)
 @given(hostile, hostile, hostile, hostile)
 def test_whatever_a_peer_sends_stays_one_line_and_within_its_field(authority, workload, service_account, error):
     peer = AccessPeer(RECORD.source.address, workload, "app", "", SpiffeId("td", "ns", service_account or "sa"))
-    record = replace(RECORD, source=peer, hbone_address=authority, service=authority, error=error)
+    record = RECORD._replace(source=peer, hbone_address=authority, service=authority, error=error)
     line = format_plain(record)
     assert line.isascii() or line.replace("\n", "").replace("\t", "").isprintable()
     assert len(line.splitlines()) == 1
@@ -124,7 +123,7 @@ def test_lines_of_one_turn_leave_in_one_write_at_its_end():
 
 def test_levels_that_are_not_wanted_are_not_written():
     access, soon, reading, writing = _log(wanted=lambda level: level != "debug")
-    access.write(replace(RECORD, event=AccessEvent.OPENED))
+    access.write(RECORD._replace(event=AccessEvent.OPENED))
     assert not access.wants("debug")
     assert soon == []
     os.close(reading)
