@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mesh.kube.endpointslice import read_endpoint_slice
 from mesh.kube.fields import Fields
 from mesh.kube.objects import KubeObject, SourceProblem
 from mesh.kube.pod import read_pod
 from mesh.kube.policies import read_authorization_policy, read_peer_authentication
 from mesh.kube.service import read_service
+from mesh.kube.serviceentry import read_service_entry
+from mesh.kube.workloadentry import read_workload_entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,9 @@ KINDS: Mapping[str, Kind] = {
     "Pod": Kind("", True, lambda obj: read_pod(obj)[1]),
     "Service": Kind("", True, lambda obj: read_service(obj)[1]),
     "ServiceAccount": Kind("", True, _check_service_account),
+    "EndpointSlice": Kind("discovery.k8s.io", True, lambda obj: read_endpoint_slice(obj)[1]),
+    "ServiceEntry": Kind("networking.istio.io", True, lambda obj: read_service_entry(obj)[1]),
+    "WorkloadEntry": Kind("networking.istio.io", True, lambda obj: read_workload_entry(obj)[1]),
     "AuthorizationPolicy": Kind("security.istio.io", True, lambda obj: read_authorization_policy(obj)[1], fails_closed=True),
     "PeerAuthentication": Kind("security.istio.io", True, lambda obj: read_peer_authentication(obj)[1], fails_closed=True),
 }
