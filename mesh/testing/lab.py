@@ -164,7 +164,7 @@ def running_lab(example: Path, directory: Path, *options: str) -> Iterator[Lab]:
     """Bring up a lab on a copy of an example; it is gone afterwards, whatever happened. ``options`` are those of ``meshctl lab up``."""
     source = directory / "cluster"
     shutil.copytree(example, source)
-    lab = Lab(f"test-{os.getpid()}-{directory.name}"[:40], source)
+    lab = Lab(f"test-{os.getpid()}-{directory.name}"[:32], source)
     try:
         lab.meshctl("lab", "up", str(source), "--name", lab.name, *options, timeout=120)
         yield lab
