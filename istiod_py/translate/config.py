@@ -15,6 +15,8 @@ class Config:
     """Policies here, without a selector, are for the whole mesh."""
     domain_suffix: str = "cluster.local"
     """Of service hostnames: ``web.shop.svc.cluster.local``."""
+    revisions: frozenset[str] = frozenset({"default"})
+    """Names of this control plane in ``istio.io/rev`` labels: objects of Istio's kinds that name another one are not for it."""
 
 
 @dataclass(frozen=True, slots=True)

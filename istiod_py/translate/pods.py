@@ -7,10 +7,14 @@ from collections.abc import Iterable, Mapping
 
 from istiod_py.translate.config import Config
 from istiod_py.translate.services import service_key
+from istiod_py.translate.surroundings import Surroundings
+from istiod_py.translate.traits import canonical_name, canonical_revision, speaks_hbone, tunnel_protocol
 from mesh.kube.pod import KubePod
 from mesh.kube.service import KubeService, KubeServicePort
-from mesh.model.labels import CANONICAL_NAME, CANONICAL_REVISION, REDIRECTION, REGION, SUBZONE, TUNNEL, WORKLOAD_NAME, ZONE
-from mesh.model.workload import HealthStatus, Locality, NetworkMode, PortMapping, TunnelProtocol, Workload, WorkloadType
+from mesh.kube.serviceentry import EntryPort
+from mesh.model.address import NamespacedHostname
+from mesh.model.labels import REGION, SUBZONE, WORKLOAD_NAME, ZONE
+from mesh.model.workload import HealthStatus, Locality, NetworkMode, PortMapping, Workload, WorkloadType
 
 _CRON_JOB_RUN = re.compile(r"(.+)-\d{8,10}\Z")
 """A Job made by a CronJob is named after it and its scheduled minute."""
@@ -28,48 +32,55 @@ def locality_of_node(labels: Mapping[str, str]) -> Locality:
 def translate_pod(
     pod: KubePod,
     *,
-    services: Iterable[KubeService],
-    authorization_policies: tuple[str, ...],
+    around: Surroundings,
+    listed: Iterable[KubeService],
     locality: Locality,
-    network: str,
     config: Config,
 ) -> Workload | None:
     """None when there is nothing to reach: the pod has finished, or has no address yet. One that is pending with an address counts,
-    its init containers talk already. ``services`` are all of the pod's namespace.
+    its init containers talk already. ``listed``: Services without selector whose EndpointSlices name the pod.
 
     The waypoint of a workload is not looked up yet; `Workload.waypoint` is where it goes.
     """
     if pod.finished or not pod.ips:
         return None
-    native = "http" in (item.strip() for item in pod.labels.get(TUNNEL, "").split(","))
-    captured = pod.annotations.get(REDIRECTION) == "enabled"
     name = workload_name(pod)
     return Workload(
         uid=pod_uid(pod, config),
         name=pod.name,
         namespace=pod.namespace,
         addresses=pod.ips,
-        network=network,
-        tunnel_protocol=TunnelProtocol.HBONE if captured or native else TunnelProtocol.NONE,
-        native_tunnel=native,
+        network=around.network,
+        tunnel_protocol=tunnel_protocol(pod.labels, pod.annotations),
+        native_tunnel=speaks_hbone(pod.labels),
         trust_domain=config.trust_domain,
         service_account=pod.service_account,
         node=pod.node,
-        canonical_name=_first_label(pod, CANONICAL_NAME, "app.kubernetes.io/name", "app") or name,
-        canonical_revision=_first_label(pod, CANONICAL_REVISION, "app.kubernetes.io/version", "version") or "latest",
+        canonical_name=canonical_name(pod.labels, name),
+        canonical_revision=canonical_revision(pod.labels),
         workload_type=WorkloadType.POD,
         workload_name=name,
-        authorization_policies=authorization_policies,
+        authorization_policies=around.policies_for(pod.labels),
         status=HealthStatus.HEALTHY if pod.ready and not pod.deleting else HealthStatus.UNHEALTHY,
         cluster_id=config.cluster_id,
         locality=locality,
         network_mode=NetworkMode.HOST_NETWORK if pod.host_network else NetworkMode.STANDARD,
-        services={service_key(s, config): map_ports(pod, s.ports) for s in services if s.type != "ExternalName" and s.selects(pod.labels)},
+        services=_services_of(pod, around, listed, config),
     )
 
 
-def _first_label(pod: KubePod, *names: str) -> str:
-    return next((pod.labels[name] for name in names if pod.labels.get(name)), "")
+def _services_of(
+    pod: KubePod, around: Surroundings, listed: Iterable[KubeService], config: Config
+) -> dict[NamespacedHostname, tuple[PortMapping, ...]]:
+    services = {service_key(s, config): map_ports(pod, s.ports) for s in around.services if s.selects(pod.labels)}
+    for service in listed:
+        services[service_key(service, config)] = map_ports(pod, service.ports)
+    for selecting in around.entries:
+        if selecting.entry.selects(pod.labels):
+            ports = map_entry_ports(pod, selecting.entry.ports)
+            for host in selecting.hosts:
+                services[NamespacedHostname(pod.namespace, host)] = ports
+    return services
 
 
 def workload_name(pod: KubePod) -> str:
@@ -104,3 +115,8 @@ def map_ports(pod: KubePod, ports: Iterable[KubeServicePort]) -> tuple[PortMappi
         if target is not None and (port.protocol == "TCP" or port.port not in mappings):
             mappings[port.port] = PortMapping(port.port, target)
     return tuple(mappings.values())
+
+
+def map_entry_ports(pod: KubePod, ports: Iterable[EntryPort]) -> tuple[PortMapping, ...]:
+    """A ServiceEntry's ports as this pod serves them: a container's port of the same name goes before the ServiceEntry's own number."""
+    return tuple(PortMapping(port.port, (pod.find_port(port.name) if port.name else None) or port.target or port.port) for port in ports)

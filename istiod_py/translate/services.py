@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from istiod_py.translate.config import Config
-from mesh.kube.service import TRAFFIC_DISTRIBUTIONS, KubeService, KubeServicePort
+from mesh.kube.service import KubeService, KubeServicePort
 from mesh.model.address import NamespacedHostname, NetworkAddress
 from mesh.model.labels import TRAFFIC_DISTRIBUTION
 from mesh.model.service import (
@@ -43,6 +44,7 @@ _PREFERENCES = {
     "PreferSameZone": _CLOSE,
     "PreferSameNode": (*_CLOSE, LoadBalancingScope.SUBZONE, LoadBalancingScope.NODE),
 }
+_FAILOVERS = {name: LoadBalancing(scopes, LoadBalancingMode.FAILOVER) for name, scopes in _PREFERENCES.items()}
 _FAMILIES = {
     frozenset({"IPv4"}): IpFamilies.IPV4_ONLY,
     frozenset({"IPv6"}): IpFamilies.IPV6_ONLY,
@@ -85,30 +87,38 @@ def _app_protocol(port: KubeServicePort) -> AppProtocol:
     """``appProtocol``, else the port's name up to the first ``-``, else what the port number is known for."""
     if port.protocol == "UDP":
         return AppProtocol.UNKNOWN
-    name = (port.app_protocol or port.name).lower()
     if port.app_protocol in _STANDARD_APP_PROTOCOLS:
         return _STANDARD_APP_PROTOCOLS[port.app_protocol]
+    name = (port.app_protocol or port.name).lower()
     if name.startswith("grpc-web"):
         return AppProtocol.UNKNOWN
     prefix = name.partition("-")[0]
-    if prefix in _PROTOCOLS:
-        return _PROTOCOLS[prefix]
-    if port.port in _SERVER_FIRST_PORTS and prefix not in _OTHER_PROTOCOLS:
+    if port.port in _SERVER_FIRST_PORTS and prefix not in _PROTOCOLS and prefix not in _OTHER_PROTOCOLS:
         return AppProtocol.TCP
-    return AppProtocol.UNKNOWN
+    return protocol_named(prefix)
+
+
+def protocol_named(name: str) -> AppProtocol:
+    """The protocol as Istio's objects name it, in any case; UNKNOWN for those that say nothing a node proxy acts on."""
+    return _PROTOCOLS.get(name.lower(), AppProtocol.UNKNOWN)
 
 
 def _load_balancing(service: KubeService, namespace_annotations: Mapping[str, str]) -> LoadBalancing | None:
     health = HealthPolicy.ALLOW_ALL if service.publish_not_ready else HealthPolicy.ONLY_HEALTHY
     if service.internal_traffic_local:
         return LoadBalancing((LoadBalancingScope.NODE,), LoadBalancingMode.STRICT, health)
-    distribution = service.traffic_distribution or _known_distribution(service.annotations) or _known_distribution(namespace_annotations)
-    if distribution:
-        return LoadBalancing(_PREFERENCES[distribution], LoadBalancingMode.FAILOVER, health)
-    return LoadBalancing(health_policy=health) if service.publish_not_ready else None
+    if service.traffic_distribution:
+        chosen: LoadBalancing | None = _FAILOVERS[service.traffic_distribution]
+    else:
+        chosen = distribution_balancing(service.annotations, namespace_annotations)
+    if health is HealthPolicy.ONLY_HEALTHY:
+        return chosen
+    return replace(chosen or LoadBalancing(), health_policy=health)
 
 
-def _known_distribution(annotations: Mapping[str, str]) -> str:
-    """Istio ignores a value it does not know; so does this."""
-    value = annotations.get(TRAFFIC_DISTRIBUTION, "")
-    return value if value in TRAFFIC_DISTRIBUTIONS else ""
+def distribution_balancing(annotations: Mapping[str, str], namespace_annotations: Mapping[str, str]) -> LoadBalancing | None:
+    """As the annotation on the object says, else the one on its namespace. Istio ignores a value it does not know; so does this."""
+    for where in (annotations, namespace_annotations):
+        if (chosen := _FAILOVERS.get(where.get(TRAFFIC_DISTRIBUTION, ""))) is not None:
+            return chosen
+    return None

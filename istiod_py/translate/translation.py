@@ -1,26 +1,36 @@
 """All objects of a cluster into all workloads, services and policies; what did not change since the last time is taken from there.
 
 Everything is looked at every time, but only compared: an object that is the same instance, in surroundings that are the same (its node's
-locality, its namespace's services, selectors and mTLS modes), has the same result. So a change costs what depends on it plus
+locality, its namespace's services, selectors and mTLS modes), has the same result (`Memo`). So a change costs what depends on it plus
 about a microsecond an object, and the result never depends on which changes were announced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 from istiod_py.translate.authorization import L4Policy, close, translate_authorization
 from istiod_py.translate.config import Condition, Config
-from istiod_py.translate.peer_authentication import MeshMtls, NamespaceMtls, resolve_mtls
+from istiod_py.translate.entries import translate_host, translate_service_entry, translate_workload_entry
+from istiod_py.translate.hosts import Hosts, settle_hosts, visibility
+from istiod_py.translate.memo import Memo
+from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
 from istiod_py.translate.pods import locality_of_node, translate_pod
-from istiod_py.translate.services import translate_service
+from istiod_py.translate.services import service_key, translate_service
+from istiod_py.translate.slices import ListedPods, translate_slice
+from istiod_py.translate.surroundings import SelectingEntry, Surroundings
+from mesh.kube.endpointslice import KubeEndpointSlice, read_endpoint_slice
 from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem, by_age
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.policies import AuthorizationPolicy, PeerAuthentication, read_authorization_policy, read_peer_authentication
 from mesh.kube.service import KubeService, read_service
-from mesh.model.labels import NETWORK
+from mesh.kube.serviceentry import KubeServiceEntry, read_service_entry
+from mesh.kube.workloadentry import KubeWorkloadEntry, read_workload_entry
+from mesh.model.address import NamespacedHostname
+from mesh.model.labels import NETWORK, REVISION
 from mesh.model.policy import Policy
 from mesh.model.service import Service
 from mesh.model.workload import Locality, Workload
@@ -41,35 +51,20 @@ class Read(Generic[_T]):
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a pod's translation depends on besides the pod and its node."""
-
-    services: tuple[KubeService, ...] = ()
-    selectors: tuple[tuple[str, Mapping[str, str]], ...] = ()
-    """(policy key, selector) of the policies that workloads of the namespace may have to name."""
-    mtls: NamespaceMtls = field(default_factory=NamespaceMtls)
-    network: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TranslatedPod:
-    obj: KubeObject
-    locality: Locality
-    surroundings: Surroundings
-    workload: Workload | None
-
-
-@dataclass(frozen=True, slots=True)
 class Memory:
     """What a translation leaves for the next one."""
 
     config: Config | None = None
     pods: Mapping[ObjectKey, Read[KubePod]] = field(default_factory=dict)
     services: Mapping[ObjectKey, Read[KubeService]] = field(default_factory=dict)
+    slices: Mapping[ObjectKey, Read[KubeEndpointSlice]] = field(default_factory=dict)
+    service_entries: Mapping[ObjectKey, Read[KubeServiceEntry]] = field(default_factory=dict)
+    workload_entries: Mapping[ObjectKey, Read[KubeWorkloadEntry]] = field(default_factory=dict)
     authorizations: Mapping[ObjectKey, Read[AuthorizationPolicy]] = field(default_factory=dict)
     peers: Mapping[ObjectKey, Read[PeerAuthentication]] = field(default_factory=dict)
     surroundings: Mapping[str, Surroundings] = field(default_factory=dict)
-    translated: Mapping[ObjectKey, TranslatedPod] = field(default_factory=dict)
+    workloads_made: Memo[ObjectKey, tuple[Workload, ...]] = field(default_factory=Memo)
+    services_made: Memo[str, Service | None] = field(default_factory=Memo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,29 +96,58 @@ class _Translator:
         self._policies: dict[str, Policy] = {}
         self._by_kind: dict[str, list[KubeObject]] = {}
         for obj in objects:
-            self._by_kind.setdefault(obj.kind, []).append(obj)
+            if obj.kind not in _REVISIONED or REVISION not in obj.labels or obj.labels[REVISION] in config.revisions:
+                self._by_kind.setdefault(obj.kind, []).append(obj)
         self._namespaces = {obj.name: obj for obj in self._of("Namespace")}
+        self._localities = {obj.name: locality_of_node(obj.labels) for obj in self._of("Node")}
         root = self._namespaces.get(config.root_namespace)
         self._network = root.labels.get(NETWORK, "") if root else ""
+        same = memory.config == config
+        self._workloads: Memo[ObjectKey, tuple[Workload, ...]] = Memo(memory.workloads_made if same else None)
+        self._services: Memo[str, Service | None] = Memo(memory.services_made if same else None)
 
     def translate(self) -> Translation:
         services = self._read("Service", read_service, self._memory.services)
+        slices = self._read("EndpointSlice", read_endpoint_slice, self._memory.slices)
+        service_entries = self._read("ServiceEntry", read_service_entry, self._memory.service_entries)
+        workload_entries = self._read("WorkloadEntry", read_workload_entry, self._memory.workload_entries)
         authorizations = self._read("AuthorizationPolicy", read_authorization_policy, self._memory.authorizations)
         peers = self._read("PeerAuthentication", read_peer_authentication, self._memory.peers)
         pods = self._read("Pod", read_pod, self._memory.pods)
         selectors = self._translate_authorizations(authorizations)
         mtls = self._resolve_mtls(peers)
         self._policies.update(mtls.policies)
-        surroundings = self._survey(pods, services, selectors, mtls)
-        translated = self._translate_pods(pods, surroundings)
-        memory = Memory(self._config, pods, services, authorizations, peers, surroundings, translated)
+        hosts = self._settle_hosts(service_entries, services)
+        namespaces = {key.namespace for reads in (pods, workload_entries, service_entries) for key in reads}
+        surroundings = self._survey(namespaces, _good(services), self._find_selecting(service_entries, hosts), selectors, mtls)
+        workloads = (
+            *self._translate_pods(pods, _list_pods(slices, services), surroundings),
+            *self._translate_workload_entries(workload_entries, surroundings),
+            *self._translate_service_entries(service_entries, hosts, surroundings),
+            *self._translate_slices(slices, services),
+        )
+        translated_services = {**self._translate_services(services), **self._translate_hosts(service_entries, hosts)}
+        self._workloads.seal()
+        self._services.seal()
         return Translation(
-            workloads={t.workload.uid: t.workload for t in translated.values() if t.workload is not None},
-            services=self._translate_services(services),
+            workloads={workload.uid: workload for workload in workloads},
+            services=translated_services,
             policies=self._policies,
             problems=tuple(sorted(set(self._problems))),
             statuses=self._statuses,
-            memory=memory,
+            memory=Memory(
+                self._config,
+                pods,
+                services,
+                slices,
+                service_entries,
+                workload_entries,
+                authorizations,
+                peers,
+                surroundings,
+                self._workloads,
+                self._services,
+            ),
         )
 
     def _of(self, kind: str) -> list[KubeObject]:
@@ -179,72 +203,153 @@ class _Translator:
         mistaken = [_unselected_if_unsure(reads[obj.key]) for obj in ordered if not reads[obj.key].good]
         return resolve_mtls(good, mistaken, self._config)
 
+    def _settle_hosts(self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], services: Mapping[ObjectKey, Read[KubeService]]) -> Hosts:
+        ordered = [entries[obj.key].value for obj in by_age([read.obj for read in entries.values() if read.good])]
+        hosts = settle_hosts(ordered, _good(services), self._config)
+        for key, vips in hosts.vips.items():
+            if all(ip.version != 4 for ip in vips):
+                owner = next(o for o in ordered if o.namespace == key.namespace and key.hostname in hosts.of.get((o.namespace, o.name), ()))
+                read = entries[ObjectKey("ServiceEntry", owner.namespace, owner.name)]
+                self._problems.append(read.obj.problem(("spec", "addresses"), f"no automatic IPv4 address is left for {key.hostname}"))
+        return hosts
+
+    def _find_selecting(self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], hosts: Hosts) -> dict[str, list[SelectingEntry]]:
+        """By namespace, in order of name: the ServiceEntries that select workloads."""
+        found: dict[str, list[SelectingEntry]] = {}
+        for key in sorted(entries):
+            entry, own = entries[key].value, hosts.of.get((key.namespace, key.name), ())
+            if own and entry.selector:
+                found.setdefault(key.namespace, []).append(SelectingEntry(entry, own))
+        return found
+
     def _survey(
         self,
-        pods: Mapping[ObjectKey, Read[KubePod]],
-        services: Mapping[ObjectKey, Read[KubeService]],
+        namespaces: Iterable[str],
+        services: Iterable[KubeService],
+        entries: Mapping[str, list[SelectingEntry]],
         selectors: Mapping[str, list[tuple[str, Mapping[str, str]]]],
         mtls: MeshMtls,
     ) -> dict[str, Surroundings]:
-        """The surroundings of each namespace with pods: the same instance as before when nothing in them changed."""
-        by_namespace: dict[str, list[KubeService]] = {}
-        for key in sorted(services):
-            if services[key].good:
-                by_namespace.setdefault(key.namespace, []).append(services[key].value)
+        """The surroundings of these namespaces: the same instance as before when nothing in them changed."""
+        selecting: dict[str, list[KubeService]] = {}
+        for service in services:
+            if service.selector and service.type != "ExternalName":
+                selecting.setdefault(service.namespace, []).append(service)
         root = self._config.root_namespace
         result: dict[str, Surroundings] = {}
-        for namespace in {key.namespace for key in pods}:
+        for namespace in namespaces:
             found = selectors.get(namespace, []) + (selectors.get(root, []) if namespace != root else [])
-            now = Surroundings(tuple(by_namespace.get(namespace, ())), tuple(sorted(found, key=_first)), mtls.of(namespace), self._network)
+            now = Surroundings(
+                tuple(selecting.get(namespace, ())),
+                tuple(entries.get(namespace, ())),
+                tuple(sorted(found, key=_first)),
+                mtls.of(namespace),
+                self._network,
+            )
             before = self._memory.surroundings.get(namespace)
             result[namespace] = before if before == now and before is not None else now
         return result
 
-    def _translate_pods(
-        self, pods: Mapping[ObjectKey, Read[KubePod]], surroundings: Mapping[str, Surroundings]
-    ) -> dict[ObjectKey, TranslatedPod]:
-        localities = {obj.name: locality_of_node(obj.labels) for obj in self._of("Node")}
-        before = self._memory.translated if self._memory.config == self._config else {}
-        result: dict[ObjectKey, TranslatedPod] = {}
-        for key, read in pods.items():
-            if not read.good:
-                continue
-            locality = localities.get(read.value.node, _NOWHERE)
-            around = surroundings[key.namespace]
-            last = before.get(key)
-            if last is not None and last.obj is read.obj and last.surroundings is around and last.locality == locality:
-                result[key] = last
-            else:
-                result[key] = TranslatedPod(read.obj, locality, around, self._translate_pod(read.value, around, locality))
-        return result
+    # Each of these yields the workloads of one kind of object.
 
-    def _translate_pod(self, pod: KubePod, around: Surroundings, locality: Locality) -> Workload | None:
-        selected = [key for key, selector in around.selectors if selector.items() <= pod.labels.items()]
-        return translate_pod(
-            pod,
-            services=around.services,
-            authorization_policies=tuple(sorted((*selected, *around.mtls.names_for(pod.labels)))),
-            locality=locality,
-            network=around.network,
-            config=self._config,
-        )
+    def _translate_pods(
+        self, pods: Mapping[ObjectKey, Read[KubePod]], listed_pods: ListedPods, surroundings: Mapping[str, Surroundings]
+    ) -> Iterator[Workload]:
+        for key, read in pods.items():
+            if read.good:
+                pod, around = read.value, surroundings[key.namespace]
+                listed = listed_pods.services_of(pod)
+                locality = self._localities.get(pod.node, _NOWHERE)
+                make = partial(translate_pod, pod, around=around, listed=listed, locality=locality, config=self._config)
+                yield from self._workloads.make(key, (pod, around, listed, locality), partial(_as_tuple, make))
+
+    def _translate_workload_entries(
+        self, entries: Mapping[ObjectKey, Read[KubeWorkloadEntry]], surroundings: Mapping[str, Surroundings]
+    ) -> Iterator[Workload]:
+        for key, read in entries.items():
+            if read.good:
+                around = surroundings[key.namespace]
+                make = partial(translate_workload_entry, read.value, around=around, config=self._config)
+                yield from self._workloads.make(key, (read.value, around), partial(_as_tuple, make))
+
+    def _translate_service_entries(
+        self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], hosts: Hosts, surroundings: Mapping[str, Surroundings]
+    ) -> Iterator[Workload]:
+        for key, read in entries.items():
+            own = hosts.of.get((key.namespace, key.name), ())
+            if own:
+                around = surroundings[key.namespace]
+                make = partial(translate_service_entry, read.value, own, around=around, config=self._config)
+                yield from self._workloads.make(key, (read.value, own, around), make)
+
+    def _translate_slices(
+        self, slices: Mapping[ObjectKey, Read[KubeEndpointSlice]], services: Mapping[ObjectKey, Read[KubeService]]
+    ) -> Iterator[Workload]:
+        for key, read in slices.items():
+            found = read.value
+            service = services.get(ObjectKey("Service", key.namespace, found.service))
+            if read.good and found.endpoints and service is not None and service.good and service.value.type != "ExternalName":
+                localities = {e.node: self._localities[e.node] for e in found.endpoints if e.node in self._localities}
+                make = partial(translate_slice, found, service.value, localities=localities, network=self._network, config=self._config)
+                yield from self._workloads.make(key, (found, service.value, localities, self._network), make)
 
     def _translate_services(self, reads: Mapping[ObjectKey, Read[KubeService]]) -> dict[str, Service]:
         result: dict[str, Service] = {}
-        for key, read in reads.items():
-            namespace = self._namespaces.get(key.namespace)
-            service = translate_service(
-                read.value,
-                namespace_annotations=namespace.annotations if namespace else {},
-                network=self._network,
-                config=self._config,
-            )
-            if service is not None and read.good:
-                result[str(service.key)] = service
+        for service in _good(reads):
+            annotations = self._annotations(service.namespace)
+            make = partial(translate_service, service, namespace_annotations=annotations, network=self._network, config=self._config)
+            key = str(service_key(service, self._config))
+            made = self._services.make(key, (service, annotations, self._network), make)
+            if made is not None:
+                result[key] = made
         return result
 
+    def _translate_hosts(self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], hosts: Hosts) -> dict[str, Service]:
+        result: dict[str, Service] = {}
+        for (namespace, name), own in hosts.of.items():
+            entry, annotations = entries[ObjectKey("ServiceEntry", namespace, name)].value, self._annotations(namespace)
+            visible = visibility(entry)
+            assert visible is not None, "invisible entries own no host"
+            for host in own:
+                key = NamespacedHostname(namespace, host)
+                vips, canonical = hosts.vips.get(key, ()), key in hosts.canonical
+                make = partial(
+                    translate_host,
+                    entry,
+                    host,
+                    vips=vips,
+                    visible=visible,
+                    canonical=canonical,
+                    namespace_annotations=annotations,
+                    network=self._network,
+                )
+                made = self._services.make(str(key), (entry, vips, visible, canonical, annotations, self._network), make)
+                if made is not None:
+                    result[str(key)] = made
+        return result
 
+    def _annotations(self, namespace: str) -> Mapping[str, str]:
+        obj = self._namespaces.get(namespace)
+        return obj.annotations if obj else {}
+
+
+_REVISIONED = frozenset({"AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry"})
 _NOWHERE = Locality()
+
+
+def _good(reads: Mapping[ObjectKey, Read[_T]]) -> list[_T]:
+    """In order of namespace and name."""
+    return [reads[key].value for key in sorted(reads) if reads[key].good]
+
+
+def _list_pods(slices: Mapping[ObjectKey, Read[KubeEndpointSlice]], services: Mapping[ObjectKey, Read[KubeService]]) -> ListedPods:
+    selectorless = {(s.namespace, s.name): s for s in _good(services) if not s.selector and s.type != "ExternalName"}
+    return ListedPods((read.value for read in slices.values() if read.good), selectorless)
+
+
+def _as_tuple(make: Callable[[], Workload | None]) -> tuple[Workload, ...]:
+    workload = make()
+    return () if workload is None else (workload,)
 
 
 def _first(pair: tuple[str, Mapping[str, str]]) -> str:

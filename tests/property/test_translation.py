@@ -20,7 +20,15 @@ NAMESPACES = st.sampled_from(["shop", "other", "istio-system"])
 LABELS = st.dictionaries(st.sampled_from(["app", "tier"]), st.sampled_from(["x", "y"]), max_size=2)
 SELECTORS = st.none() | LABELS.map(lambda labels: {"matchLabels": labels})
 MODES = st.sampled_from(["UNSET", "DISABLE", "PERMISSIVE", "STRICT"])
-GROUPS = {"AuthorizationPolicy": "security.istio.io/v1", "PeerAuthentication": "security.istio.io/v1"}
+GROUPS = {
+    "AuthorizationPolicy": "security.istio.io/v1",
+    "PeerAuthentication": "security.istio.io/v1",
+    "EndpointSlice": "discovery.k8s.io/v1",
+    "ServiceEntry": "networking.istio.io/v1",
+    "WorkloadEntry": "networking.istio.io/v1",
+}
+HOSTS = st.lists(st.sampled_from(["x.example.com", "y.example.com", "a.shop.svc.cluster.local", "*.example.com"]), min_size=1, max_size=3)
+AGES = st.sampled_from(["", "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"])
 
 
 def made(kind: str, namespace: str, name: str, raw: dict[str, object]) -> KubeObject:
@@ -37,7 +45,9 @@ def without_none(value: dict[str, object]) -> dict[str, object]:
 
 PODS = st.builds(
     lambda namespace, name, labels, node, ip, captured: made("Pod", namespace, name, {
-        "metadata": {"labels": labels, "annotations": {"ambient.istio.io/redirection": "enabled"} if captured else {}},
+        "metadata": {
+            "uid": f"{name}{ip}", "labels": labels, "annotations": {"ambient.istio.io/redirection": "enabled"} if captured else {},
+        },
         "spec": {"nodeName": node, "containers": [{"name": "c", "ports": [{"name": "http", "containerPort": 8080}]}]},
         "status": {"podIP": f"10.0.0.{ip}"} if ip else {},
     }), NAMESPACES, NAMES, LABELS, st.sampled_from(["n1", "n2"]), st.integers(0, 3), st.booleans(),
@@ -46,6 +56,31 @@ SERVICES = st.builds(
     lambda namespace, name, selector, target: made("Service", namespace, name, {
         "spec": {"clusterIP": "10.96.0.1", "selector": selector, "ports": [{"port": 80, "targetPort": target}]}
     }), NAMESPACES, NAMES, LABELS, st.sampled_from([8080, "http", "none"]),
+)  # fmt: skip
+SLICES = st.builds(
+    lambda namespace, name, service, pod, ip, node: made("EndpointSlice", namespace, name, {
+        "metadata": {"labels": {"kubernetes.io/service-name": service}},
+        "addressType": "IPv4",
+        "ports": [{"port": 8080}],
+        "endpoints": [{"addresses": ["10.0.0.1"], "targetRef": {"kind": "Pod", "name": pod, "uid": f"{pod}{ip}"}},
+                      {"addresses": [f"192.0.2.{ip}"], "nodeName": node}],
+    }), NAMESPACES, NAMES, NAMES, NAMES, st.integers(0, 3), st.sampled_from(["n1", "n2", "n3"]),
+)  # fmt: skip
+WORKLOAD_ENTRIES = st.builds(
+    lambda namespace, name, labels, address: made("WorkloadEntry", namespace, name, {
+        "metadata": {"labels": labels}, "spec": {"address": address, "ports": {"http": 9090}}
+    }), NAMESPACES, NAMES, LABELS, st.sampled_from(["192.0.2.9", "vm.example.com", ""]),
+)  # fmt: skip
+REACHED = st.one_of(
+    st.fixed_dictionaries({"resolution": st.just("STATIC"), "endpoints": st.just([{"address": "192.0.2.7"}, {"address": "192.0.2.8"}])}),
+    st.fixed_dictionaries({"resolution": st.just("STATIC"), "workloadSelector": LABELS.map(lambda labels: {"labels": labels})}),
+    st.just({"resolution": "STATIC", "addresses": ["240.240.0.0/17"]}), st.just({"resolution": "DYNAMIC_DNS"}), st.just({}),
+)  # fmt: skip
+SERVICE_ENTRIES = st.builds(
+    lambda namespace, name, labels, age, hosts, reached, exported: made("ServiceEntry", namespace, name, {
+        "metadata": {"labels": labels, "creationTimestamp": age},
+        "spec": without_none({"hosts": hosts, "ports": [{"number": 80, "name": "http"}], "exportTo": exported, **reached}),
+    }), NAMESPACES, NAMES, LABELS, AGES, HOSTS, REACHED, st.sampled_from([None, ["."], ["~"], ["shop"]]),
 )  # fmt: skip
 NODES = st.builds(
     lambda name, zone: made("Node", "", name, {"metadata": {"labels": {"topology.kubernetes.io/zone": zone}}}),
@@ -82,7 +117,7 @@ PEERS = st.builds(
     }), NAMESPACES, NAMES, SELECTORS.map(lambda s: s if s is None or s["matchLabels"] else None), st.none() | MODES,
     st.dictionaries(st.sampled_from([80, 90]), MODES, max_size=2),
 )  # fmt: skip
-OBJECTS = st.one_of(PODS, PODS, SERVICES, NODES, SPACES, AUTHORIZATIONS, PEERS)
+OBJECTS = st.one_of(PODS, PODS, SERVICES, SLICES, SERVICE_ENTRIES, WORKLOAD_ENTRIES, NODES, SPACES, AUTHORIZATIONS, PEERS)
 STEPS = st.lists(OBJECTS | st.tuples(st.just("remove"), st.integers(0, 20)), max_size=25)
 
 

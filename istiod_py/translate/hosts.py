@@ -1,0 +1,105 @@
+"""Whose a hostname is, and which virtual addresses ServiceEntries get: what takes a look at all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+
+from istiod_py.translate.config import Config
+from istiod_py.translate.services import service_key
+from istiod_py.translate.vips import Wanting, allocate
+from mesh.kube.service import KubeService
+from mesh.kube.serviceentry import KubeServiceEntry
+from mesh.model.address import Cidr, IpAddress, NamespacedHostname
+from mesh.model.labels import AUTOALLOCATE_IP
+from mesh.model.service import Visibility
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """The outcome for all ServiceEntries. Hosts that an entry lost to another are nowhere in it."""
+
+    of: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    """By namespace and name of the ServiceEntry."""
+    canonical: frozenset[NamespacedHostname] = frozenset()
+    vips: Mapping[NamespacedHostname, tuple[IpAddress, ...]] = field(default_factory=dict)
+    """Only for hosts that want some."""
+
+
+def settle_hosts(entries: Sequence[KubeServiceEntry], services: Iterable[KubeService], config: Config) -> Hosts:
+    """``entries`` oldest first. In a namespace a hostname is the Service's, else the oldest ServiceEntry's; in the mesh it stands for
+    the Service's, else the oldest ServiceEntry's that everybody sees."""
+    if not entries:
+        return Hosts()
+    of_services = {service_key(service, config): service for service in services if service.type != "ExternalName"}
+    owners = _find_owners(entries, of_services)
+    of: dict[tuple[str, str], tuple[str, ...]] = {}
+    for key, entry in owners.items():
+        of[entry.namespace, entry.name] = (*of.get((entry.namespace, entry.name), ()), key.hostname)
+    return Hosts(of, _find_canonical(owners, of_services), _allocate(owners, of_services.values(), entries))
+
+
+def visibility(entry: KubeServiceEntry) -> Visibility | None:
+    """Who sees its hosts; None: nobody. (Istio decides this by a setting of the mesh alone.)
+
+    The protocol of node proxies knows everybody and the own namespace. A list of namespaces can't be said, and becomes the own one if
+    that is listed: never more than was asked for.
+    """
+    exported = set(entry.export_to) or {"*"}
+    if "*" in exported:
+        return Visibility.PUBLIC
+    return Visibility.NAMESPACE if exported & {".", entry.namespace} else None
+
+
+def _find_owners(
+    entries: Iterable[KubeServiceEntry], of_services: Mapping[NamespacedHostname, KubeService]
+) -> dict[NamespacedHostname, KubeServiceEntry]:
+    owners: dict[NamespacedHostname, KubeServiceEntry] = {}
+    for entry in entries:
+        if visibility(entry) is not None:
+            for host in entry.hosts:
+                key = NamespacedHostname(entry.namespace, host)
+                if key not in of_services:
+                    owners.setdefault(key, entry)
+    return owners
+
+
+def _find_canonical(
+    owners: Mapping[NamespacedHostname, KubeServiceEntry], of_services: Iterable[NamespacedHostname]
+) -> frozenset[NamespacedHostname]:
+    taken = {key.hostname for key in of_services}
+    canonical: list[NamespacedHostname] = []
+    for key, entry in owners.items():
+        if key.hostname not in taken and visibility(entry) is Visibility.PUBLIC:
+            taken.add(key.hostname)
+            canonical.append(key)
+    return frozenset(canonical)
+
+
+def _allocate(
+    owners: Mapping[NamespacedHostname, KubeServiceEntry], services: Iterable[KubeService], entries: Iterable[KubeServiceEntry]
+) -> dict[NamespacedHostname, tuple[IpAddress, ...]]:
+    wanting = [
+        Wanting(key, tuple(ip for host, ip in entry.allocated if host == key.hostname))
+        for key, entry in owners.items()
+        if _wants_vips(entry, key.hostname)
+    ]
+    return allocate(wanting, _reserved(services, entries)) if wanting else {}
+
+
+def _wants_vips(entry: KubeServiceEntry, host: str) -> bool:
+    """Without endpoints of its own choice (NONE) the mesh could not say where connections to such an address should go; and nobody
+    connects to a wildcard, except where its names are resolved as they come."""
+    if entry.addresses or entry.resolution == "NONE" or entry.labels.get(AUTOALLOCATE_IP, "").lower() == "false":
+        return False
+    return not host.startswith("*") or entry.resolution == "DYNAMIC_DNS"
+
+
+def _reserved(services: Iterable[KubeService], entries: Iterable[KubeServiceEntry]) -> Iterator[Cidr]:
+    """Addresses that somebody chose."""
+    for entry in entries:
+        yield from entry.addresses
+    for service in services:
+        for ip in service.cluster_ips:
+            yield ip_network(ip)
