@@ -16,6 +16,7 @@ from ztunnel_py.pods.vocabulary import (
     Adopted,
     Annotate,
     Annotated,
+    AnnotationLost,
     BeginRelease,
     Capture,
     Captured,
@@ -291,6 +292,14 @@ class Executor(RuleBasedStateMachine):
         if real.rules == "in place":
             real.set_rules(real.namespace if real.held is None else real.held, "unknown")
             self.tell(VerifyDue(uid))
+
+    @precondition(lambda self: any(real.annotation for real in self.world.values()))
+    @rule(uid=UIDS)
+    def somebody_removes_the_annotation(self, uid: str) -> None:
+        real = self.real(uid)
+        if real.annotation:
+            real.annotation = ""
+            self.tell(AnnotationLost(uid))
 
     @precondition(lambda self: self.state.records)
     @rule(uid=UIDS)

@@ -12,6 +12,7 @@ from importlib.metadata import version
 import trio
 
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
+from mesh.model.workload import TunnelProtocol
 from mesh.rpc.tls import client_tls
 from mesh.runtime.env import InvalidEnvironment
 from mesh.runtime.http import BindError, open_listeners, serve_admin
@@ -70,7 +71,7 @@ class Brain:
         self._certificates = CertificateManager(lambda identity: fetch_certificate(config, identity))
         self._certificates.subscribe(self._certificate_news)
         self._movers = Movers(count=config.movers, run_dir=config.run_dir, follower=self)
-        self._pods = PodKeeper(config, self._movers, self._certificates, workloads)
+        self._pods = PodKeeper(config, self._movers, self._certificates, workloads, self._is_announced)
         self._readiness = Readiness()
         self._state_ready = self._readiness.register("state manager")
         self._movers_ready = self._readiness.register("movers")
@@ -171,7 +172,12 @@ class Brain:
             self._state.apply(update.delta)
         if update.type_url == AUTHORIZATION:
             self._keep_unreadable(update)
+        self._pods.mesh_changed()
         self._movers.post(messages.Resources(update.whole, update.raw))
+
+    def _is_announced(self, pod: messages.PodInfo) -> bool:
+        workload = self._state.find_local_workload(pod.namespace, pod.name, pod.service_account)
+        return workload is not None and workload.tunnel_protocol is TunnelProtocol.HBONE
 
     def _keep_unreadable(self, update: AdsUpdate) -> None:
         for key in (*(policy.key for policy in update.delta.policies), *update.delta.removed_policies):

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import trio
 
 from mesh.kube.directory import DirectoryStore
-from mesh.kube.overlay import remove_overlay, write_overlay
+from mesh.kube.objects import ObjectKey
+from mesh.kube.overlay import overlay_path, remove_overlay, write_overlay
 from mesh.linux.netns import NetnsIdentity, NotANetworkNamespace, netns_identity, open_netns, run_in_netns
 from mesh.linux.sockets import transparent_listener
 from mesh.model.identity import SpiffeId
@@ -29,7 +30,7 @@ from ztunnel_py.channel import close_all
 from ztunnel_py.config import AgentConfig
 from ztunnel_py.pods import vocabulary as pods
 from ztunnel_py.pods.facts import PodFacts
-from ztunnel_py.pods.lifecycle import Lifecycle, Phase, PodStatus, advance, status_of
+from ztunnel_py.pods.lifecycle import Lifecycle, Phase, PodStatus, Wish, advance, status_of
 from ztunnel_py.pods.source import watch_node_pods
 from ztunnel_py.redirect.apply import CaptureFailed, apply_capture, begin_release, finish_release, observe_pod, verify_capture
 from ztunnel_py.redirect.plan import RedirectPlan, plan_capture
@@ -67,8 +68,19 @@ class _Held:
 class PodKeeper:
     """All pods of this node. `run` follows the source; movers are told through `mover_joined`, `mover_said`, `mover_left`."""
 
-    def __init__(self, config: AgentConfig, movers: Movers, certificates: CertificateManager, metrics: WorkloadManagerMetrics) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        movers: Movers,
+        certificates: CertificateManager,
+        metrics: WorkloadManagerMetrics,
+        is_announced: Callable[[messages.PodInfo], bool],
+    ) -> None:
+        """``is_announced``: whether peers are told to reach the pod through the tunnel, as far as we have heard; see `mesh_changed`."""
         self._config = config
+        self._is_announced = is_announced
+        self._mesh_changed = trio.Event()
+        self._annotating = trio.Lock()
         self._movers = movers
         self._certificates = certificates
         self._metrics = metrics
@@ -96,6 +108,11 @@ class PodKeeper:
     def statuses(self) -> dict[str, tuple[PodFacts, PodStatus]]:
         """Every pod that something is or was to be done about, by uid."""
         return {uid: (record.pod, status_of(record)) for uid, record in self._state.records.items()}
+
+    def mesh_changed(self) -> None:
+        """What ``is_announced`` says may be different now."""
+        self._mesh_changed.set()
+        self._mesh_changed = trio.Event()
 
     def identity_of(self, info: messages.PodInfo | PodFacts) -> SpiffeId:
         return SpiffeId(self._config.trust_domain, info.namespace, info.service_account)
@@ -180,7 +197,9 @@ class PodKeeper:
                 differences = await trio.to_thread.run_sync(_verify, self._held_pod(action.uid).netns, action.pod, self._config.ipv6)
                 return pods.Drifted(action.uid, tuple(differences)) if differences else pods.Verified(action.uid)
             case pods.Annotate():
-                await trio.to_thread.run_sync(self._annotate, action.pod, action.redirection)
+                async with self._annotating:  # two pods of one name, one after the other, have one file between them
+                    if action.redirection is not pods.Redirection.ABSENT or not self._has_successor(action.pod):
+                        await trio.to_thread.run_sync(self._annotate, action.pod, action.redirection)
                 return pods.Annotated(action.uid)
             case pods.BeginRelease():
                 await self._release(action.uid, action.pod, _begin_release)
@@ -193,6 +212,7 @@ class PodKeeper:
                 return pods.ListenersClosed(action.uid)
             case pods.StartDraining():
                 self._start_draining(action.uid)
+                await self._wait_withdrawn(action.uid)
                 await trio.sleep(action.seconds)
                 return pods.LingerOver(action.uid, action.round)
             case pods.StopDraining():
@@ -240,6 +260,7 @@ class PodKeeper:
         pod = self._held.pop(uid, None)
         if pod is None:
             return
+        self.mesh_changed()
         self._movers.post(messages.DropPod(uid))
         close_all(pod.descriptors)
         self._metrics.stopped.value += 1
@@ -254,10 +275,18 @@ class PodKeeper:
             pod.living = {}
             self._movers.post(messages.ReleasePod(uid))
 
+    async def _wait_withdrawn(self, uid: str) -> None:
+        """Until peers are no longer told to use the tunnel, or the pod is not being released any more. While the control plane is away
+        nobody is told anything, and everybody goes on using it."""
+        pod = self._held.get(uid)
+        while pod is not None and pod.draining and self._held.get(uid) is pod and self._is_announced(pod.info):
+            await self._mesh_changed.wait()
+
     def _stop_draining(self, uid: str) -> None:
         pod = self._held.get(uid)
         if pod is not None:
             pod.draining = False
+            self.mesh_changed()
             self._movers.post(messages.KeepPod(uid))
 
     async def _sleep_until_retry(self, action: pods.RetryAfter) -> pods.Event | None:
@@ -294,6 +323,11 @@ class PodKeeper:
         finally:
             os.close(netns)
 
+    def _has_successor(self, facts: PodFacts) -> bool:
+        """Whether another pod has the name by now."""
+        others = (record.pod for uid, record in self._state.records.items() if uid != facts.uid and record.wish is not Wish.GONE)
+        return any((pod.namespace, pod.name) == (facts.namespace, facts.name) for pod in others)
+
     def _annotate(self, facts: PodFacts, redirection: pods.Redirection) -> None:
         if redirection is pods.Redirection.ABSENT:
             remove_overlay(self._config.status_dir, "Pod", facts.namespace, facts.name)
@@ -301,10 +335,13 @@ class PodKeeper:
             patch = {"metadata": {"annotations": {REDIRECTION: redirection.value}}}
             write_overlay(self._config.status_dir, "Pod", facts.namespace, facts.name, patch)
 
+    def _is_annotated(self, facts: PodFacts) -> bool:
+        return overlay_path(self._config.status_dir, ObjectKey("Pod", facts.namespace, facts.name)).exists()
+
     # Looking after captured pods
 
     async def _verify_captured(self) -> None:
-        """Read every captured pod's rules back now and then, and notice a namespace that was replaced under the same name."""
+        """Read every captured pod's rules back now and then; notice a namespace that was replaced and an annotation that was removed."""
         while True:
             captured = [uid for uid, (_, status) in self.statuses().items() if status.phase is Phase.CAPTURED]
             for uid in captured:
@@ -314,8 +351,10 @@ class PodKeeper:
                     continue
                 if await trio.to_thread.run_sync(_identity_at, record.pod.netns_path) != pod.identity:
                     self._tell(pods.NetnsReplaced(uid))
-                else:
-                    self._tell(pods.VerifyDue(uid))
+                    continue
+                self._tell(pods.VerifyDue(uid))
+                if not await trio.to_thread.run_sync(self._is_annotated, record.pod):
+                    self._tell(pods.AnnotationLost(uid))
             if not captured:
                 await trio.sleep(VERIFY_SECONDS)
 

@@ -25,6 +25,7 @@ from ztunnel_py.pods.vocabulary import (
     Adopted,
     Annotate,
     Annotated,
+    AnnotationLost,
     Answer,
     BeginRelease,
     Capture,
@@ -54,8 +55,8 @@ from ztunnel_py.pods.vocabulary import (
 )
 
 LINGER_SECONDS: Final = 5.0
-"""How long a released pod serves the HBONE port at least: peers learn of the withdrawal by annotation, control plane and xDS, each with
-its own debounce, and must find the port open until then."""
+"""How long a released pod serves the HBONE port at least once the control plane has withdrawn it: other agents may hear of it later than
+ours, and their connections must find the port open until then."""
 FIRST_RETRY_SECONDS: Final = 0.1
 LONGEST_RETRY_SECONDS: Final = 15.0
 """As ztunnel's for its own connections: long enough to cost nothing, short enough that nobody restarts the agent by hand."""
@@ -232,7 +233,9 @@ def _gone(record: PodRecord) -> PodRecord:
 # What is known
 
 
-def _learn(record: PodRecord, event: Answer | Connections | LingerOver | RetryDue | VerifyDue | NetnsReplaced) -> PodRecord:
+def _learn(
+    record: PodRecord, event: Answer | Connections | LingerOver | RetryDue | VerifyDue | AnnotationLost | NetnsReplaced
+) -> PodRecord:
     match event:
         case Connections():
             return replace(record, living=event.living) if record.draining else record
@@ -242,6 +245,8 @@ def _learn(record: PodRecord, event: Answer | Connections | LingerOver | RetryDu
             return replace(record, resting=False)
         case VerifyDue():
             return replace(record, verified=False)
+        case AnnotationLost():
+            return replace(record, annotation=None) if record.annotation is Redirection.ENABLED else record
         case NetnsReplaced():
             return _gone(record)
         case Failed():

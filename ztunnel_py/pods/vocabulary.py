@@ -53,8 +53,8 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class Annotate:
-    """Write the annotation: `Annotated`. A pod that is gone has none: that is success. From ENABLED on the control plane tells
-    peers to use the tunnel."""
+    """Write the annotation: `Annotated`. A pod that is gone has none: that is success, also where another pod has its name by now,
+    whose annotation must stay. From ENABLED on the control plane tells peers to use the tunnel."""
 
     uid: str
     pod: PodFacts
@@ -73,7 +73,8 @@ class BeginRelease:
 @dataclass(frozen=True, slots=True)
 class StartDraining:
     """No answer. Have the movers go on serving but report how many connections live: `Connections`, the sum over movers, at once and
-    on every change; and say `LingerOver` with this round after so many seconds."""
+    on every change; and say `LingerOver` with this round so many seconds after the control plane has stopped telling peers to use the
+    tunnel."""
 
     uid: str
     round: int
@@ -212,6 +213,13 @@ class VerifyDue:
 
 
 @dataclass(frozen=True, slots=True)
+class AnnotationLost:
+    """The annotation of a captured pod is not there, though it was written: somebody removed it."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
 class NetnsReplaced:
     """The pod's namespace is another one than the one that was opened, or gone: what was done there is worth nothing."""
 
@@ -219,4 +227,4 @@ class NetnsReplaced:
 
 
 Answer: TypeAlias = ListenersOpened | Captured | Verified | Drifted | Annotated | ReleaseBegun | ReleaseFinished | ListenersClosed | Failed
-Event: TypeAlias = PodsChanged | Adopted | Answer | Connections | LingerOver | RetryDue | VerifyDue | NetnsReplaced
+Event: TypeAlias = PodsChanged | Adopted | Answer | Connections | LingerOver | RetryDue | VerifyDue | AnnotationLost | NetnsReplaced
