@@ -1,7 +1,7 @@
 """Two of our agents beside two Envoys in one topology: a client and a server on two nodes of a lab, HBONE over mutual TLS 1.3 between.
 
 Ours are whole agents as they ship: captured pods, original destinations, a policy evaluated for every connection, access log and metrics;
-their CPU is that of supervisor, brain and mover. The Envoys are a plain TCP listener in the client's pod and an HBONE server in the server's,
+their CPU is that of supervisor, brain and mover. The Envoys are a TCP listener in the client's pod and an HBONE server in the server's,
 with nothing else switched on. Subjects take turns, so that a noisy machine is as noisy to one as to the other. CPU is user and system time
 of both ends together.
 """
