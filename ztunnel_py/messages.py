@@ -62,6 +62,12 @@ class CertificateWanted(Message, frozen=True):
     identity: str
 
 
+class Pong(Message, frozen=True):
+    """Answer to `Ping`: the mover reads what it is told, and its loop turns."""
+
+    number: int
+
+
 class Scraped(Message, frozen=True):
     """Answer to `Scrape`: the mover's metrics and its living connections by pod (JSON-able)."""
 
@@ -127,6 +133,12 @@ class DropPod(Message, frozen=True):
     uid: str
 
 
+class Ping(Message, frozen=True):
+    """Answer `Pong` with this number. A mover that does not is stuck, and is replaced."""
+
+    number: int
+
+
 class Scrape(Message, frozen=True):
     """Report metrics and connections, with this request's number."""
 
@@ -145,7 +157,7 @@ class SetLogLevels(Message, frozen=True):
     levels: str
 
 
-FromMover: TypeAlias = Hello | Holding | PodServing | PodConnections | CertificateWanted | Scraped | Drained
+FromMover: TypeAlias = Hello | Holding | PodServing | PodConnections | CertificateWanted | Pong | Scraped | Drained
 ToMover: TypeAlias = (
-    Resources | Certificate | CertificateUnavailable | ServePod | ReleasePod | KeepPod | DropPod | Scrape | Drain | SetLogLevels
+    Resources | Certificate | CertificateUnavailable | ServePod | ReleasePod | KeepPod | DropPod | Ping | Scrape | Drain | SetLogLevels
 )

@@ -21,6 +21,8 @@ LIFELINE = "MESH_LIFELINE_FD"
 EXIT_CONFIG = 78
 """Exit status (EX_CONFIG of sysexits.h) of a brain that can't start as configured: a restart would not help."""
 
+_NOT_STARTED = 71
+"""EX_OSERR of sysexits.h."""
 _PR_SET_CHILD_SUBREAPER = 36
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 5.0
@@ -49,13 +51,17 @@ class Supervisor:
                 return max(status, 0)
             if time.monotonic() - started > _STEADY:
                 self._pause = _FIRST_PAUSE
-            print(f"brain ended with status {status}; starting another in {self._pause:g} s", file=sys.stderr, flush=True)
+            _say(f"brain ended with status {status}; starting another in {self._pause:g} s")
             time.sleep(self._pause)
             self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 
     def _run_brain(self) -> int:
         environment = os.environ | {LIFELINE: str(self._lifeline)}
-        self._brain = subprocess.Popen(self._command, env=environment, pass_fds=(self._lifeline,))
+        try:
+            self._brain = subprocess.Popen(self._command, env=environment, pass_fds=(self._lifeline,))
+        except OSError as exc:  # no memory or no processes are left: later there may be
+            _say(f"the brain can't be started: {exc}")
+            return _NOT_STARTED
         if self._stopping:
             self._brain.terminate()
         return self._wait_brain(self._brain)
@@ -74,3 +80,10 @@ class Supervisor:
         self._stopping = True
         if self._brain is not None and self._brain.returncode is None:
             self._brain.send_signal(signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass  # a full disk or a closed pipe must not end who keeps the others alive

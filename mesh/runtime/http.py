@@ -183,6 +183,8 @@ async def _serve_connection(stream: trio.SocketStream, routes: Routes, slots: tr
             await _Connection(stream, routes).serve()
     except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
         pass  # the client went away or took too long; nothing is owed to it
+    except Exception:  # a supervisor: what one client sends must not end the program, whoever forgot to expect it
+        _log.exception("connection.failed")
     finally:
         slots.release_on_behalf_of(token)
 

@@ -157,8 +157,11 @@ class _LineLogger:
 
     def msg(self, line: str) -> None:
         stream = _sink.stream
-        stream.write(line)
-        stream.flush()
+        try:
+            stream.write(line)
+            stream.flush()
+        except OSError:
+            pass  # a full disk, a closed pipe: costs the line, never what was being done
 
     debug = info = warning = error = exception = critical = msg
 

@@ -11,8 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -33,6 +33,11 @@ _STEADY = 10.0
 _SCRAPE_SECONDS = 2.0
 _MOST_UNREAD = 10_000
 """Messages a mover may leave unread before it counts as stuck and is replaced: changes come a few a second."""
+PING_SECONDS = 15.0
+_MOST_MISSED = 2
+"""Pings in a row that a mover may leave unanswered before it is replaced. One may be our own fault: this process stood still."""
+_ACCEPT_PAUSE = 0.1
+_LOOK_AGAIN = 1.0
 
 _log = get_logger("movers")
 
@@ -67,6 +72,8 @@ class Mover:
     channel: Channel[messages.FromMover]
     _queue: trio.MemorySendChannel[tuple[messages.Message, list[int]]]
     scrapes: dict[int, tuple[trio.Event, list[messages.Scraped]]] = field(default_factory=dict)
+    pong: int = 0
+    """The number of the last `Ping` that was answered."""
 
     @property
     def incarnation(self) -> str:
@@ -74,17 +81,22 @@ class Mover:
         return f"{self.name}/{self.pid}"
 
     def post(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
-        """Send, in order, as soon as the mover reads. Descriptors are duplicated: the caller's stay its own."""
+        """Send, in order, as soon as the mover reads. Descriptors are duplicated: the caller's stay its own. Raises OSError when there
+        are none left to duplicate them."""
         if self._queue.statistics().current_buffer_used >= _MOST_UNREAD:
-            _log.error("mover.not_reading", mover=self.name, pid=self.pid)
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+            self.kill("it reads nothing")
             return
-        duplicates = [os.dup(descriptor) for descriptor in descriptors]
+        duplicates = _duplicate(descriptors)
         try:
             self._queue.send_nowait((message, duplicates))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             close_all(duplicates)  # it has just ended
+
+    def kill(self, because: str) -> None:
+        """It is stuck: its slot gets another, its connections are lost."""
+        _log.error("mover.stuck", mover=self.name, pid=self.pid, because=because)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
 
 class Movers:
@@ -96,6 +108,9 @@ class Movers:
         self._follower = follower
         self._living: dict[str, Mover] = {}
         self._joined: dict[str, trio.Event] = {}
+        self._pids: dict[str, int] = {}
+        """Which process a slot has, once that is decided."""
+        self._surplus: set[int] = set()
         self._request = 0
         self._stopping = False
         self._all_left = trio.Event()
@@ -172,7 +187,12 @@ class Movers:
     async def _accept(self, listener: trio.SocketListener) -> None:
         async with trio.open_nursery() as nursery:
             while True:
-                stream = await listener.accept()
+                try:
+                    stream = await listener.accept()
+                except OSError as exc:  # no descriptors are left: others may be given back
+                    _log.error("accept.failed", error=str(exc))
+                    await trio.sleep(_ACCEPT_PAUSE)
+                    continue
                 nursery.start_soon(self._serve, stream.socket)
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
@@ -184,28 +204,72 @@ class Movers:
             hello, _ = await channel.receive()
             if not isinstance(hello, messages.Hello):
                 raise ChannelClosed(f"expected Hello, got {type(hello).__name__}")
-            holding = [await self._receive_holding(channel) for _ in range(hello.pods)]
-            mover = self._living[hello.mover] = Mover(hello.mover, hello.pid, channel, send)
-            self._joined.setdefault(hello.mover, trio.Event()).set()
-            _log.info("mover.joined", mover=hello.mover, pid=hello.pid, pods=hello.pods)
-            self._follower.mover_joined(mover, holding)
+            if self._is_surplus(hello):
+                raise ChannelClosed("another process has its slot")
+            async with _closing_unless_taken() as holding:
+                for _ in range(hello.pods):
+                    holding.append(await self._receive_holding(channel))
+                self._replace(hello.mover)
+                mover = self._living[hello.mover] = Mover(hello.mover, hello.pid, channel, send)
+                self._joined.setdefault(hello.mover, trio.Event()).set()
+                _log.info("mover.joined", mover=hello.mover, pid=hello.pid, pods=hello.pods)
+                taken = tuple(holding)
+                holding.clear()
+                self._follower.mover_joined(mover, taken)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send_queued, channel, receive)
+                nursery.start_soon(self._watch, mover)
                 while True:
                     message, descriptors = await channel.receive()
                     close_all(descriptors)
                     self._said(mover, message)
         except* ChannelClosed:
             pass
+        except* OSError as exc:  # no descriptors are left: the mover comes again
+            _log.error("mover.not_met", error=str(exc.exceptions[0]))
         finally:
             channel.close()
             send.close()
             _discard(receive)
-            if mover is not None and self._living.get(mover.name) is mover:
-                del self._living[mover.name]
-                if not self._living:
-                    self._all_left.set()
-                self._follower.mover_left(mover)
+            if mover is not None:
+                self._leave(mover)
+
+    def _is_surplus(self, hello: messages.Hello) -> bool:
+        """Whether the slot has another process, which is alive: this one was started by a brain that died before it could note it down.
+        It would serve with what it last heard, so it is told to drain."""
+        if self._pids.get(hello.mover) in (None, hello.pid) and hello.mover in self._names:
+            return False
+        if hello.pid not in self._surplus and _is_mover(hello.pid, hello.mover):
+            self._surplus.add(hello.pid)
+            _log.warning("mover.surplus", mover=hello.mover, pid=hello.pid)
+            with suppress(ProcessLookupError):
+                os.kill(hello.pid, signal.SIGTERM)
+        return True
+
+    def _replace(self, name: str) -> None:
+        """The mover has come again before we saw that its last connection was over."""
+        before = self._living.get(name)
+        if before is not None:
+            self._leave(before)
+            before.channel.close()
+
+    def _leave(self, mover: Mover) -> None:
+        if self._living.get(mover.name) is mover:
+            del self._living[mover.name]
+            if not self._living:
+                self._all_left.set()
+            self._follower.mover_left(mover)
+
+    async def _watch(self, mover: Mover) -> None:
+        """A mover that stands still accepts connections no more, but they go on being given to it: find that out and have it replaced."""
+        number = 0
+        while True:
+            await trio.sleep(PING_SECONDS)
+            if number - mover.pong >= _MOST_MISSED:
+                mover.kill(f"it has answered nothing for {(number - mover.pong) * PING_SECONDS:g} s")
+                return
+            number += 1
+            mover.post(messages.Ping(number))
 
     async def _receive_holding(self, channel: Channel[messages.FromMover]) -> Holding:
         message, descriptors = await channel.receive()
@@ -224,7 +288,9 @@ class Movers:
                 close_all(descriptors)
 
     def _said(self, mover: Mover, message: messages.FromMover) -> None:
-        if isinstance(message, messages.Scraped):
+        if isinstance(message, messages.Pong):
+            mover.pong = message.number
+        elif isinstance(message, messages.Scraped):
             waiting = mover.scrapes.get(message.request)
             if waiting is not None:
                 waiting[1].append(message)
@@ -242,8 +308,15 @@ class Movers:
             started = trio.current_time()
             process: subprocess.Popen[bytes] | None = None
             if pid is None:
-                process = self._start(name)
+                try:
+                    process = self._start(name)
+                except OSError as exc:  # no memory, processes or descriptors are left
+                    _log.error("mover.not_started", mover=name, error=str(exc), restart_in=pause)
+                    await trio.sleep(pause)
+                    pause = min(pause * 2, _LONGEST_PAUSE)
+                    continue
                 pid = process.pid
+            self._pids[name] = pid
             await _wait_ended(pid)
             if process is not None:
                 process.wait()
@@ -251,6 +324,7 @@ class Movers:
                 return
             if trio.current_time() - started > _STEADY:
                 pause = _FIRST_PAUSE
+            del self._pids[name]
             _log.warning("mover.ended", mover=name, pid=pid, status=process.returncode if process else "unknown", restart_in=pause)
             pid = None
             await trio.sleep(pause)
@@ -261,10 +335,11 @@ class Movers:
         pid = _read_pid(self._pid_file(name))
         if pid is None or not _is_mover(pid, name):
             return None
+        self._pids[name] = pid
         with trio.move_on_after(ADOPTION_SECONDS):
             await self._joined[name].wait()
             return pid
-        _log.error("mover.stuck", mover=name, pid=pid)
+        _log.error("mover.stuck", mover=name, pid=pid, because=f"it did not come within {ADOPTION_SECONDS:g} s")
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         await _wait_ended(pid)
@@ -278,7 +353,10 @@ class Movers:
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a signal to the brain's group is the brain's to handle
         )
-        self._pid_file(name).write_text(str(process.pid))
+        try:
+            self._pid_file(name).write_text(str(process.pid))
+        except OSError as exc:  # the next brain will not know it, and will have it drained: better than none now
+            _log.error("mover.not_noted", mover=name, pid=process.pid, error=str(exc))
         return process
 
     def _end_surplus(self, path: Path) -> None:
@@ -291,6 +369,29 @@ class Movers:
 
     def _pid_file(self, name: str) -> Path:
         return self._run_dir / f"mover-{name}.pid"
+
+
+@asynccontextmanager
+async def _closing_unless_taken() -> AsyncGenerator[list[Holding], None]:
+    """A list of what a mover hands over, whose descriptors are closed at the end: whoever takes them empties it."""
+    holding: list[Holding] = []
+    try:
+        yield holding
+    finally:
+        for held in holding:
+            close_all(held.descriptors)
+
+
+def _duplicate(descriptors: Sequence[int]) -> list[int]:
+    """All or none. Raises OSError."""
+    duplicates: list[int] = []
+    try:
+        for descriptor in descriptors:
+            duplicates.append(os.dup(descriptor))
+    except OSError:
+        close_all(duplicates)
+        raise
+    return duplicates
 
 
 def _discard(queue: trio.MemoryReceiveChannel[tuple[messages.Message, list[int]]]) -> None:
@@ -320,10 +421,14 @@ def _is_mover(pid: int, name: str) -> bool:
 
 async def _wait_ended(pid: int) -> None:
     """Until the process has ended; works for processes that are not our children."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
+    while True:
+        try:
+            fd = os.pidfd_open(pid)
+            break
+        except ProcessLookupError:
+            return
+        except OSError:  # no descriptors are left
+            await trio.sleep(_LOOK_AGAIN)
     try:
         await trio.lowlevel.wait_readable(fd)
     finally:

@@ -41,7 +41,7 @@ from ztunnel_py.supervisor import LIFELINE
 RECONNECT_SECONDS = 0.05
 """How often a mover looks for a new brain: a restart of the brain is noticed at once, and the look costs one system call."""
 LONGEST_RECONNECT_SECONDS = 2.0
-"""How long it waits at most when the brain is there but talks go wrong at once (no descriptors are left): each begins with the whole state."""
+"""At most so long between tries when the brain is there but every talk breaks off (no descriptors): each begins with all state."""
 STEADY_SECONDS = 1.0
 _LAST_WORDS = 0.05
 OUTGOING = 4096

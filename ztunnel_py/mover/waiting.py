@@ -33,10 +33,13 @@ class WaitingRoom(Generic[K]):
         return first
 
     def settle(self, key: K) -> None:
-        """Call whoever waits for ``key``; they look for themselves what came."""
+        """Call whoever waits for ``key``; they look for themselves what came. One that fails keeps none of the others waiting."""
         for on_settled, timer in self._waiting.pop(key, []):
             timer.cancel()
-            on_settled()
+            try:
+                on_settled()
+            except Exception as exc:
+                self._reactor.report(exc, f"who waited for {key}")
 
     def waited_for(self) -> tuple[K, ...]:
         """Every key that somebody waits for."""
