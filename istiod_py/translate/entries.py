@@ -20,17 +20,30 @@ _GROUP = "networking.istio.io"
 _AS_DIALLED = LoadBalancing(mode=LoadBalancingMode.PASSTHROUGH, health_policy=HealthPolicy.ALLOW_ALL)
 
 
+def visibility(entry: KubeServiceEntry) -> Visibility | None:
+    """Who sees its hosts; None: nobody. (Istio decides this by a setting of the mesh alone.)
+
+    The protocol of node proxies knows everybody and the own namespace. A list of namespaces can't be said, and becomes the own one if
+    that is listed: never more than was asked for.
+    """
+    exported = set(entry.export_to) or {"*"}
+    if "*" in exported:
+        return Visibility.PUBLIC
+    return Visibility.NAMESPACE if exported & {".", entry.namespace} else None
+
+
 def translate_host(
     entry: KubeServiceEntry,
     host: str,
     *,
     vips: tuple[IpAddress, ...],
-    visible: Visibility,
     canonical: bool,
     namespace_annotations: Mapping[str, str],
     network: str,
 ) -> Service:
     """One host of a ServiceEntry. ``vips``: its automatic addresses, for an entry without addresses of its own."""
+    visible = visibility(entry)
+    assert visible is not None, "an entry that nobody sees owns no host"
     single = [cidr.network_address for cidr in entry.addresses if cidr.num_addresses == 1]
     return Service(
         name=entry.name,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 
 from istiod_py.translate.config import Config
+from istiod_py.translate.entries import visibility
 from istiod_py.translate.services import service_key
 from istiod_py.translate.vips import Wanting, allocate
 from mesh.kube.service import KubeService
@@ -38,18 +39,6 @@ def settle_hosts(entries: Sequence[KubeServiceEntry], services: Iterable[KubeSer
     for key, entry in owners.items():
         of[entry.namespace, entry.name] = (*of.get((entry.namespace, entry.name), ()), key.hostname)
     return Hosts(of, _find_canonical(owners, of_services), _allocate(owners, of_services.values(), entries))
-
-
-def visibility(entry: KubeServiceEntry) -> Visibility | None:
-    """Who sees its hosts; None: nobody. (Istio decides this by a setting of the mesh alone.)
-
-    The protocol of node proxies knows everybody and the own namespace. A list of namespaces can't be said, and becomes the own one if
-    that is listed: never more than was asked for.
-    """
-    exported = set(entry.export_to) or {"*"}
-    if "*" in exported:
-        return Visibility.PUBLIC
-    return Visibility.NAMESPACE if exported & {".", entry.namespace} else None
 
 
 def _find_owners(

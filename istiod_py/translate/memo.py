@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, TypeVarTuple
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+Ts = TypeVarTuple("Ts")
 
 
 class Memo(Generic[K, V]):
@@ -18,12 +19,12 @@ class Memo(Generic[K, V]):
         self._before: Mapping[K, tuple[tuple[object, ...], V]] = before._made if before is not None else {}
         self._made: dict[K, tuple[tuple[object, ...], V]] = {}
 
-    def make(self, key: K, inputs: tuple[object, ...], function: Callable[[], V]) -> V:
-        """``function``'s result, or the one from before if ``inputs`` equal those it was made from. They must be all that it depends on
-        besides the configuration. Inputs that are the same instances are equal at no cost."""
+    def make(self, key: K, inputs: tuple[*Ts], function: Callable[[*Ts], V]) -> V:
+        """``function(*inputs)``, or what it gave before for equal ``inputs``. They must be all that the result depends on besides the
+        configuration. Inputs that are the same instances are equal at no cost."""
         known = self._before.get(key)
         if known is None or known[0] != inputs:
-            known = inputs, function()
+            known = inputs, function(*inputs)
         self._made[key] = known
         return known[1]
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Generic, TypeVar
 
 from istiod_py.translate.authorization import L4Policy, close, translate_authorization
 from istiod_py.translate.config import Condition, Config
 from istiod_py.translate.entries import translate_host, translate_service_entry, translate_workload_entry
-from istiod_py.translate.hosts import Hosts, settle_hosts, visibility
+from istiod_py.translate.hosts import Hosts, settle_hosts
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
 from istiod_py.translate.pods import locality_of_node, translate_pod
-from istiod_py.translate.services import service_key, translate_service
+from istiod_py.translate.services import translate_service
 from istiod_py.translate.slices import ListedPods, translate_slice
 from istiod_py.translate.surroundings import SelectingEntry, Surroundings
 from mesh.kube.endpointslice import KubeEndpointSlice, read_endpoint_slice
@@ -29,7 +28,7 @@ from mesh.kube.policies import AuthorizationPolicy, PeerAuthentication, read_aut
 from mesh.kube.service import KubeService, read_service
 from mesh.kube.serviceentry import KubeServiceEntry, read_service_entry
 from mesh.kube.workloadentry import KubeWorkloadEntry, read_workload_entry
-from mesh.model.address import NamespacedHostname
+from mesh.model.address import IpAddress, NamespacedHostname
 from mesh.model.labels import NETWORK, REVISION
 from mesh.model.policy import Policy
 from mesh.model.service import Service
@@ -64,7 +63,9 @@ class Memory:
     peers: Mapping[ObjectKey, Read[PeerAuthentication]] = field(default_factory=dict)
     surroundings: Mapping[str, Surroundings] = field(default_factory=dict)
     workloads_made: Memo[ObjectKey, tuple[Workload, ...]] = field(default_factory=Memo)
-    services_made: Memo[str, Service | None] = field(default_factory=Memo)
+    services_made: Memo[ObjectKey, Service | None] = field(default_factory=Memo)
+    hosts_made: Memo[NamespacedHostname, Service] = field(default_factory=Memo)
+    settled: Memo[None, Hosts] = field(default_factory=Memo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,9 @@ class _Translator:
         self._network = root.labels.get(NETWORK, "") if root else ""
         same = memory.config == config
         self._workloads: Memo[ObjectKey, tuple[Workload, ...]] = Memo(memory.workloads_made if same else None)
-        self._services: Memo[str, Service | None] = Memo(memory.services_made if same else None)
+        self._services: Memo[ObjectKey, Service | None] = Memo(memory.services_made if same else None)
+        self._hosts_made: Memo[NamespacedHostname, Service] = Memo(memory.hosts_made if same else None)
+        self._settled: Memo[None, Hosts] = Memo(memory.settled if same else None)
 
     def translate(self) -> Translation:
         services = self._read("Service", read_service, self._memory.services)
@@ -127,8 +130,8 @@ class _Translator:
             *self._translate_slices(slices, services),
         )
         translated_services = {**self._translate_services(services), **self._translate_hosts(service_entries, hosts)}
-        self._workloads.seal()
-        self._services.seal()
+        for memo in (self._workloads, self._services, self._hosts_made, self._settled):
+            memo.seal()
         return Translation(
             workloads={workload.uid: workload for workload in workloads},
             services=translated_services,
@@ -147,6 +150,8 @@ class _Translator:
                 surroundings,
                 self._workloads,
                 self._services,
+                self._hosts_made,
+                self._settled,
             ),
         )
 
@@ -157,20 +162,15 @@ class _Translator:
         self, kind: str, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], before: Mapping[ObjectKey, Read[_T]]
     ) -> dict[ObjectKey, Read[_T]]:
         """Read all objects of a kind; one with mistakes keeps its last good version."""
+        # By identity, since making and hashing ten thousand keys is most of what an unchanged object would cost.
+        known = {read.obj: (key, read) for key, read in before.items()}
         result: dict[ObjectKey, Read[_T]] = {}
         for obj in self._of(kind):
-            last = before.get(obj.key)
-            if last is not None and last.obj is obj:
-                read = last
-            else:
-                value, problems = reader(obj)
-                problems = tuple(dict.fromkeys((*obj.problems, *problems)))
-                if problems and last is not None and last.good:
-                    read = Read(obj, last.value, problems, True)
-                else:
-                    read = Read(obj, value, problems, not problems)
-            result[obj.key] = read
-            self._problems.extend(read.problems)
+            same = known.get(obj)
+            key, read = same if same is not None else (obj.key, _read(obj, reader, before.get(obj.key)))
+            result[key] = read
+            if read.problems:
+                self._problems.extend(read.problems)
         return result
 
     def _translate_authorizations(
@@ -204,8 +204,13 @@ class _Translator:
         return resolve_mtls(good, mistaken, self._config)
 
     def _settle_hosts(self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], services: Mapping[ObjectKey, Read[KubeService]]) -> Hosts:
-        ordered = [entries[obj.key].value for obj in by_age([read.obj for read in entries.values() if read.good])]
-        hosts = settle_hosts(ordered, _good(services), self._config)
+        def settle(entries: tuple[KubeServiceEntry, ...], services: tuple[KubeService, ...]) -> Hosts:
+            return settle_hosts(entries, services, self._config)
+
+        if not entries:
+            return Hosts()
+        ordered = tuple(entries[obj.key].value for obj in by_age([read.obj for read in entries.values() if read.good]))
+        hosts = self._settled.make(None, (ordered, tuple(_good(services))), settle)
         for key, vips in hosts.vips.items():
             if all(ip.version != 4 for ip in vips):
                 owner = next(o for o in ordered if o.namespace == key.namespace and key.hostname in hosts.of.get((o.namespace, o.name), ()))
@@ -253,79 +258,85 @@ class _Translator:
     # Each of these yields the workloads of one kind of object.
 
     def _translate_pods(
-        self, pods: Mapping[ObjectKey, Read[KubePod]], listed_pods: ListedPods, surroundings: Mapping[str, Surroundings]
+        self, pods: Mapping[ObjectKey, Read[KubePod]], listed: ListedPods, surroundings: Mapping[str, Surroundings]
     ) -> Iterator[Workload]:
+        def make(pod: KubePod, around: Surroundings, listed: tuple[KubeService, ...], locality: Locality) -> tuple[Workload, ...]:
+            workload = translate_pod(pod, around=around, listed=listed, locality=locality, config=self._config)
+            return () if workload is None else (workload,)
+
         for key, read in pods.items():
             if read.good:
-                pod, around = read.value, surroundings[key.namespace]
-                listed = listed_pods.services_of(pod)
+                pod = read.value
                 locality = self._localities.get(pod.node, _NOWHERE)
-                make = partial(translate_pod, pod, around=around, listed=listed, locality=locality, config=self._config)
-                yield from self._workloads.make(key, (pod, around, listed, locality), partial(_as_tuple, make))
+                inputs = pod, surroundings[key.namespace], listed.services_of(pod), locality
+                yield from self._workloads.make(key, inputs, make)
 
     def _translate_workload_entries(
         self, entries: Mapping[ObjectKey, Read[KubeWorkloadEntry]], surroundings: Mapping[str, Surroundings]
     ) -> Iterator[Workload]:
+        def make(entry: KubeWorkloadEntry, around: Surroundings) -> tuple[Workload, ...]:
+            return (translate_workload_entry(entry, around=around, config=self._config),)
+
         for key, read in entries.items():
             if read.good:
-                around = surroundings[key.namespace]
-                make = partial(translate_workload_entry, read.value, around=around, config=self._config)
-                yield from self._workloads.make(key, (read.value, around), partial(_as_tuple, make))
+                yield from self._workloads.make(key, (read.value, surroundings[key.namespace]), make)
 
     def _translate_service_entries(
         self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], hosts: Hosts, surroundings: Mapping[str, Surroundings]
     ) -> Iterator[Workload]:
+        def make(entry: KubeServiceEntry, own: tuple[str, ...], around: Surroundings) -> tuple[Workload, ...]:
+            return translate_service_entry(entry, own, around=around, config=self._config)
+
         for key, read in entries.items():
             own = hosts.of.get((key.namespace, key.name), ())
             if own:
-                around = surroundings[key.namespace]
-                make = partial(translate_service_entry, read.value, own, around=around, config=self._config)
-                yield from self._workloads.make(key, (read.value, own, around), make)
+                yield from self._workloads.make(key, (read.value, own, surroundings[key.namespace]), make)
 
     def _translate_slices(
         self, slices: Mapping[ObjectKey, Read[KubeEndpointSlice]], services: Mapping[ObjectKey, Read[KubeService]]
     ) -> Iterator[Workload]:
+        def make(found: KubeEndpointSlice, service: KubeService, localities: Mapping[str, Locality], network: str) -> tuple[Workload, ...]:
+            return translate_slice(found, service, localities=localities, network=network, config=self._config)
+
         for key, read in slices.items():
             found = read.value
+            if not read.good or not found.endpoints:
+                continue
             service = services.get(ObjectKey("Service", key.namespace, found.service))
-            if read.good and found.endpoints and service is not None and service.good and service.value.type != "ExternalName":
+            if service is not None and service.good and service.value.type != "ExternalName":
                 localities = {e.node: self._localities[e.node] for e in found.endpoints if e.node in self._localities}
-                make = partial(translate_slice, found, service.value, localities=localities, network=self._network, config=self._config)
                 yield from self._workloads.make(key, (found, service.value, localities, self._network), make)
 
     def _translate_services(self, reads: Mapping[ObjectKey, Read[KubeService]]) -> dict[str, Service]:
+        def make(service: KubeService, annotations: Mapping[str, str], network: str) -> Service | None:
+            return translate_service(service, namespace_annotations=annotations, network=network, config=self._config)
+
         result: dict[str, Service] = {}
-        for service in _good(reads):
-            annotations = self._annotations(service.namespace)
-            make = partial(translate_service, service, namespace_annotations=annotations, network=self._network, config=self._config)
-            key = str(service_key(service, self._config))
-            made = self._services.make(key, (service, annotations, self._network), make)
-            if made is not None:
-                result[key] = made
+        for key, read in reads.items():
+            if read.good:
+                made = self._services.make(key, (read.value, self._annotations(key.namespace), self._network), make)
+                if made is not None:
+                    result[str(made.key)] = made
         return result
 
     def _translate_hosts(self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], hosts: Hosts) -> dict[str, Service]:
+        def make(
+            entry: KubeServiceEntry,
+            host: str,
+            vips: tuple[IpAddress, ...],
+            canonical: bool,
+            annotations: Mapping[str, str],
+            network: str,
+        ) -> Service:
+            return translate_host(entry, host, vips=vips, canonical=canonical, namespace_annotations=annotations, network=network)
+
         result: dict[str, Service] = {}
         for (namespace, name), own in hosts.of.items():
             entry, annotations = entries[ObjectKey("ServiceEntry", namespace, name)].value, self._annotations(namespace)
-            visible = visibility(entry)
-            assert visible is not None, "invisible entries own no host"
             for host in own:
                 key = NamespacedHostname(namespace, host)
-                vips, canonical = hosts.vips.get(key, ()), key in hosts.canonical
-                make = partial(
-                    translate_host,
-                    entry,
-                    host,
-                    vips=vips,
-                    visible=visible,
-                    canonical=canonical,
-                    namespace_annotations=annotations,
-                    network=self._network,
-                )
-                made = self._services.make(str(key), (entry, vips, visible, canonical, annotations, self._network), make)
-                if made is not None:
-                    result[str(key)] = made
+                inputs = entry, host, hosts.vips.get(key, ()), key in hosts.canonical, annotations, self._network
+                result[str(key)] = self._hosts_made.make(key, inputs, make)
         return result
 
     def _annotations(self, namespace: str) -> Mapping[str, str]:
@@ -337,6 +348,14 @@ _REVISIONED = frozenset({"AuthorizationPolicy", "PeerAuthentication", "ServiceEn
 _NOWHERE = Locality()
 
 
+def _read(obj: KubeObject, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], last: Read[_T] | None) -> Read[_T]:
+    value, problems = reader(obj)
+    problems = tuple(dict.fromkeys((*obj.problems, *problems)))
+    if problems and last is not None and last.good:
+        return Read(obj, last.value, problems, True)
+    return Read(obj, value, problems, not problems)
+
+
 def _good(reads: Mapping[ObjectKey, Read[_T]]) -> list[_T]:
     """In order of namespace and name."""
     return [reads[key].value for key in sorted(reads) if reads[key].good]
@@ -345,11 +364,6 @@ def _good(reads: Mapping[ObjectKey, Read[_T]]) -> list[_T]:
 def _list_pods(slices: Mapping[ObjectKey, Read[KubeEndpointSlice]], services: Mapping[ObjectKey, Read[KubeService]]) -> ListedPods:
     selectorless = {(s.namespace, s.name): s for s in _good(services) if not s.selector and s.type != "ExternalName"}
     return ListedPods((read.value for read in slices.values() if read.good), selectorless)
-
-
-def _as_tuple(make: Callable[[], Workload | None]) -> tuple[Workload, ...]:
-    workload = make()
-    return () if workload is None else (workload,)
 
 
 def _first(pair: tuple[str, Mapping[str, str]]) -> str:
