@@ -8,12 +8,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from mesh.state.store import MeshState
-
 from mesh.model.address import GatewayAddress
 from mesh.model.policy import Exact, Match, Policy, Prefix, Presence, ServiceAccountMatch, StringMatch, Suffix
 from mesh.model.service import HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, Service, Visibility
 from mesh.model.workload import Locality, TunnelProtocol, Workload
+from mesh.state.store import MeshState
 from ztunnel_py.config import AgentConfig
 
 Json = dict[str, Any]
