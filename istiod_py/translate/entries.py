@@ -32,6 +32,13 @@ def visibility(entry: KubeServiceEntry) -> Visibility | None:
     return Visibility.NAMESPACE if exported & {".", entry.namespace} else None
 
 
+def misses_out(entry: KubeServiceEntry) -> list[str]:
+    """The namespaces that ``exportTo`` names in vain."""
+    if "*" in entry.export_to:
+        return []
+    return [name for name in entry.export_to if name not in (".", "~", entry.namespace)]
+
+
 def translate_host(
     entry: KubeServiceEntry,
     host: str,

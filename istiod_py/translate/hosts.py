@@ -18,14 +18,25 @@ from mesh.model.service import Visibility
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A host of a ServiceEntry that is another's in its namespace."""
+
+    entry: KubeServiceEntry
+    host: str
+    owner: str
+    """E.g. ``Service web``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Hosts:
-    """The outcome for all ServiceEntries. Hosts that an entry lost to another are nowhere in it."""
+    """The outcome for all ServiceEntries. A host that an entry lost is in ``lost`` alone."""
 
     of: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
     """By namespace and name of the ServiceEntry."""
     canonical: frozenset[NamespacedHostname] = frozenset()
     vips: Mapping[NamespacedHostname, tuple[IpAddress, ...]] = field(default_factory=dict)
     """Only for hosts that want some."""
+    lost: tuple[Lost, ...] = ()
 
 
 def settle_hosts(entries: Sequence[KubeServiceEntry], services: Iterable[KubeService], config: Config) -> Hosts:
@@ -34,24 +45,26 @@ def settle_hosts(entries: Sequence[KubeServiceEntry], services: Iterable[KubeSer
     if not entries:
         return Hosts()
     of_services = {service_key(service, config): service for service in services if service.type != "ExternalName"}
-    owners = _find_owners(entries, of_services)
+    owners, lost = _find_owners(entries, of_services)
     of: dict[tuple[str, str], tuple[str, ...]] = {}
     for key, entry in owners.items():
         of[entry.namespace, entry.name] = (*of.get((entry.namespace, entry.name), ()), key.hostname)
-    return Hosts(of, _find_canonical(owners, of_services), _allocate(owners, of_services.values(), entries))
+    return Hosts(of, _find_canonical(owners, of_services), _allocate(owners, of_services.values(), entries), lost)
 
 
 def _find_owners(
     entries: Iterable[KubeServiceEntry], of_services: Mapping[NamespacedHostname, KubeService]
-) -> dict[NamespacedHostname, KubeServiceEntry]:
+) -> tuple[dict[NamespacedHostname, KubeServiceEntry], tuple[Lost, ...]]:
     owners: dict[NamespacedHostname, KubeServiceEntry] = {}
+    lost: list[Lost] = []
     for entry in entries:
-        if visibility(entry) is not None:
-            for host in entry.hosts:
-                key = NamespacedHostname(entry.namespace, host)
-                if key not in of_services:
-                    owners.setdefault(key, entry)
-    return owners
+        for host in entry.hosts if visibility(entry) is not None else ():
+            key = NamespacedHostname(entry.namespace, host)
+            if (service := of_services.get(key)) is not None:
+                lost.append(Lost(entry, host, f"Service {service.name}"))
+            elif (owner := owners.setdefault(key, entry)) is not entry:
+                lost.append(Lost(entry, host, f"ServiceEntry {owner.name}, which is older or comes first by name,"))
+    return owners, tuple(lost)
 
 
 def _find_canonical(

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from istiod_py.translate.authorization import L4Policy, close, translate_authorization
 from istiod_py.translate.config import Condition, Config
-from istiod_py.translate.entries import translate_host, translate_service_entry, translate_workload_entry
+from istiod_py.translate.entries import misses_out, translate_host, translate_service_entry, translate_workload_entry
 from istiod_py.translate.hosts import Hosts, settle_hosts
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
@@ -211,12 +211,24 @@ class _Translator:
             return Hosts()
         ordered = tuple(entries[obj.key].value for obj in by_age([read.obj for read in entries.values() if read.good]))
         hosts = self._settled.make(None, (ordered, tuple(_good(services))), settle)
-        for key, vips in hosts.vips.items():
-            if all(ip.version != 4 for ip in vips):
-                owner = next(o for o in ordered if o.namespace == key.namespace and key.hostname in hosts.of.get((o.namespace, o.name), ()))
-                read = entries[ObjectKey("ServiceEntry", owner.namespace, owner.name)]
-                self._problems.append(read.obj.problem(("spec", "addresses"), f"no automatic IPv4 address is left for {key.hostname}"))
+        self._report_hosts(entries, hosts)
         return hosts
+
+    def _report_hosts(self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], hosts: Hosts) -> None:
+        """What is right by itself and still has no effect, or not all of it, is told: else nobody would find out why."""
+        for lost in hosts.lost:
+            obj = entries[ObjectKey("ServiceEntry", lost.entry.namespace, lost.entry.name)].obj
+            self._problems.append(obj.problem(("spec", "hosts"), f"has no effect for {lost.host}: {lost.owner} has this hostname here"))
+        for key, read in entries.items():
+            if not read.good:
+                continue
+            for host in hosts.of.get((key.namespace, key.name), ()):
+                vips = hosts.vips.get(NamespacedHostname(key.namespace, host))
+                if vips is not None and all(ip.version != 4 for ip in vips):
+                    self._problems.append(read.obj.problem(("spec", "addresses"), f"no automatic IPv4 address is left for {host}"))
+            if missing := misses_out(read.value):
+                message = f"node proxies know no lists of namespaces: it is not visible in {', '.join(missing)}"
+                self._problems.append(read.obj.problem(("spec", "exportTo"), message))
 
     def _find_selecting(self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], hosts: Hosts) -> dict[str, list[SelectingEntry]]:
         """By namespace, in order of name: the ServiceEntries that select workloads."""

@@ -117,6 +117,8 @@ PEERS = st.builds(
     }), NAMESPACES, NAMES, SELECTORS.map(lambda s: s if s is None or s["matchLabels"] else None), st.none() | MODES,
     st.dictionaries(st.sampled_from([80, 90]), MODES, max_size=2),
 )  # fmt: skip
+NOTICES = ("has no effect for", "node proxies know no lists")
+"""Said of objects that are right, and translated."""
 OBJECTS = st.one_of(PODS, PODS, SERVICES, SLICES, SERVICE_ENTRIES, WORKLOAD_ENTRIES, NODES, SPACES, AUTHORIZATIONS, PEERS)
 STEPS = st.lists(OBJECTS | st.tuples(st.just("remove"), st.integers(0, 20)), max_size=25)
 
@@ -134,7 +136,7 @@ def test_growing_by_changes_ends_where_translating_at_once_does(steps: list[Kube
         translation = translate(objects.values(), translation, Config())
         at_once = translate(reversed(list(objects.values())), None, Config())
         assert translation == at_once
-        assert translation.problems == ()
+        assert all(problem.message.startswith(NOTICES) for problem in translation.problems)
         named = {name for workload in translation.workloads.values() for name in workload.authorization_policies}
         assert named <= translation.policies.keys()
 
@@ -174,6 +176,26 @@ def corrupted(raw: dict[str, object], path: tuple[str | int, ...], how: str) -> 
     else:
         parent[last] = {"empty": None, "number": 7, "list": [], "text": "\u00bfwhat?"}.get(how)  # type: ignore[index]  # as above
     return result
+
+
+@given(
+    SERVICES | SLICES | SERVICE_ENTRIES | WORKLOAD_ENTRIES | PODS,
+    st.data(),
+    st.sampled_from(["misspelt", "empty", "number", "list", "text"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_mistake_in_an_object_leaves_everything_as_it_was(obj: KubeObject, data: st.DataObject, how: str) -> None:
+    body = {key: value for key, value in obj.raw.items() if key not in ("apiVersion", "kind", "metadata")}
+    path = data.draw(st.sampled_from(sorted((path for path in leaves(body) if path), key=str)))
+    broken = made(obj.kind, obj.namespace, obj.name, {"metadata": obj.raw.get("metadata", {}), **corrupted(body, path, how)})
+    service = made("Service", obj.namespace, "a", {"spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80}]}})
+    others = [] if obj.kind == "Service" else [service]
+    before = translate([obj, *others], None, Config())
+    after = translate([broken, *others], before, Config())
+    if any(not problem.message.startswith(NOTICES) for problem in after.problems):
+        assert (after.workloads, after.services) == (before.workloads, before.services)
+        assert translate([broken, *others], None, Config()).workloads.keys() <= before.workloads.keys()
+        assert all(problem.file == "x" for problem in after.problems)
 
 
 CONNECTIONS = st.builds(

@@ -187,6 +187,9 @@ def test_in_a_namespace_a_hostname_is_the_oldest_entrys() -> None:
     translation = translation_of(text)
     assert {key: found.name for key, found in translation.services.items()} == {"shop/a.b": "old", "shop/c.d": "new"}
     assert {w.name: [k.hostname for k in w.services] for w in translation.workloads.values()} == {"old": ["a.b"], "new": ["c.d"]}
+    (problem,) = translation.problems
+    assert (problem.line, problem.field) == (5, "spec.hosts")
+    assert problem.message.startswith("has no effect for a.b: ServiceEntry old, which is older")
 
 
 def test_an_entry_that_lost_all_its_hosts_has_no_workloads() -> None:
@@ -226,6 +229,10 @@ def test_who_sees_it(export: str, visible: Visibility | None) -> None:
     translation = translation_of(entry(f"{{hosts: [a.b], {STATIC}, {export}}}"))
     assert [found.visibility for found in translation.services.values()] == ([visible] if visible else [])
     assert bool(translation.workloads) == bool(visible)
+    assert [(p.field, p.message) for p in translation.problems] == (
+        [("spec.exportTo", "node proxies know no lists of namespaces: it is not visible in other")]
+        if "other" in export else []
+    )  # fmt: skip
 
 
 def test_entries_and_policies_for_another_control_plane_are_passed_over() -> None:
