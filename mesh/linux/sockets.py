@@ -12,7 +12,7 @@ from ipaddress import IPv4Address
 from typing import Final
 
 from mesh.linux.netns import ipv6_enabled
-from mesh.model.address import IpAddress, SocketAddress, ip_from_bytes, parse_ip
+from mesh.model.address import IpAddress, SocketAddress, ip_from_bytes, ip_text, parse_ip
 
 # Constants that Python 3.11's socket module lacks; linux/in.h, linux/in6.h, linux/netfilter_ipv4.h.
 SOL_IP: Final = 0
@@ -123,7 +123,7 @@ def _bind_foreign(sock: socket.socket, source: IpAddress) -> None:
         sock.setsockopt(SOL_IP, IP_FREEBIND, 1)
     # The port is chosen by connect(), per destination: bind() would choose among 28 000 for all destinations together.
     sock.setsockopt(SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-    sock.bind((str(source), 0))
+    sock.bind((ip_text(source), 0))
 
 
 def _original_v4(sock: socket.socket) -> SocketAddress | None:

@@ -52,8 +52,8 @@ def parse_cidr(text: str) -> Cidr:
         raise InvalidAddress(f"not an IP address or CIDR: {text!r}") from exc
 
 
-# Of the same few addresses every connection asks it several times, and `ipaddress` puts it together anew each time.
-_text_of: Callable[[IpAddress], str] = lru_cache(maxsize=4096)(str)
+ip_text: Callable[[IpAddress], str] = lru_cache(maxsize=4096)(str)
+"""The text of an address. `ipaddress` puts it together anew each time, and a connection asks several times."""
 
 
 class SocketAddress(NamedTuple):
@@ -75,7 +75,7 @@ class SocketAddress(NamedTuple):
         return cls(ip, int(port))
 
     def __str__(self) -> str:
-        ip = _text_of(self.ip)
+        ip = ip_text(self.ip)
         return f"[{ip}]:{self.port}" if ":" in ip else f"{ip}:{self.port}"
 
 

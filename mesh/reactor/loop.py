@@ -202,6 +202,8 @@ class Reactor:
             self._run_timers()
         if self._soon:
             self._run_soon()
+            if self._soon:  # what a call asks for, as a relay's end a log line, most often need not wait for another look at the events
+                self._run_soon()
         for _ in range(len(self._guest_soon)):
             self._guest_soon.popleft()()
 

@@ -63,8 +63,8 @@ class TunnelRelay:
     """A socket on one end, an HBONE tunnel on the other."""
 
     __slots__ = (
-        "_fd", "_first_closed", "_hung_up", "_linger", "_on_close", "_pending", "_reactor", "_side", "_sock", "_sock_ended", "_tunnel",
-        "_tunnel_done", "readable", "received", "sent",
+        "_fd", "_first_closed", "_hung_up", "_linger", "_on_close", "_pending", "_reactor", "_side", "_sock", "_sock_ended",
+        "_told_of_room", "_tunnel", "_tunnel_done", "readable", "received", "sent",
     )  # fmt: skip
 
     def __init__(self, reactor: Reactor, sock: socket.socket, tunnel: Tunnel, on_close: OnRelayClose, side: Side) -> None:
@@ -75,6 +75,7 @@ class TunnelRelay:
         self._on_close: OnRelayClose | None = on_close
         self._side: Side = side
         self._pending = bytearray()  # from the tunnel, not yet taken by the socket
+        self._told_of_room = False  # epoll was asked to, since the socket once did not take all
         self._hung_up = False  # epoll announced the end of what the socket has to give: read up to it
         self._sock_ended = False
         self._tunnel_done = False
@@ -150,6 +151,14 @@ class TunnelRelay:
             for chunk in chunks:
                 pending += chunk
             return
+        self._send(chunks)
+        if pending and not self._told_of_room:
+            self._told_of_room = True
+            self._reactor.modify(self._fd, CONNECTION)
+
+    def _send(self, chunks: list[memoryview]) -> None:
+        """As much as the socket takes; the rest becomes pending."""
+        pending = self._pending
         try:
             if len(chunks) == 1:
                 data = chunks[0]
@@ -459,8 +468,11 @@ def relay_tunnel(
     before this returns, if the tunnel is dead already.
     """
     relay = TunnelRelay(reactor, sock, tunnel, on_close, sock_is)
-    reactor.add(relay._fd, CONNECTION, relay._on_event, relay.abort)
+    reactor.add(relay._fd, CONNECTION & ~OUT, relay._on_event, relay.abort)  # nearly every socket has room at first: no news
     tunnel.attach(relay)
+    if sock_is == "downstream" and tunnel.alive:
+        relay.readable = True  # most clients have spoken by now: look at once rather than wake for it
+        tunnel.want_write()
     return relay
 
 

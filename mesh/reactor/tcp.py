@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeAlias
 
-from mesh.model.address import IpAddress, SocketAddress, parse_ip
+from mesh.model.address import IpAddress, SocketAddress, ip_text, parse_ip
 from mesh.reactor.loop import Reactor, Timer
 
 ACCEPT_BATCH = 32
@@ -149,12 +149,16 @@ class Pending:
 
     def _start(self, address: SocketAddress, timeout: float) -> None:
         try:
-            code = self._sock.connect_ex(sockaddr(self._sock.family, address))
+            target = sockaddr(self._sock.family, address)
+            code = self._sock.connect_ex(target)
+            if code == errno.EINPROGRESS:
+                # On the same host, as from a proxy to its application, the handshake is over by now; only a further call learns of it.
+                code = self._sock.connect_ex(target)
         except OSError as exc:
             failure = exc
             self._reactor.call_soon(lambda: self._done(failure))
             return
-        if code == errno.EINPROGRESS:
+        if code == errno.EALREADY:
             self._timer = self._reactor.call_later(timeout, self._on_timeout)
             self._reactor.add(self._fd, select.EPOLLOUT | select.EPOLLET, self._on_writable, self._on_crash)
         else:
@@ -203,5 +207,5 @@ def connect(reactor: Reactor, sock: socket.socket, address: SocketAddress, timeo
 def sockaddr(family: int, address: SocketAddress) -> tuple[str, int]:
     """``address`` as ``connect`` and ``bind`` take it for a socket of ``family``; IPv4 is mapped for an IPv6 socket."""
     if family == socket.AF_INET6 and address.ip.version == 4:
-        return f"::ffff:{address.ip}", address.port
-    return str(address.ip), address.port
+        return f"::ffff:{ip_text(address.ip)}", address.port
+    return ip_text(address.ip), address.port

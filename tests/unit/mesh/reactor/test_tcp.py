@@ -5,7 +5,7 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -143,17 +143,38 @@ def test_connect_to_a_closed_port_is_refused(thread: ReactorThread) -> None:
     assert error.errno == errno.ECONNREFUSED
 
 
-def test_connect_that_nobody_answers_times_out(thread: ReactorThread) -> None:
-    with socket.socket() as full:  # a full accept queue drops the SYN
+@pytest.fixture
+def full() -> Iterator[socket.socket]:
+    """A listener whose accept queue is full, so that it drops every SYN."""
+    with socket.socket() as full, ExitStack() as stack:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        with ExitStack() as stack:
-            for _ in range(4):
-                filler = stack.enter_context(socket.socket())
-                filler.setblocking(False)
-                filler.connect_ex(full.getsockname())
-            error = dial(thread, socket_address(full.getsockname()), timeout=0.05)
-    assert isinstance(error, TimeoutError)
+        full.setblocking(False)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        yield full
+
+
+def test_connect_that_nobody_answers_times_out(thread: ReactorThread, full: socket.socket) -> None:
+    assert isinstance(dial(thread, socket_address(full.getsockname()), timeout=0.05), TimeoutError)
+
+
+def test_connect_that_is_answered_late_succeeds(thread: ReactorThread, full: socket.socket) -> None:
+    results: list[OSError | None] = []
+    with socket.socket() as sock, ExitStack() as stack:
+        sock.setblocking(False)
+        thread.call(lambda: connect(thread.reactor, sock, socket_address(full.getsockname()), 30, results.append))
+        assert results == []
+
+        def make_room() -> bool:
+            with suppress(BlockingIOError):
+                stack.enter_context(full.accept()[0])
+            return bool(results)
+
+        wait_until(make_room, "a repeated SYN to be answered", timeout=30)
+    assert results == [None]
 
 
 def test_connect_without_a_route_fails_at_once(thread: ReactorThread) -> None:
