@@ -44,7 +44,7 @@ _PREFERENCES = {
     "PreferSameZone": _CLOSE,
     "PreferSameNode": (*_CLOSE, LoadBalancingScope.SUBZONE, LoadBalancingScope.NODE),
 }
-_FAILOVERS = {name: LoadBalancing(scopes, LoadBalancingMode.FAILOVER) for name, scopes in _PREFERENCES.items()}
+_FAILOVERS = {name.lower(): LoadBalancing(scopes, LoadBalancingMode.FAILOVER) for name, scopes in _PREFERENCES.items()}
 _FAMILIES = {
     frozenset({"IPv4"}): IpFamilies.IPV4_ONLY,
     frozenset({"IPv6"}): IpFamilies.IPV6_ONLY,
@@ -108,7 +108,7 @@ def _load_balancing(service: KubeService, namespace_annotations: Mapping[str, st
     if service.internal_traffic_local:
         return LoadBalancing((LoadBalancingScope.NODE,), LoadBalancingMode.STRICT, health)
     if service.traffic_distribution:
-        chosen: LoadBalancing | None = _FAILOVERS[service.traffic_distribution]
+        chosen: LoadBalancing | None = _FAILOVERS[service.traffic_distribution.lower()]
     else:
         chosen = distribution_balancing(service.annotations, namespace_annotations)
     if health is HealthPolicy.ONLY_HEALTHY:
@@ -117,8 +117,9 @@ def _load_balancing(service: KubeService, namespace_annotations: Mapping[str, st
 
 
 def distribution_balancing(annotations: Mapping[str, str], namespace_annotations: Mapping[str, str]) -> LoadBalancing | None:
-    """As the annotation on the object says, else the one on its namespace. Istio ignores a value it does not know; so does this."""
+    """As the annotation on the object says, else the one on its namespace, in any case. Istio ignores a value it does not know; so
+    does this."""
     for where in (annotations, namespace_annotations):
-        if (chosen := _FAILOVERS.get(where.get(TRAFFIC_DISTRIBUTION, ""))) is not None:
+        if (chosen := _FAILOVERS.get(where.get(TRAFFIC_DISTRIBUTION, "").lower())) is not None:
             return chosen
     return None

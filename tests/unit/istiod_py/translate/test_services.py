@@ -115,6 +115,7 @@ def annotated(value: str) -> str:
     ("{}", annotated("PreferClose"), annotated("PreferSameNode"), CLOSE),
     ("{trafficDistribution: PreferSameNode}", annotated("PreferClose"), "", SAME_NODE),
     ("{}", annotated("Any"), "", None),
+    ("{}", annotated("preferclose"), "", CLOSE),
     ("{internalTrafficPolicy: Local, trafficDistribution: PreferClose}", "", "", LoadBalancing((NODE,), LoadBalancingMode.STRICT)),
     ("{publishNotReadyAddresses: true}", "", "", LoadBalancing(health_policy=HealthPolicy.ALLOW_ALL)),
     ("{publishNotReadyAddresses: true, trafficDistribution: PreferClose}", "", "",
