@@ -1,0 +1,65 @@
+"""Where each kind is found in the API: group, version and plural, and the paths they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from mesh.kube.kinds import KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """One collection of the API server."""
+
+    group: str
+    """``""``: the core group."""
+    version: str
+    plural: str
+    kind: str
+    namespaced: bool = True
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+    def collection(self, namespace: str = "") -> str:
+        """The path of all objects, or of those of one namespace."""
+        root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
+        return f"{root}/namespaces/{namespace}/{self.plural}" if namespace else f"{root}/{self.plural}"
+
+    def path(self, namespace: str, name: str, subresource: str = "") -> str:
+        """The path of one object, or of a part of it such as ``status``."""
+        base = f"{self.collection(namespace)}/{name}"
+        return f"{base}/{subresource}" if subresource else base
+
+    def __str__(self) -> str:
+        return f"{self.plural}.{self.group}" if self.group else self.plural
+
+
+def _read(kind: str, plural: str, version: str = "v1") -> Resource:
+    return Resource(KINDS[kind].group, version, plural, kind, KINDS[kind].namespaced)
+
+
+RESOURCES: Final[Mapping[str, Resource]] = {
+    resource.kind: resource
+    for resource in (
+        _read("Namespace", "namespaces"),
+        _read("Node", "nodes"),
+        _read("Pod", "pods"),
+        _read("Service", "services"),
+        _read("ServiceAccount", "serviceaccounts"),
+        _read("EndpointSlice", "endpointslices"),
+        _read("ServiceEntry", "serviceentries"),
+        _read("WorkloadEntry", "workloadentries"),
+        _read("AuthorizationPolicy", "authorizationpolicies"),
+        _read("PeerAuthentication", "peerauthentications"),
+    )
+}
+"""Of every kind that is read as configuration (`mesh.kube.kinds`)."""
+
+SECRETS: Final = Resource("", "v1", "secrets", "Secret")
+CONFIG_MAPS: Final = Resource("", "v1", "configmaps", "ConfigMap")
+LEASES: Final = Resource("coordination.k8s.io", "v1", "leases", "Lease")
+TOKEN_REVIEWS: Final = Resource("authentication.k8s.io", "v1", "tokenreviews", "TokenReview", namespaced=False)
