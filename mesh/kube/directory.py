@@ -18,6 +18,7 @@ from typing import Self
 
 import trio
 
+from mesh.kube.checked import check_object
 from mesh.kube.documents import MAX_FILE_SIZE, MalformedDocument, parse_chunk, parse_json, split_documents
 from mesh.kube.fields import Fields, describe, did_you_mean
 from mesh.kube.files import directories_under, files_under
@@ -25,6 +26,7 @@ from mesh.kube.kinds import KINDS, Kind
 from mesh.kube.label_edit import LabelError, edit_label, edit_labels
 from mesh.kube.objects import KubeObject, Layer, ObjectKey, Origin, SourceProblem, SourceSequence
 from mesh.kube.overlay import merge_patch, remove_overlay, write_overlay
+from mesh.kube.store import Changes
 from mesh.linux.inotify import DirectoryWatch
 
 __all__ = [
@@ -52,17 +54,6 @@ _DEBOUNCE = 0.2
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?\Z")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What a look at the directory found different. ``changed`` also names removed objects, and objects that only moved in their file."""
-
-    changed: frozenset[ObjectKey] = frozenset()
-    problems_changed: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.changed) or self.problems_changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,7 +390,7 @@ class _Assembly:
         for overlay in overlays:
             raw = merge_patch(raw, overlay.tree)
         assert isinstance(raw, Mapping)
-        built = _build(base, raw, layers)
+        built = check_object(base.api_version, base.key, raw, layers)
         return _Verdict(layers, built if not built.problems or KINDS[base.key.kind].fails_closed else None, built.problems)
 
     def _choose(self, key: ObjectKey, verdict: _Verdict) -> KubeObject | None:
@@ -420,17 +411,3 @@ class _Assembly:
 
 def _same_layers(before: Sequence[Layer], now: Sequence[Layer]) -> bool:
     return len(before) == len(now) and all(a.tree is b.tree and a.origin == b.origin for a, b in zip(before, now, strict=True))
-
-
-def _build(base: _Candidate, raw: Mapping[str, object], layers: tuple[Layer, ...]) -> KubeObject:
-    kind_name, namespace, name = base.key
-    draft = KubeObject(base.api_version, kind_name, namespace, name, raw, layers)
-    fields = Fields(draft)
-    metadata = fields.mapping("metadata")
-    labels = metadata.string_map("labels") if metadata else {}
-    annotations = metadata.string_map("annotations") if metadata else {}
-    if metadata:
-        metadata.string("uid")
-        metadata.string("creationTimestamp")
-    problems = (*fields.problems, *KINDS[kind_name].check(draft))
-    return KubeObject(base.api_version, kind_name, namespace, name, raw, layers, labels, annotations, problems)
