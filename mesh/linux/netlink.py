@@ -1,7 +1,7 @@
 """Netlink messages and attributes as bytes, and a netfilter conversation that tells which message of a batch failed.
 
 Our own few lines instead of pyroute2's NFTSocket, which gives every message of a transaction one sequence number, does not read the
-kernel's answers when it commits, and needs an event loop (docs/design/decisions/0007-nftables-over-netlink.md).
+kernel's answers when it commits, and needs an event loop (docs/design/decisions/0003-nftables-over-netlink.md).
 """
 
 from __future__ import annotations

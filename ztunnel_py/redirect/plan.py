@@ -1,7 +1,7 @@
 """What a pod's network namespace needs so that its TCP connections pass through the agent, as data. Pure.
 
 Tables, chains, order and marks are those of Istio's native nftables backend, with two differences, both so that enrolling and
-un-enrolling cost no living connection (docs/design/decisions/0008-capture-keeps-connections.md):
+un-enrolling cost no living connection (docs/design/decisions/0004-capture-keeps-connections.md):
 
 - only the packet that opens a connection is redirected;
 - releasing a pod empties the nat chains first and removes them only when the last redirected connection has ended.
