@@ -56,7 +56,18 @@ def run_mover(name: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the brain decides what it means
     config = read_config()
     reactor = Reactor(on_error=lambda error, where: _log.error("callback.failed", where=where, exc_info=error))
+    _collect_seldom()
     return reactor.run(Mover(name, config, reactor).run)
+
+
+def _collect_seldom() -> None:
+    """By default Python looks for cycles every 700 objects, about once a connection, and code and modules are looked through each time.
+
+    What a connection leaves in cycles is small and holds no descriptor: some hundred connections' worth may wait.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 class Mover:
