@@ -81,7 +81,7 @@ def _machine() -> dict[str, object]:
 
 
 def _is_optimized() -> bool:
-    """Whether the interpreter was built with profile-guided optimization, as distributions do; without, a connection costs a quarter more."""
+    """Whether the interpreter was built with profile-guided optimization, as distributions do."""
     return "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
 
 
