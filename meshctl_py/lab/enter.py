@@ -26,7 +26,7 @@ class Entry:
     ``join``: descriptors or paths of namespaces, joined in this order. ``hide``: a mount the command shall not see or hold (the lab's
     namespace handles: a copy of them would keep a deleted pod's namespace alive); None leaves it among the lab's own mounts, as the agents
     need. ``binds``: files that lie over others, source first. ``as_child``: the command becomes a child of this process, in the PID
-    namespace that was joined, and dies with it.
+    namespace that was joined, and dies with it. ``cgroups``: the ``cgroup.procs`` of the groups it belongs to, entered before all else.
     """
 
     argv: tuple[str, ...]
@@ -36,6 +36,7 @@ class Entry:
     hostname: str | None = None
     directory: str | None = None
     as_child: bool = False
+    cgroups: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
         """The argument vector that starts a process with this entry."""
@@ -57,6 +58,9 @@ def main() -> None:
 
 
 def _join(entry: Entry) -> None:
+    for members in entry.cgroups:
+        with open(members, "w") as file:
+            file.write("0")  # whoever writes
     for namespace in entry.join:
         descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC) if isinstance(namespace, str) else namespace
         kernel.setns(descriptor)
