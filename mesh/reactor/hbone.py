@@ -55,6 +55,10 @@ STORED_AT_MOST: Final = 32 << 20
 """Bytes that wait in all tunnels of one link together before the connection's credit is held back: eight full stream windows. A peer may
 open 200; without this bound it could make us store 800 MiB. What is under way then still comes, at most one connection window."""
 
+UNSENT_AT_MOST: Final = 1 << 20
+"""Bytes of answers, resets and window updates that may wait for a peer to read: far more than one who reads ever leaves. No window holds
+them back, so without this bound a peer that asks and never reads would fill our memory."""
+
 _FRAME_HEADER: Final = 9
 _SMALLEST_READ: Final = 2048
 """With less room than this left, a send goes out as it is."""

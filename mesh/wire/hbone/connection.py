@@ -174,6 +174,11 @@ class HboneConnection(ABC):
         self._outgoing.clear()
         return outgoing
 
+    @property
+    def outgoing_size(self) -> int:
+        """How many bytes `take_outgoing` would give. A peer that asks and never reads makes it grow: the driver must set a bound."""
+        return len(self._outgoing)
+
     def data_header(self, stream: int, length: int, end: bool = False) -> bytes:
         """The 9 bytes to send before ``length`` bytes of payload, which this deducts from the windows. ``end``: they are our last.
 

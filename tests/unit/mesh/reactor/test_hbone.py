@@ -18,6 +18,7 @@ from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, Path, ReactorThread, open_descriptors, read_all, tcp_listener, wait_until
 from mesh.tls.contexts import client_context, server_context
 from mesh.tls.peer import verify_client, verify_server
+from mesh.wire.frames import header_frames
 from mesh.wire.hbone import HboneClient
 
 MIB = 1 << 20
@@ -647,3 +648,22 @@ def test_a_dial_to_a_closed_port_is_answered_503(thread: ReactorThread, ingress:
         assert is_reset(egress)
         assert egress.refused[0].status == 503
         thread.call(egress.close)
+
+
+def test_a_peer_that_asks_and_never_reads_is_cut_off(thread: ReactorThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hbone, "UNSENT_AT_MOST", 2000)
+    with tcp_listener() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        ingress = thread.call(lambda: IngressProxy(thread.reactor, listener, SERVER))
+        monkeypatch.setattr(ingress, "_on_request", lambda request: request.refuse(503))
+        with RawClient(ingress) as client:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.shake_hands()
+            client.send_preface()
+            with pytest.raises((SSL.SysCallError, SSL.ZeroReturnError)):  # noqa: PT012
+                for stream in range(1, 200_001, 2):
+                    # Requests that end at once: neither the limit of streams nor the count of resets ever sees them.
+                    block = client.core._writer.request("10.0.0.1:80", {})
+                    client.tls.send(header_frames(stream, block, end_stream=True, max_frame_size=16384))
+        assert ending_of(ingress) == "protocol error: the peer sends and does not read"
+        thread.call(ingress.close)
