@@ -19,7 +19,7 @@ from mesh.testing.proxies import EgressProxy, IngressProxy, Path, ReactorThread,
 from mesh.tls.contexts import client_context, server_context
 from mesh.tls.peer import verify_client, verify_server
 from mesh.wire.frames import header_frames
-from mesh.wire.hbone import HboneClient
+from mesh.wire.hbone import HboneClient, patience
 
 MIB = 1 << 20
 ID = SpiffeId("cluster.local", "default", "client")
@@ -652,6 +652,7 @@ def test_a_dial_to_a_closed_port_is_answered_503(thread: ReactorThread, ingress:
 
 def test_a_peer_that_asks_and_never_reads_is_cut_off(thread: ReactorThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hbone, "UNSENT_AT_MOST", 2000)
+    monkeypatch.setattr(patience, "CAPACITY", 1e9)  # a read may bring more requests than there are streams
     with tcp_listener() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         ingress = thread.call(lambda: IngressProxy(thread.reactor, listener, SERVER))
