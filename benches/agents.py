@@ -99,6 +99,8 @@ def run(say: Callable[[str], None], *, gigabytes: float = 2.0, connections: int 
     with two_nodes(say) as lab, tempfile.TemporaryDirectory() as directory, envoys(lab, Path(directory)) as theirs:
         subjects = (ours(lab), theirs)
         for subject in subjects:
+            # Pods are captured before everybody has heard that they are; until then policy refuses the client, which has no identity yet.
+            _wait_until(lambda subject=subject: _passes(lab, subject), f"traffic passes through {subject.name}")  # type: ignore[misc]
             _traffic(lab, subject, Task("", "short", WARM_UP))
         for number in range(rounds):
             for task in tasks:
@@ -165,6 +167,14 @@ def _pod(namespace: str, name: str, node: str) -> dict[str, object]:
         container["readinessProbe"] = {"tcpSocket": {"port": PORT}}
     spec = {"nodeName": node, "serviceAccountName": name, "containers": [container]}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace}, "spec": spec}
+
+
+def _passes(lab: Lab, subject: Subject) -> bool:
+    try:
+        _traffic(lab, subject, Task("", "short", 1))
+    except Broken:
+        return False
+    return True
 
 
 def _traffic(lab: Lab, subject: Subject, task: Task) -> dict[str, float]:
