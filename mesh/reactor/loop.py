@@ -198,7 +198,8 @@ class Reactor:
                 registration.callback(mask)
             except Exception as exc:
                 self._callback_failed(fd, registration, exc)
-        if self._timers:
+        timers = self._timers
+        if timers and timers[0][0] <= time.monotonic():
             self._run_timers()
         if self._soon:
             self._run_soon()
@@ -211,7 +212,7 @@ class Reactor:
         if self._soon or self._guest_soon:
             return 0
         timers = self._timers
-        while timers and not timers[0][2].active:
+        while timers and timers[0][2]._fn is None:
             heapq.heappop(timers)
             self._cancelled_timers -= 1
         if not timers:
