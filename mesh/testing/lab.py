@@ -69,7 +69,7 @@ class Lab:
         return subprocess.Popen(self.command(where, *command), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     def curl(self, where: str, url: str, *options: str) -> subprocess.CompletedProcess[str]:
-        return self.run(where, "curl", "-sS", "-m", "5", *options, url)
+        return self.run(where, "curl", "-sS", "-m", "15", *options, url)
 
     def status(self) -> dict[str, Any]:
         """``meshctl lab status -o json``."""
