@@ -555,6 +555,8 @@ class HboneLink:
         if self._waiting > STORED_AT_MOST and not self._holding_credit:
             self._holding_credit = True
             self._core.hold_credit(True)
+        if self._core.outgoing_size > UNSENT_AT_MOST:
+            self._finish(f"{PROTOCOL_ERROR}the peer sends and does not read")
         if not self._closed and (self._core.has_outgoing or self._draining):
             self._schedule_pump()
 

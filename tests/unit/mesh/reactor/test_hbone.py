@@ -78,8 +78,12 @@ def is_reset(egress: EgressProxy) -> bool:
 class RawClient:
     """A client of an ingress that does what it likes: TLS on a blocking socket, and the bytes of a core or any others."""
 
-    def __init__(self, ingress: IngressProxy, context: SSL.Context = CLIENT) -> None:
-        self.sock = socket.create_connection((str(ingress.address.ip), ingress.address.port), timeout=10)
+    def __init__(self, ingress: IngressProxy, context: SSL.Context = CLIENT, *, receive_buffer: int | None = None) -> None:
+        self.sock = socket.socket()
+        if receive_buffer is not None:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.settimeout(10)
+        self.sock.connect((str(ingress.address.ip), ingress.address.port))
         self.sock.setblocking(True)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 10, 0))
         self.tls = SSL.Connection(context, self.sock)
@@ -657,8 +661,7 @@ def test_a_peer_that_asks_and_never_reads_is_cut_off(thread: ReactorThread, monk
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         ingress = thread.call(lambda: IngressProxy(thread.reactor, listener, SERVER))
         monkeypatch.setattr(ingress, "_on_request", lambda request: request.refuse(503))
-        with RawClient(ingress) as client:
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with RawClient(ingress, receive_buffer=4096) as client:
             client.shake_hands()
             client.send_preface()
             with pytest.raises((SSL.SysCallError, SSL.ZeroReturnError)):  # noqa: PT012
