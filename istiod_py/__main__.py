@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -23,7 +25,8 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="ambient-mesh", prog_name="istiod-py")
-@click.option("--source", required=True, type=_DIRECTORY, help="Directory of Kubernetes YAML; watched.")
+@click.option("--source", type=_DIRECTORY, help="Directory of Kubernetes YAML; watched. Either this or --kubeconfig.")
+@click.option("--kubeconfig", metavar="PATH|in-cluster", help="Read the API server of this kubeconfig, or of our own cluster.")
 @click.option(
     "--overlay", "overlays", multiple=True, type=_DIRECTORY, help="Directory of status to merge onto the source's objects; repeat."
 )
@@ -38,8 +41,17 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--debounce-ms", default=100, type=click.IntRange(0, 10_000), help="Changes that come within so many milliseconds are one push."
 )
+@click.option(
+    "--trusted-node-account",
+    "trusted",
+    multiple=True,
+    metavar="NAMESPACE/NAME",
+    default=("istio-system/ztunnel",),
+    help="Service account of node agents on Kubernetes; repeat.",
+)
 def main(
-    source: Path,
+    source: Path | None,
+    kubeconfig: str | None,
     overlays: tuple[Path, ...],
     state_dir: Path,
     listen: str,
@@ -50,11 +62,16 @@ def main(
     cluster_id: str,
     root_namespace: str,
     debounce_ms: int,
+    trusted: tuple[str, ...],
 ) -> None:
-    """The control plane: reads Kubernetes YAML, tells node agents what they need, and signs their certificates.
+    """The control plane: reads Kubernetes objects, tells node agents what they need, and signs their certificates.
 
     Logging is set by the environment: LOG_FORMAT (plain, json) and RUST_LOG (info, or SCOPE=LEVEL,...).
     """
+    if (source is None) == (not kubeconfig):
+        raise click.UsageError("give either --source or --kubeconfig")
+    if kubeconfig and (overlays or token_dir):
+        raise click.UsageError("--overlay and --token-dir go with --source only")
     config = Config(
         source=source,
         state_dir=state_dir,
@@ -67,6 +84,9 @@ def main(
         cluster_id=cluster_id,
         root_namespace=root_namespace,
         debounce=debounce_ms / 1000,
+        kubeconfig=kubeconfig or "",
+        trusted_node_accounts=frozenset(trusted),
+        replica=os.environ.get("POD_NAME") or socket.gethostname(),
     )
     try:
         configure_from()

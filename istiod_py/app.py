@@ -13,21 +13,22 @@ from typing import Final
 
 import trio
 
-from istiod_py.authenticate import Authenticator, NodeAuthorizer, TokenAuthenticator
+from istiod_py.authenticate import NodeAuthorizer
 from istiod_py.ca import CaError, CertificateAuthority
 from istiod_py.config import LONGEST_DEBOUNCE, Config
 from istiod_py.debounce import Debounce
 from istiod_py.dump import describe
 from istiod_py.files import PUBLIC_MODE, make_private_directory, write_atomically
-from istiod_py.pods import AssignedPods
 from istiod_py.problems import ProblemLog
 from istiod_py.serving import ServingTls
 from istiod_py.signing import SigningMetrics, SigningService, require_caller
 from istiod_py.snapshot import diff
-from istiod_py.tokens import TokenStore
+from istiod_py.sources import Source
+from istiod_py.sources.directory import DirectorySource
+from istiod_py.sources.kubernetes import KubernetesSource
 from istiod_py.translate import Config as TranslateConfig
 from istiod_py.translate import Translation, translate
-from mesh.kube.directory import IMPLICIT_NAMESPACES, DirectoryStore
+from mesh.kube.kubeconfig import KubeconfigError
 from mesh.rpc import Handler, Unary, serve
 from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound_addresses, open_listeners, serve_admin
 from mesh.runtime.readiness import Readiness
@@ -64,14 +65,18 @@ async def run_istiod(config: Config, *, task_status: trio.TaskStatus[Started] = 
     """Run until cancelled. Raises StartFailed before anything serves; ``nursery.start`` returns once everything does."""
     agents, monitoring = await _listen(config)
     try:
-        istiod = await trio.to_thread.run_sync(Istiod, config)
-    except (CaError, OSError) as exc:
+        source = await open_source(config, now())
+        istiod = await trio.to_thread.run_sync(Istiod, config, source)
+    except (CaError, KubeconfigError, OSError) as exc:
         for listener in (*agents, *monitoring):
             await listener.aclose()
         raise StartFailed(str(exc)) from exc
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve, agents, istiod.handlers(), tls=istiod.serving.context))
         await nursery.start(partial(serve_admin, istiod.routes(), monitoring))
+        nursery.start_soon(source.run)
+        await source.wait_synced()
+        await istiod.push_first()
+        await nursery.start(partial(serve, agents, istiod.handlers(), tls=istiod.serving.context))
         nursery.start_soon(istiod.watch_source)
         nursery.start_soon(istiod.run_pushes)
         nursery.start_soon(istiod.run_upkeep)
@@ -95,43 +100,39 @@ async def _listen(config: Config) -> tuple[list[trio.SocketListener], list[trio.
 
 
 class Istiod:
-    """The parts and how they hang together. Making one reads the source and the authority's files (and so blocks for a moment)."""
+    """The parts and how they hang together. Making one writes our own certificate (and so blocks for a moment)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, source: Source) -> None:
         """Raises CaError, OSError."""
-        if not config.source.is_dir():
-            raise NotADirectoryError(f"the source {config.source} is not a directory")
-        make_private_directory(config.state_dir)
         self._config = config
-        self._ca = open_authority(config, now())
+        self._source = source
+        self._store = source.store
+        self._ca = source.ca
+        self._pods = source.pods
         self._publish_root()
         self.serving = ServingTls(self._ca, config.serving_names, config.state_dir, now)
-        # The root namespace needs no Namespace object: without one, policies of the whole mesh would be passed over.
-        implicit = IMPLICIT_NAMESPACES | {config.root_namespace}
-        self._store = DirectoryStore([config.source, *config.overlays], implicit_namespaces=implicit)
         self._problems = ProblemLog()
         self._ignored: set[str] = set()
-        self._pods = AssignedPods()
-        self._tokens = TokenStore(config.tokens)
         self._debounce = Debounce(config.debounce, LONGEST_DEBOUNCE)
         self._translating = TranslateConfig(config.trust_domain, config.cluster_id, config.root_namespace)
         self._readiness = Readiness()
         self.ready = self._readiness.register("first push")
         self._registry = Registry()
-        self._authenticator: Authenticator = TokenAuthenticator(self._tokens, config.root_namespace)
+        self._authenticator = source.authenticator
         self._cache = ResourceCache()
         self._ads = AdsServer(self._cache, authenticate=partial(require_caller, self._authenticator))
         self._signing = SigningMetrics(self._registry)
         self._failures = self._registry.counter("pilot_push_failures", "Translations or pushes that ended in a defect").labelled()
         self._pushed = self._registry.counter("pilot_xds_pushes", "Pushes that changed a type", ("type",))
         self._add_metrics()
-        self._store.load()
-        self._tokens.reconcile(node.name for node in self._store.objects("Node"))
-        self._pods.update(self._store.objects("Pod"))
         self._translation = Translation()
-        self._publish(translate(self._store.objects(), None, self._translating))
 
     # Source to push
+
+    async def push_first(self) -> None:
+        """Have something to serve: agents take what a control plane that just started does not name as removed."""
+        self._pods.update(self._store.objects("Pod"))
+        self._publish(await trio.to_thread.run_sync(translate, self._store.objects(), None, self._translating))
 
     def _publish(self, translation: Translation) -> None:
         """Hand what changed to the agents and report what is wrong with the source."""
@@ -141,6 +142,7 @@ class Istiod:
         for type_url, names in changes.items():
             self._pushed.labelled(type_url).value += 1
             _log.info("pushed", type=type_url, resources=len(names), agents=len(self._ads.connections()))
+        self._source.report(translation.statuses)
         self._report_problems()
 
     async def watch_source(self) -> None:
@@ -148,10 +150,9 @@ class Istiod:
         async with aclosing(self._store.watch()) as changes_seen:
             async for changes in changes_seen:
                 kinds = {key.kind for key in changes.changed}
-                if "Node" in kinds:
-                    self._reconcile_tokens()
                 if "Pod" in kinds:
                     self._pods.update(self._store.objects("Pod"))
+                self._source.follow(kinds)
                 self._debounce.notify()
 
     async def run_pushes(self) -> None:
@@ -165,12 +166,6 @@ class Istiod:
             except Exception:  # supervisor: a defect that one object sets off must not take the mesh's control plane down
                 _log.exception("push.failed")
                 self._failures.value += 1
-
-    def _reconcile_tokens(self) -> None:
-        try:
-            self._tokens.reconcile(node.name for node in self._store.objects("Node"))
-        except OSError as exc:
-            _log.error("tokens.failed", directory=str(self._config.tokens), error=str(exc))
 
     def _report_problems(self) -> None:
         self._problems.update((*self._store.problems, *self._translation.problems))
@@ -186,7 +181,7 @@ class Istiod:
         while True:
             await trio.sleep(UPKEEP_INTERVAL + random.uniform(-UPKEEP_SPREAD, UPKEEP_SPREAD))
             try:
-                if self._ca.rotate_root(now()):
+                if await self._source.renew_root(now()):
                     self._publish_root()
                     _log.info("root.renewed", expires=self._ca.expires.isoformat())
                 if self.serving.due:
@@ -241,11 +236,12 @@ class Istiod:
         return [FamilySnapshot(name, "gauge", help, (), (Sample((), value),)) for name, help, value in gauges]
 
 
-def open_authority(config: Config, at: datetime) -> CertificateAuthority:
-    """The operator's authority if there is one, else our own. Raises CaError."""
-    if config.cacerts is not None:
-        return CertificateAuthority.plugged_in(config.cacerts, at)
-    return CertificateAuthority.self_signed(config.state_dir, config.trust_domain, at)
+async def open_source(config: Config, at: datetime) -> Source:
+    """Where objects, identities and the authority come from. Raises CaError, KubeconfigError, OSError."""
+    make_private_directory(config.state_dir)
+    if config.source is None:
+        return await KubernetesSource.open(config, at)
+    return await trio.to_thread.run_sync(DirectorySource, config, config.source, at)
 
 
 def describe_state(translation: Translation, ca: CertificateAuthority, agents: Sequence[ConnectionStatus]) -> dict[str, object]:

@@ -115,6 +115,11 @@ class CertificateAuthority:
         chain = b"".join(map(_pem, (leaf, *self._material.intermediates)))
         return ServingCertificate(_key_pem(key), chain, leaf.not_valid_before_utc, leaf.not_valid_after_utc)
 
+    def adopt(self, material: Material) -> bool:
+        """Sign with this from now on; says whether that changes what peers must trust."""
+        before, self._material = self._material, material
+        return before.roots_pem != material.roots_pem
+
     def rotate_root(self, now: datetime) -> bool:
         """Re-issue the own root with the same key if its grace period has begun; says whether it did. A plugged-in one is the operator's.
 
@@ -182,6 +187,37 @@ def _lifetime(requested: timedelta) -> timedelta:
 
 
 # The own root
+
+
+@dataclass(frozen=True, slots=True)
+class RootFiles:
+    """An own root as it is kept: PEM of key and certificate."""
+
+    key_pem: bytes = field(repr=False)
+    certificate_pem: bytes
+
+
+def new_root(trust_domain: str, now: datetime, key_pem: bytes | None = None, where: str = "") -> RootFiles:
+    """A root with a new key, or anew with this one (of ``where``). Raises CaError."""
+    key = _load_key(Path(where), key_pem) if key_pem is not None else ec.generate_private_key(ec.SECP256R1())
+    return RootFiles(key_pem if key_pem is not None else _key_pem(key), _pem(_make_root(key, trust_domain, now)))
+
+
+def read_root(root: RootFiles, where: str) -> Material:
+    """Ready to sign; ``where`` it was kept is for messages. Raises CaError."""
+    key = _load_key(Path(where), root.key_pem)
+    try:
+        certificate = x509.load_pem_x509_certificate(root.certificate_pem)
+    except (ValueError, x509.InvalidVersion) as exc:
+        raise CaError(f"{where}: no certificate in PEM: {exc}") from exc
+    if not _belong_together(key, certificate):
+        raise CaError(f"{where}: key and certificate do not belong together")
+    return Material(key, certificate, (), _pem(certificate), certificate.not_valid_after_utc)
+
+
+def is_due(material: Material, now: datetime) -> bool:
+    """Whether a root is to be issued anew."""
+    return _in_grace(material.certificate, now)
 
 
 def _load_or_create(state: Path, trust_domain: str, now: datetime) -> Material:

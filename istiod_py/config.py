@@ -14,9 +14,10 @@ LONGEST_DEBOUNCE: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """``source`` is the user's directory, ``overlays`` those of status; times in seconds. Addresses to listen on are ``host:port``."""
+    """``source`` is the user's directory, ``overlays`` those of status; None: the API server of ``kubeconfig`` is the source. Times in
+    seconds. Addresses to listen on are ``host:port``."""
 
-    source: Path
+    source: Path | None
     state_dir: Path
     overlays: tuple[Path, ...] = ()
     listen: str = ":15012"
@@ -27,6 +28,12 @@ class Config:
     cluster_id: str = "Kubernetes"
     root_namespace: str = "istio-system"
     debounce: float = 0.1
+    kubeconfig: str = ""
+    """``in-cluster``, or the path of a kubeconfig; instead of ``source``."""
+    trusted_node_accounts: frozenset[str] = frozenset({"istio-system/ztunnel"})
+    """``namespace/serviceaccount`` of node agents on Kubernetes: these may ask for identities of the pods on their node."""
+    replica: str = "istiod-py"
+    """This replica's name, for the leader's Lease."""
 
     @property
     def tokens(self) -> Path:

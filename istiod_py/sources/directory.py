@@ -1,0 +1,69 @@
+"""A control plane beside a directory of YAML: tokens of our own, the key in the state directory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from datetime import datetime
+from pathlib import Path
+
+import trio
+
+from istiod_py.authenticate import TokenAuthenticator
+from istiod_py.ca import CertificateAuthority
+from istiod_py.config import Config
+from istiod_py.pods import AssignedPods
+from istiod_py.tokens import TokenStore
+from istiod_py.translate import Condition
+from mesh.kube.directory import IMPLICIT_NAMESPACES, DirectoryStore
+from mesh.kube.objects import ObjectKey
+from mesh.telemetry.log import get_logger
+
+_log = get_logger("istiod")
+
+
+class DirectorySource:
+    """Reads the directory and the authority's files when made, and so blocks for a moment."""
+
+    def __init__(self, config: Config, directory: Path, now: datetime) -> None:
+        """Raises CaError, OSError."""
+        if not directory.is_dir():
+            raise NotADirectoryError(f"the source {directory} is not a directory")
+        self._directory = config.tokens
+        self.ca = open_authority(config, now)
+        self.pods = AssignedPods()
+        self._tokens = TokenStore(config.tokens)
+        self.authenticator = TokenAuthenticator(self._tokens, config.root_namespace)
+        # The root namespace needs no Namespace object: without one, policies of the whole mesh would be passed over.
+        implicit = IMPLICIT_NAMESPACES | {config.root_namespace}
+        self.store = DirectoryStore([directory, *config.overlays], implicit_namespaces=implicit)
+        self.store.load()
+        self._tokens.reconcile(node.name for node in self.store.objects("Node"))
+
+    async def run(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def wait_synced(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def follow(self, kinds: Collection[str]) -> None:
+        """A Node that comes gets a token, one that goes takes its own with it."""
+        if "Node" not in kinds:
+            return
+        try:
+            self._tokens.reconcile(node.name for node in self.store.objects("Node"))
+        except OSError as exc:
+            _log.error("tokens.failed", directory=str(self._directory), error=str(exc))
+
+    def report(self, statuses: Mapping[ObjectKey, tuple[Condition, ...]]) -> None:
+        """The user's files are not ours to write to; ``/debug/config_dump`` has the conditions."""
+
+    async def renew_root(self, now: datetime) -> bool:
+        await trio.lowlevel.checkpoint()
+        return self.ca.rotate_root(now)
+
+
+def open_authority(config: Config, at: datetime) -> CertificateAuthority:
+    """The operator's authority if there is one, else our own in the state directory. Raises CaError."""
+    if config.cacerts is not None:
+        return CertificateAuthority.plugged_in(config.cacerts, at)
+    return CertificateAuthority.self_signed(config.state_dir, config.trust_domain, at)

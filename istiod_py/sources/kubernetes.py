@@ -1,0 +1,119 @@
+"""A control plane in a cluster: objects by watch, callers by TokenReview, the key in a Secret, reports written by one leader."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
+from typing import Final, Self
+
+import trio
+
+from istiod_py.ca import CaError, CertificateAuthority
+from istiod_py.config import Config
+from istiod_py.pods import AssignedPods
+from istiod_py.review import ReviewAuthenticator
+from istiod_py.rootmap import RootMaps
+from istiod_py.secret import RootSecret
+from istiod_py.status import StatusWriter
+from istiod_py.translate import Condition
+from mesh.kube.api import ApiClient, ApiUnavailable, Connect
+from mesh.kube.cluster import ClusterStore
+from mesh.kube.kubeconfig import find_access
+from mesh.kube.lease import LeaderElection
+from mesh.kube.objects import ObjectKey, SourceProblem
+from mesh.telemetry.log import get_logger
+
+LEASE: Final = "istiod-py-leader"
+_REMIND: Final = 10.0
+"""Seconds between lines that say what we wait for."""
+
+_log = get_logger("istiod")
+
+
+class KubernetesSource:
+    """Made by `open`."""
+
+    def __init__(self, config: Config, client: ApiClient, ca: CertificateAuthority, secret: RootSecret | None) -> None:
+        self.ca = ca
+        self.pods = AssignedPods()
+        self.store = ClusterStore(client)
+        self.authenticator = ReviewAuthenticator(client, self.store, self.pods, config.trusted_node_accounts)
+        self._secret = secret
+        self._maps = RootMaps(client)
+        self._statuses = StatusWriter(client, self.store)
+        # Of each start: a replica that restarts must not take itself for the one before, whose writes may still be under way.
+        identity = f"{config.replica}_{secrets.token_hex(4)}"
+        self.election = LeaderElection(client, config.root_namespace, LEASE, identity)
+
+    @classmethod
+    async def open(cls, config: Config, now: datetime, *, connect: Connect | None = None) -> Self:
+        """Raises KubeconfigError; CaError. Waits for an API server that is not up yet. ``connect`` is for tests."""
+        client = ApiClient(find_access(config.kubeconfig), connect=connect)
+        if config.cacerts is not None:
+            return cls(config, client, CertificateAuthority.plugged_in(config.cacerts, now), None)
+        secret = RootSecret(client, config.root_namespace, config.trust_domain)
+        while True:
+            try:
+                return cls(config, client, CertificateAuthority(await secret.load(now)), secret)
+            except CaError as exc:
+                if not isinstance(exc.__cause__, ApiUnavailable):
+                    raise
+                _log.warning("waiting", because=str(exc))
+                await trio.sleep(1)
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.store.run)
+            nursery.start_soon(self._maps.reflector.run)
+            nursery.start_soon(self.election.run, self._lead)
+
+    async def wait_synced(self) -> None:
+        while True:
+            with trio.move_on_after(_REMIND):
+                await self.store.wait_synced()
+                return
+            problems = "; ".join(problem.message for problem in self.store.problems)
+            _log.warning("waiting", kinds=", ".join(self.store.unsynced), because=problems)
+
+    def follow(self, kinds: Collection[str]) -> None:
+        if "Namespace" in kinds:
+            self._maps.wake()
+
+    def report(self, statuses: Mapping[ObjectKey, tuple[Condition, ...]]) -> None:
+        self._statuses.want(note_stale(statuses, self.store.problems))
+
+    async def renew_root(self, now: datetime) -> bool:
+        """Read the Secret again: another replica may have renewed it."""
+        if self._secret is None:
+            await trio.lowlevel.checkpoint()
+            return False
+        changed = self.ca.adopt(await self._secret.load(now))
+        if changed:
+            self._maps.wake()
+        return changed
+
+    async def _lead(self) -> None:
+        await self.store.wait_synced()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._maps.run, self._namespaces, lambda: self.ca.roots_pem)
+            nursery.start_soon(self._statuses.run)
+
+    def _namespaces(self) -> list[str]:
+        return [obj.name for obj in self.store.objects("Namespace")]
+
+
+def note_stale(
+    statuses: Mapping[ObjectKey, tuple[Condition, ...]], problems: Iterable[SourceProblem]
+) -> dict[ObjectKey, tuple[Condition, ...]]:
+    """The conditions, with those of unreadable policies said to be out of date: translation sees the last good version."""
+    first: dict[str, SourceProblem] = {}
+    for problem in problems:
+        first.setdefault(problem.file, problem)
+    told = dict(statuses)
+    for key, conditions in statuses.items():
+        found = first.get(str(key))
+        if found is not None:
+            stale = f"the last good version stays in force: {found}"
+            told[key] = tuple(Condition(c.type, False, "Invalid", stale) if c.reason != "Invalid" else c for c in conditions)
+    return told
