@@ -43,6 +43,17 @@ def decide_enrolment(
         return Enrolment(True, f"pod label {DATAPLANE_MODE}=ambient")
     if pod_mode == "none":
         return Enrolment(False, f"pod label {DATAPLANE_MODE}=none")
-    if namespace_labels.get(DATAPLANE_MODE) == "ambient":
+    namespace_mode = namespace_labels.get(DATAPLANE_MODE)
+    if namespace_mode == "ambient":
         return Enrolment(True, f"namespace label {DATAPLANE_MODE}=ambient")
-    return Enrolment(False, f"neither pod nor namespace is labelled {DATAPLANE_MODE}=ambient")
+    return Enrolment(False, _why_outside(pod_mode, namespace_mode))
+
+
+def _why_outside(pod_mode: str | None, namespace_mode: str | None) -> str:
+    """A mode that is misspelt is no mode, and whoever wrote it must be able to see that."""
+    for kind, mode in (("pod", pod_mode), ("namespace", namespace_mode)):
+        if mode == "none":
+            return f"{kind} label {DATAPLANE_MODE}=none"
+        if mode is not None:
+            return f"{kind} label {DATAPLANE_MODE}={mode} is neither ambient nor none"
+    return f"neither pod nor namespace is labelled {DATAPLANE_MODE}=ambient"
