@@ -33,13 +33,19 @@ class Progress:
         names = frozenset(name for name, _ in pending)
         if not pending:
             print(f"{step} ...", flush=True)
-        for name in sorted(self._pending - names):
-            print(f"{name} is ready", flush=True)
-        self._pending = names
+        self._settle(names)
 
-    def finish(self) -> None:
+    def finish(self, *, ready: bool = False) -> None:
+        """The last word; ``ready``: nothing is pending any more."""
         if self._live is not None:
             self._live.stop()
+        elif ready:
+            self._settle(frozenset())
+
+    def _settle(self, pending: frozenset[str]) -> None:
+        for name in sorted(self._pending - pending):
+            print(f"{name} is ready", flush=True)
+        self._pending = pending
 
 
 @contextmanager
@@ -52,15 +58,16 @@ def progress() -> Iterator[Progress]:
         yield Progress(live)
 
 
-def show_up(status: LabStatus, seconds: float) -> None:
-    """The closing words of ``lab up``."""
+def show_up(status: LabStatus, seconds: float, *, alone: bool, foreground: bool) -> None:
+    """The closing words of ``lab up``. ``alone``: no other lab runs, so that commands need no name."""
+    name = "" if alone else f" --name {status.name}"
     _OUT.print(f"lab {status.name} is up after {seconds:.1f} s: {_count(status.nodes, 'node')}, {_count(status.pods, 'pod')}", markup=False)
     _show_problems(status.problems)
     first = next(iter(status.pods), None)
     if first is not None:
-        _OUT.print(f"  try: meshctl lab exec {first.name} -n {first.namespace} -- sh", markup=False)
-    _OUT.print("  see: meshctl lab status", markup=False)
-    _OUT.print(f"  end: meshctl lab down --name {status.name}", markup=False)
+        _OUT.print(f"  try: meshctl lab exec {first.name} -n {first.namespace}{name} -- sh", markup=False)
+    _OUT.print(f"  see: meshctl lab status{name}", markup=False)
+    _OUT.print(f"  end: {'Ctrl-C' if foreground else f'meshctl lab down{name}'}", markup=False)
 
 
 def show_failure(failure: Failed) -> None:
@@ -97,7 +104,7 @@ def show_status(status: LabStatus) -> None:
     nodes = _Table("NODE", "ADDRESSES", "PODS", "AGENT")
     for node in status.nodes:
         nodes.add_row(node.name, ",".join(node.ips), str(node.pods), _state(node.agent, node.agent in ("ready", "off")))
-    pods = _Table("NAMESPACE", "POD", "NODE", "ADDRESSES", "PHASE", "READY", "RESTARTS", "MESH", "WHY")
+    pods = _Table("NAMESPACE", "POD", "NODE", "PHASE", "READY", "RESTARTS", "MESH", "ADDRESSES", "WHY")
     for pod in status.pods:
         pods.add_row(*_pod_row(pod))
     services = _Table("NAMESPACE", "SERVICE", "ADDRESSES", "PORTS", "ENDPOINTS")
@@ -120,7 +127,7 @@ def _pod_row(pod: PodStatus) -> tuple[str | Text, ...]:
     mesh = _state(pod.mesh, pod.mesh in ("captured", "outside"))
     why = pod.because if not pod.ready and pod.because else pod.enrolment
     ready = _state("yes" if pod.ready else "no", pod.ready or pod.phase == "Succeeded")
-    return (pod.namespace, pod.name, pod.node, ",".join(pod.ips), pod.phase, ready, str(pod.restarts), mesh, why)
+    return (pod.namespace, pod.name, pod.node, pod.phase, ready, str(pod.restarts), mesh, ",".join(pod.ips), why)
 
 
 def _show_problems(problems: Sequence[Problem], to: Console = _OUT) -> None:

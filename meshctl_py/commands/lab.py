@@ -83,8 +83,9 @@ def up(directory: Path, name: str | None, timeout: float, keep: bool, movers: in
                     case Waiting(step, pending):
                         progress.show(step, pending)
                     case Ready(status):
-                        progress.finish()
-                        render.show_up(status, time.monotonic() - began)
+                        progress.finish(ready=True)
+                        alone = sum(home.alive for home in find_labs()) == 1
+                        render.show_up(status, time.monotonic() - began, alone=alone, foreground=foreground)
                         if foreground:
                             starting.wait_gone()
                     case Failed():
@@ -155,7 +156,19 @@ def status(running: Lab, output: str) -> None:
         render.show_status(found)
 
 
-@lab.command("exec")
+class _RunsCommand(click.Command):
+    """Takes a command line as its last arguments, which people write without the '--' before it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as exc:
+            hint = "An option of COMMAND's own? Then '--' goes before COMMAND: meshctl lab exec TARGET -- COMMAND ..."
+            raise click.UsageError(f"{exc.format_message()}\n{hint}", ctx) from exc
+
+
+@lab.command("exec", cls=_RunsCommand)
+@click.option("-i", "-t", is_flag=True, expose_value=False, help="Accepted for kubectl's sake: COMMAND has your terminal anyway.")
 @click.option("-n", "--namespace", metavar="NS", help="The pod's namespace; needed when pods of several have this name.")
 @click.option("-c", "--container", metavar="CONTAINER", help="Whose working directory; by default the first container's.")
 @_in_lab
@@ -164,7 +177,8 @@ def status(running: Lab, output: str) -> None:
 def execute(running: Lab, namespace: str | None, container: str | None, target: str, command: tuple[str, ...]) -> None:
     """Run COMMAND in a pod, a node, or the router between the nodes.
 
-    TARGET is a pod's or node's name, 'router' or 'istiod'. As with kubectl, COMMAND follows after '--' when it has options of its own.
+    TARGET is a pod's or node's name, NAMESPACE/POD, 'router' or 'istiod'. As with kubectl, COMMAND follows after '--' when it has options
+    of its own.
     """
     running.open_command(target, command, namespace=namespace, container=container).execute()
 
@@ -199,7 +213,10 @@ def _find_log(home: LabHome, process: str, namespace: str | None, container: str
     if len(found) == 1:
         return found[0]
     names = ", ".join(path.stem.replace("_", "/") for path in found or sorted(home.logs.glob("*.log")))
-    raise LabError(f"{process} has several logs: {names}" if found else f"there is no log of {process} (there are: {names})")
+    if found:
+        raise LabError(f"{process} has several logs, choose with -n and -c: {names}")
+    where = "".join(f" {kind} {name}" for kind, name in (("namespace", namespace), ("container", container)) if name is not None)
+    raise LabError(f"there is no log of {process}{where and f' in{where}'} (there are: {names})")
 
 
 def _write(content: bytes) -> None:

@@ -22,7 +22,12 @@ _KINDS = {
 @click.argument("labels", nargs=-1, required=True, metavar="KEY=VALUE|KEY- ...")
 @click.option("-n", "--namespace", default="default", show_default=True, metavar="NS", help="The pod's namespace.")
 @click.option("--overwrite", is_flag=True, help="Change labels that have another value.")
-@click.option("-f", "--directory", type=click.Path(path_type=Path, file_okay=False), help="Edit this directory, whether or not a lab runs.")
+@click.option(
+    "-f",
+    "--directory",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Edit this directory, whether or not a lab runs.",
+)
 @click.option("--name", "lab_name", metavar="LAB", help="Edit this lab's directory; needed when several are running.")
 def label(
     kind: str, object_name: str, labels: tuple[str, ...], namespace: str, overwrite: bool, directory: Path | None, lab_name: str | None
@@ -65,7 +70,12 @@ def _labels_of(source: Path, kind: str, namespace: str, name: str) -> Mapping[st
     store = DirectoryStore([source])
     store.load()
     found = store.find(kind, namespace, name)
-    return found.labels if found is not None else {}
+    if found is None:
+        elsewhere = sorted(obj.namespace for obj in store.objects(kind) if obj.name == name)
+        if elsewhere:
+            raise LabelError(f"there is no {kind} {namespace}/{name} in {source}; there is one in namespace {', '.join(elsewhere)} (-n)")
+        return {}
+    return found.labels
 
 
 def _parse_labels(texts: tuple[str, ...]) -> dict[str, str | None]:

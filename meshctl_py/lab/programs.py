@@ -21,7 +21,7 @@ GRACE: Final = 5.0
 def istiod(home: LabHome, wires: Wires, source: Path) -> Entry:
     """The control plane, in a namespace of its own. It reads what the lab and all agents report, also those of nodes yet to come."""
     command = ("--source", str(source), "--overlay", str(home.status), "--state-dir", str(home.istiod))
-    where = ("--listen", f"{CONTROL_PLANE[0]}:{ports.XDS_AND_CA}", "--monitoring", f"{CONTROL_PLANE[0]}:{MONITORING}")
+    where = ("--listen", f"{CONTROL_PLANE[0]}:{ports.XDS_AND_CA}", "--monitoring", f":{MONITORING}")
     argv = (sys.executable, "-m", "istiod_py", *command, *where, "--token-dir", str(home.tokens))
     return Entry(argv, (str(wires.control_plane),), hostname="istiod")
 

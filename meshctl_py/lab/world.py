@@ -182,6 +182,8 @@ class World:
     def find_entry(self, target: str, namespace: str | None, container: str | None, argv: tuple[str, ...]) -> Entry | str:
         """How to run a command there, or why not. ``join`` is one path: the network namespace."""
         kind, _, name = target.rpartition("/")
+        if kind not in ("", "node", "pod") and namespace is None:
+            kind, namespace = "pod", kind  # NAMESPACE/POD, as everything the lab shows names a pod
         nodes = [node for node in self._assignments.nodes if node == name and kind in ("", "node") and namespace is None]
         pods = [key for key in self._pods if key.name == name and kind in ("", "pod") and namespace in (None, key.namespace)]
         if len(nodes) + len(pods) > 1:
@@ -196,7 +198,8 @@ class World:
         if target == "istiod" and self._istiod is not None:
             return self._infrastructure_entry(self.wires.control_plane, "istiod", argv)
         known = ", ".join(["router", *self._assignments.nodes, *map(str, self._assignments.pods)])
-        return f"there is no pod or node {target}{'' if namespace is None else f' in namespace {namespace}'} (there are: {known})"
+        where = "" if namespace is None else f" in namespace {namespace}"
+        return f"there is no pod or node {name}{where} (there are: {known})"
 
     def find_processes(self, name: str, part: str | None) -> list[int] | str:
         """PIDs, as this PID namespace counts, of a process or the descendants of it that carry a word; or why there are none."""

@@ -41,8 +41,8 @@ def test_a_label_captures_pods_and_status_says_why(lab: Lab) -> None:
     assert done.stdout == "namespace/shop labeled\n"
     wait_until(lambda: len(lab.pods_in_mesh()) == 4, "the pods of the shop are captured")
     status = lab.meshctl("lab", "status", "--name", lab.name).stdout
-    assert re.search(r"^shop +client +n1 +\S+ +Running +yes +0 +captured +namespace label istio.io/dataplane-mode=ambient$", status, re.M)
-    assert re.search(r"^outside +caller +n1 +\S+ +Running +yes +0 +outside +neither pod nor namespace is labelled", status, re.M)
+    assert re.search(r"^shop +client +n1 +Running +yes +0 +captured +\S+ +namespace label istio.io/dataplane-mode=ambient$", status, re.M)
+    assert re.search(r"^outside +caller +n1 +Running +yes +0 +outside +\S+ +neither pod nor namespace is labelled", status, re.M)
     assert get(lab).startswith("200 hello")
 
 

@@ -68,6 +68,7 @@ def test_a_pod_is_found_in_its_namespace(source: Path) -> None:
     result = label(source, "pod", "web", "a=b")
     assert result.exit_code == 1
     assert "there is no Pod default/web" in result.output
+    assert "there is one in namespace shop (-n)" in result.output
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,8 @@ def test_mistakes_are_explained_and_nothing_is_written(source: Path, arguments: 
     assert result.exit_code != 0
     assert message in result.output
     assert (source / "shop.yaml").read_text() == YAML
+
+
+def test_a_directory_that_is_not_there_is_not_searched(tmp_path: Path) -> None:
+    result = label(tmp_path / "nowhere", "namespace", "shop", "a=b")
+    assert "does not exist" in result.output
