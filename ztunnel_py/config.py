@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mesh.runtime.env import boolean, duration, from_environment, integer, nonempty, optional, path, paths, text, variable
+from mesh.kube.kubeconfig import IN_CLUSTER, ClusterAccess, find_access
+from mesh.runtime.env import (
+    EnvProblem,
+    InvalidEnvironment,
+    boolean,
+    duration,
+    from_environment,
+    integer,
+    nonempty,
+    optional,
+    path,
+    paths,
+    text,
+    variable,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +60,20 @@ class AgentConfig:
     """The whole configuration; a field without a reader does not exist."""
 
     node_name: str = variable("NODE_NAME", parse=nonempty, doc="the node this agent runs on: it serves the pods of this node")
-    sources: tuple[Path, ...] = variable(
+    source_paths: tuple[Path, ...] | None = optional(
         "MESH_SOURCE", parse=paths, doc="directories of Kubernetes YAML, separated by colons: the user's, then status overlays (ours)"
     )
-    status_dir: Path = variable("MESH_STATUS_DIR", parse=path, doc="overlay directory in which the agent reports captured pods (ours)")
+    status_dir: Path | None = optional(
+        "MESH_STATUS_DIR", parse=path, doc="with MESH_SOURCE: overlay directory in which the agent reports captured pods (ours)"
+    )
+    kubeconfig: Path | None = optional(
+        "KUBECONFIG", parse=path, doc="without MESH_SOURCE: kubeconfig file of the API server that knows the node's pods"
+    )
+    api_host: str | None = optional(
+        "KUBERNETES_SERVICE_HOST",
+        parse=nonempty,
+        doc="without MESH_SOURCE and KUBECONFIG: the cluster's API server, as our own service account",
+    )
     run_dir: Path = variable(
         "RUN_DIR", parse=path, default="/run/ztunnel-py", doc="directory of the socket between brain and movers (ours)"
     )
@@ -105,6 +129,13 @@ class AgentConfig:
     stats_address: str = variable("STATS_ADDR", parse=nonempty, default="[::]:15020", doc="where metrics are served")
     readiness_address: str = variable("READINESS_ADDR", parse=nonempty, default="[::]:15021", doc="where /healthz/ready is served")
 
+    cluster: ClusterAccess | None = None
+    """How to reach the API server, where that is the source."""
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return self.source_paths or ()
+
     @property
     def socket_path(self) -> Path:
         """Where the brain listens for movers."""
@@ -113,4 +144,29 @@ class AgentConfig:
 
 def read_config(environ: Mapping[str, str] = os.environ) -> AgentConfig:
     """Raises mesh.runtime.env.InvalidEnvironment, naming every mistake."""
-    return from_environment(AgentConfig, environ)
+    problems: tuple[EnvProblem, ...] = ()
+    config: AgentConfig | None = None
+    try:
+        config = from_environment(AgentConfig, environ)
+    except InvalidEnvironment as exc:
+        problems = exc.problems
+    problems += _missing_source(environ)
+    if config is None or problems:
+        raise InvalidEnvironment(problems)
+    return config
+
+
+def read_access(config: AgentConfig, environ: Mapping[str, str] = os.environ) -> AgentConfig:
+    """With the way to the API server, where that is the source. For the brain: movers have no use for it. Raises KubeconfigError."""
+    if config.sources:
+        return config
+    return replace(config, cluster=find_access(str(config.kubeconfig) if config.kubeconfig else IN_CLUSTER, environ))
+
+
+def _missing_source(environ: Mapping[str, str]) -> tuple[EnvProblem, ...]:
+    if environ.get("MESH_SOURCE"):
+        needed = "a directory to report captured pods in, since MESH_SOURCE is set"
+        return () if environ.get("MESH_STATUS_DIR") else (EnvProblem("MESH_STATUS_DIR", None, needed),)
+    if environ.get("KUBECONFIG") or environ.get("KUBERNETES_SERVICE_HOST"):
+        return ()
+    return (EnvProblem("MESH_SOURCE", None, "directories of Kubernetes YAML; or KUBECONFIG or KUBERNETES_SERVICE_HOST for an API server"),)

@@ -84,12 +84,16 @@ class ClusterStore:
     async def watch(self) -> AsyncGenerator[Changes, None]:
         """Yield changes as they happen, for ever; the first time, everything since the store was made."""
         while True:
-            await self._news.wait()
-            self._news = trio.Event()
-            changes = Changes(frozenset(self._changed), self._problems_changed)
-            self._changed.clear()
-            self._problems_changed = False
-            yield changes
+            yield await self.wait_changed()
+
+    async def wait_changed(self) -> Changes:
+        """What changed since the last time; unlike `watch` it may be cancelled and called again."""
+        await self._news.wait()
+        self._news = trio.Event()
+        changes = Changes(frozenset(self._changed), self._problems_changed)
+        self._changed.clear()
+        self._problems_changed = False
+        return changes
 
     def _note(self, key: ObjectKey | None) -> None:
         """The object changed; None: only problems did."""

@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import trio
 
+from mesh.kube.kubeconfig import KubeconfigError
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.workload import TunnelProtocol
 from mesh.rpc.tls import client_tls
@@ -31,7 +32,7 @@ from ztunnel_py.brain.authority import fetch_certificate
 from ztunnel_py.brain.movers import Holding, Mover, Movers
 from ztunnel_py.brain.pods import PodKeeper
 from ztunnel_py.brain.transfer import transfer_state, unreadable_bodies
-from ztunnel_py.config import AgentConfig, read_config
+from ztunnel_py.config import AgentConfig, read_access, read_config
 from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
 
 _log = log.get_logger("brain")
@@ -41,8 +42,8 @@ def run_brain() -> int:
     """Process entry. Returns the exit status; `EXIT_CONFIG` when a restart would not help."""
     try:
         log.configure_from()
-        config = read_config()
-    except (log.InvalidLogSettings, InvalidEnvironment) as exc:
+        config = read_access(read_config())
+    except (log.InvalidLogSettings, InvalidEnvironment, KubeconfigError) as exc:
         print(exc, file=sys.stderr)
         return EXIT_CONFIG
     _raise_descriptor_limit()

@@ -13,13 +13,10 @@ from dataclasses import dataclass, field
 
 import trio
 
-from mesh.kube.directory import DirectoryStore
-from mesh.kube.objects import ObjectKey
-from mesh.kube.overlay import overlay_path, remove_overlay, write_overlay
+from mesh.kube.api import ApiClient
 from mesh.linux.netns import NetnsIdentity, NotANetworkNamespace, netns_identity, open_netns, run_in_netns
 from mesh.linux.sockets import transparent_listener
 from mesh.model.identity import SpiffeId
-from mesh.model.labels import REDIRECTION
 from mesh.model.ports import INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
 from mesh.telemetry.log import get_logger
 from mesh.telemetry.metrics import WorkloadManagerMetrics
@@ -31,7 +28,7 @@ from ztunnel_py.config import AgentConfig
 from ztunnel_py.pods import vocabulary as pods
 from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.lifecycle import Lifecycle, Phase, PodStatus, Wish, advance, status_of
-from ztunnel_py.pods.source import watch_node_pods
+from ztunnel_py.pods.place import ClusterPlace, DirectoryPlace, Place
 from ztunnel_py.redirect.apply import CaptureFailed, apply_capture, begin_release, finish_release, observe_pod, verify_capture
 from ztunnel_py.redirect.plan import RedirectPlan, plan_capture
 
@@ -41,6 +38,14 @@ VERIFY_SECONDS = 10.0
 """How often the rules of a captured pod are read back: whoever flushes them is found out and mended."""
 
 _log = get_logger("pods")
+
+
+def open_place(config: AgentConfig) -> Place:
+    """Where this agent learns of its pods."""
+    if config.cluster is not None:
+        return ClusterPlace(config.node_name, ApiClient(config.cluster))
+    assert config.status_dir is not None, "read_config sees to it"
+    return DirectoryPlace(config.node_name, config.sources, config.status_dir)
 
 
 class CannotServe(Exception):
@@ -78,6 +83,7 @@ class PodKeeper:
     ) -> None:
         """``is_announced``: whether peers are told to reach the pod through the tunnel, as far as we have heard; see `mesh_changed`."""
         self._config = config
+        self._place = open_place(config)
         self._is_announced = is_announced
         self._mesh_changed = trio.Event()
         self._annotating = trio.Lock()
@@ -99,8 +105,8 @@ class PodKeeper:
             for action in self._waiting:
                 self._nursery.start_soon(self._do, action)
             self._nursery.start_soon(self._verify_captured)
-            store = DirectoryStore(self._config.sources)
-            async with aclosing(watch_node_pods(store, self._config.node_name)) as changes:
+            self._nursery.start_soon(self._place.run)
+            async with aclosing(self._place.watch()) as changes:
                 async for found in changes:
                     self._tell(pods.PodsChanged(found))
                     self._on_change(self._pending())
@@ -199,7 +205,8 @@ class PodKeeper:
             case pods.Annotate():
                 async with self._annotating:  # two pods of one name, one after the other, have one file between them
                     if action.redirection is not pods.Redirection.ABSENT or not self._has_successor(action.pod):
-                        await trio.to_thread.run_sync(self._annotate, action.pod, action.redirection)
+                        shown = "" if action.redirection is pods.Redirection.ABSENT else action.redirection.value
+                        await self._place.annotate(action.pod, shown)
                 return pods.Annotated(action.uid)
             case pods.BeginRelease():
                 await self._release(action.uid, action.pod, _begin_release)
@@ -328,16 +335,6 @@ class PodKeeper:
         others = (record.pod for uid, record in self._state.records.items() if uid != facts.uid and record.wish is not Wish.GONE)
         return any((pod.namespace, pod.name) == (facts.namespace, facts.name) for pod in others)
 
-    def _annotate(self, facts: PodFacts, redirection: pods.Redirection) -> None:
-        if redirection is pods.Redirection.ABSENT:
-            remove_overlay(self._config.status_dir, "Pod", facts.namespace, facts.name)
-        else:
-            patch = {"metadata": {"annotations": {REDIRECTION: redirection.value}}}
-            write_overlay(self._config.status_dir, "Pod", facts.namespace, facts.name, patch)
-
-    def _is_annotated(self, facts: PodFacts) -> bool:
-        return overlay_path(self._config.status_dir, ObjectKey("Pod", facts.namespace, facts.name)).exists()
-
     # Looking after captured pods
 
     async def _verify_captured(self) -> None:
@@ -353,7 +350,7 @@ class PodKeeper:
                     self._tell(pods.NetnsReplaced(uid))
                     continue
                 self._tell(pods.VerifyDue(uid))
-                if not await trio.to_thread.run_sync(self._is_annotated, record.pod):
+                if not await self._place.is_annotated(record.pod):
                     self._tell(pods.AnnotationLost(uid))
             if not captured:
                 await trio.sleep(VERIFY_SECONDS)

@@ -10,6 +10,7 @@ import trio
 
 from mesh.kube.directory import DirectoryStore
 from mesh.kube.pod import KubePod, read_pod
+from mesh.kube.store import ObjectStore
 from mesh.model.enrolment import EXCLUDED_NAMESPACES, decide_enrolment
 from mesh.model.labels import BYPASS_INBOUND_CAPTURE, REDIRECTION
 from ztunnel_py.pods.facts import PodFacts
@@ -20,7 +21,7 @@ _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 """What Go's ParseBool takes for true, as Istio reads annotations; anything that is neither true nor false is ignored."""
 
 
-def read_node_pods(store: DirectoryStore, node: str, *, excluded_namespaces: frozenset[str] = EXCLUDED_NAMESPACES) -> dict[str, PodFacts]:
+def read_node_pods(store: ObjectStore, node: str, *, excluded_namespaces: frozenset[str] = EXCLUDED_NAMESPACES) -> dict[str, PodFacts]:
     """All pods on ``node`` by uid, enrolled or not. Pods that cannot be read, or have no uid yet, are not there yet."""
     namespaces = {obj.name: obj.labels for obj in store.objects("Namespace")}
     found: dict[str, PodFacts] = {}
