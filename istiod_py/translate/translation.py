@@ -182,6 +182,9 @@ class _Translator:
             l4 = self._translate_authorization(read)
             if l4.condition is not None:
                 self._statuses[key] = (l4.condition,)
+                if l4.condition.reason == "UnsupportedValue":
+                    field = "rules" if l4.condition.status else "action"
+                    self._problems.append(read.obj.problem(("spec", field), l4.condition.message))
             if l4.policy is not None:
                 self._policies[l4.policy.key] = l4.policy
                 if l4.selector is not None:

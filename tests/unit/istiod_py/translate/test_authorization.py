@@ -153,6 +153,7 @@ def test_http_attributes_leave_a_policy_stricter(spec: str, rules: tuple[Rule, .
     translation = translation_of(f"{HEAD}spec: {spec}\n")
     assert translation.policies["shop/p"].rules == rules
     assert condition_of(translation) == Condition("ZtunnelAccepted", True, "UnsupportedValue", HTTP % found + tail)
+    assert [(problem.field, problem.message) for problem in translation.problems] == [("spec.rules", HTTP % found + tail)]
 
 
 def test_an_accepted_policy_says_so() -> None:
@@ -166,6 +167,7 @@ def test_other_actions_are_not_sent(action: str) -> None:
     assert condition_of(translation) == Condition(
         "ZtunnelAccepted", False, "UnsupportedValue", f"ztunnel does not support the {action} action"
     )
+    assert [problem.field for problem in translation.problems] == ["spec.action"]
 
 
 def test_a_policy_for_waypoints_is_not_sent() -> None:
