@@ -54,7 +54,7 @@ def apply_labels(
     source: Path, kind: str, namespace: str, name: str, wanted: Mapping[str, str | None], *, overwrite: bool
 ) -> tuple[str, ...]:
     """Edit the object's labels and say what was done, in kubectl's words. Raises LabelError, OSError; nothing is written then."""
-    present = _labels_of(source, kind, namespace, name)
+    present = labels_of(source, kind, namespace, name)
     for key, value in wanted.items():
         if value is not None and present.get(key, value) != value and not overwrite:
             raise LabelError(f"'{key}' already has a value ({present[key]}), and --overwrite is false")
@@ -65,7 +65,7 @@ def apply_labels(
     return (*missing, f"{kind.lower()}/{name} {verdict}")
 
 
-def _labels_of(source: Path, kind: str, namespace: str, name: str) -> Mapping[str, str]:
+def labels_of(source: Path, kind: str, namespace: str, name: str) -> Mapping[str, str]:
     """The labels as the files have them; an object that can't be found is left to `edit_labels`, which says it best."""
     store = DirectoryStore([source])
     store.load()

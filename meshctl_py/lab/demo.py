@@ -81,6 +81,8 @@ class Demo:
         self._clean_up = clean_up
 
     def run(self) -> None:
+        if self._stage.is_labelled(DATAPLANE_MODE):  # whoever tried the example by hand may have left it so
+            self._stage.label(f"{DATAPLANE_MODE}-")
         self._both("before the label a request is readable on the link", self._readable)
         self._tap.hear()
         self._stage.label(f"{DATAPLANE_MODE}=ambient")

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from meshctl_py.commands.label import apply_labels
+from meshctl_py.commands.label import apply_labels, labels_of
 from meshctl_py.lab.assign import PODS_V4, PODS_V6
 from meshctl_py.lab.client import Lab, Popen
 from meshctl_py.lab.home import LabError
@@ -148,6 +148,10 @@ class Stage:
     def get(self, pod: str, path: str, family: str, *, namespace: str = "shop") -> str:
         """What a pod gets from the server."""
         return self.run(pod, "python3", "apps/get.py", f"http://server.shop{path}", family, namespace=namespace)
+
+    def is_labelled(self, key: str) -> bool:
+        """Whether the namespace shop has this label."""
+        return key in labels_of(self.source, "Namespace", "", "shop")
 
     def label(self, text: str) -> None:
         """``meshctl label namespace shop TEXT``."""
