@@ -90,6 +90,11 @@ def authorize(applied: AppliedPolicies, connection: Connection) -> Permit | Deni
     return applied._prepared.judge(connection)
 
 
+def is_undecided(applied: AppliedPolicies, verdict: Permit | Denial) -> bool:
+    """Whether all that refuses the connection is a policy that has not arrived: it may yet be let in."""
+    return isinstance(verdict, Denial) and verdict.policy in applied.unresolved
+
+
 class _PreparedPolicy:
     __slots__ = ("action", "key", "rules")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from mesh.authz.evaluate import Connection, Denial, Permit, authorize
+from mesh.authz.evaluate import Connection, Denial, Permit, authorize, is_undecided
 from mesh.linux.sockets import local_address, original_destination
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
@@ -100,11 +100,13 @@ class _InboundTunnel:
         self._plane = pod.plane
         self._link = link
         self._request = request
+        self._tunnel: Tunnel | None = None
         self._pending: Dialling | None = None
         self._living = Living(pod.uid, "inbound", link.client, link.local, self._plane.reactor.now(), authority=request.authority)
         self._living.source_identity = link.peer
         self._living.relay_from = "upstream"
-        pod.when_workload_known(self._resolve)
+        self._living.stop = self._stop
+        pod.when_workload_known(self._plane.ledger.guarded(self._living, self._resolve))
 
     def _resolve(self, workload: Workload | None) -> None:
         if workload is None:
@@ -123,24 +125,24 @@ class _InboundTunnel:
         host = parse_forwarded_host(self._request.headers.get("forwarded", ""))
         living.service = target.service or self._plane.state.find_destination_service(workload, target.address.port, host)
         facts = Connection(self._link.client.ip, self._link.peer, target.address)
-        _admit(self._pod, living, workload, facts, self._stop, self._dial, lambda because: self._deny(because))
+        _admit(self._pod, living, workload, facts, self._dial, self._deny)
 
     def _dial(self, permit: Permit) -> None:
         if not self._request.alive:
             self._fail(Failure("the peer withdrew its request"))
             return
         self._request.on_gone = lambda because: self._fail(Failure(because))
-        self._pending = _dial_application(self._pod, permit, self._dialled)
+        self._pending = _dial_application(self._pod, permit, self._plane.ledger.guarded(self._living, self._dialled))
 
     def _dialled(self, upstream: socket.socket | OSError) -> None:
-        self._pending = None
+        self._pending = self._request.on_gone = None
         if isinstance(upstream, OSError):
             self._request.refuse(503)
             self._plane.ledger.finish(self._living, failure=Failure(f"connection failed: {upstream}"))
             return
         workload = self._living.target
         assert workload is not None
-        tunnel: Tunnel = self._request.accept({"baggage": self._pod.baggage(workload)})
+        tunnel = self._tunnel = self._request.accept({"baggage": self._pod.baggage(workload)})
         self._living.relay = relay_tunnel(self._plane.reactor, upstream, tunnel, self._done, sock_is="upstream")
 
     def _done(self, result: RelayResult) -> None:
@@ -149,7 +151,10 @@ class _InboundTunnel:
 
     def _stop(self, because: str) -> None:
         """Ended from our side before the relay ran."""
-        self._request.refuse(401 if because == POLICY_CHANGED else 503)
+        if self._tunnel is not None:
+            self._tunnel.reset(reason=because)
+        else:
+            self._request.refuse(401 if because == POLICY_CHANGED else 503)
         self._fail(Failure(because))
 
     def _fail(self, failure: Failure) -> None:
@@ -179,10 +184,11 @@ class InboundPlaintext:
         target = original_destination(sock)
         self._target = target if target is not None else local_address(sock)
         self._living = Living(pod.uid, "inbound", client, self._target, self._plane.reactor.now())
+        self._living.stop = self._stop
         if target is None or target.port in RECURSIVE:
             self._refuse(RECURSION)
         else:
-            pod.when_workload_known(self._resolve)
+            pod.when_workload_known(self._plane.ledger.guarded(self._living, self._resolve))
 
     def _resolve(self, workload: Workload | None) -> None:
         if workload is None:
@@ -193,10 +199,10 @@ class InboundPlaintext:
         living.source = self._plane.state.find_workload_of_peer(living.client.ip, workload.network, None)
         living.service = self._plane.state.find_destination_service(workload, self._target.port, None)
         facts = Connection(living.client.ip, None, self._target)
-        _admit(self._pod, living, workload, facts, self._stop, self._dial, self._deny)
+        _admit(self._pod, living, workload, facts, self._dial, self._deny)
 
     def _dial(self, permit: Permit) -> None:
-        self._pending = _dial_application(self._pod, permit, self._dialled)
+        self._pending = _dial_application(self._pod, permit, self._plane.ledger.guarded(self._living, self._dialled))
 
     def _dialled(self, upstream: socket.socket | OSError) -> None:
         self._pending = None
@@ -231,12 +237,11 @@ def _admit(
     living: Living,
     workload: Workload,
     facts: Connection,
-    stop: Callable[[str], None],
     permitted: Callable[[Permit], None],
     denied: Callable[[str], None],
 ) -> None:
     """Enter the connection, then ask policy: in this order no change of policy can slip between."""
-    living.facts, living.stop = facts, stop
+    living.facts = facts
     pod.plane.ledger.open(living)
 
     deadline = pod.plane.reactor.now() + POLICY_GRACE_SECONDS
@@ -247,7 +252,7 @@ def _admit(
         left = deadline - pod.plane.reactor.now()
         applied = pod.plane.state.policies_for(pod.find_workload() or workload)
         verdict = authorize(applied, facts)
-        if isinstance(verdict, Denial) and applied.unresolved and left > 0:
+        if is_undecided(applied, verdict) and left > 0:
             pod.plane.policies_awaited.wait(None, left, ask, ask)
             return
         living.applied, living.verdict = applied, verdict

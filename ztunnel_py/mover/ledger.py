@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import trio
 
-from mesh.authz.evaluate import AppliedPolicies, Connection, Denial, Permit, authorize
+from mesh.authz.evaluate import AppliedPolicies, Connection, Denial, Permit, authorize, is_undecided
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.service import Service
@@ -25,6 +25,8 @@ from mesh.telemetry.metrics import TcpMetrics, TcpSeries, tcp_labels
 POLICY_CHANGED = "connection closed due to policy change"
 DRAINED = "connection closed due to connection drain"
 _MOST_KNOWN_SERIES = 4096
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Living:
     relay_from: Side = "downstream"
     """Which side's bytes the relay counts as sent: the side of the socket where a tunnel is served, else downstream."""
     stop: Callable[[str], None] | None = None
-    """Ends the connection before its relay runs; afterwards the relay's own ``abort`` does."""
+    """Ends the connection before its relay runs, whether it is entered yet or not; afterwards the relay's own ``abort`` does."""
     ended_by: Failure | None = None
     """Set before the connection is ended from our side: what its record will say."""
     series: TcpSeries | None = None
@@ -110,6 +112,7 @@ class Ledger:
         if of_pod is None or living not in of_pod or living.series is None:
             return
         of_pod.remove(living)
+        living.stop = None  # whoever it belongs to is free to go without the garbage collector
         failure = living.ended_by or failure or (Failure(result.error) if result is not None and result.error else None)
         self._count_bytes(living, result)
         living.series.close(failure.flags if failure is not None else "-")
@@ -123,6 +126,7 @@ class Ledger:
 
     def refuse(self, living: Living, because: str) -> None:
         """Record a connection that ended before anything was decided or dialled for it: one line, no traffic metric (as ztunnel)."""
+        living.stop = None
         self._log.write(self._record(living, AccessEvent.FAILED, None, Failure(because)))
 
     def end(self, living: Living, failure: Failure) -> None:
@@ -132,6 +136,19 @@ class Ledger:
             living.relay.abort(failure.because)
         elif living.stop is not None:
             living.stop(failure.because)
+
+    def guarded(self, living: Living, step: Callable[[T], None]) -> Callable[[T], None]:
+        """``step`` as a callback: if it raises, this connection ends with a record. Whoever calls back then reports the exception and
+        clears up its own side, as reactor, link, pool and waiting room do."""
+
+        def take(value: T) -> None:
+            try:
+                step(value)
+            except Exception as exc:
+                self.end(living, Failure(f"internal error: {exc!r}"))
+                raise
+
+        return take
 
     def reauthorize(self, policies_for: Callable[[str], AppliedPolicies | None], *, final: bool) -> Reauthorization:
         """Ask policy anew for every inbound connection whose pod's applied policies changed.
@@ -148,7 +165,7 @@ class Ledger:
                 if living.facts is None or living.applied is applied:
                     continue
                 verdict = authorize(applied, living.facts)
-                if isinstance(verdict, Denial) and applied.unresolved and not final:
+                if is_undecided(applied, verdict) and not final:
                     undecided += 1
                     continue
                 living.applied, living.verdict = applied, verdict

@@ -9,7 +9,7 @@ from mesh.model.address import SocketAddress
 from mesh.model.ports import RECURSIVE
 from mesh.model.route import Direct, Refusal, Tunnel
 from mesh.model.workload import Workload
-from mesh.reactor.hbone import HboneLink, TunnelFailure
+from mesh.reactor.hbone import HboneLink, OnResponse, TunnelFailure
 from mesh.reactor.hbone import Tunnel as OpenTunnel
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import reset
@@ -35,10 +35,12 @@ class Outbound:
         target = original_destination(sock)
         self._target = target if target is not None else client
         self._living = Living(pod.uid, "outbound", client, self._target, self._plane.reactor.now())
+        self._living.stop = lambda because: self._fail(Failure(because))
+        self._guarded = self._plane.ledger.guarded
         if target is None or (target.port in RECURSIVE and target.ip.is_loopback):
             self._refuse(RECURSION)
         else:
-            pod.when_workload_known(self._route)
+            pod.when_workload_known(self._guarded(self._living, self._route))
 
     def _route(self, workload: Workload | None) -> None:
         if workload is None:
@@ -54,18 +56,14 @@ class Outbound:
                 self._refuse(route.because)
             case Direct():
                 living.destination, living.target = route.next_hop, route.workload
-                self._enter()
-                self._pending = self._pod.dial(route.next_hop, self._connected_plain)
+                self._plane.ledger.open(living)
+                self._pending = self._pod.dial(route.next_hop, self._guarded(living, self._connected_plain))
             case Tunnel():
                 living.destination, living.target, living.authority = route.next_hop, route.workload, route.authority
                 living.source_identity = workload.identity
                 living.target_identity = route.workload.identity
-                self._enter()
+                self._plane.ledger.open(living)
                 self._checkout(route, workload)
-
-    def _enter(self) -> None:
-        self._living.stop = lambda because: self._fail(Failure(because))
-        self._plane.ledger.open(self._living)
 
     # Plain TCP
 
@@ -80,7 +78,7 @@ class Outbound:
 
     def _checkout(self, route: Tunnel, workload: Workload) -> None:
         key = PoolKey(workload.identity, route.identities, route.next_hop, self._living.client.ip)
-        self._pod.pool.checkout(key, lambda link: self._open_tunnel(link, route, workload))
+        self._pod.pool.checkout(key, self._guarded(self._living, lambda link: self._open_tunnel(link, route, workload)))
 
     def _open_tunnel(self, link: HboneLink | str, route: Tunnel, workload: Workload) -> None:
         if self._living.ended_by is not None:
@@ -93,7 +91,8 @@ class Outbound:
             "forwarded": write_forwarded(self._living.client, route.service.hostname if route.service is not None else None),
             "traceparent": new_traceparent(self._plane.rng),
         }
-        link.open_tunnel(route.authority, headers, lambda answer: self._answered(answer, route, workload))
+        answered: OnResponse = self._guarded(self._living, lambda answer: self._answered(answer, route, workload))
+        link.open_tunnel(route.authority, headers, answered)
 
     def _answered(self, answer: OpenTunnel | TunnelFailure, route: Tunnel, workload: Workload) -> None:
         if self._living.ended_by is not None:

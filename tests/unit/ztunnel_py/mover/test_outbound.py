@@ -1,0 +1,257 @@
+"""Connections of captured applications, from accept to record; what is refused, and what every early end gives back."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from mesh.model.address import SocketAddress, parse_ip
+from mesh.model.workload import TunnelProtocol
+from mesh.reactor import hbone
+from mesh.reactor.hbone import TunnelFailure
+from mesh.state.store import Delta
+from mesh.testing.ca import FakeCa
+from ztunnel_py.mover import credentials, pod
+from ztunnel_py.mover.ledger import DRAINED, Failure
+
+if TYPE_CHECKING:
+    from tests.unit.ztunnel_py.mover.conftest import World
+
+
+async def is_echoed(stream: trio.SocketStream) -> bool:
+    try:
+        await stream.send_all(b"hello")
+        return bytes(await stream.receive_some(100)) == b"hello"
+    except trio.BrokenResourceError:
+        return False
+
+
+async def is_reset(stream: trio.SocketStream) -> bool:
+    """Ended without a byte."""
+    try:
+        return bytes(await stream.receive_some(100)) == b""
+    except trio.BrokenResourceError:
+        return True
+
+
+def test_a_peer_in_the_mesh_is_reached_by_mutual_tls(world: World) -> None:
+    async def main() -> None:
+        client, server = world.pod("client"), world.pod("server")
+        async with world.application(server) as app:
+            async with await world.dial(client, app) as stream:
+                assert await is_echoed(stream)
+                assert {living.direction for living in world.plane.ledger.living()} == {"outbound", "inbound"}
+            await world.until(lambda: world.idle)
+        inbound, outbound = sorted(world.log.records, key=lambda record: record.direction)
+        assert inbound.source.identity == outbound.source.identity == client.identity()
+        assert outbound.destination.identity == server.identity()
+        assert outbound.hbone_address == str(app)
+        assert (outbound.bytes_sent, outbound.bytes_recv) == (5, 5)
+        assert world.errors_logged == [None, None]
+
+    world.run(main)
+
+
+def test_an_address_unknown_to_the_mesh_is_reached_as_it_was_dialled(world: World) -> None:
+    async def main() -> None:
+        client, other = world.pod("client"), world.pod("other", known=False)
+        async with world.application(other) as app:
+            async with await world.dial(client, app) as stream:
+                assert await is_echoed(stream)
+            await world.until(lambda: world.idle)
+        (record,) = world.log.records
+        assert record.hbone_address == ""
+        assert "unknown to the mesh" in str(record.because)
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("destination", [None, *(SocketAddress(parse_ip("127.0.0.1"), port) for port in (15001, 15006, 15008))])
+def test_what_would_come_back_to_us_is_refused(world: World, destination: SocketAddress | None) -> None:
+    async def main() -> None:
+        async with await world.dial(world.pod("client"), destination) as stream:
+            assert await is_reset(stream)
+        assert world.errors_logged == ["attempted recursive call to ourselves"]
+
+    world.run(main)
+
+
+def test_a_pod_that_is_not_described_yet_waits_and_then_goes_by_what_came(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        client, server = world.pod("client", known=False), world.pod("server")
+        async with world.application(server) as app:
+            async with await world.dial(client, app) as stream:
+                await stream.send_all(b"hello")
+                await trio.sleep(0.05)
+                assert world.idle, "nothing is dialled for a pod nobody knows"
+                world.describe(client)
+                assert bytes(await stream.receive_some(100)) == b"hello"
+                assert all(living.protocol == "HBONE" for living in world.plane.ledger.living())
+            await world.until(lambda: world.idle)
+            world.change(Delta(removed_addresses=("Kubernetes//Pod/shop/client",)))
+            monkeypatch.setattr(pod, "WORKLOAD_SECONDS", 0.05)
+            async with await world.dial(client, app) as stream:
+                assert await is_reset(stream)
+        assert "failed to fetch information about local workload: client.shop (client)" in world.errors_logged
+
+    world.run(main)
+
+
+def test_before_all_state_has_come_nobody_is_served(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(pod, "WORKLOAD_SECONDS", 0.05)
+        client, server = world.pod("client"), world.pod("server")
+        world.plane.synced = False
+        async with world.application(server) as app:
+            for plaintext in (False, True):
+                async with await world.dial(server if plaintext else client, app, plaintext=plaintext) as stream:
+                    assert await is_reset(stream)
+        assert all("failed to fetch information about local workload" in str(error) for error in world.errors_logged)
+
+    world.run(main)
+
+
+def test_a_dial_that_cannot_even_begin_is_an_ending_like_any_other(world: World) -> None:
+    async def main() -> None:
+        client, server = world.pod("client"), world.pod("server")
+        client.broken = OSError(errno.EMFILE, "Too many open files")
+        async with world.application(server) as app:
+            for protocol in (TunnelProtocol.HBONE, TunnelProtocol.NONE):
+                world.describe(server, protocol=protocol)
+                async with await world.dial(client, app) as stream:
+                    assert await is_reset(stream)
+            client.broken = None
+            async with await world.dial(client, app) as stream:
+                assert await is_echoed(stream), "and the next connection is none the worse"
+            await world.until(lambda: world.idle)
+        assert world.errors_logged[:2] == ["connection failed: [Errno 24] Too many open files"] * 2
+
+    world.run(main)
+
+
+def test_a_peer_that_proves_another_identity_gets_nothing(world: World) -> None:
+    async def main() -> None:
+        client, server = world.pod("client"), world.pod("server", certified=False)
+        impostor = FakeCa()
+        async with world.application(server) as app:
+            world.plane.credentials.put(impostor.issue(server.identity()))
+            async with await world.dial(client, app) as stream:
+                assert await is_reset(stream)
+            await world.until(lambda: world.idle)
+        record = next(record for record in world.log.records if record.direction == "outbound")
+        assert str(record.error).startswith("tls handshake error: certificate verify failed")
+        assert record.response_flags == "TLS_FAILURE"
+
+    world.run(main)
+
+
+def test_without_a_certificate_the_reason_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        client, server = world.pod("client", certified=False), world.pod("server")
+        async with world.application(server) as app:
+            async with await world.dial(client, app) as stream:
+                await world.until(lambda: world.asked)
+                world.plane.credentials.refuse(client.identity(), "signing gRPC error (UNAVAILABLE): no")
+                assert await is_reset(stream)
+            monkeypatch.setattr(credentials, "FIRST_CERTIFICATE_SECONDS", 0.05)
+            async with await world.dial(client, app) as stream:
+                assert await is_reset(stream)
+        assert world.errors_logged == ["identity error: signing gRPC error (UNAVAILABLE): no"] * 2
+        assert {record.response_flags for record in world.log.records} == {"IDENTITY_ERROR"}
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("waits_for", ["workload", "certificate", "dial"])
+def test_a_pod_dropped_under_a_connection_that_waits_is_dialled_for_no_more(world: World, waits_for: str) -> None:
+    """The numbers of its descriptors may be another pod's by then."""
+
+    async def main() -> None:
+        client = world.pod("client", known=waits_for != "workload", certified=waits_for != "certificate")
+        server = world.pod("server")
+        async with world.application(server) as app, await world.dial(client, app) as stream:
+            if waits_for != "workload":
+                await world.until(lambda: list(world.plane.ledger.living()))
+            if waits_for == "dial":
+                await world.until(lambda: client.pool._shelves)
+            await trio.sleep(0.02)
+            client.stop_listening()
+            world.plane.ledger.end_all(client.uid, Failure(DRAINED, "-"))
+            client.close()
+            world.describe(client)
+            world.plane.credentials.put(FakeCa().issue(client.identity()))
+            assert await is_reset(stream)
+            await world.until(lambda: world.idle)
+            await world.until(lambda: not server.links)
+            assert client.pool.connections() == 0
+
+    world.run(main)
+
+
+def test_a_connection_ended_while_it_is_dialled_for_costs_the_others_nothing(world: World) -> None:
+    async def main() -> None:
+        client, server = world.pod("client", certified=False), world.pod("server")
+        async with world.application(server) as app:
+            async with await world.dial(client, app) as ended, await world.dial(client, app) as kept:
+                await world.until(lambda: len(list(world.plane.ledger.living())) == 2)
+                first = min(world.plane.ledger.living(), key=lambda living: living.started)
+                world.plane.ledger.end(first, Failure(DRAINED, "-"))
+                assert await is_reset(ended)
+                world.certify(client)
+                assert await is_echoed(kept)
+            await world.until(lambda: world.idle)
+        assert DRAINED in world.errors_logged
+
+    world.run(main)
+
+
+def test_a_request_that_a_dying_connection_never_took_is_tried_once_more(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = hbone.HboneLink.open_tunnel
+
+    def open_tunnel(self: hbone.HboneLink, authority: str, headers: dict[str, str], on_response: hbone.OnResponse) -> hbone.Tunnel | None:
+        asked.append(authority)
+        if len(asked) in failing:
+            world.reactor.call_soon(lambda: on_response(TunnelFailure("connection takes no more tunnels", retryable=True)))
+            return None
+        return real(self, authority, headers, on_response)
+
+    monkeypatch.setattr(hbone.HboneLink, "open_tunnel", open_tunnel)
+    failing = {1, 3, 4}
+
+    async def main() -> None:
+        client, server = world.pod("client"), world.pod("server")
+        async with world.application(server) as app:
+            async with await world.dial(client, app) as stream:
+                assert await is_echoed(stream)
+            async with await world.dial(client, app) as stream:
+                assert await is_reset(stream), "twice is enough"
+            await world.until(lambda: world.idle)
+        assert len(asked) == 4
+
+    world.run(main)
+
+
+def test_a_step_that_raises_costs_its_connection_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    async def main() -> None:
+        client, server = world.pod("client"), world.pod("server")
+        async with world.application(server) as app:
+            with monkeypatch.context() as patch:
+                patch.setattr("ztunnel_py.mover.outbound.relay_tunnel", broken)
+                async with await world.dial(client, app) as stream:
+                    assert await is_reset(stream)
+            await world.until(lambda: world.idle)
+            async with await world.dial(client, app) as stream:
+                assert await is_echoed(stream)
+            await world.until(lambda: world.idle)
+        assert "internal error: MemoryError()" in world.errors_logged
+        assert [type(error) for error in world.errors] == [MemoryError]
+        world.errors.clear()
+
+    world.run(main)
