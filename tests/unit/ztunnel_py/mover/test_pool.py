@@ -9,7 +9,7 @@ from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.reactor.hbone import HboneLink
 from mesh.reactor.loop import Reactor
-from ztunnel_py.mover.pool import MAX_STREAMS_PER_CONNECTION, OnLink, PoolKey, TunnelPool
+from ztunnel_py.mover.pool import GONE, MAX_STREAMS_PER_CONNECTION, OnLink, PoolKey, TunnelPool
 
 CLIENT = SpiffeId("cluster.local", "shop", "client")
 SERVER = SpiffeId("cluster.local", "shop", "server")
@@ -126,3 +126,42 @@ def test_closing_the_pool_lets_streams_finish_when_asked_to() -> None:
     dials.answer(link)
     dials.pool.close(gracefully=True)
     assert link.closed_gracefully
+
+
+def test_a_pool_that_was_closed_gives_up_what_is_still_dialled_and_gives_out_nothing() -> None:
+    dials = Dials()
+    dials.checkout(key())
+    dials.pool.close(gracefully=False)
+    late = Link()
+    dials.answer(late)
+    assert not late.usable, "the connection that came too late is cut"
+    assert dials.got == [GONE]
+    dials.checkout(key())
+    assert dials.got == [GONE, GONE]
+    assert not dials.open
+    assert dials.pool.connections() == 0
+
+
+def test_a_pool_that_is_drained_still_serves_whom_it_has_promised() -> None:
+    dials = Dials()
+    dials.checkout(key())
+    dials.pool.close(gracefully=True)
+    link = Link()
+    dials.answer(link)
+    assert dials.got == [link]
+
+
+def test_one_that_fails_with_its_connection_keeps_nobody_waiting() -> None:
+    errors: list[BaseException] = []
+    dials = Dials()
+    dials.pool = TunnelPool(Reactor(on_error=lambda error, where: errors.append(error)), dials._dial)
+
+    def fail(link: HboneLink | str) -> None:
+        raise ZeroDivisionError
+
+    dials.pool.checkout(key(), fail)
+    dials.checkout(key())
+    link = Link()
+    dials.answer(link)
+    assert dials.got == [link]
+    assert [type(error) for error in errors] == [ZeroDivisionError]
