@@ -233,7 +233,11 @@ class PodKeeper:
         if pod is None:
             pod = self._held[facts.uid] = await trio.to_thread.run_sync(self._open_descriptors, facts)
             self._metrics.started.value += 1
-            self._movers.post(messages.ServePod(pod.info), pod.descriptors)
+            try:
+                self._movers.post(messages.ServePod(pod.info), pod.descriptors)
+            except OSError:  # no descriptors are left
+                self._close(facts.uid)
+                raise
         self._certificates.request(self.identity_of(facts), Priority.WARMUP)
         with trio.move_on_after(SERVING_SECONDS) as limit:
             while not (self._movers.living() and all(mover in pod.serving for mover in self._movers.living())):

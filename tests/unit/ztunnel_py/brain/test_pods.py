@@ -1,0 +1,427 @@
+"""The executor of the pods' lifecycle, with movers, kernel and cluster played by the test."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import trio
+import trio.testing
+
+from mesh.linux.netns import NetnsIdentity
+from mesh.model.address import parse_ip
+from mesh.model.enrolment import Enrolment
+from mesh.telemetry.metrics import Registry, WorkloadManagerMetrics
+from mesh.tls.rotation import CertificateManager
+from ztunnel_py import messages
+from ztunnel_py.brain import pods as module
+from ztunnel_py.brain.movers import Holding
+from ztunnel_py.brain.pods import PodKeeper
+from ztunnel_py.config import AgentConfig, read_config
+from ztunnel_py.pods.facts import PodFacts
+from ztunnel_py.pods.lifecycle import LINGER_SECONDS, Phase
+from ztunnel_py.redirect.apply import CaptureFailed
+
+
+def facts(uid: str = "uid-1", *, enrolled: bool = True, name: str = "web", netns: str = "/n/1") -> PodFacts:
+    return PodFacts(uid, name, "shop", "web", Enrolment(enrolled, "because"), (parse_ip("10.0.0.1"),), netns)
+
+
+async def at_once(function: Callable[..., object], *arguments: object) -> object:
+    """In the place of a thread, for which a clock that jumps would not wait."""
+    await trio.lowlevel.checkpoint()
+    return function(*arguments)
+
+
+async def no_certificate(identity: object) -> NoReturn:
+    await trio.sleep_forever()
+
+
+class FakeMover:
+    """Serves what it is told to, unless it sulks; reports what the test says."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.told: list[messages.Message] = []
+        self.sulks = False
+        self.connections: dict[str, int] = {}
+
+    def post(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
+        if self.world.no_descriptors and descriptors:
+            raise OSError(errno.EMFILE, "Too many open files")
+        self.told.append(message)
+        if self.sulks:
+            return
+        match message:
+            case messages.ServePod():
+                self.say(messages.PodServing(message.pod.uid))
+            case messages.ReleasePod():
+                self.say(messages.PodConnections(message.uid, self.connections.get(message.uid, 0)))
+
+    def say(self, message: messages.FromMover) -> None:
+        self.world.nursery.start_soon(self._say, message)
+
+    async def _say(self, message: messages.FromMover) -> None:
+        await trio.lowlevel.checkpoint()
+        self.world.keeper.mover_said(self, message)  # type: ignore[arg-type]
+
+    def now_has(self, uid: str, living: int) -> None:
+        self.connections[uid] = living
+        self.say(messages.PodConnections(uid, living))
+
+
+class FakeMovers:
+    def __init__(self) -> None:
+        self.all: list[FakeMover] = []
+
+    def living(self) -> list[FakeMover]:
+        return list(self.all)
+
+    def post(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
+        for mover in self.all:
+            mover.post(message, descriptors)
+
+
+class FakePlace:
+    """A cluster whose pods the test changes; annotations go by name, as in a directory of overlays."""
+
+    def __init__(self) -> None:
+        self.send, self._receive = trio.open_memory_channel[Mapping[str, PodFacts]](100)
+        self.annotations: dict[str, str] = {}
+        self.history: list[str] = []
+        self.broken = ""
+        self.cannot_withdraw = False
+
+    async def run(self) -> None:
+        await trio.sleep_forever()
+
+    async def watch(self) -> AsyncGenerator[Mapping[str, PodFacts], None]:
+        async for found in self._receive:
+            yield found
+
+    async def annotate(self, pod: PodFacts, redirection: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.broken or (self.cannot_withdraw and not redirection):
+            raise OSError(errno.ENOSPC, self.broken)
+        self.history.append(redirection)
+        if redirection:
+            self.annotations[pod.name] = redirection
+        else:
+            self.annotations.pop(pod.name, None)
+
+    async def is_annotated(self, pod: PodFacts) -> bool:
+        return pod.name in self.annotations
+
+
+class World:
+    """``kernel`` are the rules in each namespace; every function that touches one is replaced."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.place = FakePlace()
+        self.movers = FakeMovers()
+        self.movers.all = [FakeMover(self, "0"), FakeMover(self, "1")]
+        self.announced: set[str] = set()
+        self.kernel: dict[str, str] = {}
+        self.opened: dict[int, str] = {}
+        self.inodes: dict[str, int] = {}
+        self.capture_fails = ""
+        self.no_descriptors = False
+        self.pending: list[str] = []
+        self.nursery: trio.Nursery
+        monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+        monkeypatch.setattr(module, "open_place", lambda config: self.place)
+        monkeypatch.setattr(PodKeeper, "_open_descriptors", lambda keeper, pod: self._open(pod))
+        monkeypatch.setattr(module, "_capture", self._capture)
+        monkeypatch.setattr(module, "_verify", self._verify)
+        monkeypatch.setattr(module, "_begin_release", lambda netns, pod, ipv6: self._set(netns, "releasing"))
+        monkeypatch.setattr(module, "_finish_release", lambda netns, pod, ipv6: self._set(netns, ""))
+        monkeypatch.setattr(module, "_identity_at", lambda path: NetnsIdentity(self.inodes.get(path, 1), 1))
+        config: AgentConfig = read_config({"NODE_NAME": "n1", "MESH_SOURCE": str(tmp_path), "MESH_STATUS_DIR": str(tmp_path)})
+        self.keeper = PodKeeper(
+            config,
+            self.movers,  # type: ignore[arg-type]
+            CertificateManager(no_certificate),
+            WorkloadManagerMetrics(Registry()),
+            lambda info: info.uid in self.announced,
+        )
+
+    def run(self, test: Callable[[], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with trio.open_nursery() as self.nursery:
+                self.nursery.start_soon(self.keeper.run, lambda pending: self.pending.__setitem__(slice(None), pending))
+                await test()
+                self.nursery.cancel_scope.cancel()
+
+        before = len(os.listdir("/proc/self/fd"))
+        try:
+            trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+        finally:
+            for held in self.keeper._held.values():
+                module.close_all(held.descriptors)
+        assert len(os.listdir("/proc/self/fd")) <= before
+
+    async def has(self, *pods: PodFacts) -> None:
+        await self.place.send.send({pod.uid: pod for pod in pods})
+
+    async def until(self, condition: Callable[[], object], what: str) -> None:
+        """Minutes pass at once."""
+        for _ in range(3000):
+            if condition():
+                return
+            await trio.sleep(0.1)
+        raise AssertionError(f"never: {what}")
+
+    async def captured(self, *pods: PodFacts) -> None:
+        await self.has(*pods)
+        await self.until(lambda: all(self.phase(pod.uid) is Phase.CAPTURED for pod in pods), "captured")
+
+    def phase(self, uid: str) -> Phase | None:
+        found = self.keeper.statuses().get(uid)
+        return found[1].phase if found else None
+
+    def holds(self, uid: str) -> bool:
+        return uid in self.keeper._held
+
+    # The kernel
+
+    def _open(self, pod: PodFacts) -> object:
+        descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+        self.opened[descriptors[0]] = pod.netns_path
+        info = messages.PodInfo(pod.uid, pod.name, pod.namespace, pod.service_account)
+        return module._Held(info, descriptors, NetnsIdentity(self.inodes.get(pod.netns_path, 1), 1))
+
+    def _capture(self, netns: int, pod: PodFacts, ipv6: bool) -> None:
+        if self.capture_fails:
+            raise CaptureFailed(self.capture_fails)
+        self._set(netns, "captured")
+
+    def _verify(self, netns: int, pod: PodFacts, ipv6: bool) -> list[str]:
+        return [] if self.kernel.get(self.opened[netns]) == "captured" else ["rules are gone"]
+
+    def _set(self, netns: int, rules: str) -> None:
+        self.kernel[self.opened[netns]] = rules
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+def test_a_pod_is_served_then_captured_then_announced(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        assert world.kernel == {"/n/1": "captured"}
+        assert world.place.annotations == {"web": "enabled"}
+        assert all(isinstance(mover.told[0], messages.ServePod) for mover in world.movers.all)
+
+    world.run(test)
+
+
+def test_a_mover_that_does_not_serve_keeps_the_pod_out_and_its_descriptors_closed(world: World) -> None:
+    async def test() -> None:
+        world.movers.all[1].sulks = True
+        await world.has(facts())
+        await world.until(lambda: world.pending, "it is told")
+        assert world.pending == ["shop/web: the movers did not serve the pod within 5 s"]
+        assert world.kernel == {}
+        await world.until(lambda: not world.holds("uid-1"), "nothing is held")
+        assert messages.DropPod("uid-1") in world.movers.all[0].told
+        world.movers.all[1].sulks = False
+        await world.until(lambda: world.phase("uid-1") is Phase.CAPTURED, "it is captured once the mover serves")
+        assert world.pending == []
+
+    world.run(test)
+
+
+def test_without_descriptors_for_the_movers_nothing_is_left_open(world: World) -> None:
+    async def test() -> None:
+        world.no_descriptors = True
+        await world.has(facts())
+        await world.until(lambda: world.pending, "it is told")
+        assert "Too many open files" in world.pending[0]
+        assert not world.holds("uid-1")
+        await world.has(facts(enrolled=False))
+        await world.until(lambda: world.phase("uid-1") is None, "there is nothing to undo")
+
+    world.run(test)
+
+
+def test_a_capture_that_fails_is_told_and_tried_again(world: World) -> None:
+    async def test() -> None:
+        world.capture_fails = "cannot write the rules: no"
+        await world.has(facts())
+        await world.until(lambda: world.pending, "it is told")
+        assert world.pending == ["shop/web: cannot write the rules: no"]
+        await world.until(lambda: world.place.annotations.get("web") == "pending", "the annotation says so too")
+        world.capture_fails = ""
+        await world.until(lambda: world.phase("uid-1") is Phase.CAPTURED, "it is captured in the end")
+
+    world.run(test)
+
+
+def test_an_annotation_that_cannot_be_written_holds_up_nothing_else(world: World) -> None:
+    async def test() -> None:
+        world.place.broken = "No space left on device"
+        await world.has(facts())
+        await world.until(lambda: world.pending, "it is told")
+        assert "No space left on device" in world.pending[0]
+        assert world.kernel == {"/n/1": "captured"}
+        await world.has()
+        await world.until(lambda: not world.holds("uid-1"), "a pod that goes is let go all the same")
+        world.place.broken = ""
+        await world.until(lambda: world.phase("uid-1") is None, "and forgotten when its annotation could be withdrawn")
+
+    world.run(test)
+
+
+def test_a_released_pod_is_served_until_peers_are_told_and_a_while_longer(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        world.announced.add("uid-1")
+        await world.has(facts(enrolled=False))
+        await world.until(lambda: world.phase("uid-1") is Phase.DRAINING, "it drains")
+        await trio.sleep(600)
+        assert world.holds("uid-1"), "as long as the control plane sends peers here somebody must be here"
+        world.announced.clear()
+        world.keeper.mesh_changed()
+        told = trio.current_time()
+        await world.until(lambda: not world.holds("uid-1"), "it is let go")
+        assert trio.current_time() - told >= LINGER_SECONDS
+        assert world.kernel == {"/n/1": ""}
+
+    world.run(test)
+
+
+def test_a_released_pod_is_held_for_its_connections_over_all_movers(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        first, second = world.movers.all
+        first.connections["uid-1"], second.connections["uid-1"] = 1, 1
+        await world.has(facts(enrolled=False))
+        await world.until(lambda: world.phase("uid-1") is Phase.DRAINING, "it drains")
+        first.now_has("uid-1", 0)
+        await trio.sleep(60)
+        assert world.holds("uid-1")
+        world.movers.all.remove(second)
+        world.keeper.mover_left(second)  # type: ignore[arg-type]
+        await world.until(lambda: not world.holds("uid-1"), "the connections of a dead mover are no more")
+
+    world.run(test)
+
+
+def test_a_pod_that_is_wanted_again_while_it_drains_keeps_everything(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        world.announced.add("uid-1")
+        await world.has(facts(enrolled=False))
+        await world.until(lambda: world.phase("uid-1") is Phase.DRAINING, "it drains")
+        held = world.keeper._held["uid-1"]
+        await world.captured(facts())
+        assert world.keeper._held["uid-1"] is held
+        assert messages.KeepPod("uid-1") in world.movers.all[0].told
+        await trio.sleep(600)
+        assert world.phase("uid-1") is Phase.CAPTURED, "the end of the old grace means nothing any more"
+
+    world.run(test)
+
+
+def test_the_end_of_a_pod_does_not_take_the_annotation_of_its_successor(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        world.place.cannot_withdraw = True
+        await world.has(facts("uid-2", netns="/n/2"))
+        await world.until(lambda: world.phase("uid-2") is Phase.CAPTURED, "the second one is captured")
+        world.place.cannot_withdraw = False
+        await world.until(lambda: world.phase("uid-1") is None, "the first one ends")
+        assert world.place.history == ["enabled", "enabled"]
+
+    world.run(test)
+
+
+def test_an_annotation_that_somebody_removed_is_written_again(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        world.place.annotations.clear()
+        await world.until(lambda: world.place.annotations == {"web": "enabled"}, "it is there again")
+
+    world.run(test)
+
+
+def test_rules_that_somebody_removed_are_written_again(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        world.kernel.clear()
+        await world.until(lambda: world.kernel == {"/n/1": "captured"}, "they are there again")
+        assert world.place.annotations == {"web": "enabled"}
+
+    world.run(test)
+
+
+def test_a_namespace_replaced_under_its_path_is_captured_anew(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        held = world.keeper._held["uid-1"]
+        world.inodes["/n/1"] = 2
+        world.kernel.clear()
+        await world.until(lambda: world.holds("uid-1") and world.keeper._held["uid-1"] is not held, "it is opened anew")
+        await world.until(lambda: world.phase("uid-1") is Phase.CAPTURED, "and captured")
+        assert world.kernel == {"/n/1": "captured"}
+
+    world.run(test)
+
+
+def test_a_mover_that_joins_is_given_every_pod_and_what_drains(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts(), facts("uid-2", name="api", netns="/n/2"))
+        world.announced.add("uid-2")
+        await world.has(facts(), facts("uid-2", enrolled=False, name="api", netns="/n/2"))
+        await world.until(lambda: world.phase("uid-2") is Phase.DRAINING, "one drains")
+        new = FakeMover(world, "2")
+        world.movers.all.append(new)
+        world.keeper.mover_joined(new, ())  # type: ignore[arg-type]
+        assert sorted(type(message).__name__ for message in new.told) == ["ReleasePod", "ServePod", "ServePod"]
+
+    world.run(test)
+
+
+def test_what_a_mover_still_serves_of_a_pod_that_was_dropped_is_dropped_again(world: World) -> None:
+    """It was told while its connection to the brain was broken."""
+
+    async def test() -> None:
+        await world.captured(facts())
+        await world.has()
+        await world.until(lambda: world.phase("uid-1") is None, "it is gone")
+        mover = world.movers.all[0]
+        mover.told.clear()
+        descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+        world.opened[descriptors[0]] = "/n/1"
+        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),))  # type: ignore[arg-type]
+        await world.until(lambda: messages.DropPod("uid-1") in mover.told, "it is told again")
+        assert not world.holds("uid-1")
+
+    world.run(test)
+
+
+def test_what_movers_serve_before_the_source_was_read_stays_as_it_is(world: World) -> None:
+    async def test() -> None:
+        mover = world.movers.all[0]
+        descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+        world.opened[descriptors[0]] = "/n/1"
+        world.kernel["/n/1"] = "captured"
+        world.place.annotations["web"] = "enabled"
+        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),))  # type: ignore[arg-type]
+        await trio.sleep(600)
+        assert world.kernel == {"/n/1": "captured"}
+        assert world.holds("uid-1")
+        other = world.movers.all[1]
+        world.keeper.mover_joined(other, ())  # type: ignore[arg-type]
+        await world.captured(replace(facts(), redirection="enabled"))
+        assert not [message for message in mover.told if isinstance(message, messages.DropPod)]
+
+    world.run(test)
