@@ -8,6 +8,7 @@ enforced closed.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -205,12 +206,30 @@ def _look(roots: Sequence[Path], before: _State, implicit: frozenset[str]) -> _S
     """The state of the directories now, sharing everything that did not change."""
     files: dict[tuple[int, str], _File] = {}
     for index, root in enumerate(roots):
-        for path in files_under(root):
+        failures: list[OSError] = []
+        for path in files_under(root, failures.append):
             key = (index, str(path))
             files[key] = _read_file(path, _display(path, root, index), before.files.get(key), overlay=index > 0)
+        for failure in failures:
+            files |= _keep_unlisted(failure, root, index, before)
     if files.keys() == before.files.keys() and all(files[key] is before.files[key] for key in files):
         return before
     return _Assembly(files, before, implicit).finish()
+
+
+def _keep_unlisted(failure: OSError, root: Path, index: int, before: _State) -> dict[tuple[int, str], _File]:
+    """What was in a directory that can't be listed now, and that it can't: a volume that is away for a moment deletes nothing. The user's
+    whole directory does not go by itself either; any other directory may."""
+    directory = Path(str(failure.filename))
+    if failure.errno == errno.ENOENT and (index > 0 or directory != root):
+        return {}
+    kept = {key: file for key, file in before.files.items() if key[0] == index and Path(key[1]).is_relative_to(directory)}
+    if not kept:
+        return {}
+    problem = SourceProblem(_display(directory, root, index), 0, "", f"cannot be listed: {failure.strerror}; what it defined stays")
+    key = (index, str(directory))
+    known = kept.get(key)
+    return {**kept, key: known if known is not None and known.problems == (problem,) else _File((0, 0, 0, 0), problems=(problem,))}
 
 
 def _display(path: Path, root: Path, index: int) -> str:

@@ -372,6 +372,47 @@ def test_files_that_are_none_do_not_block(world: World) -> None:
     assert world.names == {"Namespace shop"}
 
 
+def test_a_directory_that_is_away_for_a_moment_deletes_nothing(world: World) -> None:
+    """A volume that is remounted must not take every pod of the node out of the mesh."""
+    world.write("a.yaml", NAMESPACE, POLICY)
+    before = world.names
+    away = world.source.rename(world.source.with_name("away"))
+    assert world.store.load().changed == frozenset()
+    assert world.names == before
+    assert world.problems == [".: cannot be listed: No such file or directory; what it defined stays"]
+    assert not world.store.load(), "it is told once"
+    away.rename(world.source)
+    world.store.load()
+    assert world.problems == []
+    world.remove("a.yaml")
+    assert world.names == set()
+
+
+def test_a_directory_within_that_cannot_be_listed_keeps_what_it_defined(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.write("a.yaml", NAMESPACE)
+    world.write("sub/b.yaml", POLICY)
+    world.write("sub/deep/c.yaml", pod("web"))
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        world.store.load()
+        assert len(world.names) == 3
+        assert world.problems == ["sub: cannot be listed: Permission denied; what it defined stays"]
+    for name in ("sub/b.yaml", "sub/deep/c.yaml"):
+        (world.source / name).unlink()
+    (world.source / "sub/deep").rmdir()
+    (world.source / "sub").rmdir()
+    world.store.load()
+    assert world.names == {"Namespace shop"}
+    assert world.problems == []
+
+
 def test_a_directory_that_is_not_there_is_empty(tmp_path: Path) -> None:
     store = DirectoryStore([tmp_path / "none"])
     assert not store.load()
