@@ -6,7 +6,6 @@ Fields and their order are ztunnel's (target ``access``). Ours follow them: ``re
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache
@@ -18,6 +17,7 @@ from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.telemetry.log import quoted, timestamp
+from mesh.telemetry.output import LogOutput
 
 SCOPE: Final = "access"
 
@@ -180,18 +180,18 @@ def _json_peer(fields: dict[str, Any], side: str, peer: AccessPeer) -> None:
 
 
 class AccessLog:
-    """Writes records to a file descriptor: lines of one turn of the event loop leave in one write, none later than that turn's end.
+    """Writes records: lines of one turn of the event loop leave in one write, none later than that turn's end.
 
     ``call_soon`` is the loop's own (`Reactor.call_soon`); ``wanted`` says whether records of a level are written at all.
     """
 
     def __init__(
-        self, call_soon: Callable[[Callable[[], None]], object], *, wanted: Callable[[str], bool], as_json: bool = False, fd: int = 1
+        self, call_soon: Callable[[Callable[[], None]], object], output: LogOutput, *, wanted: Callable[[str], bool], as_json: bool = False
     ) -> None:
         self._call_soon = call_soon
         self._wanted = wanted
         self._format = format_json if as_json else format_plain
-        self._fd = fd
+        self._output = output
         self._lines: list[str] = []
 
     def wants(self, level: str) -> bool:
@@ -206,11 +206,7 @@ class AccessLog:
         self._lines.append(self._format(record))
 
     def flush(self) -> None:
-        """Write what is buffered. A log that can't be written (closed pipe, full disk) costs its lines, never the connections."""
-        data = memoryview("".join(self._lines).encode("utf-8", "backslashreplace"))
+        """Write what is buffered. A log that can't be written costs its lines, never the connections."""
+        self._output.write("".join(self._lines))
         self._lines.clear()
-        while data:
-            try:
-                data = data[os.write(self._fd, data) :]
-            except OSError:
-                return
+        self._output.flush()

@@ -21,6 +21,8 @@ from typing import Any, Final, TextIO, TypeAlias, cast
 import msgspec
 import structlog
 
+from mesh.telemetry.output import LogOutput
+
 Logger: TypeAlias = structlog.typing.FilteringBoundLogger
 
 LEVELS: Final[Mapping[str, int]] = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "off": 100}
@@ -69,7 +71,7 @@ class LogLevels:
 class _Sink:
     """Where lines go and which do; one a process, replaced as a whole by `configure` and `set_levels`."""
 
-    def __init__(self, levels: LogLevels, *, as_json: bool, stream: TextIO) -> None:
+    def __init__(self, levels: LogLevels, *, as_json: bool, stream: TextIO | LogOutput) -> None:
         self.levels = levels
         self.as_json = as_json
         self.stream = stream
@@ -85,7 +87,7 @@ class _Sink:
 _sink = _Sink(LogLevels(), as_json=False, stream=sys.stdout)
 
 
-def configure(levels: LogLevels | None = None, *, as_json: bool = False, stream: TextIO | None = None) -> None:
+def configure(levels: LogLevels | None = None, *, as_json: bool = False, stream: TextIO | LogOutput | None = None) -> None:
     """Set up logging of this process; called once by a program's entry point. Without ``stream`` lines go to standard output."""
     global _sink
     _sink = _Sink(levels or LogLevels(), as_json=as_json, stream=stream or sys.stdout)
@@ -97,12 +99,12 @@ def configure(levels: LogLevels | None = None, *, as_json: bool = False, stream:
     )
 
 
-def configure_from(environ: Mapping[str, str] = os.environ) -> None:
+def configure_from(environ: Mapping[str, str] = os.environ, *, stream: LogOutput | None = None) -> None:
     """`configure` from ``RUST_LOG`` (levels) and ``LOG_FORMAT`` (``plain`` or ``json``). Raises InvalidLogSettings."""
     form = environ.get("LOG_FORMAT", "plain")
     if form not in ("plain", "json"):
         raise InvalidLogSettings(f"invalid env var LOG_FORMAT={form!r} (expected plain or json)")
-    configure(LogLevels.parse(environ.get("RUST_LOG", "info")), as_json=form == "json")
+    configure(LogLevels.parse(environ.get("RUST_LOG", "info")), as_json=form == "json", stream=stream)
 
 
 def set_levels(levels: LogLevels) -> None:

@@ -22,6 +22,7 @@ from mesh.state.store import Changes, MeshState
 from mesh.telemetry import log
 from mesh.telemetry.access import SCOPE, AccessLog
 from mesh.telemetry.metrics import Registry, TcpMetrics, encode_snapshot
+from mesh.telemetry.output import LogOutput
 from mesh.tls.bundle import CertificateBundle, InvalidBundle
 from mesh.xds.client import decode
 from mesh.xds.names import ADDRESS, AUTHORIZATION
@@ -44,6 +45,8 @@ LONGEST_RECONNECT_SECONDS = 2.0
 """At most so long between tries when the brain is there but every talk breaks off (no descriptors): each begins with all state."""
 STEADY_SECONDS = 1.0
 _LAST_WORDS = 0.05
+_LOG_AGAIN = 0.2
+"""Seconds until a reader of the log that stood still is tried again."""
 OUTGOING = 4096
 """Messages to the brain that may wait; beyond that the brain is not reading, and what it would be told it asks again."""
 
@@ -52,12 +55,14 @@ _log = log.get_logger("mover")
 
 def run_mover(name: str) -> int:
     """Process entry: serve until told to stop. Returns the exit status."""
-    log.configure_from()
+    output = LogOutput()
+    log.configure_from(stream=output)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the brain decides what it means
     config = read_config()
     reactor = Reactor(on_error=lambda error, where: _log.error("callback.failed", where=where, exc_info=error))
+    output.when_blocked = lambda: reactor.call_later(_LOG_AGAIN, output.try_again)
     _collect_seldom()
-    return reactor.run(Mover(name, config, reactor).run)
+    return reactor.run(Mover(name, config, reactor, output).run)
 
 
 def _collect_seldom() -> None:
@@ -73,13 +78,13 @@ def _collect_seldom() -> None:
 class Mover:
     """Follows the brain: state, certificates and pods come as messages, connections are served in callbacks."""
 
-    def __init__(self, name: str, config: AgentConfig, reactor: Reactor) -> None:
+    def __init__(self, name: str, config: AgentConfig, reactor: Reactor, output: LogOutput) -> None:
         self._name = name
         self._config = config
         self._reactor = reactor
         self._registry = Registry()
         self._to_brain: trio.MemorySendChannel[tuple[messages.Message, tuple[int, ...]]] | None = None
-        self._access = AccessLog(reactor.call_soon, wanted=lambda level: log.wants(SCOPE, level), as_json=log.writes_json())
+        self._access = AccessLog(reactor.call_soon, output, wanted=lambda level: log.wants(SCOPE, level), as_json=log.writes_json())
         self._plane = Plane(
             reactor=reactor,
             state=MeshState(config.node_name),

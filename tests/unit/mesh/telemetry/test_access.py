@@ -9,6 +9,7 @@ from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.workload import Workload
 from mesh.telemetry.access import AccessEvent, AccessLog, AccessPeer, AccessRecord, format_json, format_plain
+from mesh.telemetry.output import LogOutput
 
 CLIENT = Workload("c//Pod/app/client-0", "client-0", "app", service_account="client")
 SERVER = Workload("c//Pod/app/server-0", "server-0", "app", service_account="server")
@@ -104,7 +105,7 @@ def test_whatever_a_peer_sends_stays_one_line_and_within_its_field(authority, wo
 def _log(wanted=lambda level: True, as_json=False):
     reading, writing = os.pipe()
     soon = []
-    return AccessLog(soon.append, wanted=wanted, as_json=as_json, fd=writing), soon, reading, writing
+    return AccessLog(soon.append, LogOutput(writing), wanted=wanted, as_json=as_json), soon, reading, writing
 
 
 def test_lines_of_one_turn_leave_in_one_write_at_its_end():

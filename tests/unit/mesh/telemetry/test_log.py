@@ -102,3 +102,14 @@ def test_the_environment_chooses_format_and_levels():
             log.configure_from({"LOG_FORMAT": "xml"})
     finally:
         log.configure()
+
+
+class FullDisk(io.StringIO):
+    def flush(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_line_that_cannot_be_written_costs_nothing_but_itself():
+    log.configure(stream=FullDisk())
+    log.get_logger("disk").error("full", because="of something")
+    log.configure()

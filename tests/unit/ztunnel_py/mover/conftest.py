@@ -21,6 +21,7 @@ from mesh.reactor.loop import Reactor
 from mesh.state.store import Delta, MeshState
 from mesh.telemetry.access import AccessLog, AccessRecord
 from mesh.telemetry.metrics import Registry, TcpMetrics
+from mesh.telemetry.output import LogOutput
 from mesh.testing.ca import FakeCa
 from ztunnel_py.messages import PodInfo
 from ztunnel_py.mover import inbound, outbound
@@ -39,7 +40,7 @@ _ADDRESSES = itertools.count(1)
 
 class Log(AccessLog):
     def __init__(self) -> None:
-        super().__init__(lambda call: None, wanted=lambda level: level != "debug")
+        super().__init__(lambda call: None, LogOutput(2), wanted=lambda level: level != "debug")
         self.records: list[AccessRecord] = []
 
     def write(self, record: AccessRecord) -> None:

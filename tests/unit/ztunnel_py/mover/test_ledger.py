@@ -15,6 +15,7 @@ from mesh.model.policy import Action, Clause, Exact, Match, Policy, Rule, Scope
 from mesh.reactor.relay import RelayResult
 from mesh.telemetry.access import AccessEvent, AccessLog, AccessRecord
 from mesh.telemetry.metrics import Registry, TcpMetrics
+from mesh.telemetry.output import LogOutput
 from ztunnel_py.mover.ledger import DRAINED, POLICY_CHANGED, Failure, Ledger, Living
 
 CLIENT = SocketAddress(parse_ip("10.0.0.1"), 40000)
@@ -31,7 +32,7 @@ def allow(*principals: SpiffeId) -> Policy:
 
 class Log(AccessLog):
     def __init__(self) -> None:
-        super().__init__(lambda call: None, wanted=lambda level: True)
+        super().__init__(lambda call: None, LogOutput(2), wanted=lambda level: True)
         self.records: list[AccessRecord] = []
 
     def wants(self, level: str) -> bool:
