@@ -152,7 +152,10 @@ class FakeApiServer:
         if self.faults.down or self._nursery is None:
             raise ConnectionRefusedError(111, "Connection refused")
         ours, theirs = memory_stream_pair()
-        self._nursery.start_soon(self._serve, ours)
+        try:
+            self._nursery.start_soon(self._serve, ours)
+        except RuntimeError:  # the server has ended: its nursery takes nobody any more
+            raise ConnectionRefusedError(111, "Connection refused") from None
         return theirs
 
     async def run_tcp(self, *, port: int = 0, task_status: trio.TaskStatus[ClusterAccess] = trio.TASK_STATUS_IGNORED) -> None:
