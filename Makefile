@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help test demo lint bench proto constraints clean system
+.PHONY: help test demo lint bench proto constraints clean system cluster cluster-down test-cluster
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -23,6 +23,16 @@ system:
 
 test: $(STAMP) system  ## everything but the real cluster: unit, property, wire, network namespaces, foreign peers
 	@$(BIN)/python -m pytest
+
+test-cluster: $(STAMP) system  ## a real Kubernetes of two nodes, built once (ten minutes), up in seconds; needs root and Go
+	@$(BIN)/python -m tests.cluster.harness prepare
+	@$(BIN)/python -m pytest tests/cluster
+
+cluster: $(STAMP) system  ## bring such a cluster up and keep it; prints the kubeconfig
+	@$(BIN)/python -m tests.cluster.harness up
+
+cluster-down:  ## end it
+	@$(BIN)/python -m tests.cluster.harness down
 
 demo: $(STAMP)  ## two nodes on this machine: watch plaintext become mutual TLS because a namespace is labelled
 	@$(BIN)/python -m meshctl_py.lab.demo
