@@ -17,6 +17,7 @@ from typing import Any, Final, Self, TypeAlias
 
 import msgspec
 
+from mesh.linux.unix_sockets import unix_address
 from meshctl_py.lab.enter import Entry
 from meshctl_py.lab.home import LabError, LabHome, claim_lab, remove_remains
 from meshctl_py.lab.init import LabConfig
@@ -239,17 +240,15 @@ def _end(home: LabHome) -> None:
 
 
 def _connect(home: LabHome) -> socket.socket:
-    directory = os.open(home.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(_REPLY_WITHIN)
-        sock.connect(f"/proc/self/fd/{directory}/{home.control.name}")
+        with unix_address(home.control) as address:
+            sock.connect(address)
         return sock
     except OSError:
         sock.close()
         raise
-    finally:
-        os.close(directory)
 
 
 def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:

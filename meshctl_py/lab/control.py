@@ -13,6 +13,7 @@ from typing import Final, assert_never
 import msgspec
 import trio
 
+from mesh.linux.unix_sockets import unix_address
 from mesh.telemetry.log import get_logger
 from meshctl_py.lab.containers import base_environment
 from meshctl_py.lab.home import LabHome
@@ -40,15 +41,12 @@ _DECODER: Final[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
 
 
 def open_control_socket(home: LabHome) -> socket.socket:
-    """Listen on ``control.sock``; the path is taken through a descriptor because addresses of sockets hold 107 bytes only."""
-    directory = os.open(home.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind(f"/proc/self/fd/{directory}/{home.control.name}")
-        sock.listen(64)
-        return sock
-    finally:
-        os.close(directory)
+    """Listen on ``control.sock``."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with unix_address(home.control) as address:
+        sock.bind(address)
+    sock.listen(64)
+    return sock
 
 
 async def serve_control(sock: socket.socket, world: World, stop: Callable[[], None]) -> None:

@@ -20,6 +20,7 @@ from typing import Protocol
 
 import trio
 
+from mesh.linux.unix_sockets import unix_address
 from mesh.telemetry.log import get_logger
 from ztunnel_py import messages
 from ztunnel_py.channel import Channel, ChannelClosed, close_all
@@ -178,7 +179,8 @@ class Movers:
         path = self._run_dir / "brain.sock"
         path.unlink(missing_ok=True)  # of a brain that was killed; only one brain runs, its supervisor sees to that
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind(str(path))
+        with unix_address(path) as address:
+            sock.bind(address)
         path.chmod(0o600)
         sock.listen(16)
         sock.setblocking(False)

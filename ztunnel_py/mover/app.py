@@ -16,6 +16,7 @@ from OpenSSL import SSL
 
 from mesh.authz.evaluate import AppliedPolicies
 from mesh.linux.netns import open_own_netns
+from mesh.linux.unix_sockets import unix_address
 from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor, Timer
 from mesh.state.store import Changes, MeshState
@@ -135,7 +136,8 @@ class Mover:
         met = False
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with sock:
-            await sock.connect(str(self._config.socket_path))
+            with unix_address(self._config.socket_path) as address:
+                await sock.connect(address)
             channel: Channel[messages.ToMover] = Channel(sock, messages.ToMover)
             send, receive = trio.open_memory_channel[tuple[messages.Message, tuple[int, ...]]](OUTGOING)
             try:
