@@ -15,7 +15,7 @@ from mesh.testing.netns import namespaces, wire
 from mesh.testing.proxies import EgressProxy, IngressProxy, ReactorThread, read_all, wait_until
 from mesh.tls.contexts import client_context, server_context
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")]
 
 MIB = 1 << 20
 BUNDLE = FakeCa().issue(SpiffeId("cluster.local", "default", "node"))
