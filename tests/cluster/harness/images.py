@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -39,8 +40,10 @@ echo '{"default": [{"type": "insecureAcceptAnything"}]}' >/run/policy.json
 echo 'unqualified-search-registries = []' >/run/registries.conf
 export CONTAINERS_REGISTRIES_CONF=/run/registries.conf STORAGE_DRIVER=overlay
 buildah inspect --type image "$1" >/dev/null 2>&1 || buildah pull --signature-policy /run/policy.json docker-archive:/base/image.tar
-buildah bud --isolation chroot --layers --pull-never --signature-policy /run/policy.json --build-arg BASE="$1" -t "$2" \
-    -f /context/deploy/images/Containerfile /context
+for stage in "--target build -t $2-build" "-t $2"; do  # the first has a name too, or pruning would take what the next build reuses
+    buildah bud --isolation chroot --layers --pull-never --signature-policy /run/policy.json --build-arg BASE="$1" $stage \
+        -f /context/deploy/images/Containerfile /context
+done
 buildah push --signature-policy /run/policy.json "$2" docker-archive:/result/image.tar:"$2"
 buildah rmi --prune >/dev/null
 """
@@ -140,7 +143,10 @@ def _lay_out_context(context: Path, files: Sequence[Path]) -> None:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(_REPOSITORY / name, context / name)
     for wheel in _wheels().glob("*.whl"):
-        (context / "deploy/images/wheels" / wheel.name).hardlink_to(wheel)
+        shutil.copy(wheel, context / "deploy/images/wheels" / wheel.name)
+    # buildah takes a step from its cache when what is copied is the same, times included.
+    for path in (context, *context.rglob("*")):
+        os.utime(path, (0, 0))
 
 
 def _wheels() -> Path:
