@@ -38,6 +38,8 @@ PING_SECONDS = 15.0
 _MOST_MISSED = 2
 """Pings in a row that a mover may leave unanswered before it is replaced. One may be our own fault: this process stood still."""
 _ACCEPT_PAUSE = 0.1
+_LAST_BREATH = 0.1
+"""Seconds between a mover's last word and its end."""
 _LOOK_AGAIN = 1.0
 
 _log = get_logger("movers")
@@ -160,17 +162,18 @@ class Movers:
         return answers
 
     async def drain(self, seconds: float) -> None:
-        """Let all movers finish what lives, at most so long, and end."""
+        """Let all movers finish what lives, at most so long, and end. None is left after it, not even one that stands still."""
         self._stopping = True
         self._all_left = trio.Event()
-        if not self._living:
-            return
-        self.post(messages.Drain(seconds))
-        with trio.move_on_after(seconds + _SCRAPE_SECONDS):
-            await self._all_left.wait()
-        for mover in self.living():
-            with suppress(ProcessLookupError):
-                os.kill(mover.pid, signal.SIGKILL)
+        if self._living:
+            self.post(messages.Drain(seconds))
+            with trio.move_on_after(seconds + _SCRAPE_SECONDS):
+                await self._all_left.wait()
+                await trio.sleep(_LAST_BREATH)
+        for name, pid in self._pids.items():
+            if _is_mover(pid, name):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     # Connections
 
@@ -306,7 +309,7 @@ class Movers:
         """Keep one slot filled: wait for an orphan of the last brain, else start a process; again whenever it ends."""
         pid = await self._adopt(name)
         pause = _FIRST_PAUSE
-        while True:
+        while not self._stopping:
             started = trio.current_time()
             process: subprocess.Popen[bytes] | None = None
             if pid is None:

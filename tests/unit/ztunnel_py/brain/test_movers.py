@@ -316,3 +316,27 @@ def test_who_does_not_introduce_itself_is_not_listened_to(world: World, first: m
         assert not world.follower.joined
 
     world.run(test)
+
+
+def test_draining_leaves_no_mover_not_even_one_that_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SCRAPE_SECONDS", 0.1)
+    world = World(tmp_path, monkeypatch, count=2)
+
+    async def test() -> None:
+        await world.until(lambda: len(world.movers._pids) == 2)
+        first, second = sorted(world.started, key=lambda process: process.pid != world.movers._pids["0"])
+        os.kill(second.pid, signal.SIGSTOP)
+        async with world.joins(first.pid) as channel:
+            await world.until(lambda: world.follower.joined)
+
+            async def obey() -> None:
+                assert (await channel.receive())[0] == messages.Drain(0.5)
+                channel.close()
+
+            world.nursery.start_soon(obey)
+            await world.movers.drain(0.5)
+        await world.until(lambda: first.poll() is not None and second.poll() is not None)
+        await trio.sleep(0.2)
+        assert len(world.started) == 2, "no other is started in their place"
+
+    world.run(test)
