@@ -132,13 +132,13 @@ class Link:
                 return None
             self._buffer += data
 
-    def status(self, stream: int) -> str:
-        """The answer on a stream; ``reset CODE``, ``goaway CODE`` or ``closed`` where there is none."""
+    def status(self, stream: int, field: str = ":status") -> str:
+        """A field of the answer on a stream; ``reset CODE``, ``goaway CODE`` or ``closed`` where there is no answer."""
         while (frame := self.receive()) is not None:
             if isinstance(frame, HeadersFrame):
                 fields = dict(self._decoder.decode(frame.data))
                 if frame.stream_id == stream:
-                    return fields[":status"]
+                    return fields.get(field, f"no {field}")
             elif isinstance(frame, RstStreamFrame) and frame.stream_id == stream:
                 return f"reset {frame.error_code}"
             elif isinstance(frame, GoAwayFrame) and frame.error_code:
@@ -571,3 +571,67 @@ def test_a_captured_pod_reaches_no_agents_port_and_makes_no_loop(lab: Lab, calle
     # 15008 speaks TLS: its alert is an answer, and all there is.
     assert received == b"" or (port == 15008 and received[:1] == b"\x15")
     wait_until(lambda: sum(lab.descriptors("n1").values()) <= before + 4, "nothing goes round")
+
+
+# --- the agent's pages and the control plane, which everybody reaches
+
+GARBAGE = (
+    b"\0" * 1000,
+    b"GET / HTTP/1.1\r\n" + b"x: " + b"a" * 100_000,
+    b"GET /" + b"%ff" * 3000 + b" HTTP/1.1\r\n\r\n",
+    b"GET //[ HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"POST /metrics HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999999999999\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    b"GET /metrics HTTP/1.0\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n",
+    b"HEAD /healthz/ready HTTP/1.1\r\nhost: x\r\n\r\nGET /nothing HTTP/1.1\r\nhost: x\r\n\r\n\xff",
+    PREFACE,
+)
+
+
+@pytest.mark.parametrize("port", [15020, 15021])
+def test_garbage_on_the_agents_pages_ends_nothing(lab: Lab, caller: Attacker, port: int) -> None:
+    node = next(node for node in lab.status()["nodes"] if node["name"] == "n2")["ips"][0]
+    brain = lab.agent("n2", "brain")
+    for garbage in GARBAGE:
+        with caller.connect(port, node) as sock, suppress(ConnectionError):
+            sock.sendall(garbage)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(65536):
+                pass
+    with caller.connect(port, node) as sock:
+        sock.sendall(b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert sock.recv(12) in (b"HTTP/1.1 200", b"HTTP/1.1 404")
+    assert lab.agent("n2", "brain") == brain
+    assert "Traceback" not in (lab.home / "logs/ztunnel-n2.log").read_text()
+
+
+def test_garbage_on_the_control_planes_port_ends_nothing(lab: Lab, caller: Attacker) -> None:
+    istiod = [process for process in lab.status()["processes"] if process["name"] == "istiod"]
+    address = "10.99.0.2"
+    for garbage in GARBAGE:
+        with caller.connect(15012, address) as sock, suppress(ConnectionError):
+            sock.sendall(garbage)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(65536):
+                pass
+    call = (
+        (":method", "POST"),
+        (":scheme", "https"),
+        (":path", "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"),
+    )
+    grpc = ((":authority", "x"), ("content-type", "application/grpc"), ("te", "trailers"))
+    for name, (data, _) in FRAMES.items():
+        with caller.context(None).wrap_socket(caller.connect(15012, address)) as sock, suppress(ConnectionError, ssl.SSLError):
+            link = Link(sock)
+            link.send(PREFACE + SettingsFrame(0).serialize(), link.headers(1, *call, *grpc), data)
+            answer = link.status(1, "grpc-status")
+            assert answer == "16" or answer.startswith(("reset", "goaway", "closed")), f"a caller without a token gets {answer} ({name})"
+    with caller.context(None).wrap_socket(caller.connect(15012, address)) as sock, suppress(ConnectionError, ssl.SSLError):
+        link = Link(sock)
+        link.send(PREFACE + SettingsFrame(0).serialize())
+        for stream in range(1, 10_001, 2):
+            link.send(link.headers(stream, *call, *grpc), RstStreamFrame(stream, 8).serialize())
+    now = [process for process in lab.status()["processes"] if process["name"] == "istiod"]
+    assert (now[0]["pid"], now[0]["starts"]) == (istiod[0]["pid"], istiod[0]["starts"])
+    assert lab.status()["control_plane"] == "ready"
+    assert "Traceback" not in (lab.home / "logs/istiod.log").read_text()
