@@ -192,6 +192,24 @@ def test_without_a_control_plane_traffic_goes_on_and_new_pods_wait(enrolled: Lab
         assert all(echoes(sock) for sock in socks)
 
 
+def test_without_a_control_plane_a_brain_and_a_mover_may_die_and_all_connections_are_served(
+    enrolled: Lab, client: Netns, echo: SocketAddress
+) -> None:
+    lab = enrolled
+    with no_control_plane(lab):
+        joined = log(lab, "n1").count("mover.joined")
+        kill(*lab.agent("n1", "brain"))
+        wait_until(lambda: log(lab, "n1").count("mover.joined") == joined + 2, "another brain meets the movers")
+        one, other = lab.agent("n1", "mover")
+        kill(one)
+        wait_until(lambda: log(lab, "n1").count("mover.joined") == joined + 3, "another mover is there, and knows nothing of the mesh")
+        for _ in range(20):
+            assert is_mutual(lab, client, echo)
+    wait_until(lambda: health(lab, "n1") == "ready", "the control plane is back")
+    kill(other)
+    assert is_mutual(lab, client, echo), "the mover that came knows all there is"
+
+
 def test_a_released_pod_is_served_until_its_peers_are_told(enrolled: Lab, client: Netns, echo: SocketAddress) -> None:
     lab = enrolled
     with no_control_plane(lab):

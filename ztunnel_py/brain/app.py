@@ -190,7 +190,9 @@ class Brain:
     def _xds_state(self, state: AdsState) -> None:
         if state.synced:
             self._state_ready.done()
-            self._synced.set()
+            if not self._synced.is_set():
+                self._synced.set()
+                self._pods.serve_everywhere()
         else:
             self._state_ready.pending(str(state))
         if state.phase is Phase.CONNECTED:
@@ -219,7 +221,7 @@ class Brain:
         for state in self._certificates.states():
             if state.bundle is not None:
                 mover.post(_certificate_message(state.bundle))
-        self._pods.mover_joined(mover, holding)
+        self._pods.mover_joined(mover, holding, informed=self._synced.is_set())
 
     def mover_said(self, mover: Mover, message: messages.FromMover) -> None:
         if isinstance(message, messages.CertificateWanted):

@@ -125,15 +125,26 @@ class PodKeeper:
 
     # Movers
 
-    def mover_joined(self, mover: Mover, holding: Sequence[Holding]) -> None:
-        """Take over what it serves, have it serve the rest."""
+    def mover_joined(self, mover: Mover, holding: Sequence[Holding], *, informed: bool) -> None:
+        """Take over what it serves, have it serve the rest. A mover that was not ``informed`` of the mesh would only refuse: while others
+        serve a pod it is left to them, until `serve_everywhere`."""
         for held in holding:
             self._adopt(mover, held)
         for uid, pod in self._held.items():
-            if mover not in pod.serving:
+            if mover not in pod.serving and (informed or not pod.serving):
                 mover.post(messages.ServePod(pod.info), pod.descriptors)
             if pod.draining:
                 mover.post(messages.ReleasePod(uid))
+
+    def serve_everywhere(self) -> None:
+        """All movers have been informed of the mesh now."""
+        for mover in self._movers.living():
+            for pod in self._held.values():
+                if mover not in pod.serving:
+                    try:
+                        mover.post(messages.ServePod(pod.info), pod.descriptors)
+                    except OSError as exc:  # no descriptors are left; the others go on serving the pod
+                        _log.error("pod.not_given", pod=f"{pod.info.namespace}/{pod.info.name}", mover=mover.name, error=str(exc))
 
     def mover_said(self, mover: Mover, message: messages.FromMover) -> None:
         match message:

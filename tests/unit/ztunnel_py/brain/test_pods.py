@@ -384,7 +384,7 @@ def test_a_mover_that_joins_is_given_every_pod_and_what_drains(world: World) -> 
         await world.until(lambda: world.phase("uid-2") is Phase.DRAINING, "one drains")
         new = FakeMover(world, "2")
         world.movers.all.append(new)
-        world.keeper.mover_joined(new, ())  # type: ignore[arg-type]
+        world.keeper.mover_joined(new, (), informed=True)  # type: ignore[arg-type]
         assert sorted(type(message).__name__ for message in new.told) == ["ReleasePod", "ServePod", "ServePod"]
 
     world.run(test)
@@ -401,7 +401,7 @@ def test_what_a_mover_still_serves_of_a_pod_that_was_dropped_is_dropped_again(wo
         mover.told.clear()
         descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
         world.opened[descriptors[0]] = "/n/1"
-        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),))  # type: ignore[arg-type]
+        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),), informed=True)  # type: ignore[arg-type]
         await world.until(lambda: messages.DropPod("uid-1") in mover.told, "it is told again")
         assert not world.holds("uid-1")
 
@@ -415,13 +415,46 @@ def test_what_movers_serve_before_the_source_was_read_stays_as_it_is(world: Worl
         world.opened[descriptors[0]] = "/n/1"
         world.kernel["/n/1"] = "captured"
         world.place.annotations["web"] = "enabled"
-        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),))  # type: ignore[arg-type]
+        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),), informed=True)  # type: ignore[arg-type]
         await trio.sleep(600)
         assert world.kernel == {"/n/1": "captured"}
         assert world.holds("uid-1")
         other = world.movers.all[1]
-        world.keeper.mover_joined(other, ())  # type: ignore[arg-type]
+        world.keeper.mover_joined(other, (), informed=True)  # type: ignore[arg-type]
         await world.captured(replace(facts(), redirection="enabled"))
         assert not [message for message in mover.told if isinstance(message, messages.DropPod)]
+
+    world.run(test)
+
+
+def test_a_mover_that_knows_nothing_of_the_mesh_yet_leaves_pods_to_those_that_do(world: World) -> None:
+    async def test() -> None:
+        serving, new = world.movers.all
+        world.movers.all.remove(new)
+        descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+        world.opened[descriptors[0]] = "/n/1"
+        holding = (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),)
+        world.keeper.mover_joined(serving, holding, informed=False)  # type: ignore[arg-type]
+        world.movers.all.append(new)
+        world.keeper.mover_joined(new, (), informed=False)  # type: ignore[arg-type]
+        await trio.sleep(60)
+        assert new.told == []
+        world.keeper.serve_everywhere()
+        assert [type(message).__name__ for message in new.told] == ["ServePod"]
+        assert serving.told == []
+
+    world.run(test)
+
+
+def test_a_pod_that_nobody_serves_is_given_to_whoever_comes(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        for mover in list(world.movers.all):
+            world.movers.all.remove(mover)
+            world.keeper.mover_left(mover)  # type: ignore[arg-type]
+        new = FakeMover(world, "2")
+        world.movers.all.append(new)
+        world.keeper.mover_joined(new, (), informed=False)  # type: ignore[arg-type]
+        assert [type(message).__name__ for message in new.told] == ["ServePod"]
 
     world.run(test)
