@@ -16,8 +16,9 @@ from tests.cluster.harness.client import Cluster, find_cluster, wait_until
 from tests.cluster.harness.home import cache_directory
 
 STARTER = """
-import sys, time
+import signal, sys, time
 from tests.cluster.harness.client import Options, running_cluster
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
 with running_cluster(sys.argv[1], Options(nodes=1, project=False), lambda text: None):
     print("up", flush=True)
     time.sleep(600)
@@ -51,7 +52,7 @@ def kill_the_undertaker_and_clean_up_later(starter: subprocess.Popen[str], clust
     "end", [interrupt, terminate, kill_the_starter, kill_process_1, kill_the_undertaker_and_clean_up_later], ids=lambda end: end.__name__
 )
 def test_nothing_of_a_cluster_is_left_when_it_ends_by(end: Callable[[subprocess.Popen[str], Cluster], None]) -> None:
-    name = f"end-{os.getpid()}"
+    name = f"end-{os.getpid()}-{end.__name__[:12].replace('_', '-').strip('-')}"
     with subprocess.Popen([sys.executable, "-c", STARTER, name], stdout=subprocess.PIPE, text=True) as starter:
         try:
             assert starter.stdout is not None
