@@ -106,6 +106,10 @@ class Lab:
         """``namespace/name`` of every pod that is captured."""
         return {f"{pod['namespace']}/{pod['name']}" for pod in self.status()["pods"] if pod["mesh"] == "captured"}
 
+    def pods_not_outside(self) -> set[str]:
+        """``namespace/name`` of every pod that an agent has not let go of: captured, pending or leaving."""
+        return {f"{pod['namespace']}/{pod['name']}" for pod in self.status()["pods"] if pod["mesh"] != "outside"}
+
     # What follows looks at the lab from the machine it runs on, past meshctl; needs root.
 
     @cached_property

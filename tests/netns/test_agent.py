@@ -273,7 +273,7 @@ def test_labelling_and_unlabelling_lose_no_connection(enrolled: Lab, where: str)
     with holding(enrolled, where, "server.shop", count=25) as held:
         for _ in range(2):
             enrolled.label("shop", "istio.io/dataplane-mode-")
-            wait_until(lambda: not enrolled.pods_in_mesh(), "the pods leave the mesh")
+            wait_until(lambda: not enrolled.pods_not_outside(), "the pods leave the mesh")
             assert enrolled.curl("shop/client", "http://server.shop/").returncode == 0
             assert held.lost_within(0.5) == []
             enrolled.label("shop", "istio.io/dataplane-mode=ambient")

@@ -22,7 +22,7 @@ from mesh.model.address import SocketAddress
 from mesh.testing.lab import Lab, running_lab, wait_until
 from mesh.testing.netns import Netns, echoes
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="entering a lab's namespaces from outside needs root")]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "two-nodes"
 SHOP = {"shop/client", "shop/stranger", "shop/server", "shop/database"}
@@ -214,7 +214,7 @@ def test_a_released_pod_is_served_until_its_peers_are_told(enrolled: Lab, client
     lab = enrolled
     with no_control_plane(lab):
         lab.label("shop", "istio.io/dataplane-mode-")
-        wait_until(lambda: not lab.pods_in_mesh(), "the pods leave")
+        wait_until(lambda: not lab.pods_not_outside(), "the pods leave")
         # Whoever still has the tunnel in mind, for longer than any grace after the label, must be served.
         with lab.inside("shop/server") as server:
             deadline = time.monotonic() + 7
@@ -240,7 +240,9 @@ def test_a_brain_killed_at_any_moment_of_a_change_leaves_no_pod_in_between(enrol
                 time.sleep(rng.uniform(0.0, 0.4))
                 kill(*lab.agent("n1", "brain"), *lab.agent("n2", "brain"))
             wanted = SHOP if number % 2 else set[str]()
-            wait_until(lambda wanted=wanted: lab.pods_in_mesh() == wanted, f"all are {'in' if wanted else 'out'}", 60)
+            # A pod that lost its label counts as leaving until its agent has let go of it, which a killed brain does later.
+            pods = lab.pods_in_mesh if wanted else lab.pods_not_outside
+            wait_until(lambda wanted=wanted, pods=pods: pods() == wanted, f"all are {'in' if wanted else 'out'}", 60)
             for name, place in places.items():
                 chains = place.output("nft", "list", "ruleset")
                 assert ("redirect to :15001" in chains) == bool(wanted), f"{name}: rules and annotation disagree\n{chains}"
@@ -250,7 +252,7 @@ def test_a_brain_killed_at_any_moment_of_a_change_leaves_no_pod_in_between(enrol
     for name in SHOP:
         with lab.inside(name) as place:
             wait_until(lambda place=place: not tables(place), f"nothing is left in {name}", 60)
-            assert ":15001" not in place.output("ss", "-Hltn")
+            wait_until(lambda place=place: ":15001" not in place.output("ss", "-Hltn"), f"nobody listens in {name}")
 
 
 def test_a_mover_killed_amid_a_transfer_ends_it_with_a_reset(enrolled: Lab, client: Netns, echo: SocketAddress) -> None:

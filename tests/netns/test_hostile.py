@@ -5,6 +5,7 @@ The attacker sits in a pod outside the mesh; where it needs a certificate, it ha
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import struct
@@ -26,7 +27,7 @@ from mesh.testing.lab import Lab, running_lab, wait_until
 from mesh.testing.netns import Netns
 from mesh.tls.bundle import CertificateBundle
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="entering a lab's namespaces from outside needs root")]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "two-nodes"
 SHOP = {"shop/client", "shop/stranger", "shop/server", "shop/database"}
