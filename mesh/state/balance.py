@@ -82,7 +82,7 @@ def list_picks(service: Service, endpoints: Iterable[Endpoint], wanted: Wanted, 
     """The endpoints among which connections from ``place`` to ``wanted`` are spread."""
     balancing = service.load_balancing or LoadBalancing()
     known = list(endpoints)
-    healthy = [endpoint for endpoint in known if _takes_connections(endpoint.workload, balancing)]
+    healthy = [endpoint for endpoint in known if takes_connections(endpoint.workload, balancing)]
     reachable = [
         Candidate(endpoint.workload, port)
         for endpoint in healthy
@@ -93,6 +93,12 @@ def list_picks(service: Service, endpoints: Iterable[Endpoint], wanted: Wanted, 
     if not reachable:
         return PickList((), _why_none(known, healthy, wanted))
     return _by_locality(reachable, balancing, place)
+
+
+def takes_connections(workload: Workload, balancing: LoadBalancing) -> bool:
+    """Whether an endpoint counts among those of a service."""
+    healthy = workload.status is HealthStatus.HEALTHY or balancing.health_policy is HealthPolicy.ALLOW_ALL
+    return healthy and workload.capacity > 0
 
 
 def target_port(service: Service, endpoint_ports: tuple[PortMapping, ...], port: int) -> int | None:
@@ -121,11 +127,6 @@ def scope_value(workload: Workload, scope: LoadBalancingScope) -> str:
             return workload.network
         case _:
             assert_never(scope)
-
-
-def _takes_connections(workload: Workload, balancing: LoadBalancing) -> bool:
-    healthy = workload.status is HealthStatus.HEALTHY or balancing.health_policy is HealthPolicy.ALLOW_ALL
-    return healthy and workload.capacity > 0
 
 
 def _is_reachable(workload: Workload, network: str) -> bool:

@@ -70,10 +70,12 @@ class MeshState:
         self._workloads_by_service: Index[NamespacedHostname, Workload] = Index(lambda workload: workload.services)
         self._services_by_vip: Index[NetworkAddress, Service] = Index(lambda service: service.addresses)
         self._services_by_cidr = CidrIndex()
-        self._services_by_hostname: Index[str, Service] = Index(lambda service: (service.hostname,))
+        self._services_by_hostname: Index[str, Service] = Index(lambda service: (_folded(service.hostname),))
         self._policies_by_scope: Index[_ScopeKey, Policy] = Index(_scope_keys)
         self._applied: dict[tuple[str, tuple[str, ...]], AppliedPolicies] = {}
         self._picks: dict[NamespacedHostname, dict[tuple[Wanted, Place], PickList]] = {}
+        self.generation = 0
+        """Another number after every change of workloads or services: what was found before it may be found no more."""
 
     # Change
 
@@ -97,6 +99,8 @@ class MeshState:
         )
         if changes.policies:
             self._reapply_policies()
+        if changes.workloads or changes.services:
+            self.generation += 1
         return changes
 
     def replace(self, whole: Delta, *, addresses: bool, policies: bool) -> Changes:
@@ -235,9 +239,9 @@ class MeshState:
         return ranged
 
     def find_services_by_hostname(self, hostname: str, client_namespace: str) -> list[Service]:
-        """The services of this name that clients of a namespace see, the one meant by it first."""
-        services = _visible(self._services_by_hostname.find(hostname), client_namespace)
-        return sorted(services, key=lambda service: _closeness(service, client_namespace))
+        """The services of this name, in whatever case, that clients of a namespace see, the one meant by it first."""
+        services = _visible(self._services_by_hostname.find(_folded(hostname)), client_namespace)
+        return sorted(services, key=lambda service: _closeness(service, client_namespace)) if len(services) > 1 else services
 
     def find_destination_service(self, workload: Workload, port: int, hostname: str | None) -> Service | None:
         """The service that a client of this workload's ``port`` meant, for telemetry.
@@ -349,6 +353,12 @@ def _preference(workload: Workload) -> tuple[bool, bool, str]:
 
 def _service_key(service: Service) -> NamespacedHostname:
     return service.key
+
+
+def _folded(hostname: str) -> str:
+    """Names differ by case to people only. The very string where it can be, so that an index keeps no second one."""
+    folded = hostname.lower()
+    return hostname if folded == hostname else folded
 
 
 def _is_visible(service: Service, client_namespace: str) -> bool:
