@@ -28,7 +28,7 @@ _REGISTER: Final = 1
 _NETWORK_HEADER: Final = 1
 _TRANSPORT_HEADER: Final = 2
 _META_MARK, _META_IIFNAME, _META_OIFNAME, _META_NFPROTO, _META_L4PROTO = 3, 6, 7, 15, 16
-_CT_STATE, _CT_MARK = 0, 3
+_CT_STATE, _CT_MARK, _CT_ZONE = 0, 3, 17
 _CMP_EQ, _CMP_NEQ = 0, 1
 _NF_DROP, _NF_ACCEPT, _NFT_JUMP, _NFT_GOTO, _NFT_RETURN = 0, 1, -3, -4, -5
 _NAT_SNAT, _NAT_DNAT = 0, 1
@@ -199,6 +199,10 @@ def udp_dport(port: int, *, negate: bool = False) -> Statement:
     return _port("udp", socket.IPPROTO_UDP, port, negate)
 
 
+def udp_sport(port: int) -> Statement:
+    return Statement(f"udp sport {port}", (_load_payload(_TRANSPORT_HEADER, 0, 2), _compare(_be16(port))), protocol=socket.IPPROTO_UDP)
+
+
 def tcp_flags(value: Sequence[str], mask: Sequence[str]) -> Statement:
     """Of the flags in ``mask`` exactly those in ``value`` are set; ``fin``, ``syn``, ``rst``, ``ack``."""
     bits, masked = (bytes([sum(_TCP_FLAGS[flag] for flag in flags)]) for flags in (value, mask))
@@ -251,6 +255,14 @@ def set_ct_mark(value: int, mask: int) -> Statement:
             _bitwise(_native(keep), _native(value)),
             Expression("ct", ((2, _be32(_CT_MARK)), (4, _be32(_REGISTER)))),
         ),
+    )
+
+
+def set_ct_zone(zone: int) -> Statement:
+    """Have conntrack look for the packet's connection in this zone. Only in chains that come before conntrack (priority raw)."""
+    return Statement(
+        f"ct zone set {zone}",
+        (_immediate(_REGISTER, struct.pack("=H", zone)), Expression("ct", ((2, _be32(_CT_ZONE)), (4, _be32(_REGISTER))))),
     )
 
 

@@ -34,9 +34,12 @@ class NftRefused(Exception):
     """The kernel refused a transaction, so nothing was changed. The text says which rule and why."""
 
 
-def replace_tables(tables: Sequence[Table]) -> None:
-    """Make these tables exactly as given, whatever was in tables of their names. Raises NftRefused, OSError."""
+def replace_tables(tables: Sequence[Table], *, absent: Sequence[str] = (), family: int = INET) -> None:
+    """Make these tables exactly as given, whatever was in tables of their names, and remove those of ``family`` named in ``absent``.
+    Raises NftRefused, OSError."""
     batch = _Batch()
+    for name in absent:
+        batch.delete_table(family, name)
     for table in tables:
         batch.delete_table(table.family, table.name)
         batch.add_table(table)
@@ -57,8 +60,9 @@ def list_tables(family: int = INET) -> list[str]:
         return _read_tables(sock, family)
 
 
-def find_differences(tables: Sequence[Table]) -> list[str]:
-    """What is not in the kernel as given, one sentence each; nothing when the tables are in place. Counters' values do not count.
+def find_differences(tables: Sequence[Table], *, absent: Sequence[str] = (), family: int = INET) -> list[str]:
+    """What is not in the kernel as given, one sentence each; nothing when the tables are in place, and no table of ``family`` named in
+    ``absent`` is there. Counters' values do not count.
 
     Rules are compared by what they do, not by what they are called: every expression and its attributes. Raises OSError.
     """
@@ -69,6 +73,8 @@ def find_differences(tables: Sequence[Table]) -> list[str]:
                 found += (f"table {table.name}: {difference}" for difference in _differences_in(sock, table))
             else:
                 found.append(f"table {table.name} is missing")
+        there = _read_tables(sock, family) if absent else ()
+        found += (f"table {name} is not wanted" for name in absent if name in there)
     return found
 
 

@@ -82,6 +82,40 @@ def transparent_listener(
     return sock
 
 
+def loopback_listeners(port: int, *, ipv6: bool = True) -> list[socket.socket]:
+    """Non-blocking sockets on the loopback addresses, IPv4 and, where the namespace has it, IPv6; of each one for UDP and one for TCP,
+    in this order. What nat redirects is delivered there, and nobody outside reaches them. Raises OSError."""
+    opened: list[socket.socket] = []
+    try:
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            if family == socket.AF_INET6 and not (ipv6 and ipv6_enabled()):
+                continue
+            for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+                sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+                opened.append(sock)
+                if kind == socket.SOCK_STREAM:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind((address, port))
+                if kind == socket.SOCK_STREAM:
+                    sock.listen(LISTEN_BACKLOG)
+    except OSError as exc:
+        for sock in opened:
+            sock.close()
+        raise OSError(exc.errno, f"listen on loopback port {port}: {exc.strerror}") from exc
+    return opened
+
+
+def make_datagram_socket(family: int, *, mark: int) -> socket.socket:
+    """A non-blocking UDP socket for the agent's own datagrams. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def make_upstream_socket(family: int, *, mark: int | None, source: IpAddress | None) -> socket.socket:
     """A non-blocking TCP socket for a connection of the agent, bound to ``source`` (port 0) though that is another host's address.
 

@@ -12,6 +12,9 @@ STATS: Final = 15020
 READINESS: Final = 15021
 DNS: Final = 15053
 
+DOMAIN: Final = 53
+"""Where applications ask for names."""
+
 RECURSIVE: Final = frozenset({OUTBOUND, INBOUND_PLAINTEXT, INBOUND_HBONE})
 """Destination ports that would loop a connection back into the agent; never dialled on a peer's or application's request."""
 
@@ -20,6 +23,8 @@ PROXY_MARK: Final = 0x539
 INBOUND_CONNECTION_MARK: Final = 0x111
 """Conntrack mark of connections the agent opened to the application, to route the replies back to its transparent socket."""
 MARK_MASK: Final = 0xFFF
+PROXY_DNS_ZONE: Final = 1
+"""Conntrack zone of the agent's own look-ups, so that they never meet the entry of an application's that had the same port."""
 INBOUND_ROUTE_TABLE: Final = 100
 INBOUND_RULE_PRIORITY: Final = 32764
 PROBE_SOURCE_V4: Final = "169.254.7.127"

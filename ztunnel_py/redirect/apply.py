@@ -13,7 +13,7 @@ from typing import TypeVar
 from mesh.linux.netns import ipv6_enabled, run_in_netns
 from mesh.linux.nft import Table
 from mesh.linux.nft_apply import NftRefused, delete_tables, find_differences, replace_tables
-from ztunnel_py.redirect.plan import MANGLE_TABLE, NAT_TABLE, PodCapture, RedirectPlan
+from ztunnel_py.redirect.plan import OUR_TABLES, PodCapture, RedirectPlan
 from ztunnel_py.redirect.routing import add_routing, find_routing_differences, remove_routing
 
 _T = TypeVar("_T")
@@ -23,10 +23,10 @@ class CaptureFailed(Exception):
     """A pod's namespace refused what was asked; the text says what and why. Trying again later is right."""
 
 
-def observe_pod(netns_fd: int, *, bypass_inbound: bool, ipv6: bool = True) -> PodCapture:
+def observe_pod(netns_fd: int, *, bypass_inbound: bool, dns: bool = False, ipv6: bool = True) -> PodCapture:
     """The facts to plan with, as the pod's namespace is now. ``ipv6`` False: the listeners are IPv4 only, so IPv6 is left alone even
     where the pod has it. Raises CaptureFailed."""
-    return PodCapture(ipv6=ipv6 and _attempt(netns_fd, "look for IPv6", ipv6_enabled), bypass_inbound=bypass_inbound)
+    return PodCapture(ipv6=ipv6 and _attempt(netns_fd, "look for IPv6", ipv6_enabled), bypass_inbound=bypass_inbound, dns=dns)
 
 
 def apply_capture(netns_fd: int, plan: RedirectPlan) -> bool:
@@ -42,7 +42,7 @@ def verify_capture(netns_fd: int, plan: RedirectPlan) -> list[str]:
     """What in the namespace differs from the plan, one sentence each; empty when the capture is complete. Raises CaptureFailed."""
 
     def inside() -> list[str]:
-        return [*find_routing_differences(plan.families), *find_differences(plan.tables)]
+        return [*find_routing_differences(plan.families), *find_differences(plan.tables, absent=_absent(plan.tables))]
 
     return _attempt(netns_fd, "read the rules back", inside)
 
@@ -60,7 +60,7 @@ def finish_release(netns_fd: int) -> None:
     """Remove everything, as if the pod had never been captured. Connections that are still redirected break. Raises CaptureFailed."""
 
     def inside() -> None:
-        delete_tables((NAT_TABLE, MANGLE_TABLE))
+        delete_tables(OUR_TABLES)
         remove_routing()
 
     _attempt(netns_fd, "remove the rules", inside)
@@ -69,12 +69,18 @@ def finish_release(netns_fd: int) -> None:
 def _change(netns_fd: int, tables: tuple[Table, ...], families: tuple[int, ...]) -> bool:
     def inside() -> bool:
         routed = add_routing(families)
-        if not find_differences(tables):
+        absent = _absent(tables)
+        if not find_differences(tables, absent=absent):
             return routed
-        replace_tables(tables)
+        replace_tables(tables, absent=absent)
         return True
 
     return _attempt(netns_fd, "write the rules", inside)
+
+
+def _absent(tables: tuple[Table, ...]) -> tuple[str, ...]:
+    present = {table.name for table in tables}
+    return tuple(name for name in OUR_TABLES if name not in present)
 
 
 def _attempt(netns_fd: int, what: str, inside: Callable[[], _T]) -> _T:

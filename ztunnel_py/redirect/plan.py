@@ -1,4 +1,4 @@
-"""What a pod's network namespace needs so that its TCP connections pass through the agent, as data. Pure.
+"""What a pod's network namespace needs so that its TCP connections and its look-ups of names pass through the agent, as data. Pure.
 
 Tables, chains, order and marks are those of Istio's native nftables backend, with two differences, both so that enrolling and
 un-enrolling cost no living connection (docs/design/decisions/0004-capture-keeps-connections.md):
@@ -10,6 +10,7 @@ un-enrolling cost no living connection (docs/design/decisions/0004-capture-keeps
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
@@ -32,11 +33,16 @@ from mesh.linux.nft import (
     redirect,
     saddr,
     set_ct_mark,
+    set_ct_zone,
     set_mark_from_ct,
     tcp_dport,
     tcp_flags,
+    udp_dport,
+    udp_sport,
 )
 from mesh.model.ports import (
+    DNS,
+    DOMAIN,
     INBOUND_CONNECTION_MARK,
     INBOUND_HBONE,
     INBOUND_PLAINTEXT,
@@ -44,32 +50,40 @@ from mesh.model.ports import (
     OUTBOUND,
     PROBE_SOURCE_V4,
     PROBE_SOURCE_V6,
+    PROXY_DNS_ZONE,
     PROXY_MARK,
 )
 
 NAT_TABLE: Final = "istio-ambient-nat"
 MANGLE_TABLE: Final = "istio-ambient-mangle"
+RAW_TABLE: Final = "istio-ambient-raw"
 _DSTNAT: Final = -100
 _MANGLE: Final = -150
+_RAW: Final = -300
 
 
 @dataclass(frozen=True, slots=True)
 class PodCapture:
     """The facts a plan depends on. ``ipv6``: the pod's namespace has IPv6. ``bypass_inbound``: connections to the pod stay as they
-    are (annotation ``ambient.istio.io/bypass-inbound-capture``), only its own are captured."""
+    are (annotation ``ambient.istio.io/bypass-inbound-capture``), only its own are captured. ``dns``: its look-ups are captured too."""
 
     ipv6: bool
     bypass_inbound: bool = False
+    dns: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RedirectPlan:
     """``tables`` while the pod is captured; ``releasing`` while redirected connections are let go on; ``families`` (AF_INET,
-    AF_INET6) need the rule and route that bring the replies of applications back to the agent's transparent sockets."""
+    AF_INET6) need the rule and route that bring the replies of applications back to the agent's transparent sockets. Of `OUR_TABLES`
+    those that are not listed must not be there."""
 
     tables: tuple[Table, ...]
     releasing: tuple[Table, ...]
     families: tuple[int, ...]
+
+
+OUR_TABLES: Final = (NAT_TABLE, MANGLE_TABLE, RAW_TABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +102,16 @@ def plan_capture(pod: PodCapture) -> RedirectPlan:
     inbound = () if pod.bypass_inbound else tuple(rule for version in versions for rule in _inbound(version))
     outbound = (
         *(_probe_reply(version) for version in versions),
+        *(_lookups(versions) if pod.dns else ()),
         Rule((l4proto(socket.IPPROTO_TCP), mark(INBOUND_CONNECTION_MARK, MARK_MASK), counter(), accept()), "the application's replies"),
         *(_own_addresses(version) for version in versions),
         *(_outbound(version) for version in versions),
     )
-    mangle = _mangle()
+    others = (_mangle(), _raw()) if pod.dns else (_mangle(),)
     return RedirectPlan(
-        tables=(_nat(inbound, outbound), mangle),
-        releasing=(_nat((), ()), mangle),
+        tables=(_nat(inbound, outbound), *others),
+        # The raw table stays as long as a look-up's translation may: without it the agent's could be taken for the application's.
+        releasing=(_nat((), ()), *others),
         families=(socket.AF_INET, socket.AF_INET6) if pod.ipv6 else (socket.AF_INET,),
     )
 
@@ -125,6 +141,28 @@ def _mangle() -> Table:
             Chain("output", (reply,), Hook(ChainType.ROUTE, HookPoint.OUTPUT, _MANGLE)),
         ),
     )
+
+
+def _raw() -> Table:
+    """The agent's own look-ups are tracked in a zone of their own. An entry of the application's, which is redirected, outlives the
+    socket it was for; were the agent's next socket given that port, its look-up would be sent back to the agent."""
+    mine = Rule((udp_dport(DOMAIN), mark(PROXY_MARK, MARK_MASK), counter(), set_ct_zone(PROXY_DNS_ZONE)), "look-ups of the agent")
+    answers = Rule((udp_sport(DOMAIN), mark(PROXY_MARK, MARK_MASK, negate=True), counter(), set_ct_zone(PROXY_DNS_ZONE)), "answers to them")
+    return Table(
+        RAW_TABLE,
+        (
+            Chain("prerouting", (answers,), Hook(ChainType.FILTER, HookPoint.PREROUTING, _RAW)),
+            Chain("output", (mine,), Hook(ChainType.FILTER, HookPoint.OUTPUT, _RAW)),
+        ),
+    )
+
+
+def _lookups(versions: tuple[_IpVersion, ...]) -> Iterator[Rule]:
+    not_ours = mark(PROXY_MARK, MARK_MASK, negate=True)
+    yield Rule((oifname("lo", negate=True), not_ours, udp_dport(DOMAIN), counter(), redirect(DNS)), "names that the application looks up")
+    for version in versions:
+        outside = daddr(version.loopback, negate=True)
+        yield Rule((outside, tcp_dport(DOMAIN), _opens_connection(), not_ours, counter(), redirect(DNS)), "the same over TCP")
 
 
 def _inbound(version: _IpVersion) -> tuple[Rule, ...]:

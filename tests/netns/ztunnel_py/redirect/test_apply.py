@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import socket
@@ -12,15 +13,26 @@ from ipaddress import ip_address
 
 import pytest
 
+from mesh.linux.conntrack import original_udp_destination
 from mesh.linux.netns import run_in_netns
 from mesh.linux.nft import Chain, Rule, Table, jump, render
-from mesh.linux.nft_apply import replace_tables
-from mesh.linux.sockets import local_address, make_upstream_socket, original_destination, peer_address, transparent_listener
+from mesh.linux.nft_apply import delete_tables, replace_tables
+from mesh.linux.sockets import (
+    SO_MARK,
+    local_address,
+    loopback_listeners,
+    make_upstream_socket,
+    original_destination,
+    peer_address,
+    transparent_listener,
+)
 from mesh.model.address import SocketAddress
-from mesh.model.ports import INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
+from mesh.model.ports import DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
+from mesh.reactor.tcp import socket_address
+from mesh.testing.lab import wait_until
 from mesh.testing.netns import PATIENCE_SECONDS, EchoServer, Netns, echoes, namespaces, wire
 from ztunnel_py.redirect.apply import CaptureFailed, apply_capture, begin_release, finish_release, observe_pod, verify_capture
-from ztunnel_py.redirect.plan import NAT_TABLE, PodCapture, RedirectPlan, plan_capture
+from ztunnel_py.redirect.plan import NAT_TABLE, RAW_TABLE, PodCapture, RedirectPlan, plan_capture
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")]
 
@@ -109,8 +121,8 @@ class World:
     def __init__(self, pod: Netns, peer: Netns, app: EchoServer, remote: EchoServer) -> None:
         self.pod, self.peer, self.app, self.remote = pod, peer, app, remote
 
-    def plan(self, *, bypass_inbound: bool = False) -> RedirectPlan:
-        return plan_capture(observe_pod(self.pod.fd, bypass_inbound=bypass_inbound))
+    def plan(self, *, bypass_inbound: bool = False, dns: bool = False) -> RedirectPlan:
+        return plan_capture(observe_pod(self.pod.fd, bypass_inbound=bypass_inbound, dns=dns))
 
     def outbound(self, version: int = 4) -> socket.socket:
         """A connection that the pod's application opens."""
@@ -151,7 +163,11 @@ def closing(socks: list[socket.socket]) -> Iterator[list[socket.socket]]:
             sock.close()
 
 
-@pytest.mark.parametrize("capture", [PodCapture(ipv6=True), PodCapture(ipv6=False), PodCapture(ipv6=True, bypass_inbound=True)], ids=str)
+@pytest.mark.parametrize(
+    "capture",
+    [PodCapture(ipv6=True), PodCapture(ipv6=False), PodCapture(ipv6=True, bypass_inbound=True), PodCapture(ipv6=True, dns=True)],
+    ids=str,
+)
 def test_nft_lists_the_rules_exactly_as_we_print_them(world: World, capture: PodCapture) -> None:
     plan = plan_capture(capture)
     apply_capture(world.pod.fd, plan)
@@ -460,3 +476,185 @@ def test_replacing_a_table_never_leaves_a_moment_without_it(world: World) -> Non
             stop.set()
             writer.join(PATIENCE_SECONDS)
         assert len(proxy.went_to(OUTBOUND)) == 100
+
+
+# Look-ups of names
+
+
+class StandInResolver:
+    """Answers datagrams and TCP connections with its name, from a thread; in the pod on loopback, in the peer for all."""
+
+    def __init__(self, name: bytes, socks: list[socket.socket]) -> None:
+        self._name = name
+        self._socks = socks
+        self.asked: list[tuple[SocketAddress, SocketAddress]] = []
+        """Who asked, and where."""
+        self.held: list[tuple[socket.socket, tuple[str, int]]] = []
+        """Who asked for an answer ``later``."""
+        self._wake, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> StandInResolver:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._wake.close()
+        self._thread.join(PATIENCE_SECONDS)
+        for sock in (*self._socks, self._woken):
+            sock.close()
+
+    def answer_held(self) -> None:
+        while self.held:
+            sock, peer = self.held.pop()
+            sock.sendto(self._name, peer)
+
+    def _serve(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for sock in (*self._socks, self._woken):
+                selector.register(sock, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    sock = key.fileobj
+                    assert isinstance(sock, socket.socket)
+                    if sock is self._woken:
+                        return
+                    if sock.type == socket.SOCK_DGRAM:
+                        question, peer = sock.recvfrom(1000)
+                        self.asked.append((socket_address(peer), local_address(sock)))
+                        if question == b"later":
+                            self.held.append((sock, peer))
+                        else:
+                            sock.sendto(self._name, peer)
+                    else:
+                        with contextlib.suppress(OSError):
+                            stream, peer = sock.accept()
+                            self.asked.append((socket_address(peer), local_address(sock)))
+                            stream.sendall(self._name)
+                            stream.close()
+
+
+@contextmanager
+def resolvers(world: World) -> Iterator[tuple[StandInResolver, StandInResolver]]:
+    """The agent's, on port 15053 of the pod, and the outside's, on port 53 of the peer."""
+    socks: list[socket.socket] = []
+    for ip in (PEER_V4, PEER_V6):
+        family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+        datagrams = world.peer.run(lambda family=family: socket.socket(family, socket.SOCK_DGRAM))
+        datagrams.bind((str(ip), 53))
+        socks += [datagrams, world.peer.listen(53, str(ip))]
+    with StandInResolver(b"agent", world.pod.run(lambda: loopback_listeners(DNS))) as agent, StandInResolver(b"outside", socks) as outside:
+        yield agent, outside
+
+
+class Asker:
+    """An application's socket that asks the peer for names."""
+
+    def __init__(self, world: World, version: int, *, mark: int = 0, name: tuple[str, int] | None = None) -> None:
+        self.server = SocketAddress(PEER_V4 if version == 4 else PEER_V6, 53)
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        self.sock = world.pod.run(lambda: socket.socket(family, socket.SOCK_DGRAM))
+        if mark:
+            self.sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+        self.sock.settimeout(PATIENCE_SECONDS)
+        if name is not None:
+            self.sock.bind(name)
+        self.sock.connect((str(self.server.ip), 53))
+
+    def ask(self) -> bytes:
+        self.sock.send(b"?")
+        return self.sock.recv(100)
+
+
+def ask_over_tcp(world: World, version: int) -> bytes:
+    with world.pod.connect(SocketAddress(PEER_V4 if version == 4 else PEER_V6, 53)) as sock:
+        return sock.recv(100)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_look_ups_reach_the_agent_which_learns_where_they_were_going(world: World, version: int) -> None:
+    with resolvers(world) as (agent, outside):
+        apply_capture(world.pod.fd, world.plan(dns=True))
+        assert (Asker(world, version).ask(), ask_over_tcp(world, version)) == (b"agent", b"agent")
+        assert outside.asked == []
+        peer, local = agent.asked[0]
+        assert world.pod.run(lambda: original_udp_destination(local, peer)) == SocketAddress(PEER_V4 if version == 4 else PEER_V6, 53)
+
+
+def test_a_datagram_that_nothing_redirected_has_no_other_destination(world: World) -> None:
+    with resolvers(world) as (agent, _):
+        apply_capture(world.pod.fd, world.plan(dns=True))
+        sock = world.pod.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock.settimeout(PATIENCE_SECONDS)
+        sock.connect(("127.0.0.1", DNS))
+        sock.send(b"?")
+        assert sock.recv(100) == b"agent"
+        peer, local = agent.asked[0]
+        assert world.pod.run(lambda: original_udp_destination(local, peer)) is None
+        gone = SocketAddress(peer.ip, 1)
+        assert world.pod.run(lambda: original_udp_destination(local, gone)) is None
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_agents_own_look_ups_go_out_even_from_a_port_that_an_application_had(world: World, version: int) -> None:
+    with resolvers(world) as (agent, _):
+        apply_capture(world.pod.fd, world.plan(dns=True))
+        application = Asker(world, version)
+        assert application.ask() == b"agent"
+        name = application.sock.getsockname()
+        application.sock.close()
+        mine = Asker(world, version, mark=PROXY_MARK, name=name)
+        assert mine.ask() == b"outside"
+        assert len(agent.asked) == 1
+        mine.sock.close()
+        assert Asker(world, version, name=name).ask() == b"agent", "and the application's come to it, even from a port that it had"
+
+
+def test_without_a_zone_of_their_own_the_agents_look_ups_would_come_back_to_it(world: World) -> None:
+    """Why the raw table is there; if this ever fails it may go."""
+    with resolvers(world):
+        apply_capture(world.pod.fd, world.plan(dns=True))
+        world.pod.run(lambda: delete_tables([RAW_TABLE]))
+        application = Asker(world, 4)
+        assert application.ask() == b"agent"
+        name = application.sock.getsockname()
+        application.sock.close()
+        assert Asker(world, 4, mark=PROXY_MARK, name=name).ask() == b"agent"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_look_ups_under_way_are_answered_when_their_capture_begins_changes_and_ends(world: World, version: int) -> None:
+    """A socket that asks again and again, and one whose answer is still to come, at every step."""
+    with resolvers(world) as (agent, outside):
+        steady = Asker(world, version)
+        assert steady.ask() == b"outside"
+        for change in (
+            lambda: apply_capture(world.pod.fd, world.plan()),
+            lambda: apply_capture(world.pod.fd, world.plan(dns=True)),
+            lambda: apply_capture(world.pod.fd, world.plan(dns=False)),
+            lambda: apply_capture(world.pod.fd, world.plan(dns=True)),
+            lambda: begin_release(world.pod.fd, world.plan(dns=True)),
+            lambda: finish_release(world.pod.fd),
+        ):
+            late = Asker(world, version)
+            late.sock.send(b"later")
+            wait_until(lambda: agent.held or outside.held, "the look-up has arrived")
+            change()
+            for resolver in (agent, outside):
+                resolver.answer_held()
+            assert late.sock.recv(100) in (b"agent", b"outside")
+            assert steady.ask() in (b"agent", b"outside")
+            assert Asker(world, version).ask() in (b"agent", b"outside")
+        assert Asker(world, version).ask() == b"outside"
+        assert "istio-ambient" not in world.state()
+
+
+def test_rules_for_look_ups_that_are_not_wanted_any_more_are_a_difference(world: World) -> None:
+    apply_capture(world.pod.fd, world.plan(dns=True))
+    assert verify_capture(world.pod.fd, world.plan(dns=True)) == []
+    differences = verify_capture(world.pod.fd, world.plan())
+    assert "table istio-ambient-raw is not wanted" in differences
+    assert apply_capture(world.pod.fd, world.plan())
+    assert verify_capture(world.pod.fd, world.plan()) == []
+    world.pod.run(lambda: delete_tables([RAW_TABLE]))
+    assert verify_capture(world.pod.fd, world.plan(dns=True)) != []

@@ -139,3 +139,23 @@ def test_attributes_survive_the_way_there_and_back() -> None:
 def test_attributes_of_impossible_length_are_an_error(data: bytes) -> None:
     with pytest.raises(NetlinkError):
         parse_attributes(data)
+
+
+def test_the_source_port_is_the_first_of_the_transport_header() -> None:
+    # [ payload load 2b @ transport header + 0 => reg 1 ] [ cmp eq reg 1 0x00003500 ]
+    statement = nft.udp_sport(53)
+    assert statement.text == "udp sport 53"
+    assert lines(statement)[2:] == [
+        "payload 1=00000001 2=00000002 3=00000000 4=00000002",
+        "cmp 1=00000001 2=00000000 3=0600010000350000",
+    ]
+
+
+def test_a_zone_is_a_short_number_in_the_machines_byte_order() -> None:
+    # [ immediate reg 1 0x00000001 ] [ ct set zone with reg 1 ]
+    statement = nft.set_ct_zone(1)
+    assert statement.text == "ct zone set 1"
+    assert lines(statement) == [
+        f"immediate 1=00000001 2=06000100{struct.pack('=H', 1).hex()}0000",
+        "ct 2=00000011 4=00000001",
+    ]
