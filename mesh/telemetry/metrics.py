@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -18,12 +20,15 @@ from mesh.model.identity import SpiffeId
 from mesh.model.service import Service
 from mesh.model.workload import Workload
 
-Kind = Literal["counter", "gauge"]
+Kind = Literal["counter", "gauge", "histogram"]
 Merge = Literal["sum", "max"]
 Number = int | float
 
 OPENMETRICS: Final = "application/openmetrics-text"
 UNKNOWN: Final = "unknown"
+BUCKET: Final = "le"
+SUM: Final = "sum"
+_ANY: Final = "+Inf"
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
@@ -34,7 +39,11 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FamilySnapshot(msgspec.Struct, frozen=True):
-    """One family at one moment. ``name`` has no ``_total``. ``merge`` says how several processes' gauges become one; counters add up."""
+    """One family at one moment. ``name`` has no ``_total``. ``merge`` says how several processes' gauges become one; others add up.
+
+    A histogram's last label is `BUCKET`: the samples of a series are its buckets, by upper bound, and one that is `SUM` of what was
+    observed.
+    """
 
     name: str
     kind: Kind
@@ -97,6 +106,47 @@ class Family:
         )
 
 
+class Observations:
+    """One histogram; whoever holds it calls `observe`."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        """How many fell into each bucket, the last for what is beyond all bounds."""
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+
+class Histogram:
+    """A metric with labels and buckets. Series are made at first use and kept."""
+
+    def __init__(self, name: str, help: str, labels: tuple[str, ...], bounds: tuple[float, ...]) -> None:
+        self.name, self.help, self.labels, self.bounds = name, help, labels, bounds
+        self._series: dict[tuple[str, ...], Observations] = {}
+
+    def labelled(self, *values: str) -> Observations:
+        """The series with these label values, in the order of ``labels``."""
+        series = self._series.get(values)
+        if series is None:
+            if len(values) != len(self.labels):
+                raise ValueError(f"{self.name} has the labels {self.labels}, not {values}")
+            series = self._series[values] = Observations(self.bounds)
+        return series
+
+    def collect(self) -> Iterable[FamilySnapshot]:
+        bounds = [*map(str, self.bounds), _ANY]
+        samples: list[Sample] = []
+        for labels, series in self._series.items():
+            samples += (Sample((*labels, bound), count) for bound, count in zip(bounds, accumulate(series.counts), strict=True))
+            samples.append(Sample((*labels, SUM), series.total))
+        yield FamilySnapshot(self.name, "histogram", self.help, (*self.labels, BUCKET), tuple(samples))
+
+
 Collector = Callable[[], Iterable[FamilySnapshot]]
 
 
@@ -112,6 +162,12 @@ class Registry:
 
     def gauge(self, name: str, help: str, labels: tuple[str, ...] = (), merge: Merge = "sum") -> Family:
         return self._add(Family(name, "gauge", help, labels, merge))
+
+    def histogram(self, name: str, help: str, labels: tuple[str, ...], bounds: tuple[float, ...]) -> Histogram:
+        """A family of histograms; ``bounds`` are the upper ones of its buckets, rising, without the last, infinite one."""
+        histogram = Histogram(name, help, labels, bounds)
+        self.collect_from(histogram.collect)
+        return histogram
 
     def collect_from(self, collector: Collector) -> None:
         """Ask ``collector`` for families at every snapshot: for numbers that are kept elsewhere."""
@@ -147,7 +203,7 @@ class Totals:
         """The process is gone: its last snapshot's counters stay in the sum. Unknown names are ignored (it died before it reported)."""
         last = self._living.pop(process, None)
         if last is not None:
-            self._dead = merge([self._dead, Snapshot(tuple(family for family in last.families if family.kind == "counter"))])
+            self._dead = merge([self._dead, Snapshot(tuple(family for family in last.families if family.kind != "gauge"))])
 
     def merged(self, own: Snapshot | None = None) -> Snapshot:
         """One snapshot of all, ``own`` being the caller's."""
@@ -190,10 +246,28 @@ def render(snapshot: Snapshot) -> bytes:
         suffix = "_total" if family.kind == "counter" else ""
         lines += (f"# HELP {family.name} {_escaped(family.help)}.", f"# TYPE {family.name} {family.kind}")
         for sample in family.samples:
-            labels = ",".join([f'{name}="{_escaped(value)}"' for name, value in zip(family.labels, sample.labels, strict=True)])
-            lines.append(f"{family.name}{suffix}{{{labels}}} {sample.value}" if labels else f"{family.name}{suffix} {sample.value}")
+            if family.kind == "histogram":
+                lines += _render_part(family, sample)
+            else:
+                lines.append(_render_sample(family.name + suffix, family.labels, sample.labels, sample.value))
     lines.append("# EOF\n")
     return "\n".join(lines).encode()
+
+
+def _render_part(family: FamilySnapshot, sample: Sample) -> Iterable[str]:
+    """A bucket or the sum of a histogram; the last bucket holds all and is the count too."""
+    *labels, part = sample.labels
+    if part == SUM:
+        yield _render_sample(f"{family.name}_sum", family.labels[:-1], labels, sample.value)
+        return
+    yield _render_sample(f"{family.name}_bucket", family.labels, sample.labels, sample.value)
+    if part == _ANY:
+        yield _render_sample(f"{family.name}_count", family.labels[:-1], labels, sample.value)
+
+
+def _render_sample(name: str, labels: Sequence[str], values: Sequence[str], value: Number) -> str:
+    text = ",".join([f'{label}="{_escaped(its_value)}"' for label, its_value in zip(labels, values, strict=True)])
+    return f"{name}{{{text}}} {value}" if text else f"{name} {value}"
 
 
 def content_type(accept: str) -> str:
@@ -372,6 +446,56 @@ def _tcp_family(name: str, help: str, samples: Iterable[tuple[tuple[str, ...], i
 
 
 # Other families of Istio's node proxy
+
+
+_DNS_LABELS: Final = ("request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision")
+_DNS_SECONDS: Final = (0.0005, 0.001, 0.01, 0.1, 1.0, 5.0)
+
+
+class DnsMetrics:
+    """The look-ups of workloads, and those that went on to another server; holders add to the attributes of their series."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._requests = registry.counter("istio_dns_requests", "Total number of DNS requests (unstable)", _DNS_LABELS)
+        self._forwarded = registry.counter(
+            "istio_dns_upstream_requests", "Total number of DNS requests forwarded to upstream (unstable)", _DNS_LABELS
+        )
+        self._failures = registry.counter(
+            "istio_dns_upstream_failures", "Total number of DNS requests that failed to forward upstream (unstable)", _DNS_LABELS
+        )
+        self._duration = registry.histogram(
+            "istio_dns_upstream_request_duration_seconds",
+            "Total time in seconds Istio takes to get DNS response from upstream (unstable)",
+            _DNS_LABELS,
+            _DNS_SECONDS,
+        )
+
+    def series(self, query_type: str, protocol: Literal["udp", "tcp"], source: Workload | None) -> DnsSeries:
+        """Where look-ups of one type over one protocol count; ``query_type`` as DNS writes it."""
+        service = (source.canonical_name or UNKNOWN) if source is not None else UNKNOWN
+        revision = (source.canonical_revision or UNKNOWN) if source is not None else UNKNOWN
+        labels = (query_type.lower(), protocol, service, revision)
+        return DnsSeries(self, labels)
+
+
+class DnsSeries:
+    """The counters of look-ups with the same labels. What is only needed for forwarded ones is made when one is."""
+
+    __slots__ = ("_labels", "_metrics", "requests")
+
+    def __init__(self, metrics: DnsMetrics, labels: tuple[str, str, str, str]) -> None:
+        self._metrics = metrics
+        self._labels = labels
+        self.requests = metrics._requests.labelled(*labels)
+
+    def forwarded(self) -> None:
+        self._metrics._forwarded.labelled(*self._labels).value += 1
+
+    def ended(self, seconds: float, *, failed: bool) -> None:
+        """A forwarded look-up has its answer, or will get none."""
+        self._metrics._duration.labelled(*self._labels).observe(seconds)
+        if failed:
+            self._metrics._failures.labelled(*self._labels).value += 1
 
 
 class XdsMetrics:

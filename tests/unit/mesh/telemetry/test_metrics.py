@@ -4,7 +4,7 @@ from mesh.model.identity import SpiffeId
 from mesh.model.service import Service
 from mesh.model.workload import Locality, Workload
 from mesh.telemetry import metrics
-from mesh.telemetry.metrics import Registry, TcpMetrics, Totals, decode_snapshot, encode_snapshot, merge, render, tcp_labels
+from mesh.telemetry.metrics import DnsMetrics, Registry, TcpMetrics, Totals, decode_snapshot, encode_snapshot, merge, render, tcp_labels
 
 CLIENT = Workload(
     "c//Pod/app/client-0", "client-0", "app", workload_name="client", canonical_name="client", canonical_revision="v1",
@@ -165,3 +165,38 @@ def test_the_xds_and_workload_manager_families_have_istios_names():
 def test_an_identity_that_differs_from_the_workloads_is_the_one_reported():
     got = labels(source_identity=SpiffeId("td", "x", "y"))
     assert got.source_principal == "spiffe://td/ns/x/sa/y"
+
+
+def test_look_ups_count_by_type_protocol_and_source():
+    registry = Registry()
+    dns = DnsMetrics(registry)
+    dns.series("AAAA", "udp", CLIENT).requests.value += 2
+    dns.series("AAAA", "udp", CLIENT).requests.value += 1
+    dns.series("A", "tcp", None).forwarded()
+    text = render(registry.snapshot()).decode()
+    assert (
+        'istio_dns_requests_total{request_query_type="aaaa",request_protocol="udp",source_canonical_service="client",'
+        'source_canonical_revision="v1"} 3\n' in text
+    )
+    assert 'source_canonical_service="unknown",source_canonical_revision="unknown"} 1\n' in text
+
+
+def test_a_histogram_has_buckets_that_hold_all_below_them_and_a_sum_and_adds_up_over_processes_living_and_dead():
+    totals = Totals()
+    for process in ("a/1", "a/2"):
+        registry = Registry()
+        seconds = registry.histogram("wait_seconds", "How long", ("who",), (0.1, 1.0))
+        for value in (0.1, 0.5, 7):
+            seconds.labelled("x").observe(value)
+        totals.update(process, decode_snapshot(encode_snapshot(registry.snapshot())))
+        totals.retire("a/1")
+    assert render(totals.merged()).decode().splitlines() == [
+        "# HELP wait_seconds How long.",
+        "# TYPE wait_seconds histogram",
+        'wait_seconds_bucket{who="x",le="0.1"} 2',
+        'wait_seconds_bucket{who="x",le="1.0"} 4',
+        'wait_seconds_bucket{who="x",le="+Inf"} 6',
+        'wait_seconds_count{who="x"} 6',
+        'wait_seconds_sum{who="x"} 15.2',
+        "# EOF",
+    ]
