@@ -6,6 +6,7 @@ Brain and movers read the same environment, so a mover needs no configuration me
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,14 @@ def mover_count(value: str) -> int:
     if value == "auto":
         return max(1, min(4, len(os.sched_getaffinity(0))))
     return integer(1, 64)(value)
+
+
+def domain(value: str) -> str:
+    """A DNS name, without the final dot, in lower case."""
+    name = value.removesuffix(".").lower()
+    if not re.fullmatch(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*", name):
+        raise ValueError("a domain such as cluster.local")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +134,21 @@ class AgentConfig:
         doc="how long connections may go on after SIGTERM before they are ended",
     )
     ipv6: bool = variable("IPV6_ENABLED", parse=boolean, default="true", doc="false: listeners are IPv4 only, whatever the pod has")
+    dns: bool = variable(
+        "ISTIO_META_DNS_CAPTURE", parse=boolean, default="true", doc="whether the agent answers look-ups of names in pods, on port 15053"
+    )
+    dns_capture: bool = variable(
+        "AMBIENT_DNS_CAPTURE",
+        parse=boolean,
+        default="true",
+        doc="whether pods' look-ups are redirected to the agent; annotation `ambient.istio.io/dns-capture` of a pod goes before it",
+    )
+    cluster_domain: str = variable("CLUSTER_DOMAIN", parse=domain, default="cluster.local", doc="domain of the cluster's services")
+    preferred_namespace: str | None = optional(
+        "PREFERED_SERVICE_NAMESPACE",
+        parse=nonempty,
+        doc="whose service a name means when several namespaces have one and none is the caller's",
+    )
     admin_address: str = variable("ADMIN_ADDR", parse=nonempty, default="localhost:15000", doc="where config_dump and logging are served")
     stats_address: str = variable("STATS_ADDR", parse=nonempty, default="[::]:15020", doc="where metrics are served")
     readiness_address: str = variable("READINESS_ADDR", parse=nonempty, default="[::]:15021", doc="where /healthz/ready is served")

@@ -38,7 +38,7 @@ class Hello(Message, frozen=True):
 
 
 class Holding(Message, frozen=True):
-    """The mover serves this pod. Descriptors: network namespace, then the listeners for 15001, 15006, 15008."""
+    """The mover serves this pod. Descriptors: network namespace, the listeners for 15001, 15006, 15008, then the sockets for 15053."""
 
     pod: PodInfo
 
@@ -50,7 +50,7 @@ class PodServing(Message, frozen=True):
 
 
 class PodConnections(Message, frozen=True):
-    """Sent for a releasing pod whenever the number of its living connections changes, at once after `ReleasePod`."""
+    """Sent for a releasing pod whenever the number of its living connections and look-ups changes, at once after `ReleasePod`."""
 
     uid: str
     living: int
@@ -110,7 +110,8 @@ class CertificateUnavailable(Message, frozen=True):
 
 
 class ServePod(Message, frozen=True):
-    """Accept on this pod's listeners. Descriptors: network namespace, then the listeners for 15001, 15006, 15008."""
+    """Accept on this pod's listeners. Descriptors: network namespace, the listeners for 15001, 15006, 15008, then the sockets for 15053:
+    up to four, UDP and TCP on either loopback address, none where the agent answers no look-ups."""
 
     pod: PodInfo
 

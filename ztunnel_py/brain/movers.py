@@ -278,7 +278,7 @@ class Movers:
 
     async def _receive_holding(self, channel: Channel[messages.FromMover]) -> Holding:
         message, descriptors = await channel.receive()
-        if not isinstance(message, messages.Holding) or len(descriptors) != 4:
+        if not isinstance(message, messages.Holding) or len(descriptors) < 4:
             close_all(descriptors)
             raise ChannelClosed("expected Holding")
         return Holding(message.pod, tuple(descriptors))

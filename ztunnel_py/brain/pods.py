@@ -15,9 +15,9 @@ import trio
 
 from mesh.kube.api import ApiClient
 from mesh.linux.netns import NetnsIdentity, NotANetworkNamespace, netns_identity, open_netns, run_in_netns
-from mesh.linux.sockets import transparent_listener
+from mesh.linux.sockets import loopback_listeners, transparent_listener
 from mesh.model.identity import SpiffeId
-from mesh.model.ports import INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
+from mesh.model.ports import DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
 from mesh.telemetry.log import get_logger
 from mesh.telemetry.metrics import WorkloadManagerMetrics
 from mesh.tls.rotation import CertificateManager, Priority
@@ -48,6 +48,9 @@ def open_place(config: AgentConfig) -> Place:
     return DirectoryPlace(config.node_name, config.sources, config.status_dir)
 
 
+_TCP_DESCRIPTORS = 4
+
+
 class CannotServe(Exception):
     """An action could not be done; the text is the reason people see."""
 
@@ -58,7 +61,7 @@ class _Held:
 
     info: messages.PodInfo
     descriptors: tuple[int, ...]
-    """Network namespace, then the listeners for 15001, 15006, 15008."""
+    """Network namespace, the listeners for 15001, 15006, 15008, then the sockets for 15053, if there are any."""
     identity: NetnsIdentity
     serving: set[Mover] = field(default_factory=set)
     changed: trio.Event = field(default_factory=trio.Event)
@@ -68,6 +71,10 @@ class _Held:
     @property
     def netns(self) -> int:
         return self.descriptors[0]
+
+    @property
+    def answers_lookups(self) -> bool:
+        return len(self.descriptors) > _TCP_DESCRIPTORS
 
 
 class PodKeeper:
@@ -208,10 +215,10 @@ class PodKeeper:
                 await self._open(action.pod)
                 return pods.ListenersOpened(action.uid)
             case pods.Capture():
-                await trio.to_thread.run_sync(_capture, self._held_pod(action.uid).netns, action.pod, self._config.ipv6)
+                await trio.to_thread.run_sync(_capture, *self._how_captured(action))
                 return pods.Captured(action.uid)
             case pods.Verify():
-                differences = await trio.to_thread.run_sync(_verify, self._held_pod(action.uid).netns, action.pod, self._config.ipv6)
+                differences = await trio.to_thread.run_sync(_verify, *self._how_captured(action))
                 return pods.Drifted(action.uid, tuple(differences)) if differences else pods.Verified(action.uid)
             case pods.Annotate():
                 async with self._annotating:  # two pods of one name, one after the other, have one file between them
@@ -273,6 +280,8 @@ class PodKeeper:
         try:
             for port in (OUTBOUND, INBOUND_PLAINTEXT, INBOUND_HBONE):
                 opened.append(transparent_listener(port, mark=PROXY_MARK, ipv6=self._config.ipv6).detach())
+            if self._config.dns:
+                opened += (sock.detach() for sock in loopback_listeners(DNS, ipv6=self._config.ipv6))
         except OSError:
             close_all(opened)
             raise
@@ -324,24 +333,33 @@ class PodKeeper:
 
     # Blocking work; runs in threads, so it takes what it needs as arguments
 
+    def _how_captured(self, action: pods.Capture | pods.Verify) -> tuple[int, PodFacts, bool, bool]:
+        """What `_capture` and `_verify` need. Look-ups are captured only where there is somebody to answer them."""
+        pod = self._held_pod(action.uid)
+        return pod.netns, action.pod, pod.answers_lookups and self._wants_lookups(action.pod), self._config.ipv6
+
+    def _wants_lookups(self, facts: PodFacts) -> bool:
+        return self._config.dns and (self._config.dns_capture if facts.dns is None else facts.dns)
+
     def _held_pod(self, uid: str) -> _Held:
         pod = self._held.get(uid)
         if pod is None:
             raise CannotServe("the pod's namespace is not open")
         return pod
 
-    async def _release(self, uid: str, facts: PodFacts, release: Callable[[int, PodFacts, bool], None]) -> None:
+    async def _release(self, uid: str, facts: PodFacts, release: Callable[[int, PodFacts, bool, bool], None]) -> None:
         """Do it in the pod's namespace, opened anew if it is not held; a namespace that is gone needs nothing."""
         pod = self._held.get(uid)
+        dns = self._wants_lookups(facts)
         if pod is not None:
-            await trio.to_thread.run_sync(release, pod.netns, facts, self._config.ipv6)
+            await trio.to_thread.run_sync(release, pod.netns, facts, dns, self._config.ipv6)
             return
         try:
             netns = open_netns(facts.netns_path)
         except (FileNotFoundError, NotANetworkNamespace):
             return
         try:
-            await trio.to_thread.run_sync(release, netns, facts, self._config.ipv6)
+            await trio.to_thread.run_sync(release, netns, facts, dns, self._config.ipv6)
         finally:
             os.close(netns)
 
@@ -407,23 +425,23 @@ def _identity_at(path: str) -> NetnsIdentity | None:
     return NetnsIdentity(found.st_ino, found.st_dev)
 
 
-def _plan(netns: int, facts: PodFacts, ipv6: bool) -> RedirectPlan:
-    return plan_capture(observe_pod(netns, bypass_inbound=facts.bypass_inbound, ipv6=ipv6))
+def _plan(netns: int, facts: PodFacts, dns: bool, ipv6: bool) -> RedirectPlan:
+    return plan_capture(observe_pod(netns, bypass_inbound=facts.bypass_inbound, dns=dns, ipv6=ipv6))
 
 
-def _capture(netns: int, facts: PodFacts, ipv6: bool) -> None:
-    apply_capture(netns, _plan(netns, facts, ipv6))
+def _capture(netns: int, facts: PodFacts, dns: bool, ipv6: bool) -> None:
+    apply_capture(netns, _plan(netns, facts, dns, ipv6))
 
 
-def _verify(netns: int, facts: PodFacts, ipv6: bool) -> list[str]:
-    return verify_capture(netns, _plan(netns, facts, ipv6))
+def _verify(netns: int, facts: PodFacts, dns: bool, ipv6: bool) -> list[str]:
+    return verify_capture(netns, _plan(netns, facts, dns, ipv6))
 
 
-def _begin_release(netns: int, facts: PodFacts, ipv6: bool) -> None:
-    begin_release(netns, _plan(netns, facts, ipv6))
+def _begin_release(netns: int, facts: PodFacts, dns: bool, ipv6: bool) -> None:
+    begin_release(netns, _plan(netns, facts, dns, ipv6))
 
 
-def _finish_release(netns: int, facts: PodFacts, ipv6: bool) -> None:
+def _finish_release(netns: int, facts: PodFacts, dns: bool, ipv6: bool) -> None:
     finish_release(netns)
 
 

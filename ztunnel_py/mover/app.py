@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import socket
+from collections.abc import Sequence
 
 import trio
 from OpenSSL import SSL
@@ -19,10 +20,11 @@ from mesh.linux.netns import open_own_netns
 from mesh.linux.unix_sockets import unix_address
 from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor, Timer
+from mesh.state.names import Naming
 from mesh.state.store import Changes, MeshState
 from mesh.telemetry import log
 from mesh.telemetry.access import SCOPE, AccessLog
-from mesh.telemetry.metrics import Registry, TcpMetrics, encode_snapshot
+from mesh.telemetry.metrics import DnsMetrics, Registry, TcpMetrics, encode_snapshot
 from mesh.telemetry.output import LogOutput
 from mesh.tls.bundle import CertificateBundle, InvalidBundle
 from mesh.xds.client import decode
@@ -32,8 +34,10 @@ from ztunnel_py.channel import Channel, ChannelClosed, close_all
 from ztunnel_py.config import AgentConfig, read_config
 from ztunnel_py.messages import PodInfo
 from ztunnel_py.mover.credentials import CredentialStore
+from ztunnel_py.mover.dns import NameServer, NameService
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
 from ztunnel_py.mover.ledger import DRAINED, Failure, Ledger
+from ztunnel_py.mover.nameservers import ResolvConf
 from ztunnel_py.mover.outbound import Outbound
 from ztunnel_py.mover.plane import POLICY_GRACE_SECONDS, Plane
 from ztunnel_py.mover.pod import Pod, PodSockets
@@ -99,6 +103,12 @@ class Mover:
             rng=random.Random(),
         )
         self._plane.ledger.on_count = self._count_changed
+        self._names = NameService(
+            Naming(config.cluster_domain, config.preferred_namespace or "", config.ipv6),
+            DnsMetrics(self._registry),
+            ResolvConf(),
+            self._lookups_changed,
+        )
         self._pods: dict[str, Pod] = {}
         self._received: set[str] = set()
         self._recheck: Timer | None = None
@@ -162,9 +172,7 @@ class Mover:
         pods = list(self._pods.values())
         await channel.send(messages.Hello(self._name, os.getpid(), len(pods)))
         for pod in pods:
-            sockets = pod.sockets
-            descriptors = (sockets.netns, sockets.outbound, sockets.inbound_plaintext, sockets.inbound_hbone)
-            await channel.send(messages.Holding(pod.info), descriptors)
+            await channel.send(messages.Holding(pod.info), pod.sockets.all())
 
     async def _send_outgoing(
         self, channel: Channel[messages.ToMover], receive: trio.MemoryReceiveChannel[tuple[messages.Message, tuple[int, ...]]]
@@ -186,7 +194,10 @@ class Mover:
     def _count_changed(self, pod: str, living: int) -> None:
         served = self._pods.get(pod)
         if served is not None and served.releasing:
-            self._tell(messages.PodConnections(pod, living))
+            self._tell(messages.PodConnections(pod, living + served.lookups))
+
+    def _lookups_changed(self, pod: str) -> None:
+        self._count_changed(pod, self._plane.ledger.count(pod))
 
     # Messages
 
@@ -276,9 +287,9 @@ class Mover:
             close_all(descriptors)
             known.releasing = False
         else:
-            pod = Pod(self._plane, info, PodSockets(*descriptors))
+            pod = Pod(self._plane, info, PodSockets.of(descriptors))
             try:
-                pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone)
+                pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone, dns=self._serve_names)
             except OSError as exc:  # no descriptors are left; the brain hears nothing and tries again
                 _log.error("pod.not_served", pod=f"{info.namespace}/{info.name}", uid=info.uid, error=str(exc))
                 pod.close()
@@ -287,12 +298,16 @@ class Mover:
             _log.info("pod.serving", pod=f"{info.namespace}/{info.name}", uid=info.uid)
         self._tell(messages.PodServing(info.uid))
 
+    def _serve_names(self, pod: Pod, descriptors: Sequence[int]) -> NameServer:
+        return NameServer(pod, self._names, descriptors)
+
     def _set_releasing(self, uid: str, releasing: bool) -> None:
         pod = self._pods.get(uid)
         if pod is not None:
             pod.releasing = releasing
         if releasing:
-            self._tell(messages.PodConnections(uid, self._plane.ledger.count(uid)))
+            lookups = pod.lookups if pod is not None else 0
+            self._tell(messages.PodConnections(uid, self._plane.ledger.count(uid) + lookups))
 
     def _drop_pod(self, uid: str) -> None:
         pod = self._pods.pop(uid, None)
@@ -327,6 +342,7 @@ class Mover:
             pod.drain()
         with trio.move_on_after(seconds):
             await self._plane.ledger.wait_empty()
+            await self._names.wait_idle()
         self._plane.ledger.end_all(None, Failure(DRAINED, "-"))
         for uid in list(self._pods):
             self._drop_pod(uid)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, Self, TypeAlias, TypeVar
 
 from OpenSSL import SSL
 
@@ -32,15 +32,42 @@ CONNECT_SECONDS = 10.0
 WORKLOAD_SECONDS = 5.0
 """How long a connection waits for its own pod's workload to arrive over xDS (ztunnel O1)."""
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class PodSockets:
-    """Descriptors of a pod, owned by the mover: its network namespace and its three listeners."""
+    """Descriptors of a pod, owned by the mover: its network namespace, its three listeners, and those of its DNS, if it has any."""
 
     netns: int
     outbound: int
     inbound_plaintext: int
     inbound_hbone: int
+    dns: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, descriptors: Sequence[int]) -> Self:
+        """From a message."""
+        netns, outbound, inbound_plaintext, inbound_hbone, *dns = descriptors
+        return cls(netns, outbound, inbound_plaintext, inbound_hbone, tuple(dns))
+
+    def all(self) -> tuple[int, ...]:
+        """As they travel in a message."""
+        return (self.netns, self.outbound, self.inbound_plaintext, self.inbound_hbone, *self.dns)
+
+
+class NameServing(Protocol):
+    """The pod's DNS at work."""
+
+    @property
+    def under_way(self) -> int:
+        """Look-ups that are not answered yet."""
+
+    def stop(self) -> None:
+        """Take no more."""
+
+    def close(self) -> None:
+        """Give up what is left."""
 
 
 class Dialling:
@@ -73,6 +100,7 @@ class Pod:
         """Connections of peers to port 15008."""
         self._listening: list[tuple[socket.socket, Listener]] = []
         self._described: tuple[Workload, str] | None = None
+        self._name_server: NameServing | None = None
 
     @property
     def uid(self) -> str:
@@ -120,7 +148,7 @@ class Pod:
         trust_domain = workload.trust_domain if workload is not None else self.plane.trust_domain
         return SpiffeId(trust_domain, self.info.namespace, self.info.service_account)
 
-    def listen(self, *, outbound: Serve, inbound_plaintext: Serve, inbound_hbone: Serve) -> None:
+    def listen(self, *, outbound: Serve, inbound_plaintext: Serve, inbound_hbone: Serve, dns: ServeNames | None = None) -> None:
         """Accept on the three listeners: each connection becomes an object that serves it. Raises OSError; then `close` the pod."""
         sockets = self.sockets
         for fd, serve in (
@@ -131,6 +159,14 @@ class Pod:
             # The descriptor stays in `sockets`: a new brain asks for it.
             listening = socket.socket(fileno=os.dup(fd))
             self._listening.append((listening, listen_on(self.plane.reactor, listening, self._serving(serve))))
+
+        if dns is not None and sockets.dns:
+            self._name_server = dns(self, sockets.dns)
+
+    @property
+    def lookups(self) -> int:
+        """Look-ups of names that are not answered yet."""
+        return self._name_server.under_way if self._name_server is not None else 0
 
     def _serving(self, serve: Serve) -> Callable[[socket.socket, SocketAddress], None]:
         def accepted(sock: socket.socket, peer: SocketAddress) -> None:
@@ -158,14 +194,20 @@ class Pod:
         return Dialling(connect(self.plane.reactor, sock, address, CONNECT_SECONDS, connected), sock)
 
     def _make_socket(self, address: SocketAddress, source: IpAddress | None) -> socket.socket:
+        family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
+        return self.inside(lambda: make_upstream_socket(family, mark=PROXY_MARK, source=source if source != address.ip else None))
+
+    def inside(self, function: Callable[[], T]) -> T:
+        """Call ``function``, which must neither wait nor call back, in the pod's network namespace. Raises OSError."""
         if self.closed:
             # The numbers of its descriptors may be another pod's by now.
             raise OSError(errno.ENETDOWN, "the pod is no longer served")
-        family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
         with entered(self.sockets.netns, self.plane.home):
-            return make_upstream_socket(family, mark=PROXY_MARK, source=source if source != address.ip else None)
+            return function()
 
     def stop_listening(self) -> None:
+        if self._name_server is not None:
+            self._name_server.stop()
         for listening, listener in self._listening:
             listener.close()
             listening.close()
@@ -182,10 +224,12 @@ class Pod:
         """Give back every descriptor. Connections must have been ended before; what still waits for something finds the pod closed."""
         self.closed = True
         self.stop_listening()
+        if self._name_server is not None:
+            self._name_server.close()
         self.pool.close(gracefully=False)
         for link in list(self.links):
             link.abort("pod dropped")
-        for fd in (self.sockets.netns, self.sockets.outbound, self.sockets.inbound_plaintext, self.sockets.inbound_hbone):
+        for fd in self.sockets.all():
             os.close(fd)
 
     def _dial_hbone(self, key: PoolKey, on_link: OnLink, on_closed: Callable[[HboneLink], None]) -> None:
@@ -235,3 +279,5 @@ def hbone_dial_error(error: OSError) -> str:
 
 Serve: TypeAlias = Callable[[Pod, socket.socket, SocketAddress], object]
 """Takes a pod, an accepted connection and its peer; the object it returns lives by its own callbacks."""
+ServeNames: TypeAlias = Callable[[Pod, Sequence[int]], NameServing]
+"""Takes a pod and the descriptors of its DNS, which stay the pod's. Raises OSError."""

@@ -11,7 +11,8 @@ from mesh.model.enrolment import Enrolment
 @dataclass(frozen=True, slots=True)
 class PodFacts:
     """A pod as the source describes it. ``waiting_for`` says why it cannot be captured yet (``""``: it can); ``redirection`` is
-    the annotation that is on it now, perhaps from an earlier life of the agent: ``enabled``, ``pending`` or ``""``."""
+    the annotation that is on it now, perhaps from an earlier life of the agent: ``enabled``, ``pending`` or ``""``. ``dns``: whether it
+    wants its look-ups captured; None leaves it to the agent."""
 
     uid: str
     name: str
@@ -21,5 +22,11 @@ class PodFacts:
     ips: tuple[IpAddress, ...] = ()
     netns_path: str = ""
     bypass_inbound: bool = False
+    dns: bool | None = None
     waiting_for: str = ""
     redirection: str = ""
+
+    @property
+    def capture_options(self) -> tuple[bool, bool | None]:
+        """What its rules depend on and may change while it lives."""
+        return self.bypass_inbound, self.dns

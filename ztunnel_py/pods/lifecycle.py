@@ -219,7 +219,7 @@ def _wish_anew(record: PodRecord, pod: PodFacts | None) -> PodRecord:
             return _gone(record)
         if record.rules is not Rules.ABSENT:
             record = replace(record, rules=Rules.UNKNOWN, verified=False)
-    if old.bypass_inbound != pod.bypass_inbound and record.rules is Rules.IN_PLACE:
+    if old.capture_options != pod.capture_options and record.rules is Rules.IN_PLACE:
         record = replace(record, rules=Rules.UNKNOWN, verified=False)
     if wish is not record.wish:
         record = replace(record, wish=wish, resting=False, failures=0, because="")
@@ -266,7 +266,7 @@ def _learn_success(
             return replace(done, listeners=True)
         case Capture(), Captured():
             # What was written is what was asked for; the facts may have changed since.
-            current = record.doing.pod.bypass_inbound == record.pod.bypass_inbound
+            current = record.doing.pod.capture_options == record.pod.capture_options
             return replace(done, rules=Rules.IN_PLACE if current else Rules.UNKNOWN, verified=False)
         case Verify(), Verified():
             return replace(done, verified=True)

@@ -12,13 +12,16 @@ from mesh.kube.directory import DirectoryStore
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.store import ObjectStore
 from mesh.model.enrolment import EXCLUDED_NAMESPACES, decide_enrolment
-from mesh.model.labels import BYPASS_INBOUND_CAPTURE, REDIRECTION
+from mesh.model.labels import BYPASS_INBOUND_CAPTURE, DNS_CAPTURE, REDIRECTION
 from ztunnel_py.pods.facts import PodFacts
 
 NETNS: Final = "ambient.mesh/netns"
 """Annotation (ours) with the path of the pod's network namespace, written by whoever made the pod."""
-_TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
-"""What Go's ParseBool takes for true, as Istio reads annotations; anything that is neither true nor false is ignored."""
+_BOOLEANS: Final = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
+}
+"""What Go's ParseBool takes for true and false, as Istio reads annotations; anything else is ignored."""
 
 
 def read_node_pods(store: ObjectStore, node: str, *, excluded_namespaces: frozenset[str] = EXCLUDED_NAMESPACES) -> dict[str, PodFacts]:
@@ -65,7 +68,8 @@ def _facts(pod: KubePod, namespace_labels: Mapping[str, str], excluded_namespace
         ),
         ips=pod.ips,
         netns_path=netns_path,
-        bypass_inbound=pod.annotations.get(BYPASS_INBOUND_CAPTURE, "") in _TRUE,
+        bypass_inbound=_BOOLEANS.get(pod.annotations.get(BYPASS_INBOUND_CAPTURE, ""), False),
+        dns=_BOOLEANS.get(pod.annotations.get(DNS_CAPTURE, "")),
         waiting_for=_waiting_for(pod, netns_path),
         redirection=pod.annotations.get(REDIRECTION, ""),
     )

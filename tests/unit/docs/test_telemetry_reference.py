@@ -9,7 +9,7 @@ from pathlib import Path
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.telemetry.access import AccessEvent, AccessPeer, AccessRecord, format_json
-from mesh.telemetry.metrics import Registry, TcpMetrics, WorkloadManagerMetrics, XdsMetrics, add_build, add_process, tcp_labels
+from mesh.telemetry.metrics import DnsMetrics, Registry, TcpMetrics, WorkloadManagerMetrics, XdsMetrics, add_build, add_process, tcp_labels
 from ztunnel_py.mover.ledger import Failure
 from ztunnel_py.mover.outbound import flag_of
 
@@ -30,6 +30,9 @@ def metrics_of_the_agent() -> set[str]:
     TcpMetrics(registry).series(
         tcp_labels("source", source=None, destination=None, service=None, source_identity=None, mutual_tls=False)
     ).close("CONNECT")
+    lookups = DnsMetrics(registry).series("A", "udp", None)
+    lookups.forwarded()
+    lookups.ended(0.1, failed=True)
     xds = XdsMetrics(registry)
     xds.terminated("Error")
     xds.received("type", 1)

@@ -139,8 +139,8 @@ class World:
         monkeypatch.setattr(PodKeeper, "_open_descriptors", lambda keeper, pod: self._open(pod))
         monkeypatch.setattr(module, "_capture", self._capture)
         monkeypatch.setattr(module, "_verify", self._verify)
-        monkeypatch.setattr(module, "_begin_release", lambda netns, pod, ipv6: self._set(netns, "releasing"))
-        monkeypatch.setattr(module, "_finish_release", lambda netns, pod, ipv6: self._set(netns, ""))
+        monkeypatch.setattr(module, "_begin_release", lambda netns, pod, dns, ipv6: self._set(netns, "releasing"))
+        monkeypatch.setattr(module, "_finish_release", lambda netns, pod, dns, ipv6: self._set(netns, ""))
         monkeypatch.setattr(module, "_identity_at", lambda path: NetnsIdentity(self.inodes.get(path, 1), 1))
         config: AgentConfig = read_config({"NODE_NAME": "n1", "MESH_SOURCE": str(tmp_path), "MESH_STATUS_DIR": str(tmp_path)})
         self.keeper = PodKeeper(
@@ -196,12 +196,12 @@ class World:
         info = messages.PodInfo(pod.uid, pod.name, pod.namespace, pod.service_account)
         return module._Held(info, descriptors, NetnsIdentity(self.inodes.get(pod.netns_path, 1), 1))
 
-    def _capture(self, netns: int, pod: PodFacts, ipv6: bool) -> None:
+    def _capture(self, netns: int, pod: PodFacts, dns: bool, ipv6: bool) -> None:
         if self.capture_fails:
             raise CaptureFailed(self.capture_fails)
         self._set(netns, "captured")
 
-    def _verify(self, netns: int, pod: PodFacts, ipv6: bool) -> list[str]:
+    def _verify(self, netns: int, pod: PodFacts, dns: bool, ipv6: bool) -> list[str]:
         return [] if self.kernel.get(self.opened[netns]) == "captured" else ["rules are gone"]
 
     def _set(self, netns: int, rules: str) -> None:

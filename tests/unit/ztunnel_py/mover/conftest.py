@@ -9,7 +9,7 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import trio
@@ -36,6 +36,7 @@ from ztunnel_py.mover.waiting import WaitingRoom
 CA = FakeCa()
 PATIENCE = 15.0
 _ADDRESSES = itertools.count(1)
+T = TypeVar("T")
 
 
 class Log(AccessLog):
@@ -61,6 +62,11 @@ class LoopbackPod(Pod):
         sock.setblocking(False)
         sock.bind((str(source or self.ip), 0))
         return sock
+
+    def inside(self, function: Callable[[], T]) -> T:
+        if self.broken is not None:
+            raise self.broken
+        return super().inside(function) if self.closed else function()
 
     @property
     def ip(self) -> IpAddress:

@@ -232,6 +232,15 @@ def test_a_changed_bypass_annotation_changes_the_rules() -> None:
     assert talk.pods(bypassing) == (Capture("u", bypassing),)
 
 
+def test_a_changed_dns_annotation_changes_the_rules() -> None:
+    talk = captured()
+    without = replace(IN, dns=False)
+    assert talk.pods(without) == (Capture("u", without),)
+    with_again = replace(IN, dns=True)
+    talk.pods(with_again)
+    assert talk.tell(Captured("u")) == (Capture("u", with_again),), "what was written is not what is wanted by now"
+
+
 def test_nothing_is_undone_before_the_source_was_read() -> None:
     talk = Conversation()
     assert talk.tell(Adopted("u", "web", "shop", "web")) == ()

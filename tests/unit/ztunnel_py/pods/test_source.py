@@ -112,6 +112,12 @@ def test_the_bypass_annotation_is_read_as_istio_reads_it(directories: tuple[Path
     assert pods_of(directories)["uid-web"].bypass_inbound is bypass
 
 
+@pytest.mark.parametrize(("value", "dns"), [("true", True), ("T", True), ("0", False), ("False", False), ("yes", None), ("", None)])
+def test_the_dns_annotation_is_read_as_istio_reads_it(directories: tuple[Path, Path], value: str, dns: bool | None) -> None:
+    place(directories[1], "shop", "web", **NETNS, **{"ambient.istio.io/dns-capture": value})
+    assert pods_of(directories)["uid-web"].dns is dns
+
+
 def test_a_pod_that_cannot_be_read_at_start_is_not_there(directories: tuple[Path, Path]) -> None:
     (directories[0] / "cluster.yaml").write_text(CLUSTER.replace("serviceAccountName: web", "serviceAccountName: [web]"))
     place(directories[1], "shop", "web", **NETNS)

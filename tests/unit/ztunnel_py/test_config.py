@@ -1,0 +1,33 @@
+"""What the agent makes of its environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from mesh.runtime.env import InvalidEnvironment
+from ztunnel_py.config import AgentConfig, read_config
+
+NEEDED = {"NODE_NAME": "n1", "MESH_SOURCE": "/source", "MESH_STATUS_DIR": "/status"}
+
+
+def read(**environ: str) -> AgentConfig:
+    return read_config(NEEDED | environ)
+
+
+def test_look_ups_are_answered_and_captured_unless_told_otherwise() -> None:
+    config = read()
+    assert (config.dns, config.dns_capture, config.cluster_domain, config.preferred_namespace) == (True, True, "cluster.local", None)
+    config = read(ISTIO_META_DNS_CAPTURE="false", AMBIENT_DNS_CAPTURE="false", PREFERED_SERVICE_NAMESPACE="infra")
+    assert (config.dns, config.dns_capture, config.preferred_namespace) == (False, False, "infra")
+
+
+@pytest.mark.parametrize(("text", "domain"), [("cluster.local", "cluster.local"), ("Example.Test.", "example.test"), ("k8s", "k8s")])
+def test_the_domain_of_the_cluster(text: str, domain: str) -> None:
+    assert read(CLUSTER_DOMAIN=text).cluster_domain == domain
+
+
+@pytest.mark.parametrize("text", ["", ".", "a..b", "-a.b", "a b", "a" * 64 + ".b", "*.local"])
+def test_what_is_no_domain_is_refused(text: str) -> None:
+    with pytest.raises(InvalidEnvironment) as refusal:
+        read(CLUSTER_DOMAIN=text)
+    assert str(refusal.value) == f"invalid env var CLUSTER_DOMAIN={text} (expected a domain such as cluster.local)"
