@@ -352,7 +352,7 @@ class _Lookup:
         self._series.forwarded()
         self._server.lookups.add(self)
         self._server.count(1)
-        self._timer = self._server.reactor.call_later(LOOKUP_SECONDS, lambda: self.fail("timed out"))
+        self._timer = self._server.reactor.call_later(LOOKUP_SECONDS, lambda: self.fail(self.because))
         try:
             self._upstream = self._asker.open(self)
         except OSError as exc:
@@ -410,22 +410,34 @@ class _Datagram:
         _send_datagram(self._sock, answer, self._peer)
 
     def open(self, lookup: _Lookup) -> _Upstream:
-        original = self._server.pod.inside(lambda: original_udp_destination(self._local, socket_address(self._peer)))
-        servers = _servers(self._server, original)
-        return _DatagramUpstream(self._server, lookup, servers)
+        original, sock = self._server.pod.inside(self._find_original)
+        try:
+            servers = _servers(self._server, original)
+        except OSError:
+            sock.close()
+            raise
+        return _DatagramUpstream(self._server, lookup, servers, sock)
+
+    def _find_original(self) -> tuple[SocketAddress | None, socket.socket]:
+        """Where it was going, and a socket to go on there: both have to be had in the pod's namespace, and to enter it costs."""
+        original = original_udp_destination(self._local, socket_address(self._peer))
+        return original, make_datagram_socket(self._sock.family, mark=PROXY_MARK)
 
 
 class _DatagramUpstream:
     """Asks over UDP. A new socket for every server, so with a port of its own, and a new id: whoever wants to forge an answer must guess
     both, and the address (RFC 5452). Connected, so the kernel drops what comes from elsewhere and tells of a closed port."""
 
-    __slots__ = ("_id", "_lookup", "_server", "_servers", "_share", "_sock", "_timer")
+    __slots__ = ("_id", "_lookup", "_server", "_servers", "_share", "_sock", "_spare", "_timer")
 
-    def __init__(self, server: NameServer, lookup: _Lookup, servers: Sequence[SocketAddress]) -> None:
+    def __init__(self, server: NameServer, lookup: _Lookup, servers: Sequence[SocketAddress], spare: socket.socket) -> None:
+        """``spare`` is a socket made for the first server; it is closed if it is of another family. Raises OSError."""
         self._server = server
         self._lookup = lookup
         self._servers: Iterator[SocketAddress] = iter(servers)
-        self._share = LOOKUP_SECONDS / len(servers)
+        # The only one has all the time there is; the look-up's own timer sees to that.
+        self._share = LOOKUP_SECONDS / len(servers) if len(servers) > 1 else None
+        self._spare: socket.socket | None = spare
         self._sock: socket.socket | None = None
         self._timer: Timer | None = None
         self._id = 0
@@ -439,6 +451,7 @@ class _DatagramUpstream:
             self._sock = None
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _ask_next(self) -> bool:
         """False if there is nobody left to ask."""
@@ -454,13 +467,18 @@ class _DatagramUpstream:
 
     def _ask(self, address: SocketAddress) -> None:
         family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
-        sock = self._sock = self._server.pod.inside(lambda: make_datagram_socket(family, mark=PROXY_MARK))
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.family != family:
+            spare.close()
+            spare = None
+        sock = self._sock = spare or self._server.pod.inside(lambda: make_datagram_socket(family, mark=PROXY_MARK))
         sock.connect(sockaddr(family, address))
         self._id = _random.getrandbits(16)
         sock.send(dns.with_id(self._lookup.data, self._id))
         self._server.reactor.add(sock.fileno(), select.EPOLLIN, self._on_readable, self._lookup.fail)
         self._lookup.because = f"{address}: timed out"
-        self._timer = self._server.reactor.call_later(self._share, self._go_on)
+        if self._share is not None:
+            self._timer = self._server.reactor.call_later(self._share, self._go_on)
 
     def _go_on(self) -> None:
         if not self._ask_next():

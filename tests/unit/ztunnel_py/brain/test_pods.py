@@ -122,7 +122,7 @@ class FakePlace:
 class World:
     """``kernel`` are the rules in each namespace; every function that touches one is replaced."""
 
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **settings: str) -> None:
         self.place = FakePlace()
         self.movers = FakeMovers()
         self.movers.all = [FakeMover(self, "0"), FakeMover(self, "1")]
@@ -131,6 +131,9 @@ class World:
         self.opened: dict[int, str] = {}
         self.inodes: dict[str, int] = {}
         self.capture_fails = ""
+        self.answers_lookups = True
+        self.dns: dict[str, bool] = {}
+        """Of which captured pods look-ups are captured too."""
         self.no_descriptors = False
         self.pending: list[str] = []
         self.nursery: trio.Nursery
@@ -142,7 +145,8 @@ class World:
         monkeypatch.setattr(module, "_begin_release", lambda netns, pod, dns, ipv6: self._set(netns, "releasing"))
         monkeypatch.setattr(module, "_finish_release", lambda netns, pod, dns, ipv6: self._set(netns, ""))
         monkeypatch.setattr(module, "_identity_at", lambda path: NetnsIdentity(self.inodes.get(path, 1), 1))
-        config: AgentConfig = read_config({"NODE_NAME": "n1", "MESH_SOURCE": str(tmp_path), "MESH_STATUS_DIR": str(tmp_path)})
+        environ = {"NODE_NAME": "n1", "MESH_SOURCE": str(tmp_path), "MESH_STATUS_DIR": str(tmp_path)}
+        config: AgentConfig = read_config(environ | settings)
         self.keeper = PodKeeper(
             config,
             self.movers,  # type: ignore[arg-type]
@@ -191,7 +195,7 @@ class World:
     # The kernel
 
     def _open(self, pod: PodFacts) -> object:
-        descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+        descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(8 if self.answers_lookups else 4))
         self.opened[descriptors[0]] = pod.netns_path
         info = messages.PodInfo(pod.uid, pod.name, pod.namespace, pod.service_account)
         return module._Held(info, descriptors, NetnsIdentity(self.inodes.get(pod.netns_path, 1), 1))
@@ -199,6 +203,7 @@ class World:
     def _capture(self, netns: int, pod: PodFacts, dns: bool, ipv6: bool) -> None:
         if self.capture_fails:
             raise CaptureFailed(self.capture_fails)
+        self.dns[pod.name] = dns
         self._set(netns, "captured")
 
     def _verify(self, netns: int, pod: PodFacts, dns: bool, ipv6: bool) -> list[str]:
@@ -456,5 +461,40 @@ def test_a_pod_that_nobody_serves_is_given_to_whoever_comes(world: World) -> Non
         world.movers.all.append(new)
         world.keeper.mover_joined(new, (), informed=False)  # type: ignore[arg-type]
         assert [type(message).__name__ for message in new.told] == ["ServePod"]
+
+    world.run(test)
+
+
+@pytest.mark.parametrize(
+    ("settings", "held", "expected"),
+    [
+        ({}, True, {"unset": True, "on": True, "off": False}),
+        ({"AMBIENT_DNS_CAPTURE": "false"}, True, {"unset": False, "on": True, "off": False}),
+        ({"ISTIO_META_DNS_CAPTURE": "false"}, True, {"unset": False, "on": False, "off": False}),
+        # The movers of another configuration hold the pods, without sockets for look-ups: nobody would answer.
+        ({}, False, {"unset": False, "on": False, "off": False}),
+    ],
+)
+def test_look_ups_are_captured_where_the_pod_or_else_the_agent_wants_it_and_somebody_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Mapping[str, str], held: bool, expected: dict[str, bool]
+) -> None:
+    world = World(tmp_path, monkeypatch, **settings)
+    world.answers_lookups = held
+    wishes = {"unset": None, "on": True, "off": False}
+
+    async def test() -> None:
+        await world.captured(*(replace(facts(name, name=name, netns=f"/n/{name}"), dns=dns) for name, dns in wishes.items()))
+        assert world.dns == expected
+
+    world.run(test)
+
+
+def test_a_pod_that_changes_its_mind_about_look_ups_is_captured_anew(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        assert world.dns == {"web": True}
+        await world.has(replace(facts(), dns=False))
+        await world.until(lambda: world.dns == {"web": False}, "without look-ups")
+        assert world.place.annotations == {"web": "enabled"}
 
     world.run(test)
