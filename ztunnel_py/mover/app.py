@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import socket
-from collections.abc import Sequence
 
 import trio
 from OpenSSL import SSL
@@ -298,8 +297,8 @@ class Mover:
             _log.info("pod.serving", pod=f"{info.namespace}/{info.name}", uid=info.uid)
         self._tell(messages.PodServing(info.uid))
 
-    def _serve_names(self, pod: Pod, descriptors: Sequence[int]) -> NameServer:
-        return NameServer(pod, self._names, descriptors)
+    def _serve_names(self, pod: Pod) -> NameServer:
+        return NameServer(pod, self._names)
 
     def _set_releasing(self, uid: str, releasing: bool) -> None:
         pod = self._pods.get(uid)

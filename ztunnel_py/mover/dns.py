@@ -113,10 +113,9 @@ class _Upstream(Protocol):
 
 
 class NameServer:
-    """The DNS of one pod. `stop` ends listening, `close` everything."""
+    """The DNS of one pod, at work from `listen` to `stop`, any number of times, until `close`."""
 
-    def __init__(self, pod: Pod, service: NameService, descriptors: Sequence[int]) -> None:
-        """``descriptors`` are UDP and TCP sockets bound to port 15053 in the pod; they stay the caller's. Raises OSError."""
+    def __init__(self, pod: Pod, service: NameService) -> None:
         self.pod = pod
         self.service = service
         self.reactor: Reactor = pod.plane.reactor
@@ -128,29 +127,42 @@ class NameServer:
         self._generation = -1
         self._known: dict[tuple[bytes, int], _Known] = {}
         self._series: dict[tuple[str, _Protocol], DnsSeries] = {}
-        self._datagrams: list[socket.socket] = []
+        self._listening: dict[socket.socket, SocketAddress] = {}
+        """Sockets for datagrams that are listened on, and where they are bound."""
+        self._silent: list[socket.socket] = []
+        """Those that are not any more: answers to what came by them still go out."""
         self._streams: list[tuple[socket.socket, Listener]] = []
-        try:
-            for fd in descriptors:
-                self._listen(socket.socket(fileno=os.dup(fd)))
-        except OSError:
-            self.stop()
-            raise
 
     @property
     def under_way(self) -> int:
         """Look-ups and TCP clients that are not done."""
         return len(self.lookups) + self._waiting + len(self._clients)
 
+    def listen(self, descriptors: Sequence[int]) -> None:
+        """Serve UDP and TCP sockets bound to port 15053 in the pod; they stay the caller's. Raises OSError, then `stop`."""
+        for fd in descriptors:
+            sock = socket.socket(fileno=os.dup(fd))
+            if sock.type == socket.SOCK_STREAM:
+                self._streams.append((sock, listen_on(self.reactor, sock, self._accepted)))
+            else:
+                sock.setblocking(False)
+                local = self._listening[sock] = local_address(sock)
+                # Exclusive and level-triggered, as listeners are: of the movers that share the socket one wakes.
+                self.reactor.add(sock.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE, partial(self._on_datagrams, sock, local))
+
     def stop(self) -> None:
         """Take no new look-ups over UDP and no new TCP clients; those that are there go on."""
-        for sock in self._datagrams:
+        for sock, local in self._listening.items():
+            # Out of the loop first: whatever comes later wakes another mover, which was not woken for what waits already.
             self.reactor.remove(sock.fileno())
-        # Answers still go out by these sockets.
+            self._on_datagrams(sock, local, select.EPOLLIN)
+            self._silent.append(sock)
+        self._listening = {}
         for stream, listener in self._streams:
             listener.close()
             stream.close()
         self._streams = []
+        self._forget_silent()
 
     def close(self) -> None:
         """Give back every descriptor; who still waits for an answer gets none."""
@@ -160,21 +172,16 @@ class NameServer:
             lookup.give_up()
         for client in list(self._clients):
             client.close()
-        for sock in self._datagrams:
-            sock.close()
-        self._datagrams = []
+        self._forget_silent()
+
+    def _forget_silent(self) -> None:
+        """Nobody waits for an answer any more: the sockets may go."""
+        if not self.under_way:
+            for sock in self._silent:
+                sock.close()
+            self._silent = []
 
     # Listening
-
-    def _listen(self, sock: socket.socket) -> None:
-        local = local_address(sock)
-        if sock.type == socket.SOCK_STREAM:
-            self._streams.append((sock, listen_on(self.reactor, sock, self._accepted)))
-        else:
-            sock.setblocking(False)
-            self._datagrams.append(sock)
-            # Exclusive and level-triggered, as listeners are: of the movers that share the socket one wakes.
-            self.reactor.add(sock.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE, partial(self._on_datagrams, sock, local))
 
     def _on_datagrams(self, sock: socket.socket, local: SocketAddress, _events: int) -> None:
         for _ in range(_BATCH):
@@ -213,8 +220,10 @@ class NameServer:
         if client in self._clients:
             self._clients.remove(client)
             self.count(-1)
+            self._forget_silent()
 
     def count(self, change: int) -> None:
+        """There are more or fewer look-ups and clients under way."""
         self.service.count(change, self.pod.uid)
 
     # Answering
@@ -254,6 +263,7 @@ class NameServer:
                 self._note(query, "unknown source", 0)
             else:
                 self.take(data, asker)
+            self._forget_silent()
 
         self.pod.when_workload_known(known)
 
@@ -319,6 +329,7 @@ class NameServer:
         """A forwarded look-up has its answer."""
         asker.send(answer)
         self._note(query, result, endpoints)
+        self._forget_silent()
 
     def _note(self, query: dns.Query, result: str, endpoints: int, service: str = "") -> None:
         if not log.wants("dns", "debug"):

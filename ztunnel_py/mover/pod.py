@@ -63,6 +63,9 @@ class NameServing(Protocol):
     def under_way(self) -> int:
         """Look-ups that are not answered yet."""
 
+    def listen(self, descriptors: Sequence[int]) -> None:
+        """Take look-ups from these sockets, which stay the pod's. Raises OSError, then `stop` it."""
+
     def stop(self) -> None:
         """Take no more."""
 
@@ -161,7 +164,8 @@ class Pod:
             self._listening.append((listening, listen_on(self.plane.reactor, listening, self._serving(serve))))
 
         if dns is not None and sockets.dns:
-            self._name_server = dns(self, sockets.dns)
+            self._name_server = self._name_server or dns(self)
+            self._name_server.listen(sockets.dns)
 
     @property
     def lookups(self) -> int:
@@ -279,5 +283,5 @@ def hbone_dial_error(error: OSError) -> str:
 
 Serve: TypeAlias = Callable[[Pod, socket.socket, SocketAddress], object]
 """Takes a pod, an accepted connection and its peer; the object it returns lives by its own callbacks."""
-ServeNames: TypeAlias = Callable[[Pod, Sequence[int]], NameServing]
-"""Takes a pod and the descriptors of its DNS, which stay the pod's. Raises OSError."""
+ServeNames: TypeAlias = Callable[[Pod], NameServing]
+"""Makes the DNS of a pod."""

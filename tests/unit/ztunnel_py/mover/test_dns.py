@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,8 +11,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dns.flags
 import dns.message
-import dns.query
 import dns.rcode
 import dns.rdatatype
 import dns.rrset
@@ -133,9 +134,13 @@ class Names:
         udp.bind((str(self.pod.ip), 0))
         tcp = socket.create_server((str(self.pod.ip), 0))
         self.udp, self.tcp = socket_address(udp.getsockname()), socket_address(tcp.getsockname())
-        self.server = NameServer(self.pod, self.service, (udp.fileno(), tcp.fileno()))
+        self.server = NameServer(self.pod, self.service)
         self.sockets = udp, tcp
+        self.listen()
         self.world.change(Delta(services=(service("web", "10.1.0.1", "fd00::1"),)))
+
+    def listen(self) -> None:
+        self.server.listen([sock.fileno() for sock in self.sockets])
 
     def close(self) -> None:
         self.server.close()
@@ -298,6 +303,45 @@ def test_everything_else_passes_unchanged_but_for_its_id(names: Names, tcp: bool
     assert received == wire[:2] + bytes([wire[2] | 0x80]) + wire[3:] + b"tail"
     assert (names.metric("requests"), names.metric("upstream_requests"), names.metric("upstream_failures")) == (1, 1, 0)
     assert names.metric("upstream_request_duration_seconds", le="5.0") == 1
+
+
+def test_a_thousand_spoilt_messages_are_answered_by_the_server_refused_or_the_meshs_own(names: Names) -> None:
+    rng = random.Random(53)
+    good = [
+        dns.message.make_query(name, kind, use_edns=edns).to_wire()
+        for name in (OWN, OTHER, "web.")
+        for kind in ("A", "AAAA", "SRV")
+        for edns in (False, 0)
+    ]
+
+    def spoilt() -> bytes:
+        wire = bytearray(rng.choice(good))
+        for _ in range(rng.randrange(4)):
+            wire[rng.randrange(2, len(wire))] = rng.randrange(256)
+        return bytes(wire[: rng.randrange(12, len(wire))]) if rng.random() < 0.2 else bytes(wire)
+
+    async def test() -> None:
+        seen = {"own": 0, "refused": 0, "server": 0}
+        async with names.resolver(lambda wire: wire[:2] + bytes([wire[2] | 0x80]) + wire[3:] + b"server"):
+            with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                await sock.connect((str(names.udp.ip), names.udp.port))
+                for number in range(1000):
+                    wire = number.to_bytes(2, "big") + spoilt()[2:]
+                    if wire[2] & 0x80:
+                        continue  # a response, which gets no answer
+                    await sock.send(wire)
+                    answer = await sock.recv(2000)
+                    assert answer[:2] == wire[:2]
+                    if answer == wire[:2] + bytes([wire[2] | 0x80]) + wire[3:] + b"server":
+                        seen["server"] += 1
+                    else:
+                        read = dns.message.from_wire(answer)
+                        own = read.rcode() == dns.rcode.NOERROR and read.flags & dns.flags.AA
+                        assert own or read.rcode() in (dns.rcode.FORMERR, dns.rcode.BADVERS), read
+                        seen["own" if own else "refused"] += 1
+        assert all(count > 50 for count in seen.values()), seen
+
+    names.run(test)
 
 
 def test_every_look_up_has_an_id_and_a_port_of_its_own(names: Names) -> None:
@@ -569,6 +613,24 @@ def test_a_server_that_stops_answers_what_it_has(names: Names) -> None:
             await resolver.udp.sendto(echo_address(asked[0]), resolver.peers[0])
             await go_on.wait()
             await names.service.wait_idle()
+
+    names.run(test)
+
+
+def test_a_server_that_stops_takes_what_waits_and_begins_again(names: Names) -> None:
+    async def test() -> None:
+        async with names.resolver():
+            with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                await sock.connect((str(names.udp.ip), names.udp.port))
+                for name in (OWN, OTHER):
+                    await sock.send(dns.message.make_query(name, "A").to_wire())
+                names.server.stop()
+                found = [texts(dns.message.from_wire(await sock.recv(1000))) for _ in range(2)]
+                assert found == [["10.1.0.1"], ["192.0.2.1"]]
+                await sock.send(dns.message.make_query(OWN, "A").to_wire())
+                names.listen()
+                assert texts(dns.message.from_wire(await sock.recv(1000))) == ["10.1.0.1"]
+            assert texts(await names.ask(OWN, tcp=True)) == ["10.1.0.1"]
 
     names.run(test)
 
