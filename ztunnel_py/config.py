@@ -134,7 +134,7 @@ class AgentConfig:
         doc="how long connections may go on after SIGTERM before they are ended",
     )
     ipv6: bool = variable("IPV6_ENABLED", parse=boolean, default="true", doc="false: listeners are IPv4 only, whatever the pod has")
-    dns: bool = variable(
+    dns_proxy: bool = variable(
         "ISTIO_META_DNS_CAPTURE", parse=boolean, default="true", doc="whether the agent answers look-ups of names in pods, on port 15053"
     )
     dns_capture: bool = variable(

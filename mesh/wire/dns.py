@@ -260,6 +260,11 @@ class MessageBuffer:
         self._at = end
         return self._data[start:end]
 
+    def take_rest(self) -> bytes:
+        """All bytes that wait."""
+        rest, self._data, self._at = self._data[self._at :], b"", 0
+        return rest
+
     def __len__(self) -> int:
         """Bytes that wait."""
         return len(self._data) - self._at

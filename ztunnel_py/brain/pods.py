@@ -280,7 +280,7 @@ class PodKeeper:
         try:
             for port in (OUTBOUND, INBOUND_PLAINTEXT, INBOUND_HBONE):
                 opened.append(transparent_listener(port, mark=PROXY_MARK, ipv6=self._config.ipv6).detach())
-            if self._config.dns:
+            if self._config.dns_proxy:
                 opened += (sock.detach() for sock in loopback_listeners(DNS, ipv6=self._config.ipv6))
         except OSError:
             close_all(opened)
@@ -339,7 +339,7 @@ class PodKeeper:
         return pod.netns, action.pod, pod.answers_lookups and self._wants_lookups(action.pod), self._config.ipv6
 
     def _wants_lookups(self, facts: PodFacts) -> bool:
-        return self._config.dns and (self._config.dns_capture if facts.dns is None else facts.dns)
+        return self._config.dns_proxy and (self._config.dns_capture if facts.dns is None else facts.dns)
 
     def _held_pod(self, uid: str) -> _Held:
         pod = self._held.get(uid)

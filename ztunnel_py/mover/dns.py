@@ -24,6 +24,7 @@ from mesh.model.address import SocketAddress
 from mesh.model.ports import DNS, PROXY_MARK
 from mesh.model.workload import Workload
 from mesh.reactor.loop import Reactor, Timer
+from mesh.reactor.relay import Relay, relay_tcp
 from mesh.reactor.tcp import Listener, listen_on, reset, sockaddr, socket_address
 from mesh.state.names import Addresses, Naming, addresses_of, find_named_service
 from mesh.telemetry import log
@@ -242,7 +243,7 @@ class NameServer:
         """With a look-up that cannot be answered at once: the pod is not known yet, or another server must be asked."""
         if len(self.lookups) + self._waiting >= MOST_LOOKUPS:
             asker.send(dns.write_error(query, dns.SERVFAIL))
-            self._note(query, "forwarding failed (too many look-ups at once)", 0)
+            self.note(query, "forwarding failed (too many look-ups at once)", 0)
         elif self._workload is None:
             self._wait(query, data, asker)
         else:
@@ -260,7 +261,7 @@ class NameServer:
             if workload is None:
                 self._series_of(query, asker.protocol).requests.value += 1
                 asker.send(dns.write_error(query, dns.SERVFAIL))
-                self._note(query, "unknown source", 0)
+                self.note(query, "unknown source", 0)
             else:
                 self.take(data, asker)
             self._forget_silent()
@@ -298,7 +299,7 @@ class NameServer:
         if query.edns is not None and query.edns.version:
             return dns.write_error(query, dns.BADVERS)
         if log.wants("dns", "debug"):
-            self._note(query, found.because, len(found.ips), known.service)
+            self.note(query, found.because, len(found.ips), known.service)
         records = known.records
         if len(records) > 1:
             self.pod.plane.rng.shuffle(records)
@@ -328,10 +329,11 @@ class NameServer:
     def ended(self, query: dns.Query, asker: _Asker, answer: bytes, result: str, endpoints: int) -> None:
         """A forwarded look-up has its answer."""
         asker.send(answer)
-        self._note(query, result, endpoints)
+        self.note(query, result, endpoints)
         self._forget_silent()
 
-    def _note(self, query: dns.Query, result: str, endpoints: int, service: str = "") -> None:
+    def note(self, query: dns.Query, result: str, endpoints: int, service: str = "") -> None:
+        """Log what became of a look-up."""
         if not log.wants("dns", "debug"):
             return
         fields: dict[str, object] = {"src.workload": self.pod.info.name, "src.namespace": self.pod.info.namespace}
@@ -380,6 +382,11 @@ class _Lookup:
         if self._end(failed=True):
             answer = dns.write_error(self.query, dns.SERVFAIL)
             self._server.ended(self.query, self._asker, answer, f"forwarding failed ({because})", 0)
+
+    def hand_over(self) -> None:
+        """Somebody else brings the answers."""
+        if self._end(failed=False):
+            self._server.note(self.query, "forwarded", 0)
 
     def give_up(self) -> None:
         """Without an answer."""
@@ -516,9 +523,15 @@ class _DatagramUpstream:
 
 
 class _TcpClient:
-    """A client over TCP: any number of messages, answered as soon as each can be (RFC 7766)."""
+    """A client over TCP: any number of messages, answered as soon as each can be (RFC 7766).
 
-    __slots__ = ("_at_work", "_buffer", "_ended", "_fd", "_last", "_original", "_out", "_server", "_sock", "_timer", "_under_way")
+    With a zone transfer it and the server are left to each other: that has any number of answers, and the client nothing more to ask.
+    """
+
+    __slots__ = (
+        "_at_work", "_buffer", "_ended", "_fd", "_last", "_original", "_out", "_relay", "_server", "_sock", "_timer", "_transferring",
+        "_under_way",
+    )  # fmt: skip
 
     protocol: _Protocol = "tcp"
 
@@ -532,6 +545,8 @@ class _TcpClient:
         self._under_way = 0
         self._ended = False
         self._at_work = False
+        self._transferring = False
+        self._relay: Relay | None = None
         self._last = server.reactor.now()
         self._timer = server.reactor.call_later(TCP_IDLE_SECONDS, self._look_idle)
         server.reactor.add(self._fd, select.EPOLLIN, self._on_event, lambda because: self.close())
@@ -542,15 +557,38 @@ class _TcpClient:
     def send(self, answer: bytes) -> None:
         """An answer to one of its look-ups."""
         self._under_way -= 1
+        self._transferring = False
         self._out += dns.framed(answer)
         if not self._at_work:
             self._work()
 
     def open(self, lookup: _Lookup) -> _Upstream:
-        return _StreamUpstream(self._server, lookup, _servers(self._server, self._original))
+        servers = _servers(self._server, self._original)
+        if lookup.query.type in (dns.AXFR, dns.IXFR) and self._under_way == 1 and not self._out:
+            self._transferring = True
+            return _Transfer(self._server, lookup, servers[0], self)
+        return _StreamUpstream(self._server, lookup, servers)
+
+    def leave_to(self, upstream: socket.socket, query: bytes) -> None:
+        """Let the two ends talk, beginning with ``query``; ``upstream`` is ours now."""
+        unsent = dns.framed(query) + self._buffer.take_rest()
+        try:
+            whole = upstream.send(unsent) == len(unsent)
+        except OSError:
+            whole = False
+        if not whole or self._sock.fileno() < 0:
+            upstream.close()
+            self.close()
+            return
+        self._timer.cancel()
+        self._server.reactor.remove(self._fd)
+        self._relay = relay_tcp(self._server.reactor, self._sock, upstream, lambda result: self._server.forget(self))
 
     def close(self) -> None:
         """Idempotent."""
+        if self._relay is not None:
+            self._relay.abort("closed")
+            return
         if self._sock.fileno() < 0:
             return
         self._timer.cancel()
@@ -583,7 +621,7 @@ class _TcpClient:
             return
         self._at_work = True
         try:
-            while self._under_way < MOST_PIPELINED and (message := self._buffer.next()) is not None:
+            while not self._transferring and self._under_way < MOST_PIPELINED and (message := self._buffer.next()) is not None:
                 self._under_way += 1
                 self._server.take(message, self)
         except RemoteProtocolError:
@@ -694,6 +732,30 @@ class _StreamUpstream:
             self._lookup.succeed(response)
         else:
             self._go_on("the server answered something else")
+
+
+class _Transfer:
+    """Connects a client that asks for a whole zone with the server."""
+
+    __slots__ = ("_client", "_dialling", "_lookup")
+
+    def __init__(self, server: NameServer, lookup: _Lookup, address: SocketAddress, client: _TcpClient) -> None:
+        self._lookup = lookup
+        self._client = client
+        self._dialling: Dialling | None = server.pod.dial(address, self._dialled)
+
+    def close(self) -> None:
+        if self._dialling is not None:
+            self._dialling.cancel()
+            self._dialling = None
+
+    def _dialled(self, result: socket.socket | OSError) -> None:
+        self._dialling = None
+        if isinstance(result, OSError):
+            self._lookup.fail(result.strerror or str(result))
+        else:
+            self._lookup.hand_over()
+            self._client.leave_to(result, self._lookup.data)
 
 
 def _servers(server: NameServer, original: SocketAddress | None) -> Sequence[SocketAddress]:

@@ -16,9 +16,9 @@ def read(**environ: str) -> AgentConfig:
 
 def test_look_ups_are_answered_and_captured_unless_told_otherwise() -> None:
     config = read()
-    assert (config.dns, config.dns_capture, config.cluster_domain, config.preferred_namespace) == (True, True, "cluster.local", None)
+    assert (config.dns_proxy, config.dns_capture, config.cluster_domain, config.preferred_namespace) == (True, True, "cluster.local", None)
     config = read(ISTIO_META_DNS_CAPTURE="false", AMBIENT_DNS_CAPTURE="false", PREFERED_SERVICE_NAMESPACE="infra")
-    assert (config.dns, config.dns_capture, config.preferred_namespace) == (False, False, "infra")
+    assert (config.dns_proxy, config.dns_capture, config.preferred_namespace) == (False, False, "infra")
 
 
 @pytest.mark.parametrize(("text", "domain"), [("cluster.local", "cluster.local"), ("Example.Test.", "example.test"), ("k8s", "k8s")])

@@ -533,6 +533,52 @@ def test_a_tcp_client_may_ask_many_things_at_once_and_stop_speaking(names: Names
     names.run(test)
 
 
+def test_a_zone_is_transferred_whole_however_many_messages_it_takes(names: Names) -> None:
+    async def test() -> None:
+        zone = [dns.message.make_response(dns.message.make_query(OTHER, "AXFR")).to_wire() for _ in range(300)]
+        async with names.resolver(lambda wire: [wire[:2] + part[2:] for part in zone]) as resolver:
+            query = dns.message.make_query(OTHER, "AXFR").to_wire()
+            async with await names.connect() as stream:
+                await stream.send_all(framed(dns.message.make_query(OWN, "A").to_wire()))
+                assert texts(dns.message.from_wire(await read_message(stream))) == ["10.1.0.1"]
+                await stream.send_all(framed(query))
+                data = b"".join([part async for part in stream])
+            assert data == b"".join(framed(query[:2] + part[2:]) for part in zone)
+            assert resolver.asked == [query]
+            await names.world.until(lambda: names.server.under_way == 0)
+
+    names.run(test)
+
+
+def test_a_zone_of_a_server_that_is_not_there_is_a_failure_and_the_client_may_go_on(names: Names) -> None:
+    async def test() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unused:
+            unused.bind(("127.0.0.1", 0))
+            names.goes_to = socket_address(unused.getsockname())
+        async with await names.connect() as stream:
+            queries = [dns.message.make_query(OTHER, "AXFR"), dns.message.make_query(OWN, "A")]
+            await stream.send_all(b"".join(framed(query.to_wire()) for query in queries))
+            await stream.send_eof()
+            data = b"".join([part async for part in stream])
+        assert (data[5] & 0xF, data[-4:]) == (dns.rcode.SERVFAIL, bytes([10, 1, 0, 1]))
+
+    names.run(test)
+
+
+def test_a_transfer_ends_with_its_pod(names: Names) -> None:
+    async def test() -> None:
+        async with names.resolver(lambda wire: None) as resolver, await names.connect() as stream:
+            await stream.send_all(framed(dns.message.make_query(OTHER, "AXFR").to_wire()))
+            await names.world.until(lambda: resolver.asked)
+            assert names.server.under_way == 1
+            names.server.close()
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some(1)
+            assert names.server.under_way == 0
+
+    names.run(test)
+
+
 @pytest.mark.usefixtures("hurry")
 def test_a_silent_tcp_client_is_let_go(names: Names) -> None:
     async def test() -> None:
