@@ -41,6 +41,8 @@ TCP_IDLE_SECONDS: Final = 5.0
 """As ztunnel's: how long a TCP client may be silent, or leave its answers unread."""
 MOST_LOOKUPS: Final = 512
 """Look-ups of one pod that may wait for something at once; each holds a socket. More are answered with a failure."""
+MOST_OF_ALL: Final = 4096
+"""Look-ups and TCP clients of all pods of a mover: pods without servers must not take the descriptors of the others' connections."""
 MOST_CLIENTS: Final = 128
 """TCP clients of one pod at once."""
 MOST_PIPELINED: Final = 32
@@ -211,7 +213,7 @@ class NameServer:
             self.go_on(query, data, _Datagram(self, sock, local, peer))
 
     def _accepted(self, sock: socket.socket, peer: SocketAddress) -> None:
-        if len(self._clients) >= MOST_CLIENTS:
+        if len(self._clients) >= MOST_CLIENTS or self.service.under_way >= MOST_OF_ALL:
             reset(sock)
             return
         self._clients.add(_TcpClient(self, sock))
@@ -241,7 +243,7 @@ class NameServer:
 
     def go_on(self, query: dns.Query, data: bytes, asker: _Asker) -> None:
         """With a look-up that cannot be answered at once: the pod is not known yet, or another server must be asked."""
-        if len(self.lookups) + self._waiting >= MOST_LOOKUPS:
+        if len(self.lookups) + self._waiting >= MOST_LOOKUPS or self.service.under_way >= MOST_OF_ALL:
             asker.send(dns.write_error(query, dns.SERVFAIL))
             self.note(query, "forwarding failed (too many look-ups at once)", 0)
         elif self._workload is None:

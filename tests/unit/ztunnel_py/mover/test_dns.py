@@ -488,8 +488,9 @@ def test_a_pod_that_stays_unknown_gets_failures(names: Names, tcp: bool) -> None
     assert names.metric("requests", source_canonical_service="unknown") == 1
 
 
-def test_look_ups_beyond_the_bound_fail_and_the_mesh_is_answered_still(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_LOOKUPS", 3)
+@pytest.mark.parametrize("bound", ["MOST_LOOKUPS", "MOST_OF_ALL"])
+def test_look_ups_beyond_a_bound_fail_and_the_mesh_is_answered_still(names: Names, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    monkeypatch.setattr(module, bound, 3)
 
     async def test() -> None:
         async with names.resolver(lambda wire: None):
@@ -598,8 +599,9 @@ def test_a_tcp_client_that_sends_no_messages_is_let_go(names: Names) -> None:
     names.run(test)
 
 
-def test_tcp_clients_beyond_the_bound_are_refused(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_CLIENTS", 1)
+@pytest.mark.parametrize("bound", ["MOST_CLIENTS", "MOST_OF_ALL"])
+def test_tcp_clients_beyond_a_bound_are_refused(names: Names, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    monkeypatch.setattr(module, bound, 1)
 
     async def test() -> None:
         async with await names.connect() as first:
