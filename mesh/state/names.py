@@ -51,7 +51,7 @@ def find_named_service(state: MeshState, name: str, namespace: str, naming: Nami
                 service
                 for service in state.find_services_by_hostname(searched, namespace)
                 # Without an address of its own only a headless service of the cluster is answered for; others are the outside's.
-                if service.addresses or service.hostname.endswith(cluster_services)
+                if (service.addresses and _leads_somewhere(state, service)) or service.hostname.endswith(cluster_services)
             ]
             if services:
                 service = min(services, key=lambda service: _closeness(service, namespace, naming.preferred_namespace))
@@ -79,6 +79,20 @@ def _endpoint_addresses(state: MeshState, service: Service, version: int) -> lis
     ready = (endpoint.workload for endpoint in state.endpoints(service.key) if takes_connections(endpoint.workload, balancing))
     own = (next((ip for ip in workload.addresses if ip.version == version), None) for workload in ready)
     return [ip for ip in own if ip is not None]
+
+
+def _leads_somewhere(state: MeshState, service: Service) -> bool:
+    """Whether connections to the service's addresses can be carried. Endpoints that are known by a hostname only cannot be dialled yet:
+    whoever was told such an address would be refused, and by the name's true address is let through as without the mesh. A waypoint
+    may know better."""
+    if service.waypoint is not None or service.weighted_waypoints:
+        return True
+    known = False
+    for endpoint in state.endpoints(service.key):
+        if endpoint.workload.addresses or endpoint.workload.network_gateway is not None:
+            return True
+        known = True
+    return not known
 
 
 def _candidates(name: str, namespace: str, cluster_domain: str) -> Iterator[tuple[str, int]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mesh.model.address import NamespacedHostname, NetworkAddress, parse_ip
+from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, parse_ip
 from mesh.model.service import HealthPolicy, IpFamilies, LoadBalancing, Service, Visibility
 from mesh.model.workload import HealthStatus, Workload
 from mesh.state.names import Naming, addresses_of, find_named_service
@@ -136,6 +136,20 @@ def test_without_a_preferred_namespace_the_first_is_meant(state: MeshState) -> N
     named = find_named_service(state, "three.example.net", "elsewhere", Naming())
     assert named is not None
     assert named.service.namespace == "aaa"
+
+
+def test_a_host_whose_endpoints_nobody_can_dial_is_left_to_the_outside(state: MeshState) -> None:
+    outside = service("api", "ns1", "240.240.9.1", host="api.example.net")
+    by_name = workload("api", of=outside, hostname="api.example.net")
+    state.apply(Delta(services=(outside,)))
+    assert found(state, "api.example.net") == ("ns1/api.example.net", 0), "without endpoints it is the mesh's to say so"
+    state.apply(Delta(workloads=(by_name,)))
+    assert found(state, "api.example.net") is None
+    waypoint = GatewayAddress(NamespacedHostname("ns1", "waypoint.ns1.svc.cluster.local"))
+    state.apply(Delta(services=(replace(outside, waypoint=waypoint),)))
+    assert found(state, "api.example.net") == ("ns1/api.example.net", 0), "a waypoint looks it up"
+    state.apply(Delta(services=(outside,), workloads=(workload("other", "10.0.0.1", of=outside),)))
+    assert found(state, "api.example.net") == ("ns1/api.example.net", 0), "one endpoint can be dialled"
 
 
 def test_another_cluster_domain() -> None:
