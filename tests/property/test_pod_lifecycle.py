@@ -208,6 +208,12 @@ class Executor(RuleBasedStateMachine):
             self.pods[uid] = replace(self.pods[uid], bypass_inbound=not self.pods[uid].bypass_inbound)
             self.publish()
 
+    @rule(uid=UIDS, dns=st.sampled_from((None, True, False)))
+    def dns_annotation_changes(self, uid: str, dns: bool | None) -> None:
+        if uid in self.pods:
+            self.pods[uid] = replace(self.pods[uid], dns=dns)
+            self.publish()
+
     def replace_netns(self, uid: str) -> None:
         real = self.real(uid)
         real.namespace += 1
