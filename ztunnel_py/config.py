@@ -83,6 +83,9 @@ class AgentConfig:
         parse=nonempty,
         doc="without MESH_SOURCE and KUBECONFIG: the cluster's API server, as our own service account",
     )
+    proc: Path = variable(
+        "HOST_PROC", parse=path, default="/proc", doc="where the node's /proc is mounted; shows which network namespace a pod has (ours)"
+    )
     run_dir: Path = variable(
         "RUN_DIR", parse=path, default="/run/ztunnel-py", doc="directory of the socket between brain and movers (ours)"
     )

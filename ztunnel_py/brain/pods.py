@@ -43,7 +43,7 @@ _log = get_logger("pods")
 def open_place(config: AgentConfig) -> Place:
     """Where this agent learns of its pods."""
     if config.cluster is not None:
-        return ClusterPlace(config.node_name, ApiClient(config.cluster))
+        return ClusterPlace(config.node_name, ApiClient(config.cluster), config.proc)
     assert config.status_dir is not None, "read_config sees to it"
     return DirectoryPlace(config.node_name, config.sources, config.status_dir)
 
