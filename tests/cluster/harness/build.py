@@ -18,6 +18,7 @@ from tests.cluster.harness.progress import run_long
 _SOURCES: Final = Path(__file__).resolve().parents[1]
 _PROGRAMS: Final = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl")
 _GO_VERSION: Final = (1, 24)
+_HELM: Final = "v3.19.0"
 _SUITE: Final = "bookworm"
 """Debian 12: its containerd 1.6 and Python 3.11 are what the tests are written for, whatever the machine runs itself."""
 _NODE_PACKAGES: Final = (
@@ -73,6 +74,19 @@ def why_not() -> str | None:
         wanted = ".".join(map(str, _GO_VERSION))
         return f"it needs Go {wanted} or newer to build Kubernetes" + (f", this is {'.'.join(map(str, go))}" if go else ", there is none")
     return None
+
+
+def build_helm() -> Path:
+    """Helm's program, for the tests of the chart. Raises ClusterError."""
+    target = cache_directory() / f"helm-{_HELM}"
+    with building(target) as directory:
+        if directory is not None:
+            command = ["go", "install", "-v", "-trimpath", "-ldflags=-s -w", f"helm.sh/helm/v3/cmd/helm@{_HELM}"]
+            environment = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOBIN": str(directory)}
+            what = f"Helm {_HELM} from its Go module (once, about a minute)"
+            log = cache_directory() / "build-helm.log"
+            run_long(what, command, log=log, describe=lambda count, line: f"{count} packages: {line}", environment=environment)
+    return target / "helm"
 
 
 def _programs_name(version: str) -> str:

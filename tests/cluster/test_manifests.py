@@ -1,0 +1,113 @@
+"""The manifests of deploy/: kustomize and Helm make the same of them, and they give the rights that are used and no others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.cluster.harness.build import build_helm, build_parts
+from tests.cluster.mesh import REPOSITORY, SYSTEM
+
+Key = tuple[str, str, str]
+CHART = REPOSITORY / "deploy/chart"
+
+
+@pytest.fixture(scope="module")
+def helm() -> Path:
+    return build_helm()
+
+
+def objects(text: str) -> dict[Key, dict[str, Any]]:
+    """By kind, namespace and name. Fails if two have the same."""
+    found: dict[Key, dict[str, Any]] = {}
+    for item in YAML(typ="safe", pure=True).load_all(text):
+        if item is not None:
+            key = (item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"])
+            assert key not in found
+            found[key] = item
+    return found
+
+
+def kustomized() -> dict[Key, dict[str, Any]]:
+    command = [str(build_parts().kubectl), "kustomize", str(REPOSITORY / "deploy")]
+    return objects(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def rendered(helm: Path, *options: str, namespace: str = SYSTEM) -> dict[Key, dict[str, Any]]:
+    command = [str(helm), "template", "mesh", str(CHART), "--namespace", namespace, "--include-crds", "--kube-version=1.34", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return objects(done.stdout)
+
+
+def test_the_chart_makes_what_kustomize_makes_but_for_the_namespace_that_helm_makes_itself(helm: Path) -> None:
+    wanted = kustomized()
+    del wanted["Namespace", "", SYSTEM]
+    found = rendered(helm)
+    assert found.keys() == wanted.keys()
+    for key, item in found.items():
+        assert item == wanted[key], key
+
+
+def test_values_of_the_chart_reach_what_they_are_for(helm: Path) -> None:
+    values = (
+        *("--set", "image.repository=registry.example/mesh", "--set-string", "image.tag=9", "--set", "image.pullPolicy=Always"),
+        *("--set", "imagePullSecrets[0].name=pull", "--set", "logLevel=debug", "--set", "logAsJson=true"),
+        *("--set", "trustDomain=example.org", "--set", "clusterID=west", "--set", "istiod.replicas=3"),
+        *("--set", "ztunnel.maxSurge=10%", "--set", "ztunnel.terminationGracePeriodSeconds=120", "--set-string", "ztunnel.env.MOVERS=8"),
+        *("--set", "ztunnel.seLinuxOptions.type=spc_t", "--set", "ztunnel.nodeSelector.pool=a", "--set", "ztunnel.podLabels.team=net"),
+        *("--set", "istiod.resources.requests.memory=1Gi", "--set", "istiod.podAnnotations.a=b"),
+    )
+    found = rendered(helm, *values)
+    istiod, ztunnel = (found[kind, SYSTEM, name]["spec"] for kind, name in (("Deployment", "istiod"), ("DaemonSet", "ztunnel")))
+    for workload in (istiod, ztunnel):
+        pod = workload["template"]["spec"]
+        assert pod["imagePullSecrets"] == [{"name": "pull"}]
+        assert pod["containers"][0]["image"] == "registry.example/mesh:9"
+        assert pod["containers"][0]["imagePullPolicy"] == "Always"
+        assert {"RUST_LOG": "debug", "LOG_FORMAT": "json"}.items() <= environment(workload).items()
+    assert istiod["replicas"] == 3
+    assert istiod["template"]["spec"]["containers"][0]["resources"] == {"requests": {"memory": "1Gi"}}
+    assert istiod["template"]["metadata"]["annotations"]["a"] == "b"
+    assert {"--trust-domain=example.org", "--cluster-id=west"} <= set(istiod["template"]["spec"]["containers"][0]["args"])
+    wanted = {"TRUST_DOMAIN": "example.org", "CLUSTER_ID": "west", "MOVERS": "8", "CONNECTION_TERMINATION_DEADLINE": "115s"}
+    assert wanted.items() <= environment(ztunnel).items()
+    assert ztunnel["updateStrategy"]["rollingUpdate"]["maxSurge"] == "10%"
+    assert ztunnel["template"]["metadata"]["labels"] == {"app": "ztunnel", "istio.io/dataplane-mode": "none", "team": "net"}
+    pod = ztunnel["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 120
+    assert pod["nodeSelector"] == {"kubernetes.io/os": "linux", "pool": "a"}
+    assert pod["containers"][0]["securityContext"]["seLinuxOptions"] == {"type": "spc_t"}
+
+
+def environment(workload: dict[str, Any]) -> dict[str, str]:
+    entries = workload["template"]["spec"]["containers"][0]["env"]
+    assert len({entry["name"] for entry in entries}) == len(entries)
+    return {entry["name"]: entry.get("value", "") for entry in entries}
+
+
+def test_the_chart_in_another_namespace_names_no_object_of_the_usual_one(helm: Path) -> None:
+    found = rendered(helm, namespace="elsewhere")
+    assert {namespace for _, namespace, _ in found} == {"", "elsewhere"}
+    assert SYSTEM not in json.dumps(list(found.values()))
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("ztunnel.maxSurges=2", "maxSurges"),
+        ("image.pullPolicy=Often", "pullPolicy"),
+        ("istiod.replicas=-1", "replicas"),
+        ("lgoLevel=x", "lgoLevel"),
+    ],
+)
+def test_a_value_that_the_chart_does_not_know_is_refused_by_name(helm: Path, option: str, complaint: str) -> None:
+    command = [str(helm), "template", "mesh", str(CHART), "--set", option]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert complaint in done.stderr
