@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.cluster.figures import Figures
 from tests.cluster.harness.client import Cluster, Options, find_cluster, running_cluster
 from tests.cluster.harness.progress import tell
+from tests.cluster.mesh import install, uninstall
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,28 @@ def cluster() -> Iterator[Cluster]:
     else:
         with running_cluster(f"test-{os.getpid()}", Options(), tell) as started:
             yield started
+
+
+@pytest.fixture(scope="module")
+def mesh(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The cluster with the mesh of deploy/ on it, for the tests of one file."""
+    directory: Path = tmp_path_factory.mktemp("deploy")
+    uninstall(cluster, directory)
+    install(cluster, directory)
+    yield cluster
+    uninstall(cluster, directory)
+
+
+_FIGURES = Figures()
+
+
+@pytest.fixture(scope="session")
+def figures() -> Figures:
+    return _FIGURES
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _FIGURES.lines():
+        terminalreporter.section("figures")
+        for line in _FIGURES.lines():
+            terminalreporter.line(line)

@@ -99,6 +99,11 @@ class ClusterHome:
         return self.path / "logs"
 
     @property
+    def audit(self) -> Path:
+        """What the API server saw of the mesh's own programs: one JSON object a line."""
+        return self.logs / "audit.log"
+
+    @property
     def etcd(self) -> Path:
         return self.path / "etcd"
 

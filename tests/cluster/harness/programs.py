@@ -24,6 +24,7 @@ ETCD: Final = "http://127.0.0.1:2379"
 PROGRAMS: Final = "/opt/kubernetes/bin"
 """Where a node has the binaries of Kubernetes."""
 _CONFIG: Final = "/etc/kubernetes"
+_AUDIT_POLICY: Final = Path(__file__).with_name("audit-policy.yaml")
 _MAX_PODS: Final = 250
 _PLUGINS: Final = ("bandwidth", "host-local", "loopback", "portmap", "ptp")
 _CONTAINERD: Final = f"""version = 2
@@ -66,6 +67,7 @@ def api_server(programs: Path, home: ClusterHome, *, dual_stack: bool) -> tuple[
         f"--service-account-issuer=https://kubernetes.default.svc.{DOMAIN}",
         f"--service-cluster-ip-range={_ranges(SERVICE_RANGES, dual_stack)}",
         *("--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction"),
+        *(f"--audit-policy-file={_AUDIT_POLICY}", f"--audit-log-path={home.audit}", "--audit-log-batch-max-wait=1s"),
         # The control plane has no kube-proxy: webhooks are called at their endpoints, which it can route to.
         "--enable-aggregator-routing=true",
     )

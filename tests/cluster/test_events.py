@@ -1,0 +1,124 @@
+"""Nothing living is lost: what fifty held connections and twenty new ones a second see of each event, beside what Istio's did."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.figures import Figures
+from tests.cluster.harness.api import Object, path_of
+from tests.cluster.harness.client import Cluster, wait_until
+from tests.cluster.harness.keeper import all_ready
+from tests.cluster.mesh import SYSTEM, agent_of, label, rolled_out, wait_captured, wait_released, wait_rolled_out
+from tests.cluster.workloads import Load, addresses, apply_pods, echo_pod, loading
+
+NAMESPACE = "events"
+HELD = 50
+DRAIN = 25.0
+"""CONNECTION_TERMINATION_DEADLINE of the manifests."""
+
+
+@pytest.fixture(scope="module")
+def pods(mesh: Cluster) -> Iterator[dict[str, Object]]:
+    with mesh.namespace(NAMESPACE) as namespace:
+        made = apply_pods(mesh, namespace, echo_pod("client", "n1"), echo_pod("server", "n2"))
+        label(mesh, namespace)
+        wait_captured(mesh, namespace, 2)
+        yield made
+
+
+@pytest.fixture
+def load(mesh: Cluster, pods: dict[str, Object]) -> Iterator[Load]:
+    """Under way, and all of it through the mesh."""
+    with loading(mesh, pods["client"], addresses(pods["server"])[0], held=HELD) as load:
+        load.go_on()
+        yield load
+
+
+def restart_agents(cluster: Cluster) -> None:
+    stamp = {"kubectl.kubernetes.io/restartedAt": str(time.time())}
+    cluster.api.patch(path_of("DaemonSet", "ztunnel", SYSTEM), {"spec": {"template": {"metadata": {"annotations": stamp}}}})
+    wait_until(lambda: not rolled_out(cluster, "DaemonSet", "ztunnel"), "the roll-out begins")
+    wait_rolled_out(cluster, 240)
+
+
+def processes(cluster: Cluster, node: str, kind: str = "") -> list[int]:
+    """The processes of a node's agent, as the host counts: brain, movers, supervisor, or all of them."""
+    pod = agent_of(cluster, node)
+    found = {}
+    for pid in cluster.node(node).pod_processes(pod["metadata"]["uid"]):
+        with contextlib.suppress(OSError):
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return [pid for pid, argv in found.items() if argv[0] != "/pause" and (not kind or kind in argv)]
+
+
+def test_rollout_of_the_daemon_set_refuses_no_connection_and_ends_none_before_the_deadline(
+    mesh: Cluster, load: Load, figures: Figures
+) -> None:
+    began = time.time()
+    restart_agents(mesh)
+    load.go_on()
+    figures.event("rollout restart ds/ztunnel", load, "50 of 50, at the end of the 30 s drain", "0 of 1197")
+    assert load.refused == []
+    assert all(lost["lost"] - began > DRAIN - 1 for lost in load.lost), load.lost[:3]
+
+
+def test_sigkill_of_the_brains_costs_nothing(mesh: Cluster, load: Load, figures: Figures) -> None:
+    for node in ("n1", "n2"):
+        (brain,) = processes(mesh, node, "brain")
+        os.kill(brain, signal.SIGKILL)
+        wait_until(lambda node=node, brain=brain: processes(mesh, node, "brain") not in ([], [brain]), "another brain is there")
+    load.go_on()
+    figures.event("SIGKILL of the brains", load)
+    assert (load.lost, load.refused) == ([], [])
+
+
+def test_sigkill_of_a_whole_agent_is_over_soon(mesh: Cluster, load: Load, figures: Figures) -> None:
+    for pid in processes(mesh, "n2"):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: load.lost and load.alive == 0, "the kill is felt")
+    load.go_on()
+    wait_rolled_out(mesh)
+    figures.event("SIGKILL of an agent", load, "50 of 50 at once", "16, for 0.8 s")
+
+
+def test_taking_the_label_away_and_giving_it_again_costs_nothing(mesh: Cluster, load: Load, figures: Figures) -> None:
+    label(mesh, NAMESPACE, None)
+    wait_released(mesh, NAMESPACE)
+    load.go_on(120)  # six seconds' worth
+    label(mesh, NAMESPACE)
+    wait_captured(mesh, NAMESPACE, 2)
+    load.go_on()
+    figures.event("label taken away, given again 6 s later", load, "50 of 50 at once", "1")
+    assert (load.lost, load.refused) == ([], [])
+
+
+def test_istiod_scaled_to_zero_costs_nothing(mesh: Cluster, load: Load, figures: Figures) -> None:
+    scale = path_of("Deployment", "istiod", SYSTEM)
+    mesh.api.patch(scale, {"spec": {"replicas": 0}})
+    wait_until(lambda: not mesh.api.list("Pod", SYSTEM, labelSelector="app=istiod"), "istiod is gone")
+    load.go_on(100)
+    mesh.api.patch(scale, {"spec": {"replicas": 1}})
+    wait_rolled_out(mesh)
+    load.go_on()
+    figures.event("istiod scaled to zero", load, "0", "0")
+    assert (load.lost, load.refused) == ([], [])
+
+
+def test_restart_of_the_api_server_and_etcd_costs_nothing(mesh: Cluster, load: Load, figures: Figures) -> None:
+    for name in ("kube-apiserver", "etcd"):
+        mesh.stop(name)
+    load.go_on(100)
+    for name in ("etcd", "kube-apiserver"):
+        mesh.start(name)
+    wait_until(lambda: all_ready(mesh.api, len(mesh.nodes)), "the cluster is ready again")
+    wait_rolled_out(mesh)
+    load.go_on()
+    figures.event("API server and etcd restarted", load)
+    assert (load.lost, load.refused) == ([], [])
