@@ -45,7 +45,7 @@ for stage in "--target build -t $2-build" "-t $2"; do  # the first has a name to
         -f /context/deploy/images/Containerfile /context
 done
 buildah push --signature-policy /run/policy.json "$2" docker-archive:/result/image.tar:"$2"
-buildah rmi --prune >/dev/null
+buildah rmi --prune >/dev/null 2>&1 || true  # what another build uses at this moment goes next time
 """
 _UNPACK: Final = """
 echo 'version = 2' >/run/seed.toml
