@@ -7,7 +7,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 DATABASE = ("database-0.database", 5000)
-PATIENCE = 5.0
+PATIENCE = 10.0
 
 
 def ask(*lines: str) -> list[str]:
