@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,10 +14,11 @@ from tests.cluster.mesh import install, uninstall
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     chosen = os.environ.get("CLUSTER")
     if chosen:
         found = find_cluster(chosen)
+        uninstall(found, tmp_path_factory.mktemp("deploy"))  # or its pods would go on with the image they have
         found.load_project()
         yield found
     else:
@@ -27,13 +27,10 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def mesh(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The cluster with the mesh of deploy/ on it, for the tests of one file."""
-    directory: Path = tmp_path_factory.mktemp("deploy")
-    uninstall(cluster, directory)
-    install(cluster, directory)
-    yield cluster
-    uninstall(cluster, directory)
+def mesh(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """The cluster with the mesh of deploy/ on it: installed unless an earlier test has left it there."""
+    install(cluster, tmp_path_factory.mktemp("deploy"))
+    return cluster
 
 
 _FIGURES = Figures()

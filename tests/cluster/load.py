@@ -14,7 +14,7 @@ import json
 import sys
 import time
 
-PATIENCE = 5.0
+PATIENCE = 10.0
 """Seconds an answer may take; what takes longer is lost, or refused."""
 BEAT = 0.1
 SIZE = 8

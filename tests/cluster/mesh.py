@@ -6,36 +6,71 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from mesh.model.labels import DATAPLANE_MODE, REDIRECTION
 from meshctl_py.lab.wiretap import Segment, decode_segments
 from tests.cluster.harness.api import Object, condition, path_of
+from tests.cluster.harness.build import build_parts
 from tests.cluster.harness.client import Cluster, Node, wait_until
 from tests.cluster.harness.images import PROJECT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SYSTEM = "istio-system"
+Key = tuple[str, str, str]
 WORKERS = (("Deployment", "istiod"), ("DaemonSet", "ztunnel"))
 
 
-def overlay(directory: Path, base: Path = REPOSITORY / "deploy", **images: str) -> Path:
-    """A kustomization in ``directory`` of what ``base`` has, with images of the test cluster; ``images`` adds to the project's."""
+def objects(text: str) -> dict[Key, dict[str, Any]]:
+    """Manifests by kind, namespace and name. Fails if two have the same."""
+    found: dict[Key, dict[str, Any]] = {}
+    for item in YAML(typ="safe", pure=True).load_all(text):
+        if item is not None:
+            key = (item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"])
+            assert key not in found
+            found[key] = item
+    return found
+
+
+def kustomized() -> dict[Key, dict[str, Any]]:
+    """What ``kubectl apply -k deploy/`` applies."""
+    command = [str(build_parts().kubectl), "kustomize", str(REPOSITORY / "deploy")]
+    return objects(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+PROJECT_IMAGE = {"ambient-mesh": PROJECT}
+
+
+def overlay(directory: Path, base: Path = REPOSITORY / "deploy", images: Mapping[str, str] = PROJECT_IMAGE) -> Path:
+    """A kustomization in ``directory`` of what ``base`` has, with images of the test cluster."""
     directory.mkdir(parents=True, exist_ok=True)
-    chosen = {"ambient-mesh": PROJECT, **{name.replace("_", "/"): image for name, image in images.items()}}
-    entries = [dict(zip(("newName", "newTag"), image.rsplit(":", 1), strict=True)) | {"name": name} for name, image in chosen.items()]
+    entries = [dict(zip(("newName", "newTag"), image.rsplit(":", 1), strict=True)) | {"name": name} for name, image in images.items()]
     # JSON is YAML. Kustomize takes directories outside its own by relative paths only.
     relative = os.path.relpath(base, directory.resolve())
     (directory / "kustomization.yaml").write_text(json.dumps({"resources": [relative], "images": entries}))
     return directory
 
 
-def install(cluster: Cluster, directory: Path) -> None:
-    """``kubectl apply -k``, and wait until it is rolled out."""
+def apply(cluster: Cluster, directory: Path) -> None:
+    """``kubectl apply -k``. What is there already stays as it is."""
+    wait_until(lambda: not _ending(cluster), "the last mesh is gone")
     cluster.kubectl("apply", "-k", str(overlay(directory)))
+
+
+def install(cluster: Cluster, directory: Path) -> None:
+    """`apply`, and wait until it is rolled out."""
+    apply(cluster, directory)
     wait_rolled_out(cluster)
+
+
+def _ending(cluster: Cluster) -> bool:
+    namespace = cluster.api.find("Namespace", SYSTEM)
+    return namespace is not None and "deletionTimestamp" in namespace["metadata"]
 
 
 def uninstall(cluster: Cluster, directory: Path) -> None:

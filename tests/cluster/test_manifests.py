@@ -8,34 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
-from tests.cluster.harness.build import build_helm, build_parts
-from tests.cluster.mesh import REPOSITORY, SYSTEM
+from tests.cluster.harness.api import path_of
+from tests.cluster.harness.build import build_helm
+from tests.cluster.harness.client import Cluster, wait_until
+from tests.cluster.harness.images import PROJECT
+from tests.cluster.mesh import (
+    REPOSITORY,
+    SYSTEM,
+    WORKERS,
+    Key,
+    kustomized,
+    label,
+    objects,
+    uninstall,
+    wait_captured,
+    wait_rolled_out,
+)
+from tests.cluster.workloads import addresses, apply_pods, attempt, echo_pod
 
-Key = tuple[str, str, str]
 CHART = REPOSITORY / "deploy/chart"
 
 
 @pytest.fixture(scope="module")
 def helm() -> Path:
     return build_helm()
-
-
-def objects(text: str) -> dict[Key, dict[str, Any]]:
-    """By kind, namespace and name. Fails if two have the same."""
-    found: dict[Key, dict[str, Any]] = {}
-    for item in YAML(typ="safe", pure=True).load_all(text):
-        if item is not None:
-            key = (item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"])
-            assert key not in found
-            found[key] = item
-    return found
-
-
-def kustomized() -> dict[Key, dict[str, Any]]:
-    command = [str(build_parts().kubectl), "kustomize", str(REPOSITORY / "deploy")]
-    return objects(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def rendered(helm: Path, *options: str, namespace: str = SYSTEM) -> dict[Key, dict[str, Any]]:
@@ -111,3 +108,29 @@ def test_a_value_that_the_chart_does_not_know_is_refused_by_name(helm: Path, opt
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert complaint in done.stderr
+
+
+def test_the_chart_installs_a_mesh_that_captures_and_is_uninstalled_without_a_trace(cluster: Cluster, helm: Path, tmp_path: Path) -> None:
+    uninstall(cluster, tmp_path)
+    wait_until(lambda: cluster.api.find("Namespace", SYSTEM) is None, "the last mesh is gone")
+    repository, tag = PROJECT.rsplit(":", 1)
+    values = ("--set", f"image.repository={repository}", "--set", f"image.tag={tag}", "--set", "image.pullPolicy=Never")
+    run(cluster, helm, "install", "mesh", str(CHART), "--create-namespace", *values)
+    try:
+        wait_rolled_out(cluster)
+        with cluster.namespace("chart") as namespace:
+            label(cluster, namespace)
+            pods = apply_pods(cluster, namespace, echo_pod("client", "n1"), echo_pod("server", "n2"))
+            wait_captured(cluster, namespace, 2)
+            assert attempt(cluster, pods["client"], addresses(pods["server"])[0]) == "hello"
+    finally:
+        run(cluster, helm, "uninstall", "mesh", "--wait")
+    for kind, name in WORKERS:
+        assert cluster.api.find(kind, name, SYSTEM) is None
+    cluster.api.delete(path_of("Namespace", SYSTEM))
+
+
+def run(cluster: Cluster, helm: Path, *arguments: str) -> None:
+    command = [str(helm), f"--kubeconfig={cluster.kubeconfig}", "--namespace", SYSTEM, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr

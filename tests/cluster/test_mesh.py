@@ -8,10 +8,10 @@ import pytest
 
 from mesh.model.ports import INBOUND_HBONE
 from meshctl_py.lab.wiretap import Segment, is_tls, join_segments
-from tests.cluster.harness.api import Object
+from tests.cluster.harness.api import Object, condition, path_of
 from tests.cluster.harness.client import Cluster, wait_until
-from tests.cluster.mesh import access_log, label, tapping, wait_captured, wait_released
-from tests.cluster.workloads import PORT, addresses, apply_pods, attempt, echo_pod, service
+from tests.cluster.mesh import captured, label, tapping, wait_captured, wait_released
+from tests.cluster.workloads import ATTEMPT, PORT, addresses, apply_pods, attempt, echo_pod, service, tunnelled
 
 NAMESPACE = "shop"
 
@@ -31,19 +31,8 @@ def enrolled(mesh: Cluster, pods: dict[str, Object]) -> dict[str, Object]:
     """All of the shop is in the mesh and its traffic is tunnelled; no policy is left."""
     label(mesh, NAMESPACE)
     wait_captured(mesh, NAMESPACE, 3)
-    wait_until(lambda: tunnelled(mesh, pods), "traffic is tunnelled")
+    wait_until(lambda: tunnelled(mesh, pods["client"], pods["server"]), "traffic is tunnelled")
     return pods
-
-
-def tunnelled(cluster: Cluster, pods: dict[str, Object]) -> bool:
-    before = len(received(cluster))
-    assert attempt(cluster, pods["client"], addresses(pods["server"])[0]) == "hello"
-    return len(received(cluster)) > before
-
-
-def received(cluster: Cluster) -> list[str]:
-    """What the server's agent wrote of tunnels that came in."""
-    return [line for line in access_log(cluster, "n2") if f":{INBOUND_HBONE}" in line and 'direction="inbound"' in line]
 
 
 @pytest.mark.parametrize("family", [0, 1], ids=["IPv4", "IPv6"])
@@ -60,7 +49,7 @@ def test_plaintext_becomes_mutual_tls_by_a_label_and_plaintext_again_without_it(
 
         label(mesh, NAMESPACE)
         wait_captured(mesh, NAMESPACE, 3)
-        wait_until(lambda: tunnelled(mesh, pods), "traffic is tunnelled")
+        wait_until(lambda: tunnelled(mesh, pods["client"], pods["server"]), "traffic is tunnelled")
         tap.heard()
         assert attempt(mesh, pods["client"], host) == "hello"
         streams = join_segments(tap.heard())
@@ -76,3 +65,102 @@ def test_plaintext_becomes_mutual_tls_by_a_label_and_plaintext_again_without_it(
 
 def heard_plain(segments: list[Segment], host: str) -> bool:
     return any(stream.data == b"hello" for stream in join_segments(segments) if str(stream.destination.ip) == host)
+
+
+# Policies
+
+
+@pytest.fixture
+def policies(mesh: Cluster) -> Iterator[Policies]:
+    """Made by a test and taken away after it."""
+    made = Policies(mesh)
+    yield made
+    made.clear()
+
+
+class Policies:
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._paths: list[str] = []
+
+    def authorize(self, name: str, spec: Object) -> None:
+        self._make("authorizationpolicies", {"kind": "AuthorizationPolicy", "metadata": {"name": name}, "spec": spec})
+
+    def require_tls(self) -> None:
+        self._make(
+            "peerauthentications", {"kind": "PeerAuthentication", "metadata": {"name": "default"}, "spec": {"mtls": {"mode": "STRICT"}}}
+        )
+
+    def _make(self, plural: str, body: Object) -> None:
+        path = f"/apis/security.istio.io/v1/namespaces/{NAMESPACE}/{plural}"
+        self._cluster.api.create(path, {"apiVersion": "security.istio.io/v1", **body})
+        self._paths.append(f"{path}/{body['metadata']['name']}")
+
+    def find(self, number: int = 0) -> Object:
+        """The policy that was made at this place in the order, as the API server has it now."""
+        return self._cluster.api.get(self._paths[number])
+
+    def clear(self) -> None:
+        while self._paths:
+            self._cluster.api.delete(self._paths.pop())
+
+
+def says(cluster: Cluster, client: Object, server: Object, wanted: bool) -> bool:
+    """Whether the client gets its echo, or not, at all addresses of the server."""
+    return all((attempt(cluster, client, host) == "hello") is wanted for host in addresses(server))
+
+
+@pytest.mark.parametrize(
+    ("action", "account", "client", "other"), [("ALLOW", "client", True, False), ("DENY", "client", False, True)], ids=["ALLOW", "DENY"]
+)
+def test_a_policy_decides_by_identity(
+    mesh: Cluster, enrolled: dict[str, Object], policies: Policies, action: str, account: str, client: bool, other: bool
+) -> None:
+    principal = f"cluster.local/ns/{NAMESPACE}/sa/{account}"
+    selector = {"matchLabels": {"app": "server"}}
+    policies.authorize("who", {"selector": selector, "action": action, "rules": [{"from": [{"source": {"principals": [principal]}}]}]})
+    wait_until(lambda: says(mesh, enrolled["client"], enrolled["server"], client), f"the client is {'let in' if client else 'refused'}")
+    wait_until(lambda: says(mesh, enrolled["other"], enrolled["server"], other), f"the other is {'let in' if other else 'refused'}")
+    if action == "ALLOW":
+        assert says(mesh, enrolled["stranger"], enrolled["server"], False), "plaintext bears no identity"
+    assert says(mesh, enrolled["client"], enrolled["other"], True), "who is not selected is not concerned"
+    policies.clear()
+    for name in ("client", "other"):
+        wait_until(lambda name=name: says(mesh, enrolled[name], enrolled["server"], True), "without the policy all are let in")
+
+
+def test_status_of_a_policy_says_that_it_is_in_force(mesh: Cluster, enrolled: dict[str, Object], policies: Policies) -> None:
+    policies.authorize("who", {"action": "DENY", "rules": [{"from": [{"source": {"namespaces": ["nowhere"]}}]}]})
+    wait_until(lambda: condition(policies.find(), "ZtunnelAccepted"), "the condition is True")
+
+
+def test_strict_refuses_plaintext_and_nobody_in_the_mesh(mesh: Cluster, enrolled: dict[str, Object], policies: Policies) -> None:
+    assert says(mesh, enrolled["stranger"], enrolled["server"], True)
+    policies.require_tls()
+    wait_until(lambda: says(mesh, enrolled["stranger"], enrolled["server"], False), "plaintext is refused")
+    assert says(mesh, enrolled["client"], enrolled["server"], True)
+
+
+def test_probes_of_the_kubelet_pass_under_strict(mesh: Cluster, enrolled: dict[str, Object], policies: Policies) -> None:
+    """A pod that becomes ready after STRICT is in force was let in by nothing else."""
+    policies.require_tls()
+    wait_until(lambda: says(mesh, enrolled["stranger"], enrolled["server"], False), "plaintext is refused")
+    late = apply_pods(mesh, NAMESPACE, echo_pod("late", "n2"))
+    try:
+        assert captured(late["late"])
+    finally:
+        mesh.api.delete(path_of("Pod", "late", NAMESPACE))
+
+
+def test_names_services_and_the_api_server_work_for_captured_pods(mesh: Cluster, enrolled: dict[str, Object]) -> None:
+    assert attempt_by_name(mesh, "client", f"server.{NAMESPACE}.svc.cluster.local") == "hello"
+    assert attempt_by_name(mesh, "client", "kubernetes.default", 443) != "ConnectionRefusedError"
+    service_addresses = mesh.api.get(path_of("Service", "server", NAMESPACE))["spec"]["clusterIPs"]
+    assert len(service_addresses) == 2
+    for address in service_addresses:
+        assert attempt(mesh, enrolled["client"], address) == "hello"
+
+
+def attempt_by_name(cluster: Cluster, pod: str, host: str, port: int = PORT) -> str:
+    """In the pod itself, which has the cluster's DNS."""
+    return cluster.exec(NAMESPACE, pod, "python3", "-c", ATTEMPT, host, str(port)).strip()

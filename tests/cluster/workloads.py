@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mesh.model.ports import INBOUND_HBONE
 from tests.cluster.harness.api import Object
 from tests.cluster.harness.client import PATIENCE, Cluster, wait_until
 from tests.cluster.harness.images import PYTHON
+from tests.cluster.mesh import access_log
 
 LOAD = Path(__file__).with_name("load.py")
 PORT = 7000
@@ -67,6 +69,18 @@ def addresses(pod: Object) -> list[str]:
 def attempt(cluster: Cluster, pod: Object, host: str, port: int = PORT) -> str:
     """What comes of one connection from a pod; see `ATTEMPT`."""
     return cluster.in_pod(pod, sys.executable, "-c", ATTEMPT, host, str(port)).strip()
+
+
+def tunnelled(cluster: Cluster, client: Object, server: Object) -> bool:
+    """Whether a connection from one pod to the other, which is made here, comes through a tunnel."""
+    node = server["spec"]["nodeName"]
+    before = _tunnels(cluster, node)
+    return attempt(cluster, client, addresses(server)[0]) == "hello" and _tunnels(cluster, node) > before
+
+
+def _tunnels(cluster: Cluster, node: str) -> int:
+    """How many the node's agent wrote of that came in."""
+    return sum(f":{INBOUND_HBONE}" in line and 'direction="inbound"' in line for line in access_log(cluster, node))
 
 
 class Load:

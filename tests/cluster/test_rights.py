@@ -1,0 +1,102 @@
+"""The mesh's programs use all the rights that the manifests give them, and ask for no others: by the API server's audit log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.cluster.harness.api import condition, path_of
+from tests.cluster.harness.client import Cluster, wait_until
+from tests.cluster.mesh import SYSTEM, agent_of, install, kustomized, label, uninstall, wait_captured, wait_rolled_out
+from tests.cluster.workloads import apply_pods, echo_pod
+
+NAMESPACE = "rights"
+
+
+class Right(NamedTuple):
+    account: str
+    verb: str
+    group: str
+    resource: str
+
+
+SELDOM = {
+    Right("istiod", "update", "", "secrets"): "the root is renewed when a fifth of its ten years is left",
+    Right("ztunnel-cni", "get", "", "pods"): "by the CNI plugin while no agent answers it: test_cni.py",
+    Right("ztunnel-cni", "get", "", "namespaces"): "likewise",
+    Right("ztunnel", "patch", "", "events"): "when the same is to be told of a pod again",
+}
+"""Rights that nothing here makes use of, and when they are used."""
+
+
+def granted() -> set[Right]:
+    """By the manifests, to the accounts of the mesh."""
+    found = kustomized()
+    rights: set[Right] = set()
+    for (kind, namespace, _), binding in found.items():
+        if not kind.endswith("RoleBinding"):
+            continue
+        role = found[binding["roleRef"]["kind"], namespace if binding["roleRef"]["kind"] == "Role" else "", binding["roleRef"]["name"]]
+        for subject in binding["subjects"]:
+            assert (subject["kind"], subject["namespace"]) == ("ServiceAccount", SYSTEM)
+            for rule in role["rules"]:
+                rights |= {
+                    Right(subject["name"], verb, group, resource)
+                    for verb in rule["verbs"]
+                    for group in rule["apiGroups"]
+                    for resource in rule["resources"]
+                }
+    return rights
+
+
+def audited(cluster: Cluster) -> list[dict[str, Any]]:
+    """All requests so far by accounts of the mesh's namespace."""
+    return [json.loads(line) for line in cluster.home.audit.read_text().splitlines() if line.endswith("}")]
+
+
+def used(event: dict[str, Any]) -> Iterator[Right]:
+    reference = event["objectRef"]
+    resource = "/".join(filter(None, (reference["resource"], reference.get("subresource"))))
+    account = event["user"]["username"].rpartition(":")[2]
+    yield Right(account, event["verb"], reference.get("apiGroup", ""), resource)
+    if event["verb"] == "patch" and event["responseStatus"]["code"] == 201:  # server-side apply of what was not there
+        yield Right(account, "create", reference.get("apiGroup", ""), resource)
+
+
+def test_no_right_is_given_that_is_not_used_and_none_is_asked_for_that_is_not_given(cluster: Cluster, tmp_path: Path) -> None:
+    uninstall(cluster, tmp_path)
+    start = len(audited(cluster))
+    install(cluster, tmp_path)
+    policy = {"action": "DENY", "rules": [{"from": [{"source": {"namespaces": ["nowhere"]}}]}]}
+    path = f"/apis/security.istio.io/v1/namespaces/{NAMESPACE}/authorizationpolicies"
+    with cluster.namespace(NAMESPACE) as namespace:
+        label(cluster, namespace)
+        on_the_host = echo_pod("on-the-host", "n2", probe=False)
+        on_the_host["spec"]["hostNetwork"] = True
+        apply_pods(cluster, namespace, echo_pod("one", "n1"), on_the_host)
+        wait_captured(cluster, namespace, 1)
+        body = {"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "nobody"}, "spec": policy}
+        cluster.api.create(path, body)
+        wait_until(lambda: condition(cluster.api.get(f"{path}/nobody"), "ZtunnelAccepted"), "the policy is in force")
+        cluster.api.patch(path_of("Node", "n1"), {"spec": {"taints": [{"key": "cni.istio.io/not-ready", "effect": "NoSchedule"}]}})
+        # Whatever programs ask for when they start and when they end.
+        cluster.api.delete(path_of("Pod", agent_of(cluster, "n1")["metadata"]["name"], SYSTEM))
+        for pod in cluster.api.list("Pod", SYSTEM, labelSelector="app=istiod"):
+            cluster.api.delete(path_of("Pod", pod["metadata"]["name"], SYSTEM))
+        wait_rolled_out(cluster)
+        cluster.api.delete(f"{path}/nobody")
+    wanted = granted() - SELDOM.keys()
+    assert SELDOM.keys() <= granted()
+
+    def seen() -> set[Right]:
+        return {right for event in audited(cluster)[start:] for right in used(event)}
+
+    with suppress(AssertionError):
+        wait_until(lambda: wanted <= seen(), "all are used", 30)
+    assert wanted - seen() == set()
+    refused = [event for event in audited(cluster)[start:] if event["responseStatus"].get("code") == 403]
+    assert refused == []
+    assert seen() <= granted()
