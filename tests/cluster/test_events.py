@@ -15,7 +15,7 @@ from tests.cluster.figures import Figures
 from tests.cluster.harness.api import Object, path_of
 from tests.cluster.harness.client import Cluster, wait_until
 from tests.cluster.harness.keeper import all_ready
-from tests.cluster.mesh import SYSTEM, agent_of, label, rolled_out, wait_captured, wait_released, wait_rolled_out
+from tests.cluster.mesh import SYSTEM, access_log, agent_of, label, rolled_out, wait_captured, wait_released, wait_rolled_out
 from tests.cluster.workloads import Load, addresses, apply_pods, echo_pod, loading
 
 NAMESPACE = "events"
@@ -97,6 +97,25 @@ def test_taking_the_label_away_and_giving_it_again_costs_nothing(mesh: Cluster, 
     load.go_on()
     figures.event("label taken away, given again 6 s later", load, "50 of 50 at once", "1")
     assert (load.lost, load.refused) == ([], [])
+
+
+def test_a_policy_that_denies_by_selector_ends_what_lives_within_a_second(mesh: Cluster, load: Load, figures: Figures) -> None:
+    path = f"/apis/security.istio.io/v1/namespaces/{NAMESPACE}/authorizationpolicies"
+    selector = {"matchLabels": {"app": "server"}}
+    spec = {"selector": selector, "action": "DENY", "rules": [{"from": [{"source": {"namespaces": [NAMESPACE]}}]}]}
+    made = {"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "nobody"}, "spec": spec}
+    began = time.time()
+    mesh.api.create(path, made)
+    try:
+        wait_until(lambda: load.alive == 0 and load.refused, "all that lived has ended, and nobody new is let in")
+        figures.event("DENY by selector (all should be lost)", load, "0 of 50: they go on against the policy", "refused within 0.1 s")
+        figures.note("DENY applied to the last of 50 held connections ended", f"{max(each['lost'] for each in load.lost) - began:.2f} s")
+        figures.note("DENY applied to the first new connection refused", f"{min(each['refused'] for each in load.refused) - began:.2f} s")
+        said = [line for line in access_log(mesh, "n2") if "nobody" in line and "policy" in line]
+        assert len(said) >= HELD, "the reason is in the log"
+    finally:
+        mesh.api.delete(f"{path}/nobody")
+    load.go_on()
 
 
 def test_istiod_scaled_to_zero_costs_nothing(mesh: Cluster, load: Load, figures: Figures) -> None:
