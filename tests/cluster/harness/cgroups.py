@@ -18,6 +18,8 @@ _TOP: Final = "ambient-mesh"
 _INSIDE: Final = "/sys/fs/cgroup"
 _SYSTEM: Final = "system"
 """Version 2 allows no processes beside child groups: a node's own programs move into a leaf of this name."""
+_WEIGHT: Final = 16
+"""Of the processor for all clusters together, as many single processes have: with the weight of one, dozens would starve beside it."""
 _EMPTY_WITHIN: Final = 5.0
 """Seconds the kernel may take to let go of the control groups of killed processes."""
 
@@ -64,7 +66,15 @@ def make_group(cluster: str, node: str) -> None:
             if "cpuset" in hierarchy.options.split(","):
                 for name in ("cpuset.cpus", "cpuset.mems"):  # a new group has none, and nothing can run in it
                     (group / name).write_text((parent / name).read_text())
+            if part == _TOP:
+                _weigh(group)
             parent = group
+
+
+def _weigh(group: Path) -> None:
+    for name, one in (("cpu.shares", 1024), ("cpu.weight", 100)):  # version 1, version 2
+        if (group / name).exists():
+            (group / name).write_text(str(one * _WEIGHT))
 
 
 def members_files(cluster: str, node: str, *, first: bool = False) -> tuple[str, ...]:
