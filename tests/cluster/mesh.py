@@ -123,9 +123,10 @@ def wait_released(cluster: Cluster, namespace: str, patience: float = 60) -> Non
 
 
 def agent_of(cluster: Cluster, node: str) -> Object:
-    """The agent's pod on a node: the ready one, of several."""
+    """The agent's pod on a node: a ready one, if there is any."""
     found = cluster.api.list("Pod", SYSTEM, labelSelector="app=ztunnel", fieldSelector=f"spec.nodeName={node}")
-    return next(pod for pod in found if condition(pod, "Ready"))
+    assert found, f"there is no agent on {node}"
+    return max(found, key=lambda pod: condition(pod, "Ready"))
 
 
 def access_log(cluster: Cluster, node: str) -> list[str]:
