@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help test demo lint bench proto constraints clean system cluster cluster-down test-cluster
+.PHONY: help test demo lint bench proto crds constraints clean system cluster cluster-down test-cluster
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +48,9 @@ bench: $(STAMP) system  ## the data path beside Envoy, in CPU time
 
 proto: $(STAMP)  ## regenerate mesh/xds/proto from its .proto sources
 	@$(BIN)/python -m mesh.xds.proto.generate
+
+crds: $(STAMP)  ## regenerate deploy/crds from the parsers in mesh/kube
+	@$(BIN)/python -m mesh.kube.crds deploy/crds
 
 constraints: $(STAMP)  ## pin what is installed now
 	@{ echo '# Exact versions of everything that is installed, so that two installations a year apart are the same. Made by `make constraints`.'; \

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mesh.kube.objects import FieldPath, KubeObject, SourceProblem
@@ -37,10 +38,31 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
     return f" (known: {', '.join(sorted(known))})" if known else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a text must be. ``find_mistake`` decides; ``schema`` is what OpenAPI can say of it, and never refuses what is right."""
+
+    find_mistake: Callable[[str], str | None]
+    schema: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What fields must be to each other: for people, and in Kubernetes' CEL for its API server, where ``self`` is the mapping and
+    ``field`` the one of it that is blamed."""
+
+    message: str
+    cel: str
+    field: str
+
+
 class Fields:
     """A mapping somewhere in an object. Readers return what is there or the default; problems go to ``problems``, shared by all
     readers of the object. ``null`` counts as absent, as Kubernetes has it, unless ``strict``: in a policy an empty ``from:`` is
     no restriction at all, and surely not what was meant.
+
+    What is asked here is also what the kind's schema says (`mesh.kube.outline`): of a custom kind, ask for every field whatever the
+    others are, and give demands as arguments rather than as code around them.
     """
 
     __slots__ = ("_object", "_path", "_values", "problems", "strict")
@@ -60,6 +82,11 @@ class Fields:
         self.problems: list[SourceProblem] = [] if problems is None else problems
         self.strict = strict
 
+    @property
+    def whole(self) -> KubeObject:
+        """The object this is a part of."""
+        return self._object
+
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
@@ -76,16 +103,32 @@ class Fields:
         path = self._path if key is None else (*self._path, key, *further)
         self.problems.append(self._object.problem(path, message))
 
-    def refuse_unknown(self, *known: str) -> None:
-        """A key that is not known is a problem: a typo in a policy must not leave out a restriction."""
+    def refuse_unknown(self, *known: str, hints: Mapping[str, str] | None = None) -> None:
+        """A key that is not known is a problem: a typo in a policy must not leave out a restriction. ``hints``: what to say of a key
+        instead of which is meant."""
         for key in self._values:
             if key not in known:
-                self.complain(key, f"unknown field{did_you_mean(key, known)}")
+                self.complain(key, f"unknown field{(hints or {}).get(key) or did_you_mean(key, known)}")
 
-    def string(self, key: str, default: str = "", *, required: bool = False, choices: Collection[str] = ()) -> str:
+    def require_one_of(self, *keys: str) -> None:
+        """At least one of them has to be there."""
+        if not any(key in self for key in keys):
+            self.complain(None, f"{' or '.join(map(repr, keys))} is required")
+
+    def demand(self, rule: Rule, broken: Iterable[FieldPath]) -> None:
+        """``broken``: the paths from here at which the rule does not hold; none when it does."""
+        for path in broken:
+            self.complain(path[0], rule.message, *path[1:])
+
+    def string(
+        self, key: str, default: str = "", *, required: bool = False, choices: Collection[str] = (), text: Text | None = None
+    ) -> str:
         value = self._take(key, str, "a string", required)
         if value is None:
             return default
+        mistake = text.find_mistake(value) if text else None
+        if mistake:
+            self.complain(key, mistake)
         if choices and value not in choices:
             self.complain(key, f"expected one of {', '.join(choices)}, found '{value}'{self._hint(value, choices)}")
             return default
@@ -112,28 +155,36 @@ class Fields:
         self.complain(key, f"expected a number or a string, found {describe(value)}")
         return None
 
-    def mapping(self, key: str, *, required: bool = False) -> Fields | None:
+    def mapping(self, key: str, *, required: bool = False, empty: str = "") -> Fields | None:
+        """``empty``: the complaint when nothing is in it; ``""`` where that is no mistake."""
         value = self._take(key, dict, "a mapping", required)
-        return None if value is None else self._child((*self._path, key), value)
+        if value is None:
+            return None
+        if empty and not value:
+            self.complain(key, empty)
+        return self._child((*self._path, key), value)
 
-    def mappings(self, key: str, *, required: bool = False) -> tuple[Fields, ...]:
-        """The list of mappings under ``key``; items that are no mappings are problems and left out."""
-        value = self._take(key, list, "a list", required)
+    def mappings(self, key: str, *, required: bool = False, empty: str = "", most: int | None = None) -> tuple[Fields, ...]:
+        """The list of mappings under ``key``; items that are no mappings are problems and left out. ``empty`` as for `mapping`."""
         result: list[Fields] = []
-        for index, item in enumerate(value or ()):
+        for index, item in enumerate(self._take_list(key, required, empty, most)):
             if isinstance(item, dict):
                 result.append(self._child((*self._path, key, index), item))
             else:
                 self.complain(key, f"expected a mapping, found {describe(item)}", index)
         return tuple(result)
 
-    def strings(self, key: str, *, required: bool = False) -> tuple[str, ...]:
-        """The list of strings under ``key``; items that are no strings are problems and left out."""
-        value = self._take(key, list, "a list", required)
+    def strings(
+        self, key: str, *, required: bool = False, empty: str = "", most: int | None = None, text: Text | None = None
+    ) -> tuple[str, ...]:
+        """The list of strings under ``key``; items that are no strings are problems and left out. ``empty`` as for `mapping`."""
         result: list[str] = []
-        for index, item in enumerate(value or ()):
+        for index, item in enumerate(self._take_list(key, required, empty, most)):
             if isinstance(item, str):
                 result.append(item)
+                mistake = text.find_mistake(item) if text else None
+                if mistake:
+                    self.complain(key, mistake, index)
             else:
                 quote = "; put it in quotes" if isinstance(item, bool | int | float) else ""
                 self.complain(key, f"expected a string, found {describe(item)}{quote}", index)
@@ -153,8 +204,36 @@ class Fields:
                 result[name] = ""
         return result
 
+    def integer_map(self, key: str, *, low: int, high: int) -> dict[str, int]:
+        """The mapping of strings to whole numbers under ``key``."""
+        found = self.mapping(key)
+        return {name: found.integer(name, low=low, high=high) for name in found} if found else {}
+
+    def map_of(self, key: str, names: Text, read: Callable[[Fields], _T]) -> dict[str, _T]:
+        """The mapping under ``key`` whose values are mappings, each read by ``read``; those with a mistake in the name are left out."""
+        found = self.mapping(key)
+        result: dict[str, _T] = {}
+        for name in found or ():
+            assert found is not None
+            mistake = names.find_mistake(name)
+            if mistake:
+                found.complain(name, mistake)
+            elif (value := found.mapping(name)) is not None:
+                result[name] = read(value)
+        return result
+
     def _child(self, path: FieldPath, values: Mapping[str, object]) -> Fields:
         return Fields(self._object, path, values, self.problems, strict=self.strict)
+
+    def _take_list(self, key: str, required: bool, empty: str, most: int | None) -> list[object]:
+        value = self._take(key, list, "a list", required)
+        if value is None:
+            return []
+        if empty and not value:
+            self.complain(key, empty)
+        if most is not None and len(value) > most:
+            self.complain(key, f"has {len(value)} items, of at most {most}")
+        return value
 
     def _take(self, key: str, kind: type[_T], what: str, required: bool) -> _T | None:
         value = self._values.get(key)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-_HOSTNAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?\Z")
+HOSTNAME_PATTERN = rf"{_LABEL}(\.{_LABEL})*\.?"
+_HOSTNAME = re.compile(HOSTNAME_PATTERN)
 MAX_LENGTH = 253
 
 
 def is_hostname(text: str) -> bool:
     """RFC 1123, and underscores as Istio takes them; no wildcard."""
-    return len(text) <= MAX_LENGTH and _HOSTNAME.match(text) is not None
+    return len(text) <= MAX_LENGTH and _HOSTNAME.fullmatch(text) is not None
 
 
 def is_wildcard(text: str) -> bool:

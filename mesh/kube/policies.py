@@ -7,12 +7,12 @@ Istio's webhook refuses the same at admission; a directory has no webhook.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mesh.kube.fields import Fields, did_you_mean
+from mesh.kube.addresses import CIDR, PORT
+from mesh.kube.fields import Fields, Rule, Text, did_you_mean
 from mesh.kube.objects import KubeObject, SourceProblem
-from mesh.model.address import InvalidAddress, parse_cidr
 from mesh.model.labels import DRY_RUN
 
 ACTIONS = ("ALLOW", "DENY", "AUDIT", "CUSTOM")
@@ -34,7 +34,9 @@ _CONDITION_KEYS = (
     "request.auth.audiences",
     "request.auth.presenter",
 )
-_CONDITION_FAMILIES = re.compile(r"(request\.headers|request\.auth\.claims|experimental\.envoy\.filters\..+)(\[.+\])+\Z")
+_CONDITION_FAMILIES = re.compile(r"(request\.headers|request\.auth\.claims|experimental\.envoy\.filters\..+)(\[.+\])+")
+MAX_ITEMS = 512
+"""Rules in a policy, and items in each part of a rule; as Istio's schema."""
 
 
 def _negated(name: str) -> str:
@@ -91,37 +93,63 @@ class PeerAuthentication:
 def read_authorization_policy(obj: KubeObject) -> tuple[AuthorizationPolicy, tuple[SourceProblem, ...]]:
     """The policy and every mistake in it. With a mistake, what could be read is still there, but says less than was meant."""
     fields = Fields(obj, strict=True)
+    return parse_authorization_policy(fields), tuple(fields.problems)
+
+
+def parse_authorization_policy(fields: Fields) -> AuthorizationPolicy:
+    """``fields`` of the whole object, strict."""
+    obj = fields.whole
     fields.refuse_unknown("apiVersion", "kind", "metadata", "spec", "status")
     spec = fields.mapping("spec") or Fields(obj, ("spec",), {}, fields.problems)
     spec.refuse_unknown("selector", "targetRef", "targetRefs", "rules", "action", "provider")
+    spec.mapping("provider")
     dry_run = obj.annotations.get(DRY_RUN, "false")
     if dry_run not in ("true", "false"):
-        fields.problems.append(obj.problem(("metadata", "annotations", DRY_RUN), f'expected "true" or "false", found \'{dry_run}\''))
+        fields.complain("metadata", f'expected "true" or "false", found \'{dry_run}\'', "annotations", DRY_RUN)
     policy = AuthorizationPolicy(
         namespace=obj.namespace,
         name=obj.name,
         selector=_read_selector(spec),
         has_target_refs=_read_target_refs(spec),
         action=spec.string("action", "ALLOW", choices=ACTIONS),
-        rules=tuple(_read_rule(rule) for rule in spec.mappings("rules")),
+        rules=tuple(_read_rule(rule) for rule in spec.mappings("rules", most=MAX_ITEMS)),
         dry_run=dry_run == "true",
     )
-    if policy.selector is not None and policy.has_target_refs:
-        spec.complain("selector", "a policy takes a selector or targetRefs, not both")
-    return policy, tuple(fields.problems)
+    spec.demand(_SELECTOR_OR_TARGETS, [("selector",)] if policy.selector is not None and policy.has_target_refs else ())
+    return policy
 
 
 def read_peer_authentication(obj: KubeObject) -> tuple[PeerAuthentication, tuple[SourceProblem, ...]]:
     """The policy and every mistake in it."""
     fields = Fields(obj, strict=True)
+    return parse_peer_authentication(fields), tuple(fields.problems)
+
+
+def parse_peer_authentication(fields: Fields) -> PeerAuthentication:
+    """``fields`` of the whole object, strict."""
+    obj = fields.whole
     fields.refuse_unknown("apiVersion", "kind", "metadata", "spec", "status")
     spec = fields.mapping("spec") or Fields(obj, ("spec",), {}, fields.problems)
     spec.refuse_unknown("selector", "mtls", "portLevelMtls")
     selector = _read_selector(spec)
-    port_modes = _read_port_modes(spec)
-    if port_modes and not selector:
-        spec.complain("portLevelMtls", "needs a selector: modes of single ports are for the workloads of one application")
-    return PeerAuthentication(obj.namespace, obj.name, selector, _read_mode(spec, "mtls"), port_modes), tuple(fields.problems)
+    mtls = spec.mapping("mtls")
+    port_modes = spec.map_of("portLevelMtls", PORT, _read_mode)
+    spec.demand(_PORTS_NEED_SELECTOR, [("portLevelMtls",)] if port_modes and not selector else ())
+    modes = {int(port): mode for port, mode in port_modes.items()}
+    return PeerAuthentication(obj.namespace, obj.name, selector, _read_mode(mtls) if mtls else "UNSET", modes)
+
+
+_SELECTOR_OR_TARGETS = Rule(
+    "a policy takes a selector or targetRefs, not both",
+    "!has(self.selector) || !(has(self.targetRef) || has(self.targetRefs))",
+    "selector",
+)
+_PORTS_NEED_SELECTOR = Rule(
+    "needs a selector: modes of single ports are for the workloads of one application",
+    "!has(self.portLevelMtls) || size(self.portLevelMtls) == 0 || "
+    "(has(self.selector) && has(self.selector.matchLabels) && size(self.selector.matchLabels) > 0)",
+    "portLevelMtls",
+)
 
 
 def _read_selector(spec: Fields) -> Mapping[str, str] | None:
@@ -135,109 +163,75 @@ def _read_selector(spec: Fields) -> Mapping[str, str] | None:
 def _read_target_refs(spec: Fields) -> bool:
     """Whether the policy is for waypoints. What it targets matters to them alone."""
     one = spec.mapping("targetRef")
-    several = spec.mappings("targetRefs")
-    if spec.is_empty("targetRefs"):
-        spec.complain("targetRefs", "is empty: add an item, or leave 'targetRefs' out")
+    several = spec.mappings("targetRefs", empty="is empty: add an item, or leave 'targetRefs' out")
     return one is not None or bool(several)
 
 
-def _read_mode(parent: Fields, key: str) -> str:
-    mtls = parent.mapping(key)
-    if mtls is None:
-        return "UNSET"
+def _read_mode(mtls: Fields) -> str:
     mtls.refuse_unknown("mode")
     return mtls.string("mode", "UNSET", choices=MTLS_MODES)
-
-
-def _read_port_modes(spec: Fields) -> dict[int, str]:
-    ports = spec.mapping("portLevelMtls")
-    modes: dict[int, str] = {}
-    for key in ports or ():
-        assert ports is not None
-        if _is_port(key):
-            modes[int(key)] = _read_mode(ports, key)
-        else:
-            ports.complain(key, f"expected a port from 1 to 65535, found '{key}'")
-    return modes
 
 
 def _read_rule(rule: Fields) -> PolicyRule:
     misplaced = dict.fromkeys(("source", *SOURCE_ATTRIBUTES), "'from.source'")
     misplaced |= dict.fromkeys(("operation", *OPERATION_ATTRIBUTES), "'to.operation'")
     _refuse_misplaced(rule, misplaced, "from", "to", "when")
+    sources, operations, conditions = (rule.mappings(key, empty=_empty(key), most=MAX_ITEMS) for key in ("from", "to", "when"))
     return PolicyRule(
-        sources=tuple(_read_attributes(item, "source", SOURCE_ATTRIBUTES) for item in _not_empty(rule, "from")),
-        operations=tuple(_read_attributes(item, "operation", OPERATION_ATTRIBUTES) for item in _not_empty(rule, "to")),
-        conditions=tuple(_read_condition(item) for item in _not_empty(rule, "when")),
+        sources=tuple(_read_attributes(item, "source", SOURCE_ATTRIBUTES) for item in sources),
+        operations=tuple(_read_attributes(item, "operation", OPERATION_ATTRIBUTES) for item in operations),
+        conditions=tuple(_read_condition(item) for item in conditions),
     )
 
 
-def _not_empty(rule: Fields, key: str) -> tuple[Fields, ...]:
-    items = rule.mappings(key)
-    if key in rule and rule.is_empty(key):
-        rule.complain(key, f"is empty: add an item, or leave '{key}' out to match everything")
-    return items
+def _empty(key: str) -> str:
+    return f"is empty: add an item, or leave '{key}' out to match everything"
 
 
 def _read_attributes(item: Fields, key: str, known: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
     _refuse_misplaced(item, dict.fromkeys(known, f"'{key}'"), key)
-    part = item.mapping(key, required=True)
+    part = item.mapping(key, required=True, empty="is empty: name at least one attribute")
     if part is None:
         return {}
     part.refuse_unknown(*known)
-    attributes = {name: _read_values(part, name, _CHECKS.get(name)) for name in known if name in set(part)}
-    if item.is_empty(key):
-        item.complain(key, "is empty: name at least one attribute")
-    return attributes
+    attributes = ((name, _read_values(part, name, _TEXTS.get(name, _VALUE))) for name in known)
+    return {name: values for name, values in attributes if values}
 
 
 def _refuse_misplaced(fields: Fields, misplaced: Mapping[str, str], *known: str) -> None:
     """Unknown fields, with where they belong when they are known elsewhere: indentation is the commonest typo in a policy."""
-    for key in fields:
-        if key not in known:
-            home = misplaced.get(key)
-            fields.complain(key, f"unknown field; it belongs under {home}" if home else f"unknown field{did_you_mean(key, known)}")
+    hints = {key: f"; it belongs under {home}" for key, home in misplaced.items()}
+    fields.refuse_unknown(*known, hints=hints)
 
 
 def _read_condition(item: Fields) -> Condition:
     item.refuse_unknown("key", "values", "notValues")
-    key = item.string("key", required=True)
-    if key and key not in _CONDITION_KEYS and not _CONDITION_FAMILIES.match(key):
-        item.complain("key", f"unknown attribute '{key}'{did_you_mean(key, _CONDITION_KEYS)}")
-    check = {"source.ip": _check_cidr, "destination.ip": _check_cidr, "remote.ip": _check_cidr, "destination.port": _check_port}.get(key)
-    if "values" not in item and "notValues" not in item:
-        item.complain(None, "'values' or 'notValues' is required")
-    return Condition(key, _read_values(item, "values", check), _read_values(item, "notValues", check))
+    key = item.string("key", required=True, text=_CONDITION_KEY)
+    item.require_one_of("values", "notValues")
+    text = {"source.ip": _ADDRESS, "destination.ip": _ADDRESS, "remote.ip": _ADDRESS, "destination.port": _PORT}.get(key, _VALUE)
+    return Condition(key, _read_values(item, "values", text), _read_values(item, "notValues", text))
 
 
-def _read_values(part: Fields, key: str, check: Callable[[str], str | None] | None) -> tuple[str, ...]:
-    values = part.strings(key)
-    if key in part and part.is_empty(key):
-        part.complain(key, f"is empty: give at least one value, or leave '{key}' out")
-    for index, value in enumerate(values):
-        mistake = "an empty text matches nothing" if not value else check(value) if check else None
-        if mistake:
-            part.complain(key, mistake, index)
-    return values
+def _read_values(part: Fields, key: str, text: Text) -> tuple[str, ...]:
+    return part.strings(key, empty=f"is empty: give at least one value, or leave '{key}' out", text=text)
 
 
-def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536
+def _not_empty(text: Text) -> Text:
+    """``text``, and something at all."""
+
+    def find_mistake(value: str) -> str | None:
+        return text.find_mistake(value) if value else "an empty text matches nothing"
+
+    return Text(find_mistake, {"minLength": 1, **text.schema})
 
 
-def _check_port(text: str) -> str | None:
-    return None if _is_port(text) else f"expected a port from 1 to 65535, found '{text}'"
+def _find_key_mistake(key: str) -> str | None:
+    if key in _CONDITION_KEYS or _CONDITION_FAMILIES.fullmatch(key):
+        return None
+    return f"unknown attribute '{key}'{did_you_mean(key, _CONDITION_KEYS)}"
 
 
-def _check_cidr(text: str) -> str | None:
-    try:
-        parse_cidr(text)
-    except InvalidAddress as exc:
-        return str(exc)
-    return None
-
-
-def _check_service_account(text: str) -> str | None:
+def _find_account_mistake(text: str) -> str | None:
     namespace, slash, name = text.rpartition("/")
     if not name or (slash and not namespace) or "/" in namespace:
         return f"expected a service account as 'name' or 'namespace/name', found '{text}'"
@@ -246,20 +240,22 @@ def _check_service_account(text: str) -> str | None:
     return None
 
 
-def _check_principal(text: str) -> str | None:
-    if text.startswith("spiffe://"):
-        return "a principal is written without 'spiffe://'"
-    return None
+def _find_principal_mistake(text: str) -> str | None:
+    return "a principal is written without 'spiffe://'" if text.startswith("spiffe://") else None
 
 
-_CHECKS: Mapping[str, Callable[[str], str | None]] = {
-    both: check
-    for name, check in {
-        "ports": _check_port,
-        "ipBlocks": _check_cidr,
-        "remoteIpBlocks": _check_cidr,
-        "serviceAccounts": _check_service_account,
-        "principals": _check_principal,
+_CONDITION_KEY = Text(_find_key_mistake, {"pattern": f"^({'|'.join(map(re.escape, _CONDITION_KEYS))}|{_CONDITION_FAMILIES.pattern})$"})
+_VALUE = _not_empty(Text(lambda value: None))
+_PORT = _not_empty(PORT)
+_ADDRESS = _not_empty(CIDR)
+_TEXTS: Mapping[str, Text] = {
+    both: text
+    for name, text in {
+        "ports": _PORT,
+        "ipBlocks": _ADDRESS,
+        "remoteIpBlocks": _ADDRESS,
+        "serviceAccounts": _not_empty(Text(_find_account_mistake, {"pattern": "^([^/*]+/)?[^/*]+$"})),
+        "principals": _not_empty(Text(_find_principal_mistake, {"not": {"pattern": "^spiffe://"}})),
     }.items()
     for both in (name, _negated(name))
 }

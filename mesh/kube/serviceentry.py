@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
-from mesh.kube.fields import Fields
-from mesh.kube.hostnames import is_hostname, is_wildcard
+from mesh.kube.addresses import CIDR
+from mesh.kube.fields import Fields, Rule, Text
+from mesh.kube.hostnames import HOSTNAME_PATTERN, MAX_LENGTH, is_hostname, is_wildcard
 from mesh.kube.objects import KubeObject, SourceProblem
-from mesh.kube.workloadentry import ENDPOINT_FIELDS, EntryEndpoint, read_endpoint
+from mesh.kube.workloadentry import EntryEndpoint, read_endpoint
 from mesh.model.address import Cidr, InvalidAddress, IpAddress, parse_cidr, parse_ip
 
 LOCATIONS = ("MESH_EXTERNAL", "MESH_INTERNAL")
 RESOLUTIONS = ("NONE", "STATIC", "DNS", "DNS_ROUND_ROBIN", "DYNAMIC_DNS")
 PROTOCOLS = ("HTTP", "HTTPS", "HTTP2", "GRPC", "GRPC-WEB", "TCP", "TLS", "UDP", "MONGO", "REDIS", "MYSQL")
+MAX_HOSTS = 256
+MAX_ADDRESSES = 256
+MAX_PORTS = 256
+MAX_PORT_NAME = 256
+MAX_ENDPOINTS = 4096
+"""All as Istio's schema has them."""
 _FIELDS = (
     "hosts",
     "addresses",
@@ -69,6 +78,12 @@ class KubeServiceEntry:
 def read_service_entry(obj: KubeObject) -> tuple[KubeServiceEntry, tuple[SourceProblem, ...]]:
     """The entry and every mistake in it; with a mistake it is not for use."""
     fields = Fields(obj)
+    return parse_service_entry(fields), tuple(fields.problems)
+
+
+def parse_service_entry(fields: Fields) -> KubeServiceEntry:
+    """``fields`` of the whole object."""
+    obj = fields.whole
     spec = fields.mapping("spec", required=True) or Fields(obj, ("spec",), {}, fields.problems)
     spec.refuse_unknown(*_FIELDS)
     entry = KubeServiceEntry(
@@ -78,7 +93,7 @@ def read_service_entry(obj: KubeObject) -> tuple[KubeServiceEntry, tuple[SourceP
         annotations=obj.annotations,
         hosts=_read_hosts(spec),
         addresses=_read_addresses(spec),
-        ports=_read_ports(spec),
+        ports=tuple(map(_read_port, spec.mappings("ports", most=MAX_PORTS))),
         location=spec.string("location", LOCATIONS[0], choices=LOCATIONS),
         resolution=spec.string("resolution", RESOLUTIONS[0], choices=RESOLUTIONS),
         endpoints=_read_endpoints(spec),
@@ -89,59 +104,38 @@ def read_service_entry(obj: KubeObject) -> tuple[KubeServiceEntry, tuple[SourceP
     )
     if not fields.problems:
         _check_together(entry, spec)
-    return entry, tuple(fields.problems)
+    return entry
 
 
 def _read_hosts(spec: Fields) -> tuple[str, ...]:
-    hosts = spec.strings("hosts", required=True)
-    if spec.is_empty("hosts"):
-        spec.complain("hosts", "a ServiceEntry needs at least one host")
-    for index, host in enumerate(hosts):
-        if not (is_hostname(host) or is_wildcard(host)):
-            spec.complain("hosts", f"expected a hostname or *.hostname, found '{host}'", index)
+    hosts = spec.strings("hosts", required=True, empty="a ServiceEntry needs at least one host", most=MAX_HOSTS, text=_HOST)
     return tuple(dict.fromkeys(hosts))
 
 
 def _read_addresses(spec: Fields) -> tuple[Cidr, ...]:
     addresses: dict[Cidr, None] = {}
-    for index, text in enumerate(spec.strings("addresses")):
-        try:
+    for text in spec.strings("addresses", most=MAX_ADDRESSES, text=CIDR):
+        with suppress(InvalidAddress):  # it was complained of
             addresses[parse_cidr(text)] = None
-        except InvalidAddress as exc:
-            spec.complain("addresses", str(exc), index)
     return tuple(addresses)
 
 
-def _read_ports(spec: Fields) -> tuple[EntryPort, ...]:
-    ports: list[EntryPort] = []
-    numbers: set[int] = set()
-    names: set[str] = set()
-    for fields in spec.mappings("ports"):
-        fields.refuse_unknown("name", "number", "protocol", "targetPort")
-        port = EntryPort(
-            name=fields.string("name", required=True),
-            port=fields.integer("number", required=True, low=1, high=65535),
-            target=fields.integer("targetPort", low=0, high=65535),
-            protocol=fields.string("protocol").upper(),
-        )
-        if port.protocol and port.protocol not in PROTOCOLS:
-            fields.complain("protocol", f"expected one of {', '.join(PROTOCOLS)}, found '{port.protocol}'")
-        if port.port and port.port in numbers:
-            fields.complain("number", f"port {port.port} is given twice")
-        if port.name and port.name in names:
-            fields.complain("name", f"two ports are named '{port.name}'")
-        numbers.add(port.port)
-        names.add(port.name)
-        ports.append(port)
-    return tuple(ports)
+def _read_port(fields: Fields) -> EntryPort:
+    fields.refuse_unknown("name", "number", "protocol", "targetPort")
+    return EntryPort(
+        name=fields.string("name", required=True, text=_PORT_NAME),
+        port=fields.integer("number", required=True, low=1, high=65535),
+        target=fields.integer("targetPort", low=0, high=65535),
+        protocol=fields.string("protocol", text=_PROTOCOL).upper(),
+    )
 
 
 def _read_endpoints(spec: Fields) -> tuple[EntryEndpoint, ...]:
     endpoints: dict[str, EntryEndpoint] = {}
-    for fields in spec.mappings("endpoints"):
-        fields.refuse_unknown(*ENDPOINT_FIELDS)
+    for fields in spec.mappings("endpoints", most=MAX_ENDPOINTS):
         endpoint = read_endpoint(fields)
         if endpoint.address in endpoints:
+            # No rule for API servers: to compare thousands of addresses with each other costs more than they let a rule cost.
             fields.complain("address" if endpoint.address else None, "endpoints are told apart by address, and this one is given twice")
         endpoints[endpoint.address] = endpoint
     return tuple(endpoints.values())
@@ -160,29 +154,98 @@ def _read_allocated(fields: Fields) -> tuple[tuple[str, IpAddress], ...]:
     status = fields.mapping("status")
     found: list[tuple[str, IpAddress]] = []
     for address in status.mappings("addresses") if status else ():
-        try:
+        with suppress(InvalidAddress):
             found.append((address.string("host"), parse_ip(address.string("value"))))
-        except InvalidAddress:
-            continue
     return tuple(found)
+
+
+def _find_host_mistake(host: str) -> str | None:
+    return None if is_hostname(host) or is_wildcard(host) else f"expected a hostname or *.hostname, found '{host}'"
+
+
+def _find_protocol_mistake(protocol: str) -> str | None:
+    if not protocol or protocol.upper() in PROTOCOLS:
+        return None
+    return f"expected one of {', '.join(PROTOCOLS)}, found '{protocol}'"
+
+
+def _find_name_mistake(name: str) -> str | None:
+    return None if len(name) <= MAX_PORT_NAME else f"has {len(name)} characters, of at most {MAX_PORT_NAME}"
+
+
+_HOST = Text(_find_host_mistake, {"pattern": rf"^(\*\.)?{HOSTNAME_PATTERN}$", "maxLength": MAX_LENGTH + len("*.")})
+_PROTOCOL = Text(_find_protocol_mistake, {"pattern": f"^(?i:{'|'.join(PROTOCOLS)})?$"})
+_PORT_NAME = Text(_find_name_mistake, {"maxLength": MAX_PORT_NAME})
 
 
 def _check_together(entry: KubeServiceEntry, spec: Fields) -> None:
     """Fields that are right by themselves but not with each other."""
-    if entry.selector is not None and entry.endpoints:
-        spec.complain("workloadSelector", "a ServiceEntry takes a workloadSelector or endpoints, not both")
-    if entry.resolves_names and any(cidr.num_addresses > 1 for cidr in entry.addresses):
-        spec.complain("addresses", "address ranges need resolution NONE or STATIC")
-    match entry.resolution:
-        case "NONE" if entry.endpoints:
-            spec.complain("endpoints", "with resolution NONE connections go where they were going: it takes no endpoints")
-        case "STATIC":
-            for index, endpoint in enumerate(entry.endpoints):
-                if endpoint.address and endpoint.ip is None:
-                    spec.complain("endpoints", "with resolution STATIC an address must be an IP address", index, "address")
-        case "DNS" | "DNS_ROUND_ROBIN" if not entry.endpoints and entry.selector is None:
-            for index, host in enumerate(entry.hosts):
-                if host.startswith("*"):
-                    spec.complain("hosts", f"a wildcard cannot be looked up in DNS: give endpoints for '{host}'", index)
-    if entry.resolution == "DNS_ROUND_ROBIN" and len(entry.endpoints) > 1:
-        spec.complain("endpoints", "with resolution DNS_ROUND_ROBIN there can be only one endpoint")
+    ports = entry.ports
+    spec.demand(_NUMBERS_DIFFER, [("ports", index, "number") for index in _repeated(port.port for port in ports)])
+    spec.demand(_NAMES_DIFFER, [("ports", index, "name") for index in _repeated(port.name for port in ports)])
+    spec.demand(_SELECTOR_OR_ENDPOINTS, [("workloadSelector",)] if entry.selector is not None and entry.endpoints else ())
+    ranges = entry.resolves_names and any(cidr.num_addresses > 1 for cidr in entry.addresses)
+    spec.demand(_NO_RANGES_BY_NAME, [("addresses",)] if ranges else ())
+    spec.demand(_NONE_HAS_NO_ENDPOINTS, [("endpoints",)] if entry.resolution == "NONE" and entry.endpoints else ())
+    names = [index for index, endpoint in enumerate(entry.endpoints) if endpoint.address and endpoint.ip is None]
+    spec.demand(_STATIC_IS_BY_ADDRESS, [("endpoints", index, "address") for index in names] if entry.resolution == "STATIC" else ())
+    looked_up = entry.resolution in ("DNS", "DNS_ROUND_ROBIN") and not entry.endpoints and entry.selector is None
+    wildcards = [index for index, host in enumerate(entry.hosts) if host.startswith("*")]
+    spec.demand(_NO_WILDCARD_LOOK_UP, [("hosts", index) for index in wildcards] if looked_up else ())
+    one = entry.resolution == "DNS_ROUND_ROBIN" and len(entry.endpoints) > 1
+    spec.demand(_ROUND_ROBIN_HAS_ONE, [("endpoints",)] if one else ())
+
+
+def _repeated(values: Iterable[int | str]) -> list[int]:
+    """The indices of values that were there before."""
+    seen: set[int | str] = set()
+    found: list[int] = []
+    for index, value in enumerate(values):
+        if value in seen:
+            found.append(index)
+        seen.add(value)
+    return found
+
+
+_NUMBERS_DIFFER = Rule(
+    "this port is given twice",
+    "!has(self.ports) || self.ports.all(a, self.ports.exists_one(b, a.number == b.number))",
+    "ports",
+)
+_NAMES_DIFFER = Rule(
+    "two ports have this name", "!has(self.ports) || self.ports.all(a, self.ports.exists_one(b, a.name == b.name))", "ports"
+)
+_NO_ENDPOINTS: Final = "(!has(self.endpoints) || size(self.endpoints) == 0)"
+_SELECTOR_OR_ENDPOINTS = Rule(
+    "a ServiceEntry takes a workloadSelector or endpoints, not both",
+    f"!has(self.workloadSelector) || {_NO_ENDPOINTS}",
+    "workloadSelector",
+)
+_NO_RANGES_BY_NAME = Rule(
+    "address ranges need resolution NONE or STATIC",
+    "!has(self.resolution) || self.resolution in ['NONE', 'STATIC'] || !has(self.addresses) || self.addresses.all(a, "
+    "!a.contains('/') || a.endsWith('/128') || (a.endsWith('/32') && !a.contains(':')))",
+    "addresses",
+)
+_NONE_HAS_NO_ENDPOINTS = Rule(
+    "with resolution NONE connections go where they were going: it takes no endpoints",
+    f"(has(self.resolution) && self.resolution != 'NONE') || {_NO_ENDPOINTS}",
+    "endpoints",
+)
+_STATIC_IS_BY_ADDRESS = Rule(
+    "with resolution STATIC an address must be an IP address",
+    "!has(self.resolution) || self.resolution != 'STATIC' || !has(self.endpoints) || self.endpoints.all(e, "
+    r"!has(e.address) || e.address.matches('^$|:|^[0-9]+(\\.[0-9]+){3}$'))",
+    "endpoints",
+)
+_NO_WILDCARD_LOOK_UP = Rule(
+    "a wildcard cannot be looked up in DNS: give endpoints for it",
+    "!has(self.resolution) || !(self.resolution in ['DNS', 'DNS_ROUND_ROBIN']) || has(self.workloadSelector) || "
+    f"!{_NO_ENDPOINTS} || self.hosts.all(h, !h.startsWith('*'))",
+    "hosts",
+)
+_ROUND_ROBIN_HAS_ONE = Rule(
+    "with resolution DNS_ROUND_ROBIN there can be only one endpoint",
+    "!has(self.resolution) || self.resolution != 'DNS_ROUND_ROBIN' || !has(self.endpoints) || size(self.endpoints) <= 1",
+    "endpoints",
+)

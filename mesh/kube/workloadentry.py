@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mesh.kube.fields import Fields
-from mesh.kube.hostnames import is_hostname
+from mesh.kube.fields import Fields, Text
+from mesh.kube.hostnames import HOSTNAME_PATTERN, MAX_LENGTH, is_hostname
 from mesh.kube.objects import KubeObject, SourceProblem
 from mesh.model.address import InvalidAddress, IpAddress, parse_ip
 
-ENDPOINT_FIELDS = ("address", "ports", "labels", "network", "locality", "weight", "serviceAccount")
+_FIELDS = ("address", "ports", "labels", "network", "locality", "weight", "serviceAccount")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +45,25 @@ class KubeWorkloadEntry:
 def read_workload_entry(obj: KubeObject) -> tuple[KubeWorkloadEntry, tuple[SourceProblem, ...]]:
     """The entry and every mistake in it; with a mistake it is not for use."""
     fields = Fields(obj)
+    return parse_workload_entry(fields), tuple(fields.problems)
+
+
+def parse_workload_entry(fields: Fields) -> KubeWorkloadEntry:
+    """``fields`` of the whole object."""
+    obj = fields.whole
     spec = fields.mapping("spec", required=True) or Fields(obj, ("spec",), {}, fields.problems)
-    spec.refuse_unknown(*ENDPOINT_FIELDS)
     endpoint = read_endpoint(spec)
-    labels = {**obj.labels, **endpoint.labels}
-    return KubeWorkloadEntry(obj.namespace, obj.name, labels, obj.annotations, endpoint), tuple(fields.problems)
+    return KubeWorkloadEntry(obj.namespace, obj.name, {**obj.labels, **endpoint.labels}, obj.annotations, endpoint)
 
 
 def read_endpoint(fields: Fields) -> EntryEndpoint:
     """The fields that a WorkloadEntry's ``spec`` and an item of a ServiceEntry's ``endpoints`` share."""
-    address, ip = _read_address(fields)
-    ports = fields.mapping("ports")
+    fields.refuse_unknown(*_FIELDS)
+    address = fields.string("address", text=_ADDRESS)
     return EntryEndpoint(
         address=address,
-        ip=ip,
-        ports={name: ports.integer(name, low=1, high=65535) for name in ports} if ports else {},
+        ip=_find_ip(address),
+        ports=fields.integer_map("ports", low=1, high=65535),
         labels=fields.string_map("labels"),
         network=fields.string("network"),
         locality=fields.string("locality"),
@@ -68,14 +72,22 @@ def read_endpoint(fields: Fields) -> EntryEndpoint:
     )
 
 
-def _read_address(fields: Fields) -> tuple[str, IpAddress | None]:
-    address = fields.string("address")
+def _find_ip(address: str) -> IpAddress | None:
     try:
-        return address, parse_ip(address)
+        return parse_ip(address)
     except InvalidAddress:
-        pass
+        return None
+
+
+def _find_mistake(address: str) -> str | None:
+    if not address or is_hostname(address) or _find_ip(address) is not None:
+        return None
     if address.startswith("unix:"):
-        fields.complain("address", "a Unix socket is out of a node proxy's reach: give an IP address or a hostname")
-    elif address and not is_hostname(address):
-        fields.complain("address", f"expected an IP address or a hostname, found '{address}'")
-    return address, None
+        return "a Unix socket is out of a node proxy's reach: give an IP address or a hostname"
+    return f"expected an IP address or a hostname, found '{address}'"
+
+
+_ADDRESS = Text(
+    _find_mistake,
+    {"maxLength": MAX_LENGTH, "anyOf": [{"maxLength": 0}, {"format": "ipv4"}, {"format": "ipv6"}, {"pattern": f"^{HOSTNAME_PATTERN}$"}]},
+)

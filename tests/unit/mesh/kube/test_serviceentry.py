@@ -83,7 +83,7 @@ def test_addresses_given_before_are_read_from_the_status_and_nothing_there_is_a_
     ("{hosts: [a.b], ports: [{name: x, number: 80, targetPort: http}]}", "spec.ports[0].targetPort", "whole number"),
     ("{hosts: [a.b], ports: [{name: x, number: 80, protocol: SCTP}]}", "spec.ports[0].protocol", "found 'SCTP'"),
     ("{hosts: [a.b], ports: [{name: x, number: 80}, {name: y, number: 80}]}", "spec.ports[1].number", "given twice"),
-    ("{hosts: [a.b], ports: [{name: x, number: 80}, {name: x, number: 81}]}", "spec.ports[1].name", "two ports are named 'x'"),
+    ("{hosts: [a.b], ports: [{name: x, number: 80}, {name: x, number: 81}]}", "spec.ports[1].name", "two ports have this name"),
     ("{hosts: [a.b], resolution: STATIC, endpoints: [{address: a.b}]}", "spec.endpoints[0].address", "must be an IP address"),
     ("{hosts: [a.b], resolution: STATIC, endpoints: [{address: 'unix:///x'}]}", "spec.endpoints[0].address", "Unix socket"),
     ("{hosts: [a.b], resolution: DNS, endpoints: [{address: 'a b'}]}", "spec.endpoints[0].address", "hostname"),

@@ -1,0 +1,207 @@
+"""The CustomResourceDefinitions of Istio's kinds that we read, made from their parsers, and whether to install one.
+
+Names, versions, short names and columns are Istio's own, so that objects and habits outlast a change of either to the other.
+``python -m mesh.kube.crds DIRECTORY`` writes them as files.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from ruamel.yaml import YAML
+
+from mesh.kube.fields import Fields
+from mesh.kube.kinds import KINDS
+from mesh.kube.objects import mapping_at
+from mesh.kube.outline import Outline, Schema
+from mesh.kube.policies import parse_authorization_policy, parse_peer_authentication
+from mesh.kube.resources import RESOURCES
+from mesh.kube.serviceentry import parse_service_entry
+from mesh.kube.workloadentry import parse_workload_entry
+
+MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+OURS: Final = "ambient-mesh"
+"""The value of `MANAGED_BY` on every definition of ours."""
+
+Column: TypeAlias = tuple[str, str, str]
+"""Heading, path and type of a column of ``kubectl get``."""
+_AGE: Final[Column] = ("Age", ".metadata.creationTimestamp", "date")
+_TYPE_META: Final[Mapping[str, Schema]] = {
+    "apiVersion": {"type": "string"},
+    "kind": {"type": "string"},
+    "metadata": {"type": "object"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Custom:
+    parse: Callable[[Fields], object]
+    """Asks for all fields of the whole object."""
+    description: str
+    short: str
+    columns: tuple[Column, ...]
+    older: tuple[str, ...] = ("v1beta1",)
+    """Versions beside the one that is read and stored; all have one schema, so that conversion changes the name alone."""
+
+
+_CUSTOM: Final[Mapping[str, _Custom]] = {
+    "AuthorizationPolicy": _Custom(
+        parse_authorization_policy,
+        "Who may talk to the workloads of a namespace, or to some of them.",
+        "ap",
+        (("Action", ".spec.action", "string"), _AGE),
+    ),
+    "PeerAuthentication": _Custom(
+        parse_peer_authentication,
+        "Whether workloads take connections without mutual TLS.",
+        "pa",
+        (("Mode", ".spec.mtls.mode", "string"), _AGE),
+    ),
+    "ServiceEntry": _Custom(
+        parse_service_entry,
+        "Hosts outside Kubernetes as services of the mesh.",
+        "se",
+        (
+            ("Hosts", ".spec.hosts", "string"),
+            ("Location", ".spec.location", "string"),
+            ("Resolution", ".spec.resolution", "string"),
+            _AGE,
+        ),
+        older=("v1alpha3", "v1beta1"),
+    ),
+    "WorkloadEntry": _Custom(
+        parse_workload_entry,
+        "A workload that is no pod.",
+        "we",
+        (_AGE, ("Address", ".spec.address", "string")),
+        older=("v1alpha3", "v1beta1"),
+    ),
+}
+
+_CONDITION: Final[Schema] = {
+    "type": "object",
+    "required": ["type", "status"],
+    "x-kubernetes-preserve-unknown-fields": True,
+    "properties": {
+        **{key: {"type": "string"} for key in ("type", "status", "reason", "message")},
+        "lastTransitionTime": {"type": "string", "format": "date-time"},
+        # Istio's types print 64-bit numbers as strings.
+        "observedGeneration": {"x-kubernetes-int-or-string": True},
+    },
+}
+_CONDITIONS: Final[Schema] = {
+    "type": "array",
+    "items": _CONDITION,
+    # Each writer has its own: server-side apply of one leaves the others'.
+    "x-kubernetes-list-type": "map",
+    "x-kubernetes-list-map-keys": ["type"],
+}
+
+
+def find_schema(kind: str) -> Schema:
+    """OpenAPI of a whole object. Raises KeyError for a kind that is not Istio's."""
+    custom = _CUSTOM[kind]
+    outline = Outline(strict=KINDS[kind].fails_closed)
+    custom.parse(outline)
+    found = outline.schema()
+    properties: Schema = found["properties"]
+    status = properties.get("status", {}).get("properties", {})
+    spec = {key: value for key, value in properties["spec"].items() if key != "nullable"}
+    return {
+        "type": "object",
+        "description": custom.description,
+        **({"required": found["required"]} if "required" in found else {}),
+        "properties": {
+            **_TYPE_META,
+            "spec": spec,
+            "status": {
+                "type": "object",
+                "x-kubernetes-preserve-unknown-fields": True,
+                "properties": {"conditions": _CONDITIONS, **status},
+            },
+        },
+    }
+
+
+def make_definition(kind: str) -> Schema:
+    """The CustomResourceDefinition as JSON. Raises KeyError for a kind that is not Istio's."""
+    custom, resource = _CUSTOM[kind], RESOURCES[kind]
+    schema = find_schema(kind)
+    columns = [{"name": name, "jsonPath": path, "type": type} for name, path, type in custom.columns]
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": str(resource), "labels": {MANAGED_BY: OURS, "app.kubernetes.io/part-of": OURS}},
+        "spec": {
+            "group": resource.group,
+            "scope": "Namespaced",
+            "names": {
+                "kind": kind,
+                "listKind": f"{kind}List",
+                "plural": resource.plural,
+                "singular": kind.lower(),
+                "shortNames": [custom.short],
+                "categories": ["istio-io", f"{resource.group.split('.')[0]}-istio-io"],
+            },
+            "conversion": {"strategy": "None"},
+            "versions": [
+                {
+                    "name": version,
+                    "served": True,
+                    "storage": version == resource.version,
+                    "schema": {"openAPIV3Schema": schema},
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": columns,
+                }
+                for version in (resource.version, *custom.older)
+            ],
+        },
+    }
+
+
+def make_definitions() -> dict[str, Schema]:
+    """All, by the name of their object."""
+    return {str(RESOURCES[kind]): make_definition(kind) for kind in _CUSTOM}
+
+
+def is_ours(found: Mapping[str, object] | None) -> bool:
+    """Whether to apply our definition, given the one that the API server has (None: none) by its name.
+
+    Istio's, or anybody's who did not put our label on it, is theirs: it takes all that we read, and may take more.
+    """
+    return found is None or mapping_at(mapping_at(found, "metadata"), "labels").get(MANAGED_BY) == OURS
+
+
+def render_files() -> dict[str, str]:
+    """Content by file name: one definition a file, and the kustomization of all."""
+    files = {f"{name}.yaml": _HEAD + _dump(definition) for name, definition in make_definitions().items()}
+    head = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    return {**files, "kustomization.yaml": _HEAD + _dump({**head, "resources": sorted(files)})}
+
+
+_HEAD: Final = "# Made from mesh/kube by `make crds`.\n"
+
+
+def _dump(value: Schema) -> str:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.width = 1000  # no trailing blanks where a line would be folded
+    yaml.representer.ignore_aliases = lambda _: True
+    out = io.StringIO()
+    yaml.dump(value, out)
+    return out.getvalue()
+
+
+def main(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in render_files().items():
+        (directory / name).write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
