@@ -183,7 +183,8 @@ class Istiod:
             try:
                 if await self._source.renew_root(now()):
                     self._publish_root()
-                    _log.info("root.renewed", expires=self._ca.expires.isoformat())
+                    waits = self._ca.waits_until
+                    _log.info("roots.changed", expires=self._ca.expires.isoformat(), new_signer_from=waits.isoformat() if waits else "now")
                 if self.serving.due:
                     self.serving.renew()
                     _log.info("serving_certificate.renewed")
@@ -252,5 +253,9 @@ def describe_state(translation: Translation, ca: CertificateAuthority, agents: S
         "policies": [describe(policy) for _, policy in sorted(translation.policies.items())],
         "statuses": {str(key): describe(conditions) for key, conditions in sorted(translation.statuses.items())},
         "agents": [describe(agent) for agent in sorted(agents, key=lambda agent: agent.node_id)],
-        "certificateAuthority": {"expires": f"{ca.expires:%Y-%m-%dT%H:%M:%SZ}", "roots": ca.roots_pem.decode("ascii")},
+        "certificateAuthority": {
+            "expires": f"{ca.expires:%Y-%m-%dT%H:%M:%SZ}",
+            "roots": ca.roots_pem.decode("ascii"),
+            **({"newSignerFrom": f"{ca.waits_until:%Y-%m-%dT%H:%M:%SZ}"} if ca.waits_until else {}),
+        },
     }

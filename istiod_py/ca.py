@@ -2,16 +2,18 @@
 
 The own root is EC P-256, where Istio makes RSA 2048: the leaf of every handshake carries its signature, and verifying and making P-256
 signatures is what our proxies do all day anyway; every peer that takes ztunnel's P-256 leaves takes it. Ten years, re-issued with the
-same key when a fifth of them is left, so that everything signed before stays valid under either certificate.
+same key when a fifth of them is left, so that everything signed before stays valid under either certificate. How one authority follows
+another: `istiod_py.succession`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Final, Self, TypeAlias
+from typing import Final, Self
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -22,11 +24,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from istiod_py.files import PUBLIC_MODE, SECRET_MODE, UnsafeFile, locked, make_private_directory, read_secret, write_atomically
+from istiod_py.succession import DEFAULT_TTL, Material, SigningKey, Succession
 from mesh.model.identity import SpiffeId
 
 BACKDATE: Final = timedelta(minutes=2)
 """Leaves are valid from so long ago, for nodes whose clocks are slow; as Istio."""
-DEFAULT_TTL: Final = timedelta(hours=24)
 MAX_TTL: Final = timedelta(days=90)
 ROOT_LIFETIME: Final = timedelta(days=3650)
 ROOT_GRACE: Final = 0.2
@@ -35,8 +37,6 @@ _ROOT_BACKDATE: Final = timedelta(hours=1)
 _MAX_CSR: Final = 64 * 1024
 _MAX_CHAIN: Final = 10
 
-SigningKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
-
 
 class CaError(Exception):
     """The authority's own files are missing, unsafe, damaged or expired; the text names file and remedy. The operator must act."""
@@ -44,19 +44,6 @@ class CaError(Exception):
 
 class BadRequest(Exception):
     """The request can't be signed as it is: malformed, badly signed, weak key, lifetime too long. The caller must act."""
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What signs: a key, its certificate, the certificates between it and a root, and the roots that peers trust."""
-
-    key: SigningKey = field(repr=False)
-    certificate: x509.Certificate
-    intermediates: tuple[x509.Certificate, ...]
-    """From the signer's own certificate upwards, without roots; empty when a root signs itself."""
-    roots_pem: bytes
-    expires: datetime
-    """When the first certificate on the path to the root ends: nothing signed may outlive it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,31 +57,41 @@ class ServingCertificate:
 
 
 class CertificateAuthority:
-    """Signs. ``now`` is given with every call; the only state is the signing material, which `reload` replaces."""
+    """Signs. ``now`` is given with every call; the only state is what signs and who trusts it."""
 
-    def __init__(self, material: Material, *, state: Path | None = None, trust_domain: str = "") -> None:
-        self._material = material
-        self._state = state
-        self._trust_domain = trust_domain
+    def __init__(self, material: Material, now: datetime, *, reload: Callable[[datetime], Material] | None = None) -> None:
+        """``reload``: what there is to sign with by now; raises CaError. None: somebody else calls `adopt`."""
+        self._succession = Succession(material, now)
+        self._reload = reload
+        self._told = self._succession.roots
 
     @classmethod
     def self_signed(cls, state: Path, trust_domain: str, now: datetime) -> Self:
         """The root kept in ``state`` (``ca-key.pem`` 0600, ``ca-cert.pem``), made first if there is none. Raises CaError."""
-        return cls(_load_or_create(state, trust_domain, now), state=state, trust_domain=trust_domain)
+        return cls._reloading(partial(_load_or_create, state, trust_domain), now)
 
     @classmethod
     def plugged_in(cls, directory: Path, now: datetime) -> Self:
         """The operator's authority, in Istio's files ``ca-key.pem ca-cert.pem root-cert.pem cert-chain.pem``. Raises CaError."""
-        return cls(load_plugged_in(directory, now))
+        return cls._reloading(partial(load_plugged_in, directory), now)
+
+    @classmethod
+    def _reloading(cls, reload: Callable[[datetime], Material], now: datetime) -> Self:
+        return cls(reload(now), now, reload=reload)
 
     @property
     def roots_pem(self) -> bytes:
         """What peers must trust."""
-        return self._material.roots_pem
+        return b"".join(map(_pem, self._succession.roots))
 
     @property
     def expires(self) -> datetime:
-        return self._material.expires
+        return self._succession.signer.expires
+
+    @property
+    def waits_until(self) -> datetime | None:
+        """When the authority that follows begins to sign; None: there is none."""
+        return self._succession.waits_until
 
     def sign_workload(self, csr_pem: bytes, identity: SpiffeId, lifetime: timedelta, now: datetime) -> tuple[bytes, ...]:
         """A certificate for ``identity``: leaf, each intermediate, and last the bundle of roots, all PEM.
@@ -105,38 +102,36 @@ class CertificateAuthority:
         key = _requested_key(csr_pem)
         san = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(str(identity))])
         leaf = self._sign(key, x509.Name([]), san, _lifetime(lifetime), now)
-        return (_pem(leaf), *map(_pem, self._material.intermediates), self._material.roots_pem)
+        return (_pem(leaf), *map(_pem, self._succession.signer.intermediates), self.roots_pem)
 
     def issue_serving(self, dns_names: Sequence[str], now: datetime, lifetime: timedelta = DEFAULT_TTL) -> ServingCertificate:
         """A certificate for our own TLS server, with a new key. Raises CaError."""
         key = ec.generate_private_key(ec.SECP256R1())
         san = x509.SubjectAlternativeName([x509.DNSName(name) for name in dns_names])
         leaf = self._sign(key.public_key(), x509.Name([]), san, lifetime, now)
-        chain = b"".join(map(_pem, (leaf, *self._material.intermediates)))
+        chain = b"".join(map(_pem, (leaf, *self._succession.signer.intermediates)))
         return ServingCertificate(_key_pem(key), chain, leaf.not_valid_before_utc, leaf.not_valid_after_utc)
 
-    def adopt(self, material: Material) -> bool:
-        """Sign with this from now on; says whether that changes what peers must trust."""
-        before, self._material = self._material, material
-        return before.roots_pem != material.roots_pem
+    def adopt(self, material: Material, now: datetime) -> bool:
+        """Sign with this as soon as everybody trusts its root; says whether what peers must trust is different from the last time."""
+        self._succession.adopt(material, now)
+        before, self._told = self._told, self._succession.roots
+        return before != self._told
 
-    def rotate_root(self, now: datetime) -> bool:
-        """Re-issue the own root with the same key if its grace period has begun; says whether it did. A plugged-in one is the operator's.
-
-        Raises CaError; the old root then stays in use.
-        """
-        if self._state is None or not _in_grace(self._material.certificate, now):
-            return False
-        self._material = _load_or_create(self._state, self._trust_domain, now)
-        return True
+    def refresh(self, now: datetime) -> bool:
+        """Look at the files again: the own root is re-issued with the same key once its grace period has begun, a plugged-in authority
+        may be another by now. Says whether what peers must trust changes. Raises CaError; what signed before goes on then."""
+        return self.adopt(self._reload(now), now) if self._reload is not None else False
 
     def _sign(
         self, key: CertificatePublicKeyTypes, subject: x509.Name, san: x509.SubjectAlternativeName, lifetime: timedelta, now: datetime
     ) -> x509.Certificate:
-        signer = self._material.certificate
-        ends = min(now + lifetime, self._material.expires)
+        self._succession.advance(now)
+        material = self._succession.signer
+        signer = material.certificate
+        ends = min(now + lifetime, material.expires)
         if ends <= now:
-            raise CaError(f"the certificate authority expired at {self._material.expires:%Y-%m-%dT%H:%M:%SZ}")
+            raise CaError(f"the certificate authority expired at {material.expires:%Y-%m-%dT%H:%M:%SZ}")
         usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         builder = (
             x509.CertificateBuilder()
@@ -153,7 +148,8 @@ class CertificateAuthority:
             # Critical, since the subject is empty (RFC 5280 4.2.1.6).
             .add_extension(san, critical=True)
         )
-        return builder.sign(self._material.key, hashes.SHA256())
+        self._succession.note_signed(ends)
+        return builder.sign(material.key, hashes.SHA256())
 
 
 # The request
@@ -212,7 +208,11 @@ def read_root(root: RootFiles, where: str) -> Material:
         raise CaError(f"{where}: no certificate in PEM: {exc}") from exc
     if not _belong_together(key, certificate):
         raise CaError(f"{where}: key and certificate do not belong together")
-    return Material(key, certificate, (), _pem(certificate), certificate.not_valid_after_utc)
+    return _self_signing(key, certificate)
+
+
+def _self_signing(key: SigningKey, certificate: x509.Certificate) -> Material:
+    return Material(key, certificate, (), certificate, (certificate,), certificate.not_valid_after_utc)
 
 
 def is_due(material: Material, now: datetime) -> bool:
@@ -243,7 +243,7 @@ def _load_or_create_locked(state: Path, trust_domain: str, now: datetime) -> Mat
     if certificate is None or _in_grace(certificate, now):
         certificate = _make_root(key, trust_domain, now)
         write_atomically(certificate_file, _pem(certificate), PUBLIC_MODE)
-    return Material(key, certificate, (), _pem(certificate), certificate.not_valid_after_utc)
+    return _self_signing(key, certificate)
 
 
 def _in_grace(certificate: x509.Certificate, now: datetime) -> bool:
@@ -273,6 +273,9 @@ def _make_root(key: SigningKey, trust_domain: str, now: datetime) -> x509.Certif
 
 def load_plugged_in(directory: Path, now: datetime) -> Material:
     """Read and verify Istio's ``cacerts`` files: the key is the certificate's, and a path of valid CAs leads to a root. Raises CaError."""
+    # A kubelet changes all files of a volume at once, by changing where this link leads: follow it once, not once a file.
+    current = directory / "..data"
+    directory = current.resolve() if current.is_symlink() else directory
     key_file, certificate_file = directory / "ca-key.pem", directory / "ca-cert.pem"
     key = _load_key(key_file, _read(key_file))
     certificate = _load_one(certificate_file)
@@ -286,7 +289,7 @@ def load_plugged_in(directory: Path, now: datetime) -> Material:
         _require_valid_ca(member, directory, now)
     intermediates = tuple(member for member in path if member not in roots)
     expires = min(member.not_valid_after_utc for member in path)
-    return Material(key, certificate, intermediates, b"".join(map(_pem, roots)), expires)
+    return Material(key, certificate, intermediates, path[-1], tuple(roots), expires)
 
 
 def _find_path(

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Final
 
-from istiod_py.ca import CaError, Material, RootFiles, is_due, new_root, read_root
+from istiod_py.ca import CaError, RootFiles, is_due, new_root, read_root
+from istiod_py.succession import Material
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.objects import mapping_at
 from mesh.kube.resources import SECRETS

@@ -59,7 +59,7 @@ class DirectorySource:
 
     async def renew_root(self, now: datetime) -> bool:
         await trio.lowlevel.checkpoint()
-        return self.ca.rotate_root(now)
+        return self.ca.refresh(now)
 
 
 def open_authority(config: Config, at: datetime) -> CertificateAuthority:

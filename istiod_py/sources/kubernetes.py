@@ -55,7 +55,7 @@ class KubernetesSource:
         secret = RootSecret(client, config.root_namespace, config.trust_domain)
         while True:
             try:
-                return cls(config, client, CertificateAuthority(await secret.load(now)), secret)
+                return cls(config, client, CertificateAuthority(await secret.load(now), now), secret)
             except CaError as exc:
                 if not isinstance(exc.__cause__, ApiUnavailable):
                     raise
@@ -84,11 +84,12 @@ class KubernetesSource:
         self._statuses.want(note_stale(statuses, self.store.problems))
 
     async def renew_root(self, now: datetime) -> bool:
-        """Read the Secret again: another replica may have renewed it."""
+        """Read the files or the Secret again: another replica may have renewed it, or the operator."""
         if self._secret is None:
             await trio.lowlevel.checkpoint()
-            return False
-        changed = self.ca.adopt(await self._secret.load(now))
+            changed = self.ca.refresh(now)
+        else:
+            changed = self.ca.adopt(await self._secret.load(now), now)
         if changed:
             self._maps.wake()
         return changed

@@ -249,16 +249,16 @@ def test_control_planes_that_start_together_agree_on_one_root(tmp_path):
 
 
 def test_the_root_is_reissued_with_the_same_key_when_a_fifth_of_its_life_is_left(tmp_path, ca):
-    assert not ca.rotate_root(NOW + ROOT_LIFETIME * 0.79)
+    assert not ca.refresh(NOW + ROOT_LIFETIME * 0.79)
     late = NOW + ROOT_LIFETIME * 0.81
     before = ca.sign_workload(make_request(ALICE).csr_pem, ALICE, HOUR, late)
-    assert ca.rotate_root(late)
+    assert ca.refresh(late)
     after = ca.sign_workload(make_request(ALICE).csr_pem, ALICE, HOUR, late)
     assert before[-1] != after[-1] == ca.roots_pem
     _verify((before[0], after[-1]), late)
     _verify((after[0], before[-1]), late)
     assert ca.expires == late + ROOT_LIFETIME
-    assert not ca.rotate_root(late)
+    assert not ca.refresh(late)
 
 
 def test_a_serving_certificate_names_the_hosts(ca):
@@ -315,7 +315,7 @@ def test_a_plugged_in_intermediate_signs_and_the_chain_leads_to_its_root(tmp_pat
     chain = ca.sign_workload(make_request(ALICE).csr_pem, ALICE, HOUR, NOW)
     assert chain[1:] == (plugged.certificate, plugged.root)
     _verify(chain, NOW)
-    assert not ca.rotate_root(NOW + timedelta(days=364))
+    assert not ca.refresh(NOW + timedelta(days=364))
     assert ca.issue_serving(["localhost"], NOW).chain_pem.count(b"BEGIN CERTIFICATE") == 2
 
 

@@ -52,7 +52,7 @@ def test_a_new_root_makes_a_new_serving_certificate_due(tmp_path):
     # The root was in its grace period when it was loaded again below.
     serving = ServingTls(ca, ["localhost"], tmp_path, clock)
     assert not serving.due
-    assert ca.rotate_root(clock())
+    assert ca.refresh(clock())
     assert serving.due
     serving.renew()
     _shake_hands(serving.context(), ca.roots_pem)
