@@ -13,7 +13,7 @@ from typing import Final
 
 import trio
 
-from istiod_py.authenticate import NodeAuthorizer
+from istiod_py.authenticate import CONFIRM_EVERY, NodeAuthorizer
 from istiod_py.ca import CaError, CertificateAuthority
 from istiod_py.config import LONGEST_DEBOUNCE, Config
 from istiod_py.debounce import Debounce
@@ -120,7 +120,10 @@ class Istiod:
         self._registry = Registry()
         self._authenticator = source.authenticator
         self._cache = ResourceCache()
-        self._ads = AdsServer(self._cache, authenticate=partial(require_caller, self._authenticator))
+        confirm = partial(require_caller, self._authenticator, fresh=True)
+        self._ads = AdsServer(
+            self._cache, authenticate=partial(require_caller, self._authenticator), confirm=confirm, confirm_every=CONFIRM_EVERY
+        )
         self._signing = SigningMetrics(self._registry)
         self._failures = self._registry.counter("pilot_push_failures", "Translations or pushes that ended in a defect").labelled()
         self._pushed = self._registry.counter("pilot_xds_pushes", "Pushes that changed a type", ("type",))

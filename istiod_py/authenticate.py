@@ -19,10 +19,16 @@ class Unauthenticated(Exception):
     """The caller did not prove who it is. The text is for the caller and tells nothing an attacker could use."""
 
 
+class Undecided(Exception):
+    """Nobody can say now who the caller is; trying later may help. The text is for our log."""
+
+
 class IdentityRefused(Exception):
     """The caller may not have this identity. The text is for our log; the caller is told ``REFUSED`` only."""
 
 
+CONFIRM_EVERY: Final = 10.0
+"""Seconds between proofs of a caller that stays connected: how long a token that is revoked is still good for."""
 REFUSED: Final = "request impersonation authentication failure"
 NOT_AUTHENTICATED: Final = "request authenticate failure"
 
@@ -42,8 +48,8 @@ class Caller:
 class Authenticator(Protocol):
     """Proves a caller from the metadata of its call. Implementations: tokens of our own (lab); TokenReview (Kubernetes)."""
 
-    async def authenticate(self, metadata: Mapping[str, str]) -> Caller:
-        """Raises Unauthenticated."""
+    async def authenticate(self, metadata: Mapping[str, str], *, fresh: bool = False) -> Caller:
+        """``fresh``: whatever was found out before. Raises Unauthenticated, Undecided."""
 
 
 class TokenAuthenticator:
@@ -54,7 +60,7 @@ class TokenAuthenticator:
         self._namespace = namespace
         self._service_account = service_account
 
-    async def authenticate(self, metadata: Mapping[str, str]) -> Caller:
+    async def authenticate(self, metadata: Mapping[str, str], *, fresh: bool = False) -> Caller:
         scheme, _, token = metadata.get("authorization", "").partition(" ")
         node = self._tokens.find_node(token) if scheme.lower() == "bearer" and token else None
         await trio.lowlevel.checkpoint()

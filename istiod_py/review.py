@@ -10,7 +10,7 @@ from typing import Final
 
 import trio
 
-from istiod_py.authenticate import APPEARANCE_TIMEOUT, NOT_AUTHENTICATED, Caller, RunningPods, Unauthenticated, wait_until
+from istiod_py.authenticate import APPEARANCE_TIMEOUT, NOT_AUTHENTICATED, Caller, RunningPods, Unauthenticated, Undecided, wait_until
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.objects import KubeObject, mapping_at
 from mesh.kube.resources import TOKEN_REVIEWS
@@ -115,13 +115,13 @@ class ReviewAuthenticator:
         self._verdicts: OrderedDict[bytes, tuple[float, Reviewed | str]] = OrderedDict()
         self._slots = trio.CapacityLimiter(_AT_ONCE)
 
-    async def authenticate(self, metadata: Mapping[str, str]) -> Caller:
+    async def authenticate(self, metadata: Mapping[str, str], *, fresh: bool = False) -> Caller:
         scheme, _, token = metadata.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token or len(token) > _MAX_TOKEN:
             await trio.lowlevel.checkpoint()
             raise Unauthenticated(NOT_AUTHENTICATED)
         try:
-            reviewed = await self._review(token)
+            reviewed = await self._review(token, fresh)
             if f"{reviewed.namespace}/{reviewed.service_account}" not in self._trusted:
                 raise NotBelieved(f"{reviewed.namespace}/{reviewed.service_account} is no trusted node account")
             return Caller(await self._locate(reviewed), reviewed.namespace, reviewed.service_account)
@@ -144,12 +144,12 @@ class ReviewAuthenticator:
     def _find_pod(self, reviewed: Reviewed) -> KubeObject | None:
         return self._store.find("Pod", reviewed.namespace, reviewed.pod)
 
-    async def _review(self, token: str) -> Reviewed:
-        """Raises NotBelieved; Unauthenticated when nobody can say."""
+    async def _review(self, token: str, fresh: bool) -> Reviewed:
+        """Raises NotBelieved; Undecided when nobody can say."""
         digest = hashlib.sha256(token.encode("utf-8", "replace")).digest()
         async with self._slots:
             until, verdict = self._verdicts.get(digest, (float("-inf"), ""))
-            if trio.current_time() >= until:
+            if fresh or trio.current_time() >= until:
                 verdict = await self._ask(token)
                 self._verdicts[digest] = (trio.current_time() + REMEMBERED, verdict)
                 self._verdicts.move_to_end(digest)
@@ -167,5 +167,4 @@ class ReviewAuthenticator:
         except NotBelieved as exc:
             return str(exc)
         except (ApiError, ApiUnavailable) as exc:
-            _log.error("review.failed", because=str(exc))
-            raise Unauthenticated(NOT_AUTHENTICATED) from exc
+            raise Undecided(f"the API server can't review tokens: {exc}") from exc

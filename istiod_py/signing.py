@@ -9,7 +9,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from istiod_py.authenticate import REFUSED, Authenticator, Caller, IdentityRefused, NodeAuthorizer, Unauthenticated
+from istiod_py.authenticate import REFUSED, Authenticator, Caller, IdentityRefused, NodeAuthorizer, Unauthenticated, Undecided
 from istiod_py.ca import BadRequest, CaError, CertificateAuthority
 from mesh.model.identity import SpiffeId
 from mesh.rpc import Call, RpcError, Status
@@ -60,7 +60,8 @@ class SigningService:
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     async def create_certificate(self, request: bytes, call: Call) -> bytes:
-        """The handler. RpcError: UNAUTHENTICATED (token, or another node's identity), INVALID_ARGUMENT (request), INTERNAL (us)."""
+        """The handler. RpcError: UNAUTHENTICATED (token, or another node's identity), INVALID_ARGUMENT (request), UNAVAILABLE (nobody can
+        judge the token now), INTERNAL (us)."""
         self.metrics.requests.value += 1
         caller = await self._authenticate(call)
         grant = self._parse(request, caller)
@@ -81,8 +82,8 @@ class SigningService:
     async def _authenticate(self, call: Call) -> Caller:
         try:
             return await require_caller(self.authenticator, call)
-        except RpcError:
-            self.metrics.unauthenticated.value += 1
+        except RpcError as exc:
+            self.metrics.unauthenticated.value += exc.status is Status.UNAUTHENTICATED
             raise
 
     def _parse(self, request: bytes, caller: Caller) -> Grant:
@@ -118,10 +119,14 @@ def parse_request(data: bytes) -> Grant:
     return Grant(message.csr.encode(), impersonated, timedelta(seconds=seconds))
 
 
-async def require_caller(authenticator: Authenticator, call: Call) -> Caller:
-    """The call's proven caller. Raises RpcError UNAUTHENTICATED; the mesh's state is not for everybody who reaches the port either."""
+async def require_caller(authenticator: Authenticator, call: Call, *, fresh: bool = False) -> Caller:
+    """The call's proven caller; the mesh's state is not for everybody who reaches the port either. Raises RpcError: UNAUTHENTICATED, or
+    UNAVAILABLE when nobody can say now."""
     try:
-        return await authenticator.authenticate(call.metadata)
+        return await authenticator.authenticate(call.metadata, fresh=fresh)
     except Unauthenticated as exc:
         _log.warning("caller.refused", peer=call.peer.address, path=call.path, because=str(exc))
         raise RpcError(Status.UNAUTHENTICATED, str(exc)) from exc
+    except Undecided as exc:
+        _log.error("caller.undecided", peer=call.peer.address, path=call.path, because=str(exc))
+        raise RpcError(Status.UNAVAILABLE, "callers can't be authenticated now") from exc

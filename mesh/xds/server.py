@@ -6,10 +6,12 @@ and subscriptions in a stale request count.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeAlias
 
 import structlog
@@ -33,6 +35,8 @@ MAX_UNANSWERED: Final = 64
 
 Authenticator: TypeAlias = Callable[[Call], Awaitable[object]]
 """Who calls, from the call's metadata and peer certificate; raises RpcError UNAUTHENTICATED. The result is shown as the caller."""
+
+_REFUSALS: Final = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED)
 
 log = structlog.get_logger("xds.server")
 
@@ -61,9 +65,20 @@ class ConnectionStatus:
 class AdsServer:
     """Serves ``source``; whoever changes it calls `publish` with what changed."""
 
-    def __init__(self, source: ResourceSource, *, authenticate: Authenticator | None = None) -> None:
+    def __init__(
+        self,
+        source: ResourceSource,
+        *,
+        authenticate: Authenticator | None = None,
+        confirm: Authenticator | None = None,
+        confirm_every: float = math.inf,
+    ) -> None:
+        """``confirm`` is asked again and again, ``confirm_every`` seconds apart: what was revoked ends a living stream too. A status
+        other than UNAUTHENTICATED and PERMISSION_DENIED ends none: the caller is then who it was."""
         self._source = source
         self._authenticate = authenticate
+        self._confirm = confirm
+        self._confirm_every = confirm_every
         self._connections: set[_Connection] = set()
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -81,7 +96,7 @@ class AdsServer:
 
     async def _serve_stream(self, stream: ServerStream) -> None:
         caller = await self._authenticate(stream.call) if self._authenticate is not None else None
-        connection = _Connection(self._source, stream, caller)
+        connection = _Connection(self._source, stream, caller, partial(self._run_confirming, stream.call))
         self._connections.add(connection)
         try:
             await connection.run()
@@ -89,12 +104,24 @@ class AdsServer:
             self._connections.discard(connection)
             log.info("xds.disconnected", node=connection.node_id, peer=stream.call.peer.address)
 
+    async def _run_confirming(self, call: Call) -> None:
+        while self._confirm is not None:
+            await trio.sleep(self._confirm_every)
+            try:
+                await self._confirm(call)
+            except RpcError as exc:
+                if exc.status in _REFUSALS:
+                    raise
+        await trio.sleep_forever()
+
 
 class _Connection:
     """One client's stream: the reader files requests, the sender makes every response from the state of that moment."""
 
-    def __init__(self, source: ResourceSource, stream: ServerStream, caller: object) -> None:
+    def __init__(self, source: ResourceSource, stream: ServerStream, caller: object, guardian: Callable[[], Awaitable[None]]) -> None:
+        """``guardian`` runs as long as the stream and ends it by raising RpcError."""
         self.node_id = ""
+        self._guardian = guardian
         self._node_name = ""
         self._source = source
         self._stream = stream
@@ -129,11 +156,12 @@ class _Connection:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._guard, self._run_sender, nursery.cancel_scope)
             nursery.start_soon(self._guard, self._run_reader, nursery.cancel_scope)
+            nursery.start_soon(self._guard, self._guardian, nursery.cancel_scope)
         if self._failure is not None:
             raise self._failure
 
     async def _guard(self, task: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
-        """The first of the two to end ends the stream; its error is kept out of the nursery, which would wrap it in a group."""
+        """The first of them to end ends the stream; its error is kept out of the nursery, which would wrap it in a group."""
         try:
             await task()
         except RpcError as exc:

@@ -18,7 +18,8 @@ from mesh.rpc import RpcError, open_channel
 from mesh.rpc.tls import client_tls
 from mesh.testing.kube import FakeApiServer, Object
 from mesh.tls.csr import make_request
-from mesh.xds.names import CREATE_CERTIFICATE_METHOD
+from mesh.xds.client import AdsClientConfig, AdsState, Phase, connect_tls, run_ads_client
+from mesh.xds.names import CREATE_CERTIFICATE_METHOD, node_id
 from mesh.xds.proto.ca_pb2 import IstioCertificateRequest, IstioCertificateResponse
 
 SHOP = "shop"
@@ -160,6 +161,41 @@ def test_a_token_is_reviewed_once_for_many_requests(tmp_path: Path) -> None:
                 await cluster.request("web", "agent-1")
             (asked,) = [seen for seen in cluster.api.requests if seen.path.endswith("tokenreviews")]
             assert asked.body["spec"]["audiences"] == ["istio-ca"]
+
+    run(tmp_path, check)
+
+
+def test_a_revoked_token_ends_its_living_stream_but_an_api_server_that_is_away_ends_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("istiod_py.app.CONFIRM_EVERY", 0.05)
+
+    def reviews(cluster: Cluster) -> int:
+        return len([seen for seen in cluster.api.requests if seen.path.endswith("tokenreviews")])
+
+    async def check(cluster: Cluster) -> None:
+        states: list[AdsState] = []
+        refused = trio.Event()
+
+        def take(state: AdsState) -> None:
+            states.append(state)
+            if "authenticate failure" in state.reason:
+                refused.set()
+
+        async with running(cluster) as nursery:
+            host, port = cluster.agents.rsplit(":", 1)
+            root = (tmp_path / "one" / "root-cert.pem").read_text()
+            connect = connect_tls(host, int(port), lambda: client_tls(root), server_hostname="localhost")
+            config = AdsClientConfig(connect, lambda: {"authorization": "Bearer agent-1"}, node_id("", "ztunnel-1", "istio-system"), {})
+            nursery.start_soon(run_ads_client, config, lambda update: None, take)
+            await cluster.wait_until(lambda: reviews(cluster) > 3)
+            cluster.api.faults.refusals += [(503, "ServiceUnavailable", {})] * 40
+            cluster.api.cut_watches()
+            await cluster.wait_until(lambda: not cluster.api.faults.refusals)
+            assert not [state for state in states if state.phase is Phase.FAILED]
+            del cluster.api.tokens["agent-1"]
+            with trio.fail_after(15):
+                await refused.wait()
 
     run(tmp_path, check)
 

@@ -30,6 +30,7 @@ from mesh.xds.proto import discovery_pb2 as discovery
 from mesh.xds.server import AdsServer
 
 PATIENCE = 20.0
+CONFIRM_EVERY = 0.01
 
 
 def _workload(name: str, ip: str = "10.0.0.1", **changes: object) -> Workload:
@@ -51,6 +52,7 @@ class _ControlPlane:
         self.running = True
         self.requests: list[discovery.DeltaDiscoveryRequest] = []
         self.authenticate: Callable[[Call], Awaitable[object]] | None = None
+        self.confirm: Callable[[Call], Awaitable[object]] = self._check
         self._scopes: list[trio.CancelScope] = []
         self.restart()
 
@@ -58,7 +60,10 @@ class _ControlPlane:
         """A new process with the same objects: every connection ends."""
         for scope in self._scopes:
             scope.cancel()
-        self.server = AdsServer(self.cache, authenticate=self._check)
+        self.server = AdsServer(self.cache, authenticate=self._check, confirm=self._confirm, confirm_every=CONFIRM_EVERY)
+
+    async def _confirm(self, call: Call) -> object:
+        return await self.confirm(call)
 
     async def _check(self, call: Call) -> object:
         return await self.authenticate(call) if self.authenticate is not None else "anyone"
@@ -123,11 +128,11 @@ class _Agent:
     def on_update(self, update: AdsUpdate) -> None:
         self.state.apply(update.delta)
         self.updates.append(update)
-        self._notify()
+        self.notify()
 
     def on_state(self, state: AdsState) -> None:
         self.states.append(state)
-        self._notify()
+        self.notify()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -143,7 +148,7 @@ class _Agent:
     def policies(self) -> set[str]:
         return {policy.key for policy in self.state.policies()}
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
@@ -322,6 +327,33 @@ def test_a_caller_that_cannot_be_authenticated_is_refused_and_tries_again() -> N
         failed = [state for state in agent.states if state.phase is Phase.FAILED]
         assert [state.reason for state in failed] == ["UNAUTHENTICATED: request authenticate failure"]
         assert [status.caller for status in plane.server.connections()] == ["agent"]
+
+    _run(main)
+
+
+def test_a_caller_that_is_no_longer_who_it_was_loses_its_stream_and_one_that_cannot_be_judged_keeps_it() -> None:
+    async def main(plane: _ControlPlane, agent: _Agent, nursery: trio.Nursery) -> None:
+        answers: list[Exception | None] = [None, RpcError(Status.UNAVAILABLE, "nobody can say"), None]
+        asked = 0
+
+        async def confirm(call: Call) -> object:
+            nonlocal asked
+            asked += 1
+            agent.notify()
+            answer = answers[min(asked, len(answers)) - 1]
+            await trio.lowlevel.checkpoint()
+            if answer is not None:
+                raise answer
+            return "agent"
+
+        plane.confirm = confirm
+        _start(plane, agent, nursery)
+        await agent.until(lambda: agent.synced)
+        await agent.until(lambda: asked >= len(answers) + 2)
+        assert not [state for state in agent.states if state.phase is Phase.FAILED]
+        answers.append(RpcError(Status.UNAUTHENTICATED, "revoked"))
+        await agent.until(lambda: any(state.phase is Phase.FAILED for state in agent.states))
+        assert next(state.reason for state in agent.states if state.phase is Phase.FAILED) == "UNAUTHENTICATED: revoked"
 
     _run(main)
 
