@@ -111,14 +111,13 @@ def find_schema(kind: str) -> Schema:
     found = outline.schema()
     properties: Schema = found["properties"]
     status = properties.get("status", {}).get("properties", {})
-    spec = {key: value for key, value in properties["spec"].items() if key != "nullable"}
     return {
         "type": "object",
         "description": custom.description,
         **({"required": found["required"]} if "required" in found else {}),
         "properties": {
             **_TYPE_META,
-            "spec": spec,
+            "spec": properties["spec"],
             "status": {
                 "type": "object",
                 "x-kubernetes-preserve-unknown-fields": True,

@@ -93,6 +93,12 @@ class Fields:
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __bool__(self) -> bool:
+        return True
+
     def is_empty(self, key: str) -> bool:
         """Whether the list or mapping under ``key`` is there and has nothing in it."""
         value = self._values.get(key)
@@ -209,10 +215,12 @@ class Fields:
         found = self.mapping(key)
         return {name: found.integer(name, low=low, high=high) for name in found} if found else {}
 
-    def map_of(self, key: str, names: Text, read: Callable[[Fields], _T]) -> dict[str, _T]:
+    def map_of(self, key: str, names: Text, read: Callable[[Fields], _T], *, most: int) -> dict[str, _T]:
         """The mapping under ``key`` whose values are mappings, each read by ``read``; those with a mistake in the name are left out."""
         found = self.mapping(key)
         result: dict[str, _T] = {}
+        if found is not None and len(found) > most:
+            self.complain(key, f"has {len(found)} entries, of at most {most}")
         for name in found or ():
             assert found is not None
             mistake = names.find_mistake(name)

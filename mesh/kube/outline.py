@@ -48,15 +48,9 @@ class Outline(Fields):
             result["minProperties"] = self._smallest
         if not self._closed:
             result[_KEEP_UNKNOWN] = True
-        rules = list(self._rules)
-        if self.strict:
-            for key, property in result.get("properties", {}).items():
-                # API servers drop a null that is not nullable, and with it what its author meant to restrict.
-                property["nullable"] = True
-                rules.append(Rule(f"is empty: leave '{key}' out", f"!has(self.{key}) || dyn(self.{key}) != null", key))
-        if rules:
+        if self._rules:
             result["x-kubernetes-validations"] = [
-                {"message": rule.message, "rule": rule.cel, "fieldPath": f".{rule.field}"} for rule in rules
+                {"message": rule.message, "rule": rule.cel, "fieldPath": f".{rule.field}"} for rule in self._rules
             ]
         return result
 
@@ -116,13 +110,20 @@ class Outline(Fields):
         self._note(key, lambda: {"type": "object", "additionalProperties": _integer(low, high)})
         return {}
 
-    def map_of(self, key: str, names: Text, read: Callable[[Fields], _T]) -> dict[str, _T]:
+    def map_of(self, key: str, names: Text, read: Callable[[Fields], _T], *, most: int) -> dict[str, _T]:
         child = self._make_child()
         read(child)
         # Structural schemas have no word for what a key must look like.
-        rules = [{"message": "a key is not what it should be", "rule": f"self.all(key, key.matches('{names.schema['pattern']}'))"}]
-        self._note(key, lambda: {"type": "object", "additionalProperties": child.schema(), "x-kubernetes-validations": rules})
+        rules = [{"message": "a name here is not of the form it must have", "rule": f"self.all(key, key.matches('{names.schema['pattern']}'))"}]
+        limits = {"maxProperties": most, "x-kubernetes-validations": rules}
+        self._note(key, lambda: {"type": "object", "additionalProperties": {**child.schema(), **self._nullable}, **limits})
         return {}
+
+    @property
+    def _nullable(self) -> Schema:
+        """API servers drop a null that is not nullable, and with it what its author meant to restrict. No rule of theirs could refuse it
+        either: to CEL it is absent. So where it matters it is kept, for the parser to refuse."""
+        return {"nullable": True} if self.strict else {}
 
     def _make_child(self, empty: str = "") -> Outline:
         child = Outline(strict=self.strict)
@@ -131,7 +132,7 @@ class Outline(Fields):
 
     def _note(self, key: str, make: Callable[[], Schema], required: bool = False) -> None:
         assert key not in self._properties, f"{key} is asked for twice"
-        self._properties[key] = make
+        self._properties[key] = lambda: {**make(), **self._nullable}
         if required:
             self._required.append(key)
 

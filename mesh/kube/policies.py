@@ -37,6 +37,7 @@ _CONDITION_KEYS = (
 _CONDITION_FAMILIES = re.compile(r"(request\.headers|request\.auth\.claims|experimental\.envoy\.filters\..+)(\[.+\])+")
 MAX_ITEMS = 512
 """Rules in a policy, and items in each part of a rule; as Istio's schema."""
+MAX_PORT_MODES = 512
 
 
 def _negated(name: str) -> str:
@@ -133,7 +134,7 @@ def parse_peer_authentication(fields: Fields) -> PeerAuthentication:
     spec.refuse_unknown("selector", "mtls", "portLevelMtls")
     selector = _read_selector(spec)
     mtls = spec.mapping("mtls")
-    port_modes = spec.map_of("portLevelMtls", PORT, _read_mode)
+    port_modes = spec.map_of("portLevelMtls", PORT, _read_mode, most=MAX_PORT_MODES)
     spec.demand(_PORTS_NEED_SELECTOR, [("portLevelMtls",)] if port_modes and not selector else ())
     modes = {int(port): mode for port, mode in port_modes.items()}
     return PeerAuthentication(obj.namespace, obj.name, selector, _read_mode(mtls) if mtls else "UNSET", modes)

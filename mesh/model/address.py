@@ -45,7 +45,11 @@ def ip_from_bytes(packed: bytes) -> IpAddress:
 
 
 def parse_cidr(text: str) -> Cidr:
-    """``ip`` or ``ip/length``; host bits may be set, as Istio takes them, and are masked. Raises InvalidAddress."""
+    """``ip`` or ``ip/length``; host bits may be set, as Istio takes them, and are masked. No netmask for a length and no zone, which
+    Python would take and nobody else. Raises InvalidAddress."""
+    _, slash, length = text.partition("/")
+    if "%" in text or (slash and not (length.isascii() and length.isdigit())):
+        raise InvalidAddress(f"not an IP address or CIDR: {text!r}")
     try:
         return ipaddress.ip_network(text, strict=False)
     except ValueError as exc:
