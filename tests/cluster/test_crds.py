@@ -12,7 +12,7 @@ from mesh.kube.crds import MANAGED_BY, is_ours, make_definition, make_definition
 from mesh.kube.resources import RESOURCES
 from tests.cluster.harness.api import Api, ApiRefused, Object
 from tests.cluster.harness.client import Cluster, wait_until
-from tests.corpus import EXAMPLES, HOME, Mistake, read_manifests, read_mistakes
+from tests.corpus import EXAMPLES, MESH, Mistake, read_manifests, read_mistakes
 
 CUSTOM = [kind for kind, resource in RESOURCES.items() if resource.group.endswith("istio.io")]
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
@@ -77,8 +77,7 @@ def test_what_only_the_parser_refuses_reaches_it_as_it_was_written(cluster: Clus
 
 
 def good() -> list[dict[str, Any]]:
-    paths = [*sorted(EXAMPLES.rglob("*.yaml")), *sorted(HOME.glob("*mesh*.yaml"))]
-    return [manifest for manifest in read_manifests(*paths) if manifest["kind"] in CUSTOM]
+    return [manifest for manifest in read_manifests(*sorted(EXAMPLES.rglob("*.yaml")), MESH) if manifest["kind"] in CUSTOM]
 
 
 @pytest.mark.parametrize("manifest", good(), ids=lambda manifest: f"{manifest['kind']} {manifest['metadata']['name']}")

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from mesh.kube.resources import RESOURCES
 
 HOME: Final = Path(__file__).parent
+MESH: Final = HOME / "mesh.yaml"
 EXAMPLES: Final = HOME.parents[1] / "examples"
 
 
