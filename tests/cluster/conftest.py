@@ -26,6 +26,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             yield started
 
 
+@pytest.fixture(scope="session")
+def control_cluster() -> Iterator[Cluster]:
+    """A cluster of their own for tests of the control plane alone: they stop its API server, and publish a root in every namespace."""
+    chosen = os.environ.get("CLUSTER")
+    if chosen:
+        yield find_cluster(chosen)
+    else:
+        with running_cluster(f"control-{os.getpid()}", Options(project=False), tell) as started:
+            yield started
+
+
 @pytest.fixture(scope="module")
 def mesh(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     """The cluster with the mesh of deploy/ on it: installed unless an earlier test has left it there."""
