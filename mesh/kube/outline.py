@@ -114,7 +114,9 @@ class Outline(Fields):
         child = self._make_child()
         read(child)
         # Structural schemas have no word for what a key must look like.
-        rules = [{"message": "a name here is not of the form it must have", "rule": f"self.all(key, key.matches('{names.schema['pattern']}'))"}]
+        rules = [
+            {"message": "a name here is not of the form it must have", "rule": f"self.all(key, key.matches('{names.schema['pattern']}'))"}
+        ]
         limits = {"maxProperties": most, "x-kubernetes-validations": rules}
         self._note(key, lambda: {"type": "object", "additionalProperties": {**child.schema(), **self._nullable}, **limits})
         return {}

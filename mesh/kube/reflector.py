@@ -78,6 +78,8 @@ class Reflector:
         self._version = ""
         self._failures = 0
         self._absent = 0
+        self._told = 0
+        """What kind of failure was reported: an HTTP status, 0 where there was no answer."""
         self.synced = trio.Event()
         """Set once the sink has had a whole list, or it is certain that there is none."""
 
@@ -156,7 +158,10 @@ class Reflector:
         self._failures += 1
         if self._failures == 2:
             _log.warning("source.failed", resource=str(self._resource), because=str(exc))
-        if self._failures >= 2:
+        kind = exc.status if isinstance(exc, ApiError) else 0
+        if self._failures == 2 or (self._failures > 2 and kind != self._told):
+            # A connection breaks in a dozen ways while one thing is wrong: that is told once.
+            self._told = kind
             self._sink.report(f"{self._resource}: {exc}")
         longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures, 20))
         await trio.sleep(self._rng.uniform(longest / 2, longest))

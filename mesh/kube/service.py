@@ -62,7 +62,7 @@ def read_service(obj: KubeObject) -> tuple[KubeService, tuple[SourceProblem, ...
         selector=spec.string_map("selector"),
         cluster_ips=() if headless else _parse_addresses(spec, addresses),
         headless=headless,
-        ip_families=_read_families(spec),
+        ip_families=_read_families(spec) or _families_of(addresses),
         ports=tuple(_read_port(port) for port in spec.mappings("ports")),
         publish_not_ready=spec.boolean("publishNotReadyAddresses"),
         internal_traffic_local=spec.string("internalTrafficPolicy", "Cluster", choices=("Cluster", "Local")) == "Local",
@@ -97,6 +97,11 @@ def _read_families(spec: Fields) -> tuple[str, ...]:
         if family not in ("IPv4", "IPv6"):
             spec.complain("ipFamilies", f"expected IPv4 or IPv6, found '{family}'", index)
     return families
+
+
+def _families_of(addresses: tuple[tuple[str, int | None, str], ...]) -> tuple[str, ...]:
+    """What an API server fills in where ``ipFamilies`` is not given: the families of the addresses. Empty where there are none."""
+    return tuple(dict.fromkeys("IPv6" if ":" in text else "IPv4" for _, _, text in addresses if text != "None"))
 
 
 def _read_port(port: Fields) -> KubeServicePort:
