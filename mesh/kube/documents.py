@@ -1,8 +1,8 @@
 """YAML text into documents with line numbers, within bounds: no anchors that explode, no deep nesting, no key given twice.
 
-ruamel.yaml scans and parses; the values are built here from its events, because a constructor that only builds plain data, counts
-as it goes and never recurses is easier to trust than one that is told what to leave out. Scalars resolve as kubectl resolves them
-(YAML 1.1 through go-yaml: ``yes`` and ``on`` are booleans), so a file means here what it means there.
+ruamel.yaml scans and parses, through libyaml where that reads alike; the values are built here from its events, because a constructor
+that only builds plain data, counts as it goes and never recurses is easier to trust than one that is told what to leave out. Scalars
+resolve as kubectl resolves them (YAML 1.1 through go-yaml: ``yes`` and ``on`` are booleans), so a file means here what it means there.
 
 A file is cut at its ``---`` lines before it is parsed (as kubectl does): a mistake is confined to its document, and a document whose
 text did not change is not parsed again.
@@ -21,6 +21,7 @@ from ruamel.yaml.error import MarkedYAMLError, StringMark, YAMLError
 from ruamel.yaml.events import (
     AliasEvent,
     DocumentStartEvent,
+    Event,
     MappingEndEvent,
     MappingStartEvent,
     NodeEvent,
@@ -31,6 +32,11 @@ from ruamel.yaml.events import (
 
 from mesh.kube.objects import SourceMapping, SourceSequence
 
+try:
+    from _ruamel_yaml import CParser
+except ImportError:  # a platform that ruamel.yaml.clib is not built for
+    CParser = None
+
 MAX_DEPTH = 64
 """Nesting of a document. Kubernetes objects stay under 20."""
 MAX_NODES = 200_000
@@ -40,6 +46,8 @@ MAX_FILE_SIZE = 32 << 20
 
 _SEPARATOR = re.compile(r"^---(?=[ \t\r\n]|\Z)", re.MULTILINE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_DIRECTIVE = re.compile(r"^%", re.MULTILINE)
+_UNLIKE = re.compile("[\x85\u2028\u2029\ufeff]")
 _LINE_BREAK = re.compile(r"\r\n|[\r\n\x85\u2028\u2029]")
 
 
@@ -93,9 +101,25 @@ def parse_json(text: str) -> object:
 
 def parse_chunk(chunk: Chunk) -> list[object]:
     """The values of a chunk, normally one; lines are relative to the chunk. Raises MalformedDocument, and nothing else."""
+    if is_plain(chunk):
+        try:
+            return parse_with(chunk, pure=False)
+        except MalformedDocument:
+            pass  # the parser in Python has the last word, and better ones
+    return parse_with(chunk, pure=True)
+
+
+def is_plain(chunk: Chunk) -> bool:
+    """Whether libyaml, which is several times as fast as the parser in Python, reads it alike if it can: it follows YAML 1.1, where more
+    characters end a line, and directives may change the version."""
+    return not (_DIRECTIVE.search(chunk.text) or (not chunk.text.isascii() and _UNLIKE.search(chunk.text)))
+
+
+def parse_with(chunk: Chunk, *, pure: bool) -> list[object]:
+    """`parse_chunk` by one parser: ``pure`` is the one in Python, else libyaml if it is there. Raises MalformedDocument."""
     builder = _Builder(chunk.line)
     try:
-        for event in YAML(typ="safe", pure=True).parse(chunk.text):
+        for event in YAML(typ="safe", pure=True).parse(chunk.text) if pure or CParser is None else _parse_fast(chunk.text):
             if isinstance(event, NodeEvent):
                 builder.add(event)
             elif isinstance(event, SequenceEndEvent | MappingEndEvent):
@@ -112,6 +136,13 @@ def parse_chunk(chunk: Chunk) -> list[object]:
         # ruamel.yaml 0.19 lets some malformed directives and escapes ("\\UFFFFFFFF") out as Python's own errors.
         raise MalformedDocument(f"not YAML: {exc}", chunk.line + 1, 1) from exc
     return builder.documents
+
+
+def _parse_fast(text: str) -> Iterator[Event]:
+    # Not through YAML(): it looks for plug-ins in the file system each time.
+    parser = CParser(text)
+    while parser.check_event():
+        yield parser.get_event()
 
 
 def _malformed(message: str, mark: StringMark | None, first_line: int) -> MalformedDocument:

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mesh.kube.directory import DirectoryStore
-from mesh.kube.documents import Chunk, MalformedDocument, parse_chunk, split_documents
+from mesh.kube.documents import Chunk, MalformedDocument, is_plain, parse_chunk, parse_with, split_documents
 from mesh.kube.kinds import KINDS
-from mesh.kube.objects import KubeObject, Layer, Origin
+from mesh.kube.objects import KubeObject, Layer, Origin, SourceMapping, SourceSequence
 
 PIECES = st.sampled_from([
     "a", "b: ", "- ", "  ", "\n", "\r\n", "\t", "---", "...", "--- ", "%YAML 1.1", "%TAG ! x", "&a ", "*a", "<<: ", "!!str ", "!t ",
@@ -54,6 +54,27 @@ def test_a_document_is_values_or_malformed(text: str) -> None:
         except MalformedDocument as exc:
             malformed = exc
         assert malformed is None or (malformed.line >= 1 and malformed.column >= 1 and malformed.message)
+
+
+def with_lines(value: object) -> object:
+    """The value and the line of everything in it."""
+    match value:
+        case SourceMapping():
+            return value.line, value.lines, {key: with_lines(item) for key, item in value.items()}
+        case SourceSequence():
+            return value.line, value.lines, [with_lines(item) for item in value]
+    return type(value), value
+
+
+@given(YAMLISH)
+@settings(max_examples=400, deadline=None)
+def test_libyaml_reads_what_the_parser_in_python_reads(text: str) -> None:
+    for chunk in filter(is_plain, split_documents(text)):
+        try:
+            fast, sure = (parse_with(chunk, pure=pure) for pure in (False, True))
+        except MalformedDocument:
+            continue
+        assert [with_lines(value) for value in fast] == [with_lines(value) for value in sure]
 
 
 @given(YAMLISH)
