@@ -16,7 +16,7 @@ from tests.cluster.harness.api import Object, path_of
 from tests.cluster.harness.client import Cluster, wait_until
 from tests.cluster.harness.keeper import all_ready
 from tests.cluster.mesh import SYSTEM, access_log, agent_of, label, rolled_out, wait_captured, wait_released, wait_rolled_out
-from tests.cluster.workloads import Load, addresses, apply_pods, echo_pod, loading
+from tests.cluster.workloads import Load, addresses, apply_pods, echo_pod, loading, tunnelled
 
 NAMESPACE = "events"
 HELD = 50
@@ -36,6 +36,8 @@ def pods(mesh: Cluster) -> Iterator[dict[str, Object]]:
 @pytest.fixture
 def load(mesh: Cluster, pods: dict[str, Object]) -> Iterator[Load]:
     """Under way, and all of it through the mesh."""
+    wait_rolled_out(mesh)
+    wait_until(lambda: tunnelled(mesh, pods["client"], pods["server"]), "traffic is tunnelled")
     with loading(mesh, pods["client"], addresses(pods["server"])[0], held=HELD) as load:
         load.go_on()
         yield load
@@ -81,7 +83,8 @@ def test_sigkill_of_the_brains_costs_nothing(mesh: Cluster, load: Load, figures:
 
 def test_sigkill_of_a_whole_agent_is_over_soon(mesh: Cluster, load: Load, figures: Figures) -> None:
     for pid in processes(mesh, "n2"):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # with its first process all end
+            os.kill(pid, signal.SIGKILL)
     wait_until(lambda: load.lost and load.alive == 0, "the kill is felt")
     load.go_on()
     wait_rolled_out(mesh)
