@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from tests.cluster.figures import Figures
-from tests.cluster.harness.client import Cluster, Options, find_cluster, running_cluster
+from tests.cluster.harness.client import Cluster, Options, find_cluster, prepare, running_cluster
 from tests.cluster.harness.progress import tell
 from tests.cluster.mesh import install, uninstall
+
+_FIGURES = Figures()
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +25,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         found.load_project()
         yield found
     else:
+        parts = prepare()  # what takes minutes is no part of the time
+        began = time.monotonic()
         with running_cluster(f"test-{os.getpid()}", Options(), tell) as started:
+            _FIGURES.note(f"a cluster of Kubernetes {parts[0].version} with two nodes, up", f"{time.monotonic() - began:.1f} s")
             yield started
 
 
@@ -42,9 +48,6 @@ def mesh(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     """The cluster with the mesh of deploy/ on it: installed unless an earlier test has left it there."""
     install(cluster, tmp_path_factory.mktemp("deploy"))
     return cluster
-
-
-_FIGURES = Figures()
 
 
 @pytest.fixture(scope="session")
