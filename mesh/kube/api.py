@@ -225,8 +225,9 @@ class ApiClient:
         renewed = False
         for attempt in range(_ATTEMPTS):
             connection, response = await self._exchange(method, target, body, content_type, fresh=fresh)
-            if response.status_code == 401 and self._access.token_file is not None and not renewed:
+            if response.status_code == 401 and self._access.renewable and not renewed:
                 renewed = True
+                self._access.forget()
                 self._token_read = float("-inf")
                 pause = 0.0
             elif response.status_code == 429 and attempt < _ATTEMPTS - 1:

@@ -1,7 +1,7 @@
-"""How to reach an API server and prove who we are: a kubeconfig file, or what the kubelet put into our own pod.
+"""How to reach an API server and prove who we are: kubeconfig files, read as kubectl does, or what the kubelet put into our own pod.
 
-Credential plugins (``exec``, ``auth-provider``) are refused: a daemon that starts other programs with its own rights on the word of a file
-is not worth what it saves; a token file says the same.
+Credential plugins (``exec``) are for people's commands. Daemons refuse them: one that starts other programs with its own rights on the
+word of a file is not worth what it saves; a token file says the same.
 """
 
 from __future__ import annotations
@@ -11,30 +11,39 @@ import binascii
 import os
 import ssl
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
+from mesh.kube.credentials import (
+    INTERACTIVE_MODES,
+    PLUGIN_VERSIONS,
+    ClientCertificate,
+    ExecPlugin,
+    KubeconfigError,
+    PluginCommand,
+)
 from mesh.kube.documents import MalformedDocument, parse_chunk, split_documents
+
+__all__ = [
+    "IN_CLUSTER",
+    "ClientCertificate",
+    "ClusterAccess",
+    "KubeconfigError",
+    "Overrides",
+    "choose_access",
+    "find_access",
+    "load_kubeconfig",
+]
 
 IN_CLUSTER: Final = "in-cluster"
 SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where the kubelet mounts a pod's own token and the API server's roots."""
 _MAX_FILE: Final = 1 << 20
 
-
-class KubeconfigError(Exception):
-    """There is no usable way to an API server; the text names file and field. The operator must act."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClientCertificate:
-    """PEM, the chain with the leaf first."""
-
-    chain: bytes
-    key: bytes = field(repr=False)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +64,26 @@ class ClusterAccess:
     certificate: ClientCertificate | None = None
     token: str = field(default="", repr=False)
     token_file: Path | None = None
+    plugin: ExecPlugin | None = None
+    """Asked where there is no token."""
     namespace: str = "default"
+    origin: str = ""
+    """Where all this was found, for people: ``context kind of /root/.kube/config``."""
+
+    @property
+    def renewable(self) -> bool:
+        """Whether a token that was refused may be worth getting anew."""
+        return self.token_file is not None or self.plugin is not None
+
+    def forget(self) -> None:
+        """The server refused the credentials."""
+        if self.plugin is not None:
+            self.plugin.forget()
 
     def read_token(self) -> str:
-        """The bearer token as it is now, or ``""``. Raises KubeconfigError."""
+        """The bearer token as it is now, or ``""``; blocks while a plugin is asked. Raises KubeconfigError."""
         if self.token_file is None:
-            return self.token
+            return self.token if self.token or self.plugin is None else self.plugin.current().token
         token = _read(self.token_file).decode("ascii", "replace").strip()
         if not token or not token.isprintable():
             raise KubeconfigError(f"{self.token_file}: no token in it")
@@ -75,8 +98,9 @@ class ClusterAccess:
         if self.insecure:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-        if self.certificate is not None:
-            _load_certificate(context, self.certificate)
+        certificate = self.certificate if self.certificate is not None or self.plugin is None else self.plugin.current().certificate
+        if certificate is not None:
+            _load_certificate(context, certificate)
         return context
 
     def _roots(self) -> str | None:
@@ -116,12 +140,46 @@ def in_cluster(environ: Mapping[str, str], directory: Path = SERVICE_ACCOUNT) ->
     return access
 
 
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What the command line says instead of the files; empty: as they have it."""
+
+    context: str = ""
+    cluster: str = ""
+    user: str = ""
+    namespace: str = ""
+
+
 def load_kubeconfig(path: Path, context: str = "") -> ClusterAccess:
     """The access of ``context``, or of the file's ``current-context``. Relative paths are the file's. Raises KubeconfigError."""
-    access = _Reader(path, _parse(path)).read(context)
+    access = _Reader([_File(path, _parse(path))], plugins=False).read(Overrides(context=context))
     access.read_token()
     access.make_context()
     return access
+
+
+def choose_access(
+    explicit: Path | None = None, overrides: Overrides | None = None, environ: Mapping[str, str] = os.environ, home: Path | None = None
+) -> ClusterAccess:
+    """What kubectl would take: the file ``explicit``, else those of KUBECONFIG merged, else ``~/.kube/config``, else our own pod's account.
+
+    Nothing is asked of a plugin yet. Raises KubeconfigError.
+    """
+    chosen = overrides or Overrides()
+    paths = [explicit] if explicit is not None else kubeconfig_files(environ, home or Path.home())
+    if not paths:
+        if environ.get("KUBERNETES_SERVICE_HOST") and chosen == Overrides(namespace=chosen.namespace):
+            access = in_cluster(environ)
+            return replace(access, namespace=chosen.namespace or access.namespace, origin="the pod's own service account")
+        looked = environ.get("KUBECONFIG") or str((home or Path.home()) / ".kube/config")
+        raise KubeconfigError(f"there is no kubeconfig ({looked}): give one with --kubeconfig or KUBECONFIG")
+    return _Reader([_File(path, _parse(path)) for path in paths], plugins=True).read(chosen)
+
+
+def kubeconfig_files(environ: Mapping[str, str], home: Path) -> list[Path]:
+    """Those that exist: of KUBECONFIG's list, whose other entries kubectl passes over, or the one in the home directory."""
+    listed = [Path(part) for part in environ.get("KUBECONFIG", "").split(os.pathsep) if part]
+    return list(dict.fromkeys(path for path in listed or [home / ".kube/config"] if path.exists()))
 
 
 def _parse(path: Path) -> Mapping[str, object]:
@@ -134,92 +192,178 @@ def _parse(path: Path) -> Mapping[str, object]:
     return documents[0]
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: Path
+    config: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A named cluster, user or context, and the file it was found in: relative paths in it start there."""
+
+    path: Path
+    where: str
+    value: Mapping[str, object]
+
+    def text(self, key: str) -> str:
+        value = self.value.get(key)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self.wrong(key, "expected a string")
+        return value
+
+    def material(self, key: str) -> bytes:
+        """``KEY-data`` in base64, which has precedence, or the file that ``KEY`` names."""
+        data = self.text(f"{key}-data")
+        if data:
+            try:
+                return base64.b64decode(data, validate=True)
+            except (binascii.Error, ValueError) as exc:
+                raise self.wrong(f"{key}-data", f"not base64: {exc}") from exc
+        name = self.text(key)
+        return _read(self.resolve(name)) if name else b""
+
+    def resolve(self, name: str) -> Path:
+        return self.path.parent / name
+
+    def section(self, key: str) -> _Entry | None:
+        value = self.value.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.wrong(key, "expected a mapping")
+        return _Entry(self.path, f"{self.where}.{key}", value)
+
+    def wrong(self, key: str, message: str) -> KubeconfigError:
+        return KubeconfigError(f"{self.path}: {'.'.join(filter(None, (self.where, key)))}: {message}")
+
+
 class _Reader:
-    """Reads one kubeconfig; every complaint names the file and the field."""
+    """Reads kubeconfigs that count as one: of entries of one name, and of current-context, the first counts. Every complaint names
+    file and field."""
 
-    def __init__(self, path: Path, config: Mapping[str, object]) -> None:
-        self._path = path
-        self._config = config
+    def __init__(self, files: Sequence[_File], *, plugins: bool) -> None:
+        self._files = files
+        self._plugins = plugins
 
-    def read(self, name: str) -> ClusterAccess:
-        name = name or self._text(self._config, "current-context", "current-context")
-        if not name:
-            raise self._wrong("current-context", "not set, and no context was asked for")
-        context = self._find("contexts", name, "context")
-        cluster_name, user_name = (self._text(context, key, f"contexts[{name}].{key}") for key in ("cluster", "user"))
+    def read(self, overrides: Overrides) -> ClusterAccess:
+        context = self._context(overrides)
+        cluster_name, user_name = overrides.cluster or context.text("cluster"), overrides.user or context.text("user")
         cluster = self._find("clusters", cluster_name, "cluster")
-        user = self._find("users", user_name, "user") if user_name else {}
-        where, of_user = f"clusters[{cluster_name}]", f"users[{user_name}]"
-        for unsupported in ("exec", "auth-provider", "username", "password"):
-            if user.get(unsupported):
-                raise self._wrong(f"{of_user}.{unsupported}", "not supported; give a token, tokenFile or client certificate")
-        if cluster.get("proxy-url"):
-            raise self._wrong(f"{where}.proxy-url", "not supported")
-        tls, host, port, prefix = self._server(self._text(cluster, "server", f"{where}.server"), where)
-        token_file = self._text(user, "tokenFile", f"{of_user}.tokenFile")
+        user = self._find("users", user_name, "user") if user_name else _Entry(context.path, "users", {})
+        for unsupported in (
+            ("auth-provider", "username", "password") if self._plugins else ("exec", "auth-provider", "username", "password")
+        ):
+            if user.value.get(unsupported):
+                raise user.wrong(unsupported, "not supported; give a token, tokenFile or client certificate")
+        if cluster.value.get("proxy-url"):
+            raise cluster.wrong("proxy-url", "not supported")
+        tls, host, port, prefix = _server(cluster)
+        token_file = user.text("tokenFile")
+        plugin = user.section("exec")
         return ClusterAccess(
             host=host,
             port=port,
             tls=tls,
             prefix=prefix,
-            server_name=self._text(cluster, "tls-server-name", f"{where}.tls-server-name"),
-            ca_pem=self._material(cluster, "certificate-authority", where),
-            insecure=cluster.get("insecure-skip-tls-verify") is True,
-            certificate=self._certificate(user, of_user),
-            token="" if token_file else self._text(user, "token", f"{of_user}.token"),
-            token_file=self._resolve(token_file) if token_file else None,
-            namespace=self._text(context, "namespace", f"contexts[{name}].namespace") or "default",
+            server_name=cluster.text("tls-server-name"),
+            ca_pem=cluster.material("certificate-authority"),
+            insecure=cluster.value.get("insecure-skip-tls-verify") is True,
+            certificate=_certificate(user),
+            token="" if token_file else user.text("token"),
+            token_file=user.resolve(token_file) if token_file else None,
+            plugin=ExecPlugin(_plugin(plugin, cluster)) if plugin is not None else None,
+            namespace=overrides.namespace or context.text("namespace") or "default",
+            origin=f"{context.where} of {context.path}",
         )
 
-    def _find(self, section: str, name: str, key: str) -> Mapping[str, object]:
-        entries = self._config.get(section)
-        for entry in entries if isinstance(entries, list) else ():
-            if isinstance(entry, Mapping) and entry.get("name") == name:
-                value = entry.get(key)
-                return value if isinstance(value, Mapping) else {}
-        raise self._wrong(section, f"there is no '{name}'")
+    def _context(self, overrides: Overrides) -> _Entry:
+        texts = (_Entry(file.path, "", file.config).text("current-context") for file in self._files)
+        name = overrides.context or next(filter(None, texts), "")
+        if name:
+            return self._find("contexts", name, "context")
+        if overrides.cluster:
+            return _Entry(self._files[0].path, f"clusters[{overrides.cluster}]", {})
+        raise self._wrong("current-context", "not set, and no context was asked for (--context)")
 
-    def _server(self, url: str, where: str) -> tuple[bool, str, int, str]:
-        parsed = urlsplit(url)
-        try:
-            host, port = parsed.hostname, parsed.port
-        except ValueError:
-            host, port = None, None
-        if parsed.scheme not in ("https", "http") or not host:
-            raise self._wrong(f"{where}.server", f"expected https://HOST:PORT, found '{url}'")
-        tls = parsed.scheme == "https"
-        return tls, host, port or (443 if tls else 80), parsed.path.rstrip("/")
-
-    def _certificate(self, user: Mapping[str, object], where: str) -> ClientCertificate | None:
-        chain, key = self._material(user, "client-certificate", where), self._material(user, "client-key", where)
-        if bool(chain) != bool(key):
-            raise self._wrong(where, "client-certificate and client-key go together")
-        return ClientCertificate(chain, key) if chain else None
-
-    def _material(self, entry: Mapping[str, object], key: str, where: str) -> bytes:
-        """``KEY-data`` in base64, which has precedence, or the file that ``KEY`` names."""
-        data = self._text(entry, f"{key}-data", f"{where}.{key}-data")
-        if data:
-            try:
-                return base64.b64decode(data, validate=True)
-            except (binascii.Error, ValueError) as exc:
-                raise self._wrong(f"{where}.{key}-data", f"not base64: {exc}") from exc
-        name = self._text(entry, key, f"{where}.{key}")
-        return _read(self._resolve(name)) if name else b""
-
-    def _resolve(self, name: str) -> Path:
-        return self._path.parent / name
-
-    def _text(self, entry: Mapping[str, object], key: str, where: str) -> str:
-        value = entry.get(key)
-        if value is None:
-            return ""
-        if not isinstance(value, str):
-            raise self._wrong(where, "expected a string")
-        return value
+    def _find(self, section: str, name: str, key: str) -> _Entry:
+        known: list[str] = []
+        for file in self._files:
+            entries = file.config.get(section)
+            for entry in entries if isinstance(entries, list) else ():
+                if isinstance(entry, Mapping) and entry.get("name") == name:
+                    value = entry.get(key)
+                    return _Entry(file.path, f"{section}[{name}]", value if isinstance(value, Mapping) else {})
+                if isinstance(entry, Mapping):
+                    known.append(str(entry.get("name")))
+        raise self._wrong(section, f"there is no '{name}'" + (f" (there are: {', '.join(known[:20])})" if known else ""))
 
     def _wrong(self, where: str, message: str) -> KubeconfigError:
-        return KubeconfigError(f"{self._path}: {where}: {message}")
+        return KubeconfigError(f"{os.pathsep.join(str(file.path) for file in self._files)}: {where}: {message}")
+
+
+def _server(cluster: _Entry) -> tuple[bool, str, int, str]:
+    url = cluster.text("server")
+    parsed = urlsplit(url)
+    try:
+        host, port = parsed.hostname, parsed.port
+    except ValueError:
+        host, port = None, None
+    if parsed.scheme not in ("https", "http") or not host:
+        raise cluster.wrong("server", f"expected https://HOST:PORT, found '{url}'")
+    tls = parsed.scheme == "https"
+    return tls, host, port or (443 if tls else 80), parsed.path.rstrip("/")
+
+
+def _certificate(user: _Entry) -> ClientCertificate | None:
+    chain, key = user.material("client-certificate"), user.material("client-key")
+    if bool(chain) != bool(key):
+        raise user.wrong("", "client-certificate and client-key go together")
+    return ClientCertificate(chain, key) if chain else None
+
+
+def _plugin(section: _Entry, cluster: _Entry) -> PluginCommand:
+    command, version, mode = section.text("command"), section.text("apiVersion"), section.text("interactiveMode") or "IfAvailable"
+    if not command:
+        raise section.wrong("command", "missing")
+    if version not in PLUGIN_VERSIONS:
+        raise section.wrong("apiVersion", f"expected {' or '.join(PLUGIN_VERSIONS)}, found '{version}'")
+    if mode not in INTERACTIVE_MODES:
+        raise section.wrong("interactiveMode", f"expected {', '.join(INTERACTIVE_MODES)}, found '{mode}'")
+    return PluginCommand(
+        where=f"{section.path}: {section.where}",
+        # As kubectl: a name is looked up in PATH, a path is the file's.
+        command=str(section.resolve(command)) if "/" in command else command,
+        args=tuple(_list_of(section, "args", str)),
+        env=tuple((str(item.get("name")), str(item.get("value"))) for item in _list_of(section, "env", dict)),
+        api_version=version,
+        interactive_mode=mode,
+        install_hint=section.text("installHint"),
+        cluster=_cluster_info(cluster) if section.value.get("provideClusterInfo") is True else None,
+    )
+
+
+def _list_of(section: _Entry, key: str, kind: type[_T]) -> list[_T]:
+    value = section.value.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise section.wrong(key, f"expected a list of {'strings' if kind is str else 'mappings'}")
+    return value
+
+
+def _cluster_info(cluster: _Entry) -> Mapping[str, object]:
+    """The cluster as plugins are told of it."""
+    info: dict[str, object] = {"server": cluster.text("server")}
+    roots = cluster.material("certificate-authority")
+    if roots:
+        info["certificate-authority-data"] = base64.b64encode(roots).decode()
+    for key in ("tls-server-name", "insecure-skip-tls-verify"):
+        if cluster.value.get(key):
+            info[key] = cluster.value[key]
+    return info
 
 
 def _read(path: Path) -> bytes:
