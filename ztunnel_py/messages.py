@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from mesh.runtime.inspection import LivingConnection
+
 
 class Message(msgspec.Struct, frozen=True, tag=True):
     """Base of all messages: frozen, tagged with the class name."""
@@ -69,11 +71,12 @@ class Pong(Message, frozen=True):
 
 
 class Scraped(Message, frozen=True):
-    """Answer to `Scrape`: the mover's metrics and its living connections by pod (JSON-able)."""
+    """Answer to `Scrape`: the mover's metrics; if it was asked, its living connections, and how many more there are than it tells."""
 
     request: int
     metrics: bytes
-    connections: dict[str, dict[str, list[dict[str, str]]]]
+    connections: list[LivingConnection] = []
+    omitted: int = 0
 
 
 class Drained(Message, frozen=True):
@@ -141,9 +144,10 @@ class Ping(Message, frozen=True):
 
 
 class Scrape(Message, frozen=True):
-    """Report metrics and connections, with this request's number."""
+    """Report metrics, and at most so many connections, with this request's number."""
 
     request: int
+    connections: int = 0
 
 
 class Drain(Message, frozen=True):

@@ -26,6 +26,7 @@ _CONCATENATED: Final = 6
 _NATIVE_KEY_BIG_VALUE: Final = bytes([0, 4]) + struct.pack("=I", 1) + bytes([1, 4]) + struct.pack("=I", 2)
 """User data by which ``nft list`` knows the byte order of a map's keys and values."""
 _POLICY_ACCEPT: Final = 1
+_COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 _ELEMENTS_PER_MESSAGE: Final = 512
 """An attribute's length has 16 bits."""
 
@@ -76,6 +77,53 @@ def find_differences(tables: Sequence[Table], *, absent: Sequence[str] = (), fam
         there = _read_tables(sock, family) if absent else ()
         found += (f"table {name} is not wanted" for name in absent if name in there)
     return found
+
+
+class InstalledRule(NamedTuple):
+    """A rule in the kernel. ``text`` as `nft.Rule.text` where it is one of those expected in its chain, else the names of its expressions.
+    ``packets`` and ``bytes`` are its counter's, None without one."""
+
+    text: str
+    expected: bool
+    packets: int | None
+    bytes: int | None
+
+
+class InstalledChain(NamedTuple):
+    name: str
+    rules: tuple[InstalledRule, ...]
+
+
+class InstalledTable(NamedTuple):
+    name: str
+    chains: tuple[InstalledChain, ...]
+
+
+def read_tables(tables: Sequence[Table]) -> list[InstalledTable]:
+    """What the kernel has in tables of these names, with its counters; rules are told by comparing them with the ones given. A table that
+    is missing is left out. Raises OSError."""
+    found: list[InstalledTable] = []
+    with NetfilterSocket() as sock:
+        for table in tables:
+            if table.name in _read_tables(sock, table.family):
+                rules = _read_rules(sock, table)
+                known = {chain.name: chain.rules for chain in table.chains}
+                chains = (
+                    InstalledChain(name, tuple(_told(sock, table, known.get(name, ()), rule) for rule in rules.get(name, ())))
+                    for name in _read_chains(sock, table)
+                )
+                found.append(InstalledTable(table.name, tuple(chains)))
+    return found
+
+
+def _told(sock: NetfilterSocket, table: Table, known: Sequence[Rule], installed: Sequence[_Installed]) -> InstalledRule:
+    same = next((rule for rule in known if _same_rule(sock, table, rule, installed)), None)
+    text = same.text if same is not None else " ".join(expression.name for expression in installed)
+    counter = next((expression.attributes for expression in installed if expression.name == "counter"), None)
+    if counter is None:
+        return InstalledRule(text, same is not None, None, None)
+    packets, size = (int.from_bytes(counter.get(kind, b""), "big") for kind in (_COUNTER_PACKETS, _COUNTER_BYTES))
+    return InstalledRule(text, same is not None, packets, size)
 
 
 def _transact(messages: Sequence[Message]) -> None:

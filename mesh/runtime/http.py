@@ -7,15 +7,20 @@ costs one task for a few seconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import h11
 import trio
 
+from mesh.linux.unix_sockets import unix_address
 from mesh.telemetry.log import get_logger
 
 HEADER_TIMEOUT: Final = 2.0
@@ -110,6 +115,37 @@ async def open_listeners(address: str, *, default_host: str = "") -> list[trio.S
             await listener.aclose()
         raise BindError(f"failed to bind to address {address}: {failure}") from failure
     return listeners
+
+
+@contextmanager
+def unix_listener(path: Path) -> Iterator[trio.SocketListener]:
+    """Listen on a socket file that only its owner may use, in place of what another process has left, or still has, at ``path``.
+
+    The file goes with the context, unless another process has taken its place. Raises BindError.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(sock.fileno(), 0o600)  # the file that bind makes takes the socket's mode, so it is never open to others
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unfinished.unlink(missing_ok=True)
+        with unix_address(unfinished) as address:
+            sock.bind(address)
+        sock.listen(16)
+        ours = unfinished.stat()
+        unfinished.replace(path)
+    except OSError as exc:
+        sock.close()
+        raise BindError(f"failed to listen at {path}: {exc.strerror}") from exc
+    sock.setblocking(False)
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    try:
+        yield listener
+    finally:
+        listener.socket.close()
+        with suppress(OSError):
+            if os.path.samestat(path.stat(), ours):
+                path.unlink()
 
 
 def bound_addresses(listeners: Sequence[trio.SocketListener]) -> list[str]:

@@ -53,6 +53,10 @@ class Readiness:
         """Names of pending tasks, sorted."""
         return tuple(sorted(task.name for task in self._tasks.values() if not task.ready))
 
+    def detail(self, name: str) -> str:
+        """Why the task is pending, see `ReadinessTask.detail`."""
+        return self._tasks[name].detail
+
     async def wait_ready(self) -> None:
         while self.pending:
             await self._changed.wait()

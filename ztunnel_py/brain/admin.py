@@ -7,14 +7,16 @@ from importlib.metadata import version
 import trio
 
 from mesh.runtime.http import Request, Response, Route, Routes
+from mesh.runtime.inspection import MAX_LIMIT
 from mesh.runtime.readiness import Readiness
 from mesh.state.store import MeshState
 from mesh.telemetry import log
 from mesh.telemetry.metrics import InvalidSnapshot, Registry, Totals, content_type, decode_snapshot, render
 from mesh.tls.rotation import CertificateManager, describe_certificates
 from ztunnel_py import messages
-from ztunnel_py.brain.dump import Json, dump_config, dump_state
+from ztunnel_py.brain.dump import Json, dump_config, dump_connection, dump_state
 from ztunnel_py.brain.movers import Movers
+from ztunnel_py.brain.pages import Pages
 from ztunnel_py.brain.pods import PodKeeper
 from ztunnel_py.config import AgentConfig
 from ztunnel_py.pods.lifecycle import Phase
@@ -22,6 +24,9 @@ from ztunnel_py.pods.lifecycle import Phase
 _INDEX = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>ztunnel-py</title></head><body>
 <h1>ztunnel-py</h1><ul>
 <li><a href="config_dump">config_dump</a>: state, certificates, pods and connections</li>
+<li><a href="debug/status">debug/status</a>, <a href="debug/pods">pods</a>, <a href="debug/connections">connections</a>,
+<a href="debug/certificates">certificates</a>, <a href="debug/policies">policies</a>, <a href="debug/workloads">workloads</a>,
+<a href="debug/services">services</a>, <a href="debug/rules">rules</a>: one thing each, for <code>meshctl node</code></li>
 <li><code>POST logging?level=debug</code>: log levels</li>
 <li><code>POST quitquitquit</code>: drain and stop</li>
 </ul></body></html>
@@ -41,6 +46,7 @@ class Admin:
         pods: PodKeeper,
         registry: Registry,
         totals: Totals,
+        pages: Pages,
         *,
         stop: trio.Event,
     ) -> None:
@@ -51,17 +57,19 @@ class Admin:
         self._pods = pods
         self._registry = registry
         self._totals = totals
+        self._pages = pages
         self._stop = stop
         self._first_levels = log.current_levels()
 
     def routes(self) -> Routes:
-        """For the admin port."""
+        """For the admin port and socket."""
         post = frozenset({"POST"})
         return {
             "/": Route(self._index),
             "/config_dump": Route(self._config_dump),
             "/logging": Route(self._logging, post, usage=_LOGGING_USAGE),
             "/quitquitquit": Route(self._quit, post),
+            **self._pages.routes(),
         }
 
     def metrics_routes(self) -> Routes:
@@ -83,20 +91,20 @@ class Admin:
         return Response.json(dumped)
 
     async def _workload_state(self) -> Json:
-        answers = [scraped for _, scraped in await self._movers.scrape()]
-        states: Json = {}
-        for uid, (pod, status) in self._pods.statuses().items():
-            connections: dict[str, list[dict[str, str]]] = {"inbound": [], "outbound": []}
-            for scraped in answers:
-                for direction, living in scraped.connections.get(uid, {}).items():
-                    connections[direction] += living
-            states[uid] = {
+        states: Json = {
+            uid: {
                 "state": "Up" if status.phase is Phase.CAPTURED else "Pending",
                 "phase": status.phase.value,
                 "because": status.because,
-                "connections": connections,
+                "connections": {"inbound": [], "outbound": []},
                 "info": {"name": pod.name, "namespace": pod.namespace, "serviceAccount": pod.service_account},
             }
+            for uid, (pod, status) in self._pods.statuses().items()
+        }
+        for _, scraped in await self._movers.scrape(MAX_LIMIT):
+            for living in scraped.connections:
+                if living.pod in states:
+                    states[living.pod]["connections"][living.direction].append(dump_connection(living))
         return states
 
     async def _logging(self, request: Request) -> Response:

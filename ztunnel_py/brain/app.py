@@ -16,7 +16,8 @@ from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.workload import TunnelProtocol
 from mesh.rpc.tls import client_tls
 from mesh.runtime.env import InvalidEnvironment
-from mesh.runtime.http import BindError, open_listeners, serve_admin
+from mesh.runtime.http import BindError, Routes, open_listeners, serve_admin, unix_listener
+from mesh.runtime.inspection import ADMIN_SOCKET
 from mesh.runtime.readiness import Readiness
 from mesh.runtime.signals import watch_signals
 from mesh.state.store import MeshState
@@ -30,6 +31,7 @@ from ztunnel_py import messages
 from ztunnel_py.brain.admin import Admin
 from ztunnel_py.brain.authority import fetch_certificate
 from ztunnel_py.brain.movers import Holding, Mover, Movers
+from ztunnel_py.brain.pages import Pages
 from ztunnel_py.brain.pods import PodKeeper
 from ztunnel_py.brain.transfer import transfer_state, unreadable_bodies
 from ztunnel_py.config import AgentConfig, read_access, read_config
@@ -73,6 +75,7 @@ class Brain:
         self._certificates.subscribe(self._certificate_news)
         self._movers = Movers(count=config.movers, run_dir=config.run_dir, follower=self)
         self._pods = PodKeeper(config, self._movers, self._certificates, workloads, self._is_announced)
+        self._ads_state = AdsState(Phase.CONNECTING, synced=False)
         self._readiness = Readiness()
         self._state_ready = self._readiness.register("state manager")
         self._movers_ready = self._readiness.register("movers")
@@ -83,6 +86,7 @@ class Brain:
     async def run(self) -> None:
         """Until SIGTERM, ``/quitquitquit`` or the supervisor's death; then drain. Raises BindError when a port is taken."""
         config = self._config
+        pages = Pages(config, self._state, self._certificates, self._movers, self._pods, self._readiness, ads_state=lambda: self._ads_state)
         admin = Admin(
             config,
             self._state,
@@ -91,6 +95,7 @@ class Brain:
             self._pods,
             self._registry,
             self._totals,
+            pages,
             stop=self._stop,
         )
         ports = [
@@ -98,6 +103,10 @@ class Brain:
             (admin.metrics_routes(), await open_listeners(config.stats_address)),
             (admin.readiness_routes(self._readiness), await open_listeners(config.readiness_address)),
         ]
+        with unix_listener(config.run_dir / ADMIN_SOCKET) as admin_socket:
+            await self._run_serving([*ports, (admin.routes(), [admin_socket])])
+
+    async def _run_serving(self, ports: Sequence[tuple[Routes, Sequence[trio.SocketListener]]]) -> None:
         async with trio.open_nursery() as nursery:
             for routes, listeners in ports:
                 nursery.start_soon(serve_admin, routes, listeners)
@@ -109,8 +118,8 @@ class Brain:
                 working.start_soon(self._run_xds)
                 working.start_soon(self._run_pods)
                 await self._stop.wait()
-                _log.info("draining", seconds=config.drain)
-                await self._movers.drain(config.drain)
+                _log.info("draining", seconds=self._config.drain)
+                await self._movers.drain(self._config.drain)
                 working.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 
@@ -188,6 +197,7 @@ class Brain:
             self._unreadable |= unreadable_bodies(update.raw, broken)
 
     def _xds_state(self, state: AdsState) -> None:
+        self._ads_state = state
         if state.synced:
             self._state_ready.done()
             if not self._synced.is_set():

@@ -12,6 +12,7 @@ from mesh.model.address import GatewayAddress
 from mesh.model.policy import Exact, Match, Policy, Prefix, Presence, ServiceAccountMatch, StringMatch, Suffix
 from mesh.model.service import HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, Service, Visibility
 from mesh.model.workload import Locality, TunnelProtocol, Workload
+from mesh.runtime.inspection import LivingConnection
 from mesh.state.store import MeshState
 from ztunnel_py.config import AgentConfig
 
@@ -104,6 +105,13 @@ def dump_policy(policy: Policy) -> Json:
         "rules": [[[_match(match) for match in clause.matches] for clause in rule.clauses] for rule in policy.rules],
     }
     return dumped if policy.unreadable is None else dumped | {"unreadable": policy.unreadable}
+
+
+def dump_connection(living: LivingConnection) -> Json:
+    """ztunnel's form, and ours with what it lacks."""
+    dumped: Json = {"src": living.source, "actualDst": living.destination, "protocol": living.protocol}
+    optional: Json = {"originalDst": living.service, "authority": living.authority, "because": living.because}
+    return dumped | {key: value for key, value in optional.items() if value}
 
 
 def dump_config(config: AgentConfig) -> Json:

@@ -142,15 +142,15 @@ class Movers:
                         self._end_surplus(path)
             task_status.started()
 
-    async def scrape(self) -> list[tuple[Mover, messages.Scraped]]:
-        """Ask every mover for metrics and connections; one that does not answer in two seconds is left out."""
+    async def scrape(self, connections: int = 0) -> list[tuple[Mover, messages.Scraped]]:
+        """Ask every mover for metrics and at most so many connections; one that does not answer in two seconds is left out."""
         self._request += 1
         request = self._request
         answers: list[tuple[Mover, messages.Scraped]] = []
 
         async def ask(mover: Mover) -> None:
             event, answer = mover.scrapes[request] = trio.Event(), list[messages.Scraped]()
-            mover.post(messages.Scrape(request))
+            mover.post(messages.Scrape(request, connections))
             with trio.move_on_after(_SCRAPE_SECONDS):
                 await event.wait()
                 answers.append((mover, answer[0]))

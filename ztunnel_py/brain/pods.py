@@ -29,7 +29,16 @@ from ztunnel_py.pods import vocabulary as pods
 from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.lifecycle import Lifecycle, Phase, PodStatus, Wish, advance, status_of
 from ztunnel_py.pods.place import ClusterPlace, DirectoryPlace, Place
-from ztunnel_py.redirect.apply import CaptureFailed, apply_capture, begin_release, finish_release, observe_pod, verify_capture
+from ztunnel_py.redirect.apply import (
+    CaptureFailed,
+    CaptureReading,
+    apply_capture,
+    begin_release,
+    finish_release,
+    observe_pod,
+    read_capture,
+    verify_capture,
+)
 from ztunnel_py.redirect.plan import RedirectPlan, plan_capture
 
 SERVING_SECONDS = 5.0
@@ -121,6 +130,15 @@ class PodKeeper:
     def statuses(self) -> dict[str, tuple[PodFacts, PodStatus]]:
         """Every pod that something is or was to be done about, by uid."""
         return {uid: (record.pod, status_of(record)) for uid, record in self._state.records.items()}
+
+    async def read_rules(self, uid: str) -> CaptureReading:
+        """The rules in a pod's namespace now, for people. Raises CannotServe, CaptureFailed."""
+        record = self._state.records.get(uid)
+        if record is None:
+            raise CannotServe("the pod is not known")
+        releasing = record.wish is not Wish.CAPTURED
+        how = (record.pod, self._wants_lookups(record.pod), self._config.ipv6)
+        return await trio.to_thread.run_sync(_read, self._held_pod(uid).netns, *how, releasing)
 
     def mesh_changed(self) -> None:
         """What ``is_announced`` says may be different now."""
@@ -435,6 +453,10 @@ def _capture(netns: int, facts: PodFacts, dns: bool, ipv6: bool) -> None:
 
 def _verify(netns: int, facts: PodFacts, dns: bool, ipv6: bool) -> list[str]:
     return verify_capture(netns, _plan(netns, facts, dns, ipv6))
+
+
+def _read(netns: int, facts: PodFacts, dns: bool, ipv6: bool, releasing: bool) -> CaptureReading:
+    return read_capture(netns, _plan(netns, facts, dns, ipv6), releasing=releasing)
 
 
 def _begin_release(netns: int, facts: PodFacts, dns: bool, ipv6: bool) -> None:

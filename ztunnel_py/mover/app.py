@@ -40,6 +40,7 @@ from ztunnel_py.mover.nameservers import ResolvConf
 from ztunnel_py.mover.outbound import Outbound
 from ztunnel_py.mover.plane import POLICY_GRACE_SECONDS, Plane
 from ztunnel_py.mover.pod import Pod, PodSockets
+from ztunnel_py.mover.report import describe_living
 from ztunnel_py.mover.waiting import WaitingRoom
 from ztunnel_py.supervisor import LIFELINE
 
@@ -219,7 +220,7 @@ class Mover:
             case messages.Ping():
                 self._tell(messages.Pong(message.number))
             case messages.Scrape():
-                self._report(message.request)
+                self._report(message)
             case messages.Drain():
                 self._nursery.start_soon(self._drain, message.seconds)
             case messages.SetLogLevels():
@@ -319,19 +320,10 @@ class Mover:
 
     # Reports
 
-    def _report(self, request: int) -> None:
+    def _report(self, message: messages.Scrape) -> None:
         self._plane.ledger.count_live_bytes()
-        connections: dict[str, dict[str, list[dict[str, str]]]] = {uid: {"inbound": [], "outbound": []} for uid in self._pods}
-        for living in self._plane.ledger.living():
-            entry = {"src": str(living.client), "actualDst": str(living.destination), "protocol": living.protocol}
-            if living.service is not None:
-                entry["originalDst"] = living.service.hostname
-            if living.authority:
-                entry["authority"] = living.authority
-            if living.because:
-                entry["because"] = living.because
-            connections.setdefault(living.pod, {"inbound": [], "outbound": []})[living.direction].append(entry)
-        self._tell(messages.Scraped(request, encode_snapshot(self._registry.snapshot()), connections))
+        told, omitted = describe_living(self._plane.ledger.living(), self._reactor.now(), message.connections)
+        self._tell(messages.Scraped(message.request, encode_snapshot(self._registry.snapshot()), told, omitted))
 
     # The end
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from mesh.linux.netns import ipv6_enabled, run_in_netns
 from mesh.linux.nft import Table
-from mesh.linux.nft_apply import NftRefused, delete_tables, find_differences, replace_tables
+from mesh.linux.nft_apply import InstalledTable, NftRefused, delete_tables, find_differences, list_tables, read_tables, replace_tables
 from ztunnel_py.redirect.plan import OUR_TABLES, PodCapture, RedirectPlan
 from ztunnel_py.redirect.routing import add_routing, find_routing_differences, remove_routing
 
@@ -41,10 +42,28 @@ def apply_capture(netns_fd: int, plan: RedirectPlan) -> bool:
 def verify_capture(netns_fd: int, plan: RedirectPlan) -> list[str]:
     """What in the namespace differs from the plan, one sentence each; empty when the capture is complete. Raises CaptureFailed."""
 
-    def inside() -> list[str]:
-        return [*find_routing_differences(plan.families), *find_differences(plan.tables, absent=_absent(plan.tables))]
+    return _attempt(netns_fd, "read the rules back", lambda: _find_all_differences(plan.tables, plan.families))
 
-    return _attempt(netns_fd, "read the rules back", inside)
+
+@dataclass(frozen=True, slots=True)
+class CaptureReading:
+    """What a namespace holds: ``differences`` from what it should, the tables of ours with their counters, the names of others' tables."""
+
+    differences: tuple[str, ...]
+    tables: tuple[InstalledTable, ...]
+    foreign: tuple[str, ...]
+
+
+def read_capture(netns_fd: int, plan: RedirectPlan, *, releasing: bool) -> CaptureReading:
+    """The rules as they are, beside those that should be: of a captured pod, or of one that is being released. Raises CaptureFailed."""
+    expected = plan.releasing if releasing else plan.tables
+
+    def inside() -> CaptureReading:
+        differences = tuple(_find_all_differences(expected, plan.families))
+        # Told by the rules of a capture also while it is released: what is left over of one has a name.
+        return CaptureReading(differences, tuple(read_tables(plan.tables)), tuple(sorted(set(list_tables()) - set(OUR_TABLES))))
+
+    return _attempt(netns_fd, "read the rules", inside)
 
 
 def begin_release(netns_fd: int, plan: RedirectPlan) -> bool:
@@ -76,6 +95,10 @@ def _change(netns_fd: int, tables: tuple[Table, ...], families: tuple[int, ...])
         return True
 
     return _attempt(netns_fd, "write the rules", inside)
+
+
+def _find_all_differences(tables: tuple[Table, ...], families: tuple[int, ...]) -> list[str]:
+    return [*find_routing_differences(families), *find_differences(tables, absent=_absent(tables))]
 
 
 def _absent(tables: tuple[Table, ...]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import pytest
 
 from mesh.linux import nft
 from mesh.linux.nft import Chain, ChainType, Hook, HookPoint, Rule, Table
-from mesh.linux.nft_apply import NftRefused, delete_tables, find_differences, list_tables, replace_tables
+from mesh.linux.nft_apply import NftRefused, delete_tables, find_differences, list_tables, read_tables, replace_tables
 from mesh.model.address import SocketAddress
 from mesh.testing.netns import EchoServer, echoes, namespaces, wire
 
@@ -74,6 +74,24 @@ def test_nft_lists_every_statement_as_we_print_it() -> None:
 def test_a_missing_table_is_a_difference() -> None:
     with namespaces("nft") as (netns,):
         assert netns.run(lambda: find_differences([EVERYTHING])) == ["table everything is missing"]
+
+
+def test_rules_are_read_back_with_their_texts_and_counters() -> None:
+    with namespaces("a", "b") as (near, far), EchoServer(far.listen(80)):
+        wire(near, far, ("10.77.0.2/24", "fd77::2/64"), ("10.77.0.1/24", "fd77::1/64"))
+        counted = Rule((nft.tcp_dport(80), nft.tcp_flags(("syn",), ("fin", "syn", "rst", "ack")), nft.counter()), "opened")
+        stranger = Rule((nft.tcp_dport(81), nft.drop()))
+        table = Table("t", (Chain("c", (counted,), Hook(ChainType.FILTER, HookPoint.OUTPUT, 0)),))
+        near.run(lambda: replace_tables([Table("t", (Chain("c", (counted, stranger), table.chains[0].hook),))]))
+        with near.connect(SocketAddress.parse("10.77.0.1:80")) as sock:
+            assert echoes(sock)
+        (found,) = near.run(lambda: read_tables([table, Table("missing", ())]))
+        (ours, theirs) = found.chains[0].rules
+        assert (found.name, found.chains[0].name) == ("t", "c")
+        assert (ours.text, ours.expected, ours.packets) == (counted.text, True, 1)
+        assert ours.bytes
+        assert (theirs.expected, theirs.packets) == (False, None)
+        assert "immediate" in theirs.text
 
 
 def test_replacing_removes_what_was_there_under_the_name() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.runtime import http
-from mesh.runtime.http import BindError, Request, Response, Route, bound_addresses, open_listeners, serve_admin
+from mesh.runtime.http import BindError, Request, Response, Route, bound_addresses, open_listeners, serve_admin, unix_listener
 
 
 async def _echo(request: Request) -> Response:
@@ -165,3 +165,42 @@ def test_a_client_that_disappears_leaves_no_descriptor(tmp_path):
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_a_socket_file_is_its_owners_alone_and_goes_with_its_server(tmp_path):
+    path = tmp_path / "run" / ("x" * 90) / "admin.sock"  # longer than the kernel's addresses
+
+    async def main():
+        with unix_listener(path) as listener:
+            assert path.stat().st_mode & 0o777 == 0o600
+            async with trio.open_nursery() as nursery:
+                await nursery.start(serve_admin, ROUTES, [listener])
+                sock = socket.socket(socket.AF_UNIX)
+                with http.unix_address(path) as address:
+                    sock.connect(address)
+                sock.setblocking(False)
+                async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as stream:
+                    await stream.send_all(b"GET /echo HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                    assert b" 200 " in b"".join([data async for data in stream])
+                nursery.cancel_scope.cancel()
+        assert list(path.parent.iterdir()) == []
+
+    trio.run(main)
+
+
+def test_a_server_that_ends_leaves_its_successors_socket_file_alone(tmp_path):
+    path = tmp_path / "admin.sock"
+
+    async def main():
+        with unix_listener(path), unix_listener(tmp_path / "other.sock") as successor:
+            (tmp_path / "other.sock").rename(path)
+            del successor
+        assert path.exists()
+
+    trio.run(main)
+
+
+def test_a_place_without_room_for_a_socket_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BindError, match=r"failed to listen at .*/file/admin.sock: "), unix_listener(tmp_path / "file" / "admin.sock"):
+        pass
