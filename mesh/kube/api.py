@@ -163,13 +163,39 @@ class ApiClient:
     async def merge_patch(self, path: str, patch: Json) -> dict[str, object]:
         return decode_object(await self._request("PATCH", path, body=patch, content_type=MERGE_PATCH))
 
-    async def apply(self, path: str, body: Json, *, manager: str, force: bool = True) -> dict[str, object]:
-        """Server-side apply; ``force`` takes over fields that another manager set."""
-        query = {"fieldManager": manager, "force": "true" if force else "false"}
+    async def apply(self, path: str, body: Json, *, manager: str, force: bool = True, dry_run: bool = False) -> dict[str, object]:
+        """Server-side apply; ``force`` takes over fields that another manager set. ``dry_run``: only say what would come of it."""
+        query = {"fieldManager": manager, "force": "true" if force else "false", **({"dryRun": "All"} if dry_run else {})}
         return decode_object(await self._request("PATCH", path, query, body=body, content_type=APPLY_PATCH))
 
-    async def delete(self, path: str) -> None:
-        await self._request("DELETE", path)
+    async def delete(self, path: str, *, propagation: str = "") -> None:
+        """``propagation``: Background or Foreground (the object stays until what it owns is gone); empty: the kind's own default."""
+        await self._request("DELETE", path, {"propagationPolicy": propagation} if propagation else None)
+
+    async def stream(self, path: str, query: Mapping[str, str]) -> AsyncGenerator[bytes, None]:
+        """The answer's bytes as they come, however long that takes: logs. Use with `contextlib.aclosing`.
+
+        Raises ApiError, ApiUnavailable.
+        """
+        connection, response = await self._open("GET", path, query, b"", "", fresh=True)
+        try:
+            if response.status_code != 200:
+                raise api_error(response.status_code, await connection.read_body(MAX_RESPONSE))
+            while True:
+                with network_failures():
+                    data = await connection.read_chunk()
+                if data is None:
+                    return
+                yield data
+        finally:
+            connection.discard()
+
+    async def open_stream(self, path: str, query: Mapping[str, str]) -> tuple[trio.abc.Stream, str, list[tuple[str, str]]]:
+        """For protocols that begin as a request: a connection of its own, the request's target, and the headers that prove us."""
+        with network_failures():
+            headers = self._headers("", b"")
+            with trio.fail_after(CONNECT_TIMEOUT):
+                return await self._connect(), self._target(path, query), headers
 
     async def watch(
         self, path: str, query: Mapping[str, str], *, stall: float, on_open: Callable[[], None] = lambda: None
@@ -181,11 +207,11 @@ class ApiClient:
         connection, response = await self._open("GET", path, {**query, "watch": "1"}, b"", "", fresh=True)
         try:
             if response.status_code != 200:
-                raise _error(response, await connection.read_body(MAX_RESPONSE))
+                raise api_error(response.status_code, await connection.read_body(MAX_RESPONSE))
             on_open()
             buffer = bytearray()
             while True:
-                with _failures(), trio.fail_after(stall):
+                with network_failures(), trio.fail_after(stall):
                     data = await connection.read_chunk()
                 if data is None:
                     return  # a line cut off in the middle is no event: the next watch brings it whole
@@ -205,7 +231,7 @@ class ApiClient:
         self, method: str, path: str, query: Mapping[str, str] | None = None, *, body: Json | None = None, content_type: str = ""
     ) -> bytes:
         data = b"" if body is None else msgspec.json.encode(body)
-        with _failures(), trio.fail_after(REQUEST_TIMEOUT):
+        with network_failures(), trio.fail_after(REQUEST_TIMEOUT):
             connection, response = await self._open(method, path, query or {}, data, content_type)
             try:
                 answer = await connection.read_body(MAX_RESPONSE)
@@ -214,14 +240,14 @@ class ApiClient:
                 raise
         self._keep(connection)
         if not 200 <= response.status_code < 300:
-            raise _error(response, answer)
+            raise api_error(response.status_code, answer)
         return answer
 
     async def _open(
         self, method: str, path: str, query: Mapping[str, str], body: bytes, content_type: str, *, fresh: bool = False
     ) -> tuple[_Connection, h11.Response]:
         """Send it; the connection is at the answer's body. Waits where the server asks for it, and renews a token that was refused once."""
-        target = quote(self._access.prefix + path) + (f"?{urlencode(query)}" if query else "")
+        target = self._target(path, query)
         renewed = False
         for attempt in range(_ATTEMPTS):
             connection, response = await self._exchange(method, target, body, content_type, fresh=fresh)
@@ -242,7 +268,7 @@ class ApiClient:
         while True:
             connection = self._idle.pop() if self._idle and not fresh else None
             reused = connection is not None
-            with _failures():
+            with network_failures():
                 if connection is None:
                     with trio.fail_after(CONNECT_TIMEOUT):
                         connection = _Connection(await self._connect())
@@ -258,6 +284,9 @@ class ApiClient:
                 except BaseException:
                     connection.discard()
                     raise
+
+    def _target(self, path: str, query: Mapping[str, str]) -> str:
+        return quote(self._access.prefix + path) + (f"?{urlencode(query)}" if query else "")
 
     def _headers(self, content_type: str, body: bytes) -> list[tuple[str, str]]:
         headers = [("host", self._host()), ("user-agent", "ambient-mesh"), ("accept", "application/json")]
@@ -361,7 +390,7 @@ class _Connection:
 
 
 @contextmanager
-def _failures() -> Iterator[None]:
+def network_failures() -> Iterator[None]:
     """Everything that the network can do to us as ApiUnavailable."""
     try:
         yield
@@ -406,14 +435,14 @@ def _parse_event(line: bytes) -> WatchEvent:
     return WatchEvent(event.type, event.object)
 
 
-def _error(response: h11.Response, body: bytes) -> ApiError:
+def api_error(code: int, body: bytes) -> ApiError:
     """The Status object's own words where there is one."""
     try:
         status = _STATUSES.decode(body)
     except (msgspec.DecodeError, RecursionError):
         status = _Status()
     text = status.message or body[:200].decode("utf-8", "replace").strip() or "the API server gave no reason"
-    return ApiError(response.status_code, status.reason, text)
+    return ApiError(code, status.reason, text)
 
 
 def _retry_after(response: h11.Response) -> float:

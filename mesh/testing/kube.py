@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -16,12 +16,14 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import h11
 import trio
 from trio.testing import memory_stream_pair
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Message, Request
 
 from mesh.kube.kubeconfig import ClusterAccess
 from mesh.kube.overlay import merge_patch
-from mesh.kube.resources import CONFIG_MAPS, LEASES, RESOURCES, SECRETS, TOKEN_REVIEWS, Resource
+from mesh.kube.resources import CONFIG_MAPS, DAEMON_SETS, DEPLOYMENTS, LEASES, RESOURCES, SECRETS, TOKEN_REVIEWS, Resource
 
-_SERVED: Final = (*RESOURCES.values(), SECRETS, CONFIG_MAPS, LEASES, TOKEN_REVIEWS)
+_SERVED: Final = (*RESOURCES.values(), SECRETS, CONFIG_MAPS, LEASES, TOKEN_REVIEWS, DEPLOYMENTS, DAEMON_SETS)
 _MAX_HEADER: Final = 64 << 10
 
 Object = dict[str, Any]
@@ -101,6 +103,13 @@ class FakeApiServer:
         self.accepted_tokens: set[str] | None = None
         """Bearer tokens that may call; None: everybody may."""
         self.bookmarks = True
+        self.served: list[Resource] = list(_SERVED)
+        """Add what else it shall know."""
+        self.version = {"major": "1", "minor": "34", "gitVersion": "v1.34.4"}
+        self.ports: dict[tuple[str, str, int], Callable[[trio.abc.Stream], Awaitable[None]]] = {}
+        """What serves a connection to a port of a pod, by namespace, pod and port; of others the kubelet says that they refuse."""
+        self.logs: dict[tuple[str, str], str] = {}
+        """By namespace and pod."""
         self._version = 100
         self._history: list[_Change] = []
         self._oldest = 100
@@ -114,15 +123,15 @@ class FakeApiServer:
     def put(self, raw: Mapping[str, object]) -> Object:
         """Create or replace, with any status."""
         obj = copy.deepcopy(dict(raw))
-        resource = _resource_of(str(obj["kind"]))
+        resource = self._resource_of(str(obj["kind"]))
         return self._store(resource, obj)
 
     def remove(self, kind: str, namespace: str, name: str) -> None:
-        resource = _resource_of(kind)
+        resource = self._resource_of(kind)
         self._delete(_Target(resource, namespace, name))
 
     def find(self, kind: str, namespace: str, name: str) -> Object | None:
-        return self.objects.get((_resource_of(kind).plural, namespace, name))
+        return self.objects.get((self._resource_of(kind).plural, namespace, name))
 
     def compact(self) -> None:
         """Resource versions of the past are expired."""
@@ -174,6 +183,9 @@ class FakeApiServer:
                     await _Exchange(self, stream, budget).serve()
         except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError, _Cut):
             pass
+
+    def _resource_of(self, kind: str) -> Resource:
+        return next(resource for resource in self.served if resource.kind == kind)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -274,7 +286,14 @@ class _Exchange:
         token = seen.headers.get("authorization", "").removeprefix("Bearer ")
         if server.accepted_tokens is not None and token not in server.accepted_tokens:
             raise _Refusal(401, "Unauthorized", "Unauthorized")
+        document = self._discover(seen.path)
+        if document is not None:
+            await self._send_json(200, document)
+            return
         target = self._parse_path(seen.path)
+        if target.subresource in ("log", "portforward"):
+            await self._serve_kubelet(target, seen)
+            return
         if seen.method == "GET" and not target.name:
             if seen.query.get("watch") == "1":
                 await self._watch(target, seen.query)
@@ -290,10 +309,46 @@ class _Exchange:
         namespace = ""
         if parts[0] == "namespaces" and len(parts) > 2 and not (group == "" and parts[2] == "status"):
             namespace, parts = parts[1], parts[2:]
-        resource = next((r for r in _SERVED if r.plural == parts[0] and r.group == group), None)
+        resource = next((r for r in self._server.served if r.plural == parts[0] and r.group == group), None)
         if resource is None or group in self._server.faults.absent_groups:
             raise _Refusal(404, "NotFound", "the server could not find the requested resource")
         return _Target(resource, namespace, *parts[1:3])
+
+    def _discover(self, path: str) -> Object | None:
+        """What the server serves, as it tells it; the server's version."""
+        server = self._server
+        parts = path.strip("/").split("/")
+        match parts:
+            case ["version"]:
+                return dict(server.version)
+            case ["apis"]:
+                versions = dict.fromkeys(resource.api_version for resource in server.served if resource.group)
+                return {"groups": [{"name": each.split("/")[0], "preferredVersion": {"groupVersion": each}} for each in versions]}
+            case ["api", version] | ["apis", _, version]:
+                group = parts[1] if parts[0] == "apis" else ""
+                found = [each for each in server.served if (each.group, each.version) == (group, version)]
+                if not found or group in server.faults.absent_groups:
+                    raise _Refusal(404, "NotFound", "the server could not find the requested resource")
+                verbs = ["get", "list", "watch", "create", "patch", "delete"]
+                resources = [{"name": r.plural, "kind": r.kind, "namespaced": r.namespaced, "verbs": verbs} for r in found]
+                return {"kind": "APIResourceList", "resources": resources}
+        return None
+
+    # What kubelets do
+
+    async def _serve_kubelet(self, target: _Target, seen: Seen) -> None:
+        pod = (target.namespace, target.name)
+        if (target.resource.plural, *pod) not in self._server.objects:
+            raise _not_found(target)
+        if target.subresource == "log":
+            body = self._server.logs.get(pod, "").encode()
+            await self._send(h11.Response(status_code=200, headers=[("content-length", str(len(body)))]))
+            await self._send(h11.Data(data=body))
+            await self._send(h11.EndOfMessage())
+            return
+        port = int(seen.query["ports"])
+        await _serve_port(self._stream, seen, port, self._server.ports.get((*pod, port)))
+        raise _Cut  # the connection is no longer HTTP's
 
     # Reading
 
@@ -447,8 +502,46 @@ async def _wait_then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-def _resource_of(kind: str) -> Resource:
-    return next(resource for resource in _SERVED if resource.kind == kind)
+async def _serve_port(stream: trio.abc.Stream, seen: Seen, port: int, serve: Callable[[trio.abc.Stream], Awaitable[None]] | None) -> None:
+    """The kubelet's side of ``v4.channel.k8s.io``."""
+    socket = WSConnection(ConnectionType.SERVER)
+    head = "".join(f"{name}: {value}\r\n" for name, value in seen.headers.items())
+    socket.receive_data(f"GET {seen.path} HTTP/1.1\r\n{head}\r\n".encode())
+    (request,) = socket.events()
+    assert isinstance(request, Request)
+    protocol = "v4.channel.k8s.io"
+    assert protocol in request.subprotocols
+    greeting = socket.send(AcceptConnection(subprotocol=protocol))
+    greeting += b"".join(socket.send(Message(data=bytes([channel]) + port.to_bytes(2, "little"))) for channel in (0, 1))
+    await stream.send_all(greeting)
+    if serve is None:
+        await stream.send_all(socket.send(Message(data=b"\x01" + f"error forwarding port {port}: connection refused".encode())))
+        return
+    ours, theirs = memory_stream_pair()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_pump_in, stream, socket, ours)
+            nursery.start_soon(serve, theirs)
+            while data := await ours.receive_some(65536):
+                await stream.send_all(socket.send(Message(data=b"\x00" + bytes(data))))
+            await stream.send_all(socket.send(CloseConnection(code=1000)))
+            nursery.cancel_scope.cancel()
+    except* (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass  # either side may go first
+
+
+async def _pump_in(stream: trio.abc.Stream, socket: WSConnection, to: trio.abc.Stream) -> None:
+    message = bytearray()
+    while data := await stream.receive_some(65536):
+        socket.receive_data(bytes(data))
+        for event in socket.events():
+            if isinstance(event, BytesMessage):
+                message += event.data
+                if event.message_finished:
+                    assert message[:1] == b"\x00"
+                    await to.send_all(bytes(message[1:]))
+                    message.clear()
+    await to.aclose()
 
 
 def _key(resource: Resource, obj: Object) -> tuple[str, str, str]:
@@ -459,7 +552,10 @@ def _matches(target: _Target, query: Mapping[str, str], obj: Object) -> bool:
     metadata = obj["metadata"]
     if target.namespace and metadata.get("namespace") != target.namespace:
         return False
-    for term in filter(None, query.get("fieldSelector", "").split(",")):
+    labels = metadata.get("labels", {})
+    if not all(labels.get(key) == value for key, _, value in (term.partition("=") for term in _terms(query, "labelSelector"))):
+        return False
+    for term in _terms(query, "fieldSelector"):
         path, _, wanted = term.partition("=")
         value: Any = obj
         for part in path.split("."):
@@ -467,6 +563,10 @@ def _matches(target: _Target, query: Mapping[str, str], obj: Object) -> bool:
         if value != wanted:
             return False
     return True
+
+
+def _terms(query: Mapping[str, str], selector: str) -> list[str]:
+    return [term for term in query.get(selector, "").split(",") if term]
 
 
 def _not_found(target: _Target) -> _Refusal:
