@@ -11,6 +11,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Final
 
+import msgspec
 import trio
 
 from istiod_py.authenticate import CONFIRM_EVERY, NodeAuthorizer
@@ -30,12 +31,13 @@ from istiod_py.translate import Config as TranslateConfig
 from istiod_py.translate import Translation, translate
 from mesh.kube.kubeconfig import KubeconfigError
 from mesh.rpc import Handler, Unary, serve
+from mesh.runtime import inspection
 from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound_addresses, open_listeners, serve_admin
 from mesh.runtime.readiness import Readiness
 from mesh.telemetry.log import get_logger
 from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, add_build, add_process, content_type, render
 from mesh.xds.cache import ResourceCache
-from mesh.xds.names import CREATE_CERTIFICATE_METHOD
+from mesh.xds.names import CREATE_CERTIFICATE_METHOD, pod_of_node_id
 from mesh.xds.server import AdsServer, ConnectionStatus
 
 UPKEEP_INTERVAL: Final = 60.0
@@ -212,6 +214,7 @@ class Istiod:
             "/metrics": Route(self._serve_metrics),
             "/debug/problems": Route(self._serve_problems),
             "/debug/config_dump": Route(self._serve_config_dump),
+            "/debug/status": Route(self._serve_status),
         }
 
     async def _serve_metrics(self, request: Request) -> Response:
@@ -222,6 +225,20 @@ class Istiod:
 
     async def _serve_config_dump(self, request: Request) -> Response:
         return Response.json(describe_state(self._translation, self._ca, self._ads.connections()))
+
+    async def _serve_status(self, request: Request) -> Response:
+        page = inspection.ControlPlanePage(
+            version=version("ambient-mesh"),
+            ready=not self._readiness.pending,
+            pending=list(self._readiness.pending),
+            workloads=len(self._translation.workloads),
+            services=len(self._translation.services),
+            policies=len(self._translation.policies),
+            problems=len(self._problems.current),
+            authority_expires=self._ca.expires.timestamp(),
+            agents=sorted(map(describe_agent, self._ads.connections()), key=lambda agent: (agent.namespace, agent.pod)),
+        )
+        return Response(200, msgspec.json.encode(page), "application/json")
 
     def _add_metrics(self) -> None:
         add_build(self._registry, "pilot", version("ambient-mesh"))
@@ -246,6 +263,14 @@ async def open_source(config: Config, at: datetime) -> Source:
     if config.source is None:
         return await KubernetesSource.open(config, at)
     return await trio.to_thread.run_sync(DirectorySource, config, config.source, at)
+
+
+def describe_agent(connection: ConnectionStatus) -> inspection.ConnectedAgent:
+    """What a connected agent has of what it was sent."""
+    namespace, pod = pod_of_node_id(connection.node_id)
+    behind = {url: status for url, status in connection.types.items() if status.error or status.sent != status.acked}
+    stale = {url.rpartition(".")[2]: status.error or "sent, not taken yet" for url, status in behind.items()}
+    return inspection.ConnectedAgent(pod, namespace, str(connection.peer), stale)
 
 
 def describe_state(translation: Translation, ca: CertificateAuthority, agents: Sequence[ConnectionStatus]) -> dict[str, object]:

@@ -60,7 +60,7 @@ def edit_labels(directory: Path, kind: str, name: str, labels: Mapping[str, str 
     be changed safely, or when a key or value is no label; OSError when the file cannot be written.
     """
     for key, value in labels.items():
-        _check_label(key, value)
+        check_label(key, value)
     target = _Target(kind, namespace, name)
     for file in _files(directory):
         for chunk in split_documents(file.text):
@@ -117,7 +117,8 @@ def _not_found(directory: Path, target: _Target) -> LabelError:
     return LabelError(f"there is no {target} in {directory}{did_you_mean(target.name, known)}{unread}")
 
 
-def _check_label(key: str, value: str | None) -> None:
+def check_label(key: str, value: str | None) -> None:
+    """Raises LabelError when Kubernetes would not take it."""
     prefix, slash, name = key.rpartition("/")
     if not _NAME.match(name) or (slash and not _PREFIX.match(prefix)):
         raise LabelError(f"'{key}' is no key for a label: letters, digits, '-', '_' and '.', after an optional DNS name and '/'")

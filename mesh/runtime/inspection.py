@@ -1,4 +1,4 @@
-"""What a node agent tells of itself on its admin pages below ``/debug/``: written by the agent, read by ``meshctl``.
+"""What agents and the control plane tell of themselves on their pages below ``/debug/``: written by them, read by ``meshctl``.
 
 Fields are camelCase in JSON; what is added later must have a default, so that old and new understand each other. Times are Unix seconds.
 """
@@ -182,3 +182,26 @@ class ObjectsPage(Page, frozen=True):
 
     items: list[dict[str, object]]
     omitted: int = 0
+
+
+class ConnectedAgent(Page, frozen=True):
+    """An agent as the control plane sees it. ``stale``: what it was sent and has not taken yet, or has refused, by type, in words."""
+
+    pod: str
+    namespace: str
+    address: str
+    stale: dict[str, str] = {}
+
+
+class ControlPlanePage(Page, frozen=True):
+    """A replica of the control plane in short. ``problems``: mistakes in the configuration; ``authority_expires``: its root."""
+
+    version: str
+    ready: bool
+    pending: list[str] = []
+    workloads: int = 0
+    services: int = 0
+    policies: int = 0
+    problems: int = 0
+    authority_expires: float | None = None
+    agents: list[ConnectedAgent] = []

@@ -13,3 +13,10 @@ CREATE_CERTIFICATE_METHOD: Final = "/istio.v1.auth.IstioCertificateService/Creat
 def node_id(instance_ip: str, pod: str, namespace: str) -> str:
     """A node proxy's ``node.id``; an unknown address is sent as 1.1.1.1, as ztunnel does."""
     return f"ztunnel~{instance_ip or '1.1.1.1'}~{pod}.{namespace}~{namespace}.svc.cluster.local"
+
+
+def pod_of_node_id(node_id: str) -> tuple[str, str]:
+    """Namespace and name of the pod in a node proxy's ``node.id``; what is none gives the whole as name."""
+    parts = node_id.split("~")
+    name, dot, namespace = parts[2].rpartition(".") if len(parts) == 4 else ("", "", "")
+    return (namespace, name) if dot else ("", node_id)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -14,10 +15,11 @@ from istiod_py.config import Config
 from mesh.model.identity import SpiffeId
 from mesh.rpc import RpcError, Status, open_channel
 from mesh.rpc.tls import client_tls
+from mesh.runtime.inspection import ControlPlanePage
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.csr import make_request
 from mesh.xds.client import AdsClientConfig, AdsUpdate, bearer_metadata, connect_tls, run_ads_client
-from mesh.xds.names import ADDRESS, AUTHORIZATION, CREATE_CERTIFICATE_METHOD, node_id
+from mesh.xds.names import ADDRESS, AUTHORIZATION, CREATE_CERTIFICATE_METHOD, node_id, pod_of_node_id
 from mesh.xds.proto.ca_pb2 import IstioCertificateRequest, IstioCertificateResponse
 
 CLUSTER = """\
@@ -361,6 +363,29 @@ def test_operators_see_metrics_and_the_state_without_secrets(world):
             assert world.token("n1") not in json.dumps(dump)
 
     trio.run(main)
+
+
+def test_the_state_in_short_names_every_agent_and_what_it_has_not_taken(world):
+    async def main():
+        async with running(world) as nursery:
+            nursery.start_soon(world.follow)
+            await world.wait_for(lambda updates: len(updates) == 2)
+            while True:
+                status, text = await world.get("/debug/status")
+                page = msgspec.json.decode(text, type=ControlPlanePage)
+                if page.agents and not page.agents[0].stale:  # its answer may still be on its way to us
+                    break
+                assert page.agents[0].stale.keys() <= {"Address", "Authorization"}
+            assert (status, page.ready, page.workloads, page.problems, len(page.agents)) == (200, True, 2, 0, 1)
+            assert page.authority_expires is not None
+            assert page.authority_expires > datetime.now(UTC).timestamp()
+
+    trio.run(main)
+
+
+def test_a_node_id_names_the_agents_pod():
+    assert pod_of_node_id(node_id("10.0.0.1", "ztunnel-x2", "istio-system")) == ("istio-system", "ztunnel-x2")
+    assert pod_of_node_id("what is this") == ("", "what is this")
 
 
 def test_an_authority_of_the_operators_signs_instead_of_our_own(world, tmp_path):
