@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import click
 
+from meshctl_py.commands.install import install, uninstall
 from meshctl_py.commands.lab import lab
 from meshctl_py.commands.label import label
+from meshctl_py.commands.node import node
+from meshctl_py.commands.status import show_version, status
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
 @click.group(context_settings=_HELP)
 def main() -> None:
-    """Enrol workloads in the mesh, and run a whole mesh on this machine."""
+    """Install the mesh in a cluster, enrol workloads, look into agents, and run a whole mesh on this machine."""
 
 
-@main.command("version")
-def show_version() -> None:
-    """Print the version."""
-    click.echo(f"meshctl {version('ambient-mesh')}")
-
-
-main.add_command(lab)
-main.add_command(label)
+for command in (install, uninstall, status, show_version, label, node, lab):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

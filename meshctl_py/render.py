@@ -12,9 +12,7 @@ from rich.text import Text
 from meshctl_py.lab.home import LabHome
 from meshctl_py.lab.messages import Failed
 from meshctl_py.lab.status import LabStatus, PodStatus, Problem
-
-_OUT = Console(highlight=False, soft_wrap=True)
-_ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+from meshctl_py.table import ERR, OUT, Table, colour_state
 
 
 class Progress:
@@ -51,42 +49,42 @@ class Progress:
 @contextmanager
 def progress() -> Iterator[Progress]:
     """Progress on standard output for as long as the context lasts."""
-    if not _OUT.is_terminal:
+    if not OUT.is_terminal:
         yield Progress(None)
         return
-    with _OUT.status("starting") as live:
+    with OUT.status("starting") as live:
         yield Progress(live)
 
 
 def show_up(status: LabStatus, seconds: float, *, alone: bool, foreground: bool) -> None:
     """The closing words of ``lab up``. ``alone``: no other lab runs, so that commands need no name."""
     name = "" if alone else f" --name {status.name}"
-    _OUT.print(f"lab {status.name} is up after {seconds:.1f} s: {_count(status.nodes, 'node')}, {_count(status.pods, 'pod')}", markup=False)
+    OUT.print(f"lab {status.name} is up after {seconds:.1f} s: {_count(status.nodes, 'node')}, {_count(status.pods, 'pod')}", markup=False)
     _show_problems(status.problems)
     first = next(iter(status.pods), None)
     if first is not None:
-        _OUT.print(f"  try: meshctl lab exec {first.name} -n {first.namespace}{name} -- sh", markup=False)
-    _OUT.print(f"  see: meshctl lab status{name}", markup=False)
-    _OUT.print(f"  end: {'Ctrl-C' if foreground else f'meshctl lab down{name}'}", markup=False)
+        OUT.print(f"  try: meshctl lab exec {first.name} -n {first.namespace}{name} -- sh", markup=False)
+    OUT.print(f"  see: meshctl lab status{name}", markup=False)
+    OUT.print(f"  end: {'Ctrl-C' if foreground else f'meshctl lab down{name}'}", markup=False)
 
 
 def show_failure(failure: Failed) -> None:
     """Why a lab did not become ready, with what its logs say."""
-    _ERR.print(f"Error: {failure.because}", markup=False)
+    ERR.print(f"Error: {failure.because}", markup=False)
     for item in failure.pending:
-        _ERR.print(f"\n{item.what}: {item.because}", markup=False)
+        ERR.print(f"\n{item.what}: {item.because}", markup=False)
         for line in item.tail:
-            _ERR.print(f"  {item.log}: {line}", markup=False)
+            ERR.print(f"  {item.log}: {line}", markup=False)
     if failure.status is not None:
-        _show_problems(failure.status.problems, to=_ERR)
+        _show_problems(failure.status.problems, to=ERR)
 
 
 def show_labs(labs: Sequence[tuple[LabHome, LabStatus | str]]) -> None:
     """One line a lab; in place of a status: ``starting``, or ``killed`` where the processes are gone and the files are not."""
     if not labs:
-        _OUT.print("no labs")
+        OUT.print("no labs")
         return
-    table = _Table("NAME", "STATE", "NODES", "PODS", "SOURCE")
+    table = Table("NAME", "STATE", "NODES", "PODS", "SOURCE")
     for home, status in labs:
         if isinstance(status, str):
             table.add_row(
@@ -100,64 +98,41 @@ def show_labs(labs: Sequence[tuple[LabHome, LabStatus | str]]) -> None:
 
 def show_status(status: LabStatus) -> None:
     """Tables of everything in a lab."""
-    _OUT.print(f"lab {status.name}  source {status.source}  logs {status.logs}\n", markup=False)
-    nodes = _Table("NODE", "ADDRESSES", "PODS", "AGENT")
+    OUT.print(f"lab {status.name}  source {status.source}  logs {status.logs}\n", markup=False)
+    nodes = Table("NODE", "ADDRESSES", "PODS", "AGENT")
     for node in status.nodes:
-        nodes.add_row(node.name, ",".join(node.ips), str(node.pods), _state(node.agent, node.agent in ("ready", "off")))
-    pods = _Table("NAMESPACE", "POD", "NODE", "PHASE", "READY", "RESTARTS", "MESH", "ADDRESSES", "WHY")
+        nodes.add_row(node.name, ",".join(node.ips), str(node.pods), colour_state(node.agent, node.agent in ("ready", "off")))
+    pods = Table("NAMESPACE", "POD", "NODE", "PHASE", "READY", "RESTARTS", "MESH", "ADDRESSES", "WHY")
     for pod in status.pods:
         pods.add_row(*_pod_row(pod))
-    services = _Table("NAMESPACE", "SERVICE", "ADDRESSES", "PORTS", "ENDPOINTS")
+    services = Table("NAMESPACE", "SERVICE", "ADDRESSES", "PORTS", "ENDPOINTS")
     for service in status.services:
         services.add_row(service.namespace, service.name, ",".join(service.ips), ",".join(service.ports), str(service.endpoints))
-    processes = _Table("PROCESS", "STATE", "PID", "STARTS", "LAST EXIT", "WHY")
+    processes = Table("PROCESS", "STATE", "PID", "STARTS", "LAST EXIT", "WHY")
     for process in status.processes:
-        state = _state(process.state, process.state == "running")
+        state = colour_state(process.state, process.state == "running")
         processes.add_row(process.name, state, str(process.pid or ""), str(process.starts), process.last_exit, process.because)
     for table in (nodes, pods, services, processes):
         if table.rows:
             table.print()
-            _OUT.print()
+            OUT.print()
     if status.control_plane not in ("ready", "off"):
-        _OUT.print(f"istiod: {status.control_plane}", markup=False)
+        OUT.print(f"istiod: {status.control_plane}", markup=False)
     _show_problems(status.problems)
 
 
 def _pod_row(pod: PodStatus) -> tuple[str | Text, ...]:
-    mesh = _state(pod.mesh, pod.mesh in ("captured", "outside"))
+    mesh = colour_state(pod.mesh, pod.mesh in ("captured", "outside"))
     why = pod.because if not pod.ready and pod.because else pod.enrolment
-    ready = _state("yes" if pod.ready else "no", pod.ready or pod.phase == "Succeeded")
+    ready = colour_state("yes" if pod.ready else "no", pod.ready or pod.phase == "Succeeded")
     return (pod.namespace, pod.name, pod.node, pod.phase, ready, str(pod.restarts), mesh, ",".join(pod.ips), why)
 
 
-def _show_problems(problems: Sequence[Problem], to: Console = _OUT) -> None:
+def _show_problems(problems: Sequence[Problem], to: Console = OUT) -> None:
     if problems:
         to.print(Text(f"{_count(problems, 'problem')} in the source:", style="bold"))
     for problem in problems:
         to.print(f"  {problem}", markup=False)
-
-
-class _Table:
-    """Columns as wide as they need to be. Rich would fold or cut them to the terminal, and addresses are there to be copied."""
-
-    def __init__(self, *headings: str) -> None:
-        self.rows: list[tuple[Text, ...]] = []
-        self._headings = tuple(Text(heading, style="bold") for heading in headings)
-
-    def add_row(self, *cells: str | Text) -> None:
-        self.rows.append(tuple(Text(cell) if isinstance(cell, str) else cell for cell in cells))
-
-    def print(self) -> None:
-        rows = [self._headings, *self.rows]
-        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-        for row in rows:
-            line = Text("  ").join(cell + " " * (width - len(cell)) for cell, width in zip(row, widths, strict=True))
-            line.rstrip()
-            _OUT.print(line)
-
-
-def _state(text: str, good: bool) -> Text:
-    return Text(text, style="" if good else "yellow")
 
 
 def _count(things: Sequence[object], noun: str) -> str:

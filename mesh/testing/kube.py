@@ -108,6 +108,8 @@ class FakeApiServer:
         self.version = {"major": "1", "minor": "34", "gitVersion": "v1.34.4"}
         self.ports: dict[tuple[str, str, int], Callable[[trio.abc.Stream], Awaitable[None]]] = {}
         """What serves a connection to a port of a pod, by namespace, pod and port; of others the kubelet says that they refuse."""
+        self.establishes = True
+        """Whether CustomResourceDefinitions are taken into service, which makes nothing served here but their status say so."""
         self.logs: dict[tuple[str, str], str] = {}
         """By namespace and pod."""
         self._version = 100
@@ -209,6 +211,8 @@ class FakeApiServer:
         if before is None or before.get("spec") != obj.get("spec"):
             metadata["generation"] = (before["metadata"].get("generation", 0) if before else 0) + 1
         metadata["resourceVersion"] = str(self._version)
+        if resource.kind == "CustomResourceDefinition" and self.establishes:
+            obj["status"] = {"conditions": [{"type": "Established", "status": "True"}]}
         obj.setdefault("apiVersion", resource.api_version)
         obj.setdefault("kind", resource.kind)
         self.objects[key] = obj

@@ -18,11 +18,11 @@ from meshctl_py.lab.client import Lab, StartingLab, UpOptions, start_lab
 from meshctl_py.lab.home import LabError, LabHome, choose_lab, find_labs, name_from_directory, remove_remains
 from meshctl_py.lab.messages import Failed, Ready, Waiting
 from meshctl_py.lab.status import LabStatus
+from meshctl_py.logs import show_log
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_FOLLOW_POLL = 0.1
 _INTERRUPTED = 130
 """Exit status by which shells know Ctrl-C."""
 
@@ -193,16 +193,7 @@ def execute(running: Lab, namespace: str | None, container: str | None, target: 
 def logs(running: Lab, process: str, follow: bool, namespace: str | None, container: str | None, lines: int | None) -> None:
     """Show the log of a process: 'istiod', 'ztunnel-NODE', 'keeper', or a pod's name."""
     path = _find_log(running.home, process, namespace, container)
-    with path.open("rb") as file:
-        content = file.read()
-        if lines is not None:
-            content = b"".join(content.splitlines(keepends=True)[-lines:] if lines else [])
-        _write(content)
-        while follow and running.home.alive:
-            part = file.read()
-            _write(part)
-            if not part:
-                time.sleep(_FOLLOW_POLL)
+    show_log(path, lines, follow=lambda: follow and running.home.alive)
 
 
 def _find_log(home: LabHome, process: str, namespace: str | None, container: str | None) -> Path:
@@ -217,11 +208,6 @@ def _find_log(home: LabHome, process: str, namespace: str | None, container: str
         raise LabError(f"{process} has several logs, choose with -n and -c: {names}")
     where = "".join(f" {kind} {name}" for kind, name in (("namespace", namespace), ("container", container)) if name is not None)
     raise LabError(f"there is no log of {process}{where and f' in{where}'} (there are: {names})")
-
-
-def _write(content: bytes) -> None:
-    sys.stdout.buffer.write(content)
-    sys.stdout.buffer.flush()
 
 
 @lab.command()

@@ -1,53 +1,182 @@
-"""``meshctl label``: set and remove labels in the YAML that a lab lives from, with kubectl's words."""
+"""``meshctl label``: set and remove labels, with kubectl's words, on a cluster or in the YAML that a lab lives from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.directory import DirectoryStore, LabelError, edit_labels
-from meshctl_py.lab.client import Lab
-from meshctl_py.lab.home import LabError, choose_lab
+from mesh.kube.label_edit import check_label
+from mesh.kube.resources import DAEMON_SETS, RESOURCES
+from mesh.model.labels import DATAPLANE_MODE
+from meshctl_py.cluster.errors import ClusterProblem
+from meshctl_py.cluster.objects import AGENT, SYSTEM_NAMESPACE, Controller, Meta, Named, find_one, list_all
+from meshctl_py.lab.home import LabError
+from meshctl_py.target import ClusterFlags, choose_place, cluster_flags, run_on_cluster
 
 _KINDS = {
     name: kind for kind, names in {"Namespace": ("namespace", "namespaces", "ns"), "Pod": ("pod", "pods", "po")}.items() for name in names
 }
+_MODES = ("ambient", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What to label and how. Without ``names`` those of ``selector``, or all (``everything``)."""
+
+    kind: str
+    names: tuple[str, ...]
+    labels: Mapping[str, str | None]
+    overwrite: bool
+    everything: bool = False
+    selector: str = ""
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(sorted(_KINDS)), metavar="(namespace|pod)")
-@click.argument("object_name", metavar="NAME")
-@click.argument("labels", nargs=-1, required=True, metavar="KEY=VALUE|KEY- ...")
-@click.option("-n", "--namespace", default="default", show_default=True, metavar="NS", help="The pod's namespace.")
+@click.argument("kind", metavar="(namespace|pod)")
+@click.argument("words", nargs=-1, required=True, metavar="NAME ... KEY=VALUE|KEY- ...")
 @click.option("--overwrite", is_flag=True, help="Change labels that have another value.")
+@click.option("--all", "everything", is_flag=True, help="Label all; of pods, those of the namespace.")
+@click.option("-l", "--selector", default="", metavar="SELECTOR", help="Label those that have these labels, as kubectl writes it.")
 @click.option(
     "-f",
     "--directory",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Edit this directory, whether or not a lab runs.",
+    help="Edit the YAML of this directory, whether or not a lab runs.",
 )
-@click.option("--name", "lab_name", metavar="LAB", help="Edit this lab's directory; needed when several are running.")
+@click.option("--lab", "--name", "lab_name", metavar="LAB", help="Edit the YAML of this lab's directory.")
+@cluster_flags(namespace="The pod's namespace; by default the context's, or 'default' in a directory.")
 def label(
-    kind: str, object_name: str, labels: tuple[str, ...], namespace: str, overwrite: bool, directory: Path | None, lab_name: str | None
+    flags: ClusterFlags,
+    kind: str,
+    words: tuple[str, ...],
+    overwrite: bool,
+    everything: bool,
+    selector: str,
+    directory: Path | None,
+    lab_name: str | None,
 ) -> None:
-    """Set (KEY=VALUE) or remove (KEY-) labels of a namespace or a pod in the lab's source.
+    """Set (KEY=VALUE) or remove (KEY-) labels of namespaces or pods.
 
-    The YAML keeps its comments and form. 'meshctl label namespace shop istio.io/dataplane-mode=ambient' enrols a namespace in the mesh.
+    'meshctl label namespace shop istio.io/dataplane-mode=ambient' enrols a namespace in the mesh. Without --directory and --lab it is
+    the cluster's namespace, or that of the lab that runs; in a lab the YAML is edited, and keeps its comments and form.
     """
-    wanted = _parse_labels(labels)
-    kind_name = _KINDS[kind]
-    namespace = namespace if kind_name == "Pod" else ""
+    wanted = _parse(kind, words, overwrite=overwrite, everything=everything, selector=selector)
+    lab = choose_place(flags, lab_name) if directory is None else None
+    if directory is None and lab is None:
+        for line in run_on_cluster(flags, lambda client: label_on_cluster(client, wanted, flags.namespace or client.access.namespace)):
+            click.echo(line)
+        return
+    if everything or selector:
+        raise click.UsageError("--all and --selector go with a cluster; of a directory's objects give the names")
     try:
-        source = directory or Path(Lab(choose_lab(lab_name)).status().source)
-        outcome = apply_labels(source, kind_name, namespace, object_name, wanted, overwrite=overwrite)
+        source = directory if directory is not None or lab is None else Path(lab.status().source)
+        assert source is not None
+        namespace = (flags.namespace or "default") if wanted.kind == "Pod" else ""
+        for name in wanted.names:
+            for line in apply_labels(source, wanted.kind, namespace, name, wanted.labels, overwrite=overwrite):
+                click.echo(line)
     except (LabError, LabelError) as exc:
         raise click.ClickException(str(exc)) from exc
     except OSError as exc:
         raise click.ClickException(f"cannot write {exc.filename}: {exc.strerror}") from exc
-    for line in outcome:
-        click.echo(line)
+
+
+def _parse(kind: str, words: Sequence[str], *, overwrite: bool, everything: bool, selector: str) -> _Wanted:
+    """kubectl's arguments: a kind and names, or KIND/NAME, then labels."""
+    short, slash, name = kind.partition("/")
+    if short not in _KINDS:
+        raise click.UsageError(f"'{short}' can't be labelled: 'namespace' or 'pod'")
+    count = next((index for index, word in enumerate(words) if _is_label(word)), len(words))
+    names = (*([name] if slash else []), *words[:count])
+    labels = words[count:]
+    if not labels:
+        raise click.UsageError(f"{words[-1]!r} is neither KEY=VALUE nor KEY-")
+    if bool(names) + everything + bool(selector) != 1:
+        raise click.UsageError("give either names, --all or --selector")
+    return _Wanted(_KINDS[short], names, _parse_labels(labels), overwrite, everything, selector)
+
+
+def _is_label(word: str) -> bool:
+    return "=" in word or (word.endswith("-") and len(word) > 1)
+
+
+async def label_on_cluster(client: ApiClient, wanted: _Wanted, namespace: str) -> list[str]:
+    """Label, and say what was done in kubectl's words. Raises ClusterProblem, ApiError, ApiUnavailable; what came before is done then."""
+    try:
+        for key, value in wanted.labels.items():
+            check_label(key, value)
+    except LabelError as exc:
+        raise ClusterProblem(str(exc)) from exc
+    resource = RESOURCES[wanted.kind]
+    namespace = namespace if resource.namespaced else ""
+    names = wanted.names
+    if not names:
+        found = await list_all(client, resource, Named, namespace=namespace, labels=wanted.selector)
+        names = tuple(sorted(item.metadata.name for item in found))
+    said: list[str] = []
+    for name in names:
+        path = resource.path(namespace, name)
+        before = await find_one(client, resource, Named, namespace, name)
+        if before is None:
+            raise ClusterProblem(await _not_found(client, wanted.kind, namespace, name))
+        said += _refuse_or_tell(before.metadata, wanted)
+        change = {key: value for key, value in wanted.labels.items() if before.metadata.labels.get(key) != value}
+        if change:
+            await client.merge_patch(path, {"metadata": {"labels": change}})
+        said.append(f"{wanted.kind.lower()}/{name} {_verdict(wanted.labels, changed=bool(change))}")
+    if not names:
+        said.append("no resources found" + (f" in {namespace} namespace" if namespace else ""))
+    return [*said, *await _warnings(client, wanted.labels)]
+
+
+def _refuse_or_tell(before: Meta, wanted: _Wanted) -> list[str]:
+    missing: list[str] = []
+    for key, value in wanted.labels.items():
+        present = before.labels.get(key)
+        if value is None and present is None:
+            missing.append(f'label "{key}" not found.')
+        elif value is not None and present not in (None, value) and not wanted.overwrite:
+            what = f"{wanted.kind.lower()}/{before.name}"
+            raise ClusterProblem(f"{what}: '{key}' already has a value ({present}), and --overwrite is false")
+    return missing
+
+
+def _verdict(labels: Mapping[str, str | None], *, changed: bool) -> str:
+    if not changed:
+        return "not labeled"
+    return "unlabeled" if all(value is None for value in labels.values()) else "labeled"
+
+
+async def _not_found(client: ApiClient, kind: str, namespace: str, name: str) -> str:
+    where = f" in namespace {namespace}" if namespace else ""
+    if kind == "Pod":
+        elsewhere = await list_all(client, RESOURCES[kind], Named, fields=f"metadata.name={name}")
+        if elsewhere:
+            return (
+                f"there is no pod {name}{where}; there is one in namespace {', '.join(item.metadata.namespace for item in elsewhere)} (-n)"
+            )
+    return f"there is no {kind.lower()} {name}{where}"
+
+
+async def _warnings(client: ApiClient, labels: Mapping[str, str | None]) -> list[str]:
+    """What keeps an enrolment from having an effect."""
+    mode = labels.get(DATAPLANE_MODE)
+    if mode is None:
+        return []
+    if mode not in _MODES:
+        return [f"warning: {DATAPLANE_MODE}={mode} is neither ambient nor none, so it means nothing"]
+    try:
+        agents = await find_one(client, DAEMON_SETS, Controller, SYSTEM_NAMESPACE, AGENT)
+    except (ApiError, ApiUnavailable):
+        return []  # who may label need not be allowed to look there
+    if agents is None and mode == "ambient":
+        return ["warning: the mesh is not installed in this cluster, so nothing is captured: 'meshctl install'"]
+    return []
 
 
 def apply_labels(
@@ -60,9 +189,7 @@ def apply_labels(
             raise LabelError(f"'{key}' already has a value ({present[key]}), and --overwrite is false")
     missing = tuple(f'label "{key}" not found.' for key, value in wanted.items() if value is None and key not in present)
     changed = edit_labels(source, kind, name, wanted, namespace=namespace) is not None
-    only_removed = all(value is None for value in wanted.values())
-    verdict = ("unlabeled" if only_removed else "labeled") if changed else "not labeled"
-    return (*missing, f"{kind.lower()}/{name} {verdict}")
+    return (*missing, f"{kind.lower()}/{name} {_verdict(wanted, changed=changed)}")
 
 
 def labels_of(source: Path, kind: str, namespace: str, name: str) -> Mapping[str, str]:
@@ -78,11 +205,11 @@ def labels_of(source: Path, kind: str, namespace: str, name: str) -> Mapping[str
     return found.labels
 
 
-def _parse_labels(texts: tuple[str, ...]) -> dict[str, str | None]:
+def _parse_labels(texts: Sequence[str]) -> dict[str, str | None]:
     wanted: dict[str, str | None] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals and not (text.endswith("-") and len(text) > 1):
+        if not _is_label(text):
             raise click.UsageError(f"{text!r} is neither KEY=VALUE nor KEY-")
         name = key if equals else text[:-1]
         if name in wanted:

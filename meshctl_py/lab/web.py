@@ -6,26 +6,14 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-import h11
 import trio
 
 from mesh.linux.netns import open_netns, run_in_netns_from_trio
+from meshctl_py.http import Answer, Unreachable, get
 
-_MAX_BODY: Final = 8 << 20
-
-
-class Unreachable(Exception):
-    """Nobody answered, or not in HTTP; the text says what happened."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: int
-    body: bytes
+__all__ = ["Answer", "Unreachable", "fetch", "open_connection"]
 
 
 @asynccontextmanager
@@ -49,10 +37,10 @@ async def fetch(netns: Path, ip: str, port: int, path: str, *, within: float, ho
     try:
         with trio.fail_after(within):
             async with open_connection(netns, ip, port) as stream:
-                return await _get(stream, path, host or (f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"))
+                return await get(stream, path, host or (f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"))
     except trio.TooSlowError as exc:
         raise Unreachable("no answer in time") from exc
-    except (trio.BrokenResourceError, h11.RemoteProtocolError) as exc:
+    except trio.BrokenResourceError as exc:
         raise Unreachable(f"no HTTP answer: {exc}") from exc
 
 
@@ -64,22 +52,3 @@ async def _open_socket(netns: Path, family: int) -> socket.socket:
         os.close(descriptor)
     sock.setblocking(False)
     return sock
-
-
-async def _get(stream: trio.SocketStream, path: str, host: str) -> Answer:
-    connection = h11.Connection(h11.CLIENT)
-    request = h11.Request(method="GET", target=path, headers=[("Host", host), ("User-Agent", "meshctl-lab"), ("Connection", "close")])
-    await stream.send_all(connection.send(request) + connection.send(h11.EndOfMessage()))
-    status, body = 0, bytearray()
-    while True:
-        event = connection.next_event()
-        if event is h11.NEED_DATA:
-            connection.receive_data(await stream.receive_some(65536))
-        elif isinstance(event, h11.Response):
-            status = event.status_code
-        elif isinstance(event, h11.Data):
-            body += event.data
-            if len(body) > _MAX_BODY:
-                raise Unreachable(f"an answer of more than {_MAX_BODY} bytes")
-        elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
-            return Answer(status, bytes(body))

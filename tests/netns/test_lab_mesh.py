@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -44,6 +45,46 @@ def test_a_label_captures_pods_and_status_says_why(lab: Lab) -> None:
     assert re.search(r"^shop +client +n1 +Running +yes +0 +captured +\S+ +namespace label istio.io/dataplane-mode=ambient$", status, re.M)
     assert re.search(r"^outside +caller +n1 +Running +yes +0 +outside +\S+ +neither pod nor namespace is labelled", status, re.M)
     assert get(lab).startswith("200 hello")
+
+
+def test_the_agent_of_a_node_is_asked_as_on_a_cluster(lab: Lab) -> None:
+    lab.label("shop", "istio.io/dataplane-mode=ambient")
+    wait_until(lambda: len(lab.pods_in_mesh()) == 4, "the pods of the shop are captured")
+
+    def ask(node: str, what: str, *arguments: str) -> list[dict[str, Any]]:
+        done = lab.meshctl("node", node, what, "-o", "json", "--lab", lab.name, *arguments)
+        items: list[dict[str, Any]] = json.loads(done.stdout)["items"]
+        return items
+
+    pods = ask("n1", "pods", "-n", "shop")
+    assert {(pod["name"], pod["phase"], pod["because"]) for pod in pods} == {
+        (name, "captured", "namespace label istio.io/dataplane-mode=ambient") for name in ("client", "stranger")
+    }
+    holder = lab.start("shop/client", "python3", "apps/hold.py", "server", "7000", "4")
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holding 4\n"
+        outbound = [item["connection"] for item in ask("n1", "connections", "--pod", "shop/client")]
+        assert {(living["direction"], living["protocol"], living["destinationWorkload"]) for living in outbound} == {
+            ("outbound", "HBONE", "shop/server")
+        }
+        inbound = [item["connection"] for item in ask("n2", "connections", "--pod", "shop/server")]
+        assert {living["sourceIdentity"] for living in inbound} == {"spiffe://cluster.local/ns/shop/sa/client"}
+        assert len(inbound) == len(outbound) == 4
+    finally:
+        holder.kill()
+        holder.communicate()
+
+    with lab.inside("shop/client") as netns:
+        netns.output("nft", "add", "table", "inet", "strangers")
+        (rules,) = ask("n1", "rules", "--pod", "client")
+        netns.output("nft", "delete", "table", "inet", "strangers")
+    assert (rules["differences"], rules["error"], rules["foreignTables"]) == ([], "", ["strangers"])
+    assert all(rule["expected"] for chain in rules["chains"] for rule in chain["rules"])
+    (certificate,) = ask("n1", "certificates", "--pod", "client")
+    assert [part["type"] for part in certificate["chain"]] == ["Leaf", "Root"]
+    assert {(item["namespace"], item["name"]) for item in ask("n1", "workloads", "-n", "outside")} == {("outside", "caller")}
+    assert "pod.captured" in lab.meshctl("node", "n1", "logs", "--lab", lab.name).stdout
 
 
 def test_a_pod_that_starts_in_an_enrolled_namespace_is_captured_before_its_first_program_runs(lab: Lab) -> None:

@@ -137,8 +137,9 @@ class PodKeeper:
         if record is None:
             raise CannotServe("the pod is not known")
         releasing = record.wish is not Wish.CAPTURED
-        how = (record.pod, self._wants_lookups(record.pod), self._config.ipv6)
-        return await trio.to_thread.run_sync(_read, self._held_pod(uid).netns, *how, releasing)
+        pod, lookups = self._held_pod(uid), self._wants_lookups(record.pod)
+        how = (record.pod, pod.answers_lookups and lookups, self._config.ipv6)
+        return await trio.to_thread.run_sync(_read, pod.netns, *how, releasing)
 
     def mesh_changed(self) -> None:
         """What ``is_announced`` says may be different now."""

@@ -27,7 +27,7 @@ PROJECT: Final = "localhost/ambient-mesh:test"
 
 _REPOSITORY: Final = Path(__file__).resolve().parents[3]
 _CONTEXT: Final = (
-    *("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "deploy/images"),
+    *("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "deploy"),
     *("mesh", "ztunnel_py", "waypoint_py", "istiod_py", "meshctl_py"),
 )
 _KEPT_FOR: Final = 24 * 3600.0
@@ -85,7 +85,7 @@ def build_project_image(parts: Parts) -> Path:
     """The project's image of the code as it is now, an archive to load into a cluster. Raises ClusterError."""
     base = _base(parts)
     files = sorted(_context_files())
-    contents = (f"{name}\0".encode() + (_REPOSITORY / name).read_bytes() for name in files)
+    contents = (f"{name}\0".encode() + _content(name) for name in files)
     target = _images() / f"project-{digest_of([base.parent.name.encode(), *contents])}"
     with building(target) as directory:
         if directory is not None:
@@ -134,19 +134,24 @@ def _context_files() -> Iterator[Path]:
         yield from (
             file.relative_to(_REPOSITORY)
             for file in found
-            if file.is_file() and file.suffix not in (".pyc", ".whl") and "__pycache__" not in file.parts
+            if (file.is_symlink() or file.is_file()) and file.suffix not in (".pyc", ".whl") and "__pycache__" not in file.parts
         )
+
+
+def _content(name: Path) -> bytes:
+    path = _REPOSITORY / name
+    return os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
 
 
 def _lay_out_context(context: Path, files: Sequence[Path]) -> None:
     for name in files:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(_REPOSITORY / name, context / name)
+        shutil.copy(_REPOSITORY / name, context / name, follow_symlinks=False)
     for wheel in _wheels().glob("*.whl"):
         shutil.copy(wheel, context / "deploy/images/wheels" / wheel.name)
     # buildah takes a step from its cache when what is copied is the same, times included.
     for path in (context, *context.rglob("*")):
-        os.utime(path, (0, 0))
+        os.utime(path, (0, 0), follow_symlinks=False)
 
 
 def _wheels() -> Path:

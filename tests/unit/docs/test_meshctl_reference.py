@@ -30,14 +30,19 @@ def documented() -> dict[str, set[str]]:
         name = re.match(r"(?:[a-z]+ ?)+(?<! )", heading)
         if name and heading.startswith("meshctl"):
             found[name[0].strip()] = {
-                option for line in body.splitlines() if line.startswith("| `-") for option in re.findall(r"`(--?[a-z]+)`", line)
+                option for line in body.splitlines() if line.startswith("| `-") for option in re.findall(r"`(--?[a-z][a-z-]*)`", line)
             }
     return found
 
 
 def test_every_command_and_option_is_documented_and_no_other() -> None:
     built = {
-        path: {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
+        path: {
+            name
+            for parameter in command.params
+            if isinstance(parameter, click.Option)
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
         for path, command in commands(main, "meshctl")
     }
     assert documented() == built

@@ -31,7 +31,15 @@ from mesh.model.ports import DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PR
 from mesh.reactor.tcp import socket_address
 from mesh.testing.lab import wait_until
 from mesh.testing.netns import PATIENCE_SECONDS, EchoServer, Netns, echoes, namespaces, wire
-from ztunnel_py.redirect.apply import CaptureFailed, apply_capture, begin_release, finish_release, observe_pod, verify_capture
+from ztunnel_py.redirect.apply import (
+    CaptureFailed,
+    apply_capture,
+    begin_release,
+    finish_release,
+    observe_pod,
+    read_capture,
+    verify_capture,
+)
 from ztunnel_py.redirect.plan import NAT_TABLE, RAW_TABLE, PodCapture, RedirectPlan, plan_capture
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")]
@@ -414,6 +422,27 @@ def test_rules_that_only_look_like_ours_are_found(world: World) -> None:
     forged = render(plan.tables).replace("redirect to :15001", "redirect to :15002", 1)
     load(world.pod, "flush ruleset; " + forged)
     assert [difference.partition(": rule")[0] for difference in verify_capture(world.pod.fd, plan)] == [f"table {NAT_TABLE}: chain output"]
+
+
+def test_rules_are_read_with_what_is_not_ours_marked_and_with_the_tables_of_others(world: World) -> None:
+    plan = world.plan()
+    apply_capture(world.pod.fd, plan)
+    world.pod.output("nft", "add", "rule", "inet", NAT_TABLE, "output", "tcp", "dport", "99", "drop")
+    world.pod.output("nft", "add", "table", "inet", "strangers")
+    reading = read_capture(world.pod.fd, plan, releasing=False)
+    assert reading.differences == (f"table {NAT_TABLE}: chain output: 1 rules too many",)
+    assert reading.foreign == ("strangers",)
+    rules = {chain.name: chain.rules for table in reading.tables if table.name == NAT_TABLE for chain in table.chains}
+    assert [rule.text for rule in rules["prerouting"]] == [rule.text for rule in plan.tables[0].chains[0].rules]
+    assert [rule.expected for rule in rules["output"]] == [True] * len(plan.tables[0].chains[1].rules) + [False]
+
+
+def test_a_pod_that_is_being_released_is_read_against_what_is_left_of_the_capture(world: World) -> None:
+    plan = world.plan()
+    apply_capture(world.pod.fd, plan)
+    begin_release(world.pod.fd, plan)
+    assert read_capture(world.pod.fd, plan, releasing=True).differences == ()
+    assert read_capture(world.pod.fd, plan, releasing=False).differences != ()
 
 
 def test_residue_of_another_agent_under_the_same_names_is_replaced(world: World) -> None:
