@@ -1,0 +1,177 @@
+"""``meshctl`` on a real cluster, as its user: install, look, enrol, look inside, and take it out so that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesh.model.labels import DATAPLANE_MODE
+from tests.cluster.harness.api import Object
+from tests.cluster.harness.client import Cluster, wait_until
+from tests.cluster.harness.images import PROJECT
+from tests.cluster.mesh import REPOSITORY, wait_captured
+from tests.cluster.workloads import addresses, apply_pods, attempt, echo_pod, loading
+
+NAMESPACE = "meshctl"
+PASSING = ("events", "endpoints", "leases", "controllerrevisions", "pods.metrics.k8s.io", "nodes.metrics.k8s.io")
+"""Kinds whose objects come and go by themselves."""
+
+
+@dataclass(frozen=True)
+class World:
+    """``before``: what was there before the mesh."""
+
+    cluster: Cluster
+    pods: dict[str, Object]
+    before: dict[str, object]
+
+    def meshctl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return meshctl(self.cluster, *arguments, check=check)
+
+    def ask(self, node: str, what: str, *arguments: str) -> list[dict[str, Any]]:
+        """The items that ``meshctl node`` prints as JSON."""
+        items: list[dict[str, Any]] = json.loads(self.meshctl("node", node, what, "-o", "json", *arguments).stdout)["items"]
+        return items
+
+
+def meshctl(cluster: Cluster, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "meshctl_py", *arguments, "--kubeconfig", str(cluster.kubeconfig)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=REPOSITORY)
+    assert not check or done.returncode == 0, f"meshctl {' '.join(arguments)}: {done.stdout}{done.stderr}"
+    return done
+
+
+def snapshot(cluster: Cluster, pods: dict[str, Object]) -> dict[str, object]:
+    """Every object, the files where agents and CNI plugins put theirs, and the rules of nodes and pods."""
+    kinds = cluster.kubectl("api-resources", "--verbs=list", "-o", "name").split()
+    wanted = ",".join(kind for kind in kinds if kind not in PASSING and kind.partition(".")[0] not in PASSING)
+    columns = "custom-columns=KIND:.kind,NS:.metadata.namespace,NAME:.metadata.name"
+    found: dict[str, object] = {"objects": set(cluster.kubectl("get", wanted, "-A", "--no-headers", "-o", columns).splitlines())}
+    # Not the directories themselves: the kubelet makes the last for its mount, and a mount point can't be removed from inside.
+    files = "find /etc/cni/net.d /opt/cni/bin /run/ambient-mesh -mindepth 1 -exec ls -ld {} + 2>/dev/null | awk '{print $1, $5, $NF}'"
+    routes = "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all"
+    for node in cluster.nodes:
+        found[f"files of {node.name}"] = node.run("sh", "-c", files)
+        found[f"tables of {node.name}"] = node.run("nft", "list", "tables")
+    for name, pod in pods.items():
+        found[f"rules of {name}"] = cluster.in_pod(pod, "nft", "--stateless", "list", "ruleset")
+        found[f"routes of {name}"] = cluster.in_pod(pod, "sh", "-c", routes)
+    return found
+
+
+@pytest.fixture(scope="module")
+def world(cluster: Cluster) -> Iterator[World]:
+    meshctl(cluster, "uninstall", "-y", "--purge", check=False)
+    with cluster.namespace(NAMESPACE) as namespace:
+        pods = apply_pods(cluster, namespace, echo_pod("client", "n1"), echo_pod("server", "n2"))
+        before = snapshot(cluster, pods)
+        meshctl(cluster, "install", "--image", PROJECT)
+        yield World(cluster, pods, before)
+        meshctl(cluster, "uninstall", "-y", "--purge", check=False)
+
+
+@pytest.fixture
+def enrolled(world: World) -> World:
+    world.meshctl("label", "namespace", NAMESPACE, f"{DATAPLANE_MODE}=ambient")
+    wait_captured(world.cluster, NAMESPACE, 2)
+    return world
+
+
+def test_installing_again_changes_nothing(world: World) -> None:
+    agents = world.cluster.kubectl("get", "pods", "-n", "istio-system", "-o", "name")
+    done = world.meshctl("install")
+    assert "keeping the values of the last installation" in done.stdout
+    assert not [line for line in done.stdout.splitlines() if line.endswith((" created", " configured"))]
+    assert world.cluster.kubectl("get", "pods", "-n", "istio-system", "-o", "name") == agents
+    told = world.meshctl("install", "--dry-run", "server", "--set", "istiod.replicas=2").stdout
+    assert "deployment.apps/istiod would be changed\n" in told
+    assert "daemonset.apps/ztunnel unchanged\n" in told
+
+
+def test_the_status_tells_of_every_node_and_of_all_versions(world: World) -> None:
+    def well() -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(world.meshctl("status", "-o", "json", check=False).stdout)
+        return report if not report["wrong"] else {}
+
+    report = wait_until(well, "all is well")
+    assert [agent["node"] for agent in report["agents"]] == [node.name for node in world.cluster.nodes]
+    assert {agent["configuration"] for agent in report["agents"]} == {"in sync"}
+    assert report["controlPlane"][0]["agents"] == len(world.cluster.nodes)
+    lines = world.meshctl("version").stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["client version", "control plane version", "data plane version"]
+    assert lines[2].endswith(f"({len(world.cluster.nodes)} agents)")
+
+
+def test_a_pod_that_is_enrolled_alone_is_captured_alone(world: World) -> None:
+    world.meshctl("label", "pod", "server", f"{DATAPLANE_MODE}=ambient", "-n", NAMESPACE)
+    wait_captured(world.cluster, NAMESPACE, 1)
+    assert [pod["name"] for pod in world.ask("n2", "pods", "-n", NAMESPACE)] == ["server"]
+    assert not world.ask("n1", "pods", "-n", NAMESPACE)
+    world.meshctl("label", "pod", "server", f"{DATAPLANE_MODE}-", "-n", NAMESPACE)
+
+
+def test_an_agent_tells_who_talks_to_whom_and_what_its_rules_are(enrolled: World) -> None:
+    client, server = enrolled.pods["client"], enrolled.pods["server"]
+    host = addresses(server)[0]
+
+    def tunnelled() -> bool:
+        with loading(enrolled.cluster, client, host, held=3, rate=5):
+            inbound = [item["connection"] for item in enrolled.ask("n2", "connections", "--pod", f"{NAMESPACE}/server")]
+            proven = [living for living in inbound if living["sourceIdentity"] == f"spiffe://cluster.local/ns/{NAMESPACE}/sa/default"]
+            return len(proven) >= 3 and all(living["because"] for living in proven)
+
+    wait_until(tunnelled, "held connections are shown with the client's identity")
+    (rules,) = enrolled.ask("n1", "rules", "--pod", f"{NAMESPACE}/client")
+    assert (rules["phase"], rules["differences"], rules["error"]) == ("captured", [], "")
+    assert sum(rule["packets"] or 0 for chain in rules["chains"] for rule in chain["rules"]) > 0
+    (certificate,) = enrolled.ask("n1", "certificates", "--pod", f"{NAMESPACE}/client")
+    assert [part["type"] for part in certificate["chain"]] == ["Leaf", "Root"]
+    assert "pod.captured" in enrolled.meshctl("node", "n1", "logs", "--tail", "200").stdout
+
+
+def test_without_the_control_plane_an_agent_still_answers(enrolled: World) -> None:
+    cluster = enrolled.cluster
+    cluster.kubectl("scale", "-n", "istio-system", "deployment/istiod", "--replicas=0")
+    try:
+        wait_until(lambda: not cluster.api.list("Pod", "istio-system", labelSelector="app=istiod"), "the control plane is gone")
+        assert [pod["phase"] for pod in enrolled.ask("n1", "pods", "-n", NAMESPACE)] == ["captured"]
+        status = enrolled.meshctl("status", check=False)
+        assert status.returncode == 1
+        assert "0 of 0 replicas ready" in status.stdout
+    finally:
+        enrolled.meshctl("install")
+
+
+def test_on_its_node_an_agent_is_reached_without_the_api_server(enrolled: World) -> None:
+    node = enrolled.cluster.node("n1")
+    path = Path(f"/proc/{node.pid}/root/run/ambient-mesh/admin.sock")  # /var/run is a link, and its target would be looked up here
+    assert path.stat().st_mode & 0o777 == 0o600
+    command = [sys.executable, "-m", "meshctl_py", "node", "n1", "pods", "-o", "json", "--socket", str(path)]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "KUBECONFIG": "/none"}).stdout)
+    assert {"client"} <= {pod["name"] for pod in told["items"]}
+
+
+def test_uninstalling_leaves_pods_running_and_nothing_of_ours(enrolled: World) -> None:
+    cluster = enrolled.cluster
+    done = enrolled.meshctl("uninstall", "-y", "--purge")
+    assert "namespace/istio-system deleted" in done.stdout
+    labels = cluster.api.find("Namespace", NAMESPACE)
+    assert labels is not None
+    assert labels["metadata"]["labels"][DATAPLANE_MODE] == "ambient"
+    for name, pod in enrolled.pods.items():
+        now = cluster.api.find("Pod", name, NAMESPACE)
+        assert now is not None
+        assert now["metadata"]["uid"] == pod["metadata"]["uid"]
+        assert now["status"]["containerStatuses"][0]["restartCount"] == 0
+    assert attempt(cluster, enrolled.pods["client"], addresses(enrolled.pods["server"])[0]) == "hello"
+    after = snapshot(cluster, enrolled.pods)
+    assert {key: value for key, value in after.items() if value != enrolled.before[key]} == {}
+    assert "the mesh is not installed" in enrolled.meshctl("status", check=False).stdout
