@@ -21,10 +21,11 @@ OURS: Final = "corpus-"
 
 
 def make_messages(objects: Sequence[KubeObject]) -> dict[str, bytes]:
-    """The messages of the corpus's namespaces as they go to agents, by kind and name."""
+    """The messages of the corpus's namespaces as they go to agents, and conditions as they go to objects, by kind and name."""
     cache = ResourceCache()
-    cache.apply(diff(Translation(), translate(objects, None, CONFIG)))
-    found: dict[str, bytes] = {}
+    translation = translate(objects, None, CONFIG)
+    cache.apply(diff(Translation(), translation))
+    found = {f"condition {key}": repr(conditions).encode() for key, conditions in translation.statuses.items()}
     for resource in cache.all(ADDRESS):
         address = Address.FromString(resource.body)
         kind = str(address.WhichOneof("type"))

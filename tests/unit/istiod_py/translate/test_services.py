@@ -70,6 +70,13 @@ def test_address_families(families: str, expected: IpFamilies) -> None:
     assert service_of(f"{{ipFamilies: {families}}}").ip_families is expected
 
 
+@pytest.mark.parametrize(("addresses", "expected"), [
+    ("[10.0.0.1]", IpFamilies.IPV4_ONLY), ("['fd00::1']", IpFamilies.IPV6_ONLY), ("[10.0.0.1, 'fd00::1']", IpFamilies.DUAL),
+])  # fmt: skip
+def test_address_families_that_are_not_given_are_those_of_the_addresses(addresses: str, expected: IpFamilies) -> None:
+    assert service_of(f"{{clusterIPs: {addresses}}}").ip_families is expected
+
+
 @pytest.mark.parametrize(("port", "target", "protocol"), [
     ("{port: 80, targetPort: 8080}", 8080, AppProtocol.UNKNOWN),
     ("{port: 80, targetPort: web}", 0, AppProtocol.UNKNOWN),

@@ -6,16 +6,13 @@ import random
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import trio
 from trio.testing import MockClock
 
-from istiod_py.translate import Config, translate
 from mesh.kube.api import ApiClient
 from mesh.kube.cluster import ClusterStore
-from mesh.kube.directory import DirectoryStore
 from mesh.kube.kinds import KINDS
 from mesh.kube.kubeconfig import ClusterAccess
 from mesh.kube.resources import RESOURCES
@@ -227,98 +224,23 @@ def test_only_the_pods_of_a_node_are_asked_for() -> None:
     run(check, ("Pod",), Pod="spec.nodeName=n1")
 
 
-def test_the_same_yaml_means_the_same_from_either_source(tmp_path: Path) -> None:
-    (tmp_path / "all.yaml").write_text(YAML)
-    directory = DirectoryStore([tmp_path])
-    directory.load()
-    assert not directory.problems
-    of_directory = translate(directory.objects(), None, Config())
-
+def test_one_thing_that_is_wrong_is_told_once_however_connections_break() -> None:
     async def check(world: World) -> None:
-        for obj in directory.objects():
-            # What real objects carry besides.
-            noise = {"managedFields": [{"manager": "kubectl"}], "resourceVersion": "1"}
-            world.server.put({**obj.raw, "metadata": {**obj.metadata, **noise}})
         await world.store.wait_synced()
-        of_cluster = translate(world.store.objects(), None, Config())
-        assert not of_cluster.problems
-        assert of_cluster.workloads == of_directory.workloads
-        assert of_cluster.services == of_directory.services
-        assert of_cluster.policies == of_directory.policies
-        assert of_cluster.statuses == of_directory.statuses
-        assert len(of_cluster.workloads) >= 3
-        assert len(of_cluster.policies) >= 2
+        told: list[str] = []
+        world.server.faults.cuts += [1, 40, 0, 30, 1, 17]
+        world.server.cut_watches()
+        async with aclosing(world.store.watch()) as changes, trio.open_nursery() as nursery:
 
-    run(check)
+            async def listen() -> None:
+                async for change in changes:
+                    if change.problems_changed:
+                        told.append("; ".join(problem.message for problem in world.store.problems))
 
+            nursery.start_soon(listen)
+            await world.wait_until(lambda: not world.server.faults.cuts and told[-1:] == [""])
+            nursery.cancel_scope.cancel()
+        assert len(told) == 2, told
+        assert told[0].startswith("namespaces: ")
 
-YAML = """\
-apiVersion: v1
-kind: Namespace
-metadata: {name: shop, uid: u-shop, creationTimestamp: "2026-01-01T00:00:00Z", labels: {istio.io/dataplane-mode: ambient}}
----
-apiVersion: v1
-kind: Node
-metadata: {name: n1, uid: u-n1, labels: {topology.kubernetes.io/region: r, topology.kubernetes.io/zone: z}}
----
-apiVersion: v1
-kind: Pod
-metadata:
-  name: web-5d8f-abcde
-  namespace: shop
-  uid: u-1
-  generateName: web-5d8f-
-  labels: {app: web, pod-template-hash: 5d8f}
-  annotations: {ambient.istio.io/redirection: enabled, example.com/note: long}
-  ownerReferences: [{apiVersion: apps/v1, kind: ReplicaSet, name: web-5d8f, uid: x, controller: true}]
-spec:
-  nodeName: n1
-  serviceAccountName: web
-  containers: [{name: c, image: i, ports: [{name: http, containerPort: 8080}], env: [{name: A, value: b}]}]
-  volumes: [{name: v, emptyDir: {}}]
-status:
-  phase: Running
-  podIP: 10.0.0.1
-  podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]
-  conditions: [{type: Ready, status: "True"}, {type: Initialized, status: "True"}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: db-0, namespace: shop, uid: u-2, labels: {app: db}}
-spec: {nodeName: n1, hostname: db-0, subdomain: db, containers: [{name: c, image: i}]}
-status: {phase: Running, podIP: 10.0.0.2, conditions: [{type: Ready, status: "False"}]}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop, uid: u-3}
-spec:
-  type: ClusterIP
-  clusterIP: 10.96.0.1
-  clusterIPs: [10.96.0.1]
-  selector: {app: web}
-  ports: [{name: http, port: 80, targetPort: http}]
----
-apiVersion: v1
-kind: Service
-metadata: {name: db, namespace: shop, uid: u-4}
-spec: {clusterIP: None, selector: {app: db}, ports: [{port: 5432}]}
----
-apiVersion: networking.istio.io/v1
-kind: ServiceEntry
-metadata: {name: api, namespace: shop, uid: u-5}
-spec:
-  hosts: [api.example.com]
-  ports: [{number: 443, name: tls, protocol: TLS}]
-  resolution: STATIC
-  endpoints: [{address: 192.0.2.1}]
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: only-web, namespace: shop, uid: u-6}
-spec: {selector: {matchLabels: {app: db}}, action: ALLOW, rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/web]}}]}]}
----
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: shop, uid: u-7}
-spec: {mtls: {mode: STRICT}}
-"""
+    run(check, ("Namespace",))
