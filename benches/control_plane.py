@@ -175,7 +175,8 @@ async def measure(root: str, pid: int, changes: IO[bytes], started: float) -> No
             assert heard.workloads == wanted, "only the changed pod is pushed"
             await trio.sleep(0.2)  # the next is a change of its own
         cpu = (cpu_seconds(pid) - before) / CHANGES * 1000
-        print(f"one changed pod to an agent: median {statistics.median(times):.0f} ms, at most {max(times):.0f} ms, CPU {cpu:.0f} ms each")
+        spread = f"{min(times):.0f} to {max(times):.0f} ms, median {statistics.median(times):.0f} ms"
+        print(f"one changed pod to an agent: {spread}; CPU {cpu:.0f} ms each")
         print(f"memory afterwards: {memory(pid, 'VmRSS')} MB, {memory(pid, 'VmHWM')} MB at most")
         nursery.cancel_scope.cancel()
 

@@ -23,12 +23,16 @@ class AssignedPods:
     """Service accounts by node; brought up to date with every change of the source, before anything is translated or pushed."""
 
     def __init__(self) -> None:
+        self._places: dict[KubeObject, Place | None] = {}
         self._running: Counter[Place] = Counter()
         self._changed = trio.Event()
 
     def update(self, pods: Iterable[KubeObject]) -> None:
         """These are all Pod objects now."""
-        self._running = Counter(place for place in map(_find_place, pods) if place is not None)
+        known = self._places
+        # An object that did not change is the same instance: of ten thousand, all but a few.
+        self._places = {pod: known[pod] if pod in known else _find_place(pod) for pod in pods}
+        self._running = Counter(place for place in self._places.values() if place is not None)
         self._changed.set()
         self._changed = trio.Event()
 
