@@ -235,6 +235,22 @@ def test_a_change_of_the_mesh_changes_the_answer_at_once(names: Names) -> None:
     names.run(test)
 
 
+def test_the_same_again_is_answered_the_same_under_its_own_id_and_counts(names: Names) -> None:
+    query = dns.message.make_query(OWN, "A", use_edns=0, payload=1232).to_wire()
+
+    async def test() -> None:
+        answers = [await names.exchange(bytes([0, number]) + query[2:]) for number in range(5)]
+        assert [answer[:2] for answer in answers] == [bytes([0, number]) for number in range(5)]
+        assert len({answer[2:] for answer in answers}) == 1
+        other = await names.exchange(dns.message.make_query(OWN.upper(), "A", use_edns=0, payload=1232).to_wire())
+        assert OWN.upper().encode()[:3] in other, "and in another spelling in that"
+        names.world.change(Delta(services=(service("web", "10.1.0.2"),)))
+        assert texts(dns.message.from_wire(await names.exchange(query))) == ["10.1.0.2"]
+
+    names.run(test)
+    assert names.metric("requests") == 7
+
+
 def test_the_addresses_come_in_changing_order(names: Names) -> None:
     many = [f"10.1.0.{number}" for number in range(1, 7)]
 
