@@ -86,8 +86,40 @@ class AgentConfig:
     proc: Path = variable(
         "HOST_PROC", parse=path, default="/proc", doc="where the node's /proc is mounted; shows which network namespace a pod has (ours)"
     )
+    netns_dir: Path = variable(
+        "NETNS_DIR", parse=path, default="/var/run/netns", doc="where the node's named network namespaces are mounted (ours)"
+    )
+    probe_netns: Path | None = optional(
+        "PROBE_NETNS",
+        parse=path,
+        doc="the node's own network namespace, from which its kubelet reaches captured pods also under STRICT; unset: it does not (ours)",
+    )
+    cni_bin_dir: Path | None = optional(
+        "CNI_BIN_DIR", parse=path, doc="where the node's /opt/cni/bin is mounted; unset: no CNI plugin is installed (ours)"
+    )
+    cni_net_dir: Path = variable(
+        "CNI_NET_DIR", parse=path, default="/host/etc/cni/net.d", doc="where the node's CNI_NET_DIR_ON_NODE is mounted (ours)"
+    )
+    cni_net_dir_on_node: str = variable(
+        "CNI_NET_DIR_ON_NODE",
+        parse=nonempty,
+        default="/etc/cni/net.d",
+        doc="where the node's container runtime looks for CNI plugins (ours)",
+    )
+    cni_plugin: Path = variable(
+        "CNI_PLUGIN",
+        parse=path,
+        default="/opt/ambient-mesh/libexec/ambient-mesh-cni",
+        doc="the CNI plugin's program, to be installed (ours)",
+    )
+    daemon_set: str = variable(
+        "DAEMONSET_NAME", parse=nonempty, default="ztunnel", doc="the DaemonSet of this agent, in POD_NAMESPACE (ours)"
+    )
     run_dir: Path = variable(
-        "RUN_DIR", parse=path, default="/run/ztunnel-py", doc="directory of the socket between brain and movers (ours)"
+        "RUN_DIR",
+        parse=path,
+        default="/run/ztunnel-py",
+        doc="directory of the agent's sockets; with CNI_BIN_DIR the same path on the node (ours)",
     )
     movers: int = variable(
         "MOVERS", parse=mover_count, default="auto", doc="number of data plane processes; auto: one per CPU, at most 4 (ours)"
@@ -167,6 +199,11 @@ class AgentConfig:
     def socket_path(self) -> Path:
         """Where the brain listens for movers."""
         return self.run_dir / "brain.sock"
+
+    @property
+    def cni_socket(self) -> Path:
+        """Where CNI plugins ask for a pod to be captured."""
+        return self.run_dir / "cni.sock"
 
 
 def read_config(environ: Mapping[str, str] = os.environ) -> AgentConfig:

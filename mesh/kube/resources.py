@@ -62,4 +62,6 @@ RESOURCES: Final[Mapping[str, Resource]] = {
 SECRETS: Final = Resource("", "v1", "secrets", "Secret")
 CONFIG_MAPS: Final = Resource("", "v1", "configmaps", "ConfigMap")
 LEASES: Final = Resource("coordination.k8s.io", "v1", "leases", "Lease")
+EVENTS: Final = Resource("", "v1", "events", "Event")
+DAEMON_SETS: Final = Resource("apps", "v1", "daemonsets", "DaemonSet")
 TOKEN_REVIEWS: Final = Resource("authentication.k8s.io", "v1", "tokenreviews", "TokenReview", namespaced=False)

@@ -7,15 +7,18 @@ costs one task for a few seconds.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import h11
 import trio
 
+from mesh.linux.unix_sockets import unix_address
 from mesh.telemetry.log import get_logger
 
 HEADER_TIMEOUT: Final = 2.0
@@ -29,6 +32,8 @@ MAX_HEADER: Final = 8 * 1024
 MAX_BODY: Final = 64 * 1024
 MAX_CONNECTIONS: Final = 128
 """Beside serving at most so many at once, further ones wait in the kernel's backlog."""
+_UNIX_BACKLOG: Final = 1024
+"""A Unix socket refuses at once when its backlog is full, where TCP would wait."""
 _READ: Final = MAX_HEADER
 
 _log = get_logger("admin")
@@ -110,6 +115,25 @@ async def open_listeners(address: str, *, default_host: str = "") -> list[trio.S
             await listener.aclose()
         raise BindError(f"failed to bind to address {address}: {failure}") from failure
     return listeners
+
+
+async def open_unix_listener(path: Path, mode: int = 0o600) -> trio.SocketListener:
+    """Listen on a Unix socket, from the first moment only for those whom ``mode`` lets in. Whoever listened there before is succeeded
+    without a moment in between. Raises BindError."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.unlink(missing_ok=True)
+        with unix_address(fresh) as address:
+            await sock.bind(address)
+        fresh.chmod(mode)  # nobody can connect before listen()
+        sock.listen(_UNIX_BACKLOG)
+        fresh.rename(path)
+    except OSError as exc:
+        sock.close()
+        raise BindError(f"failed to bind to {path}: {exc}") from exc
+    return trio.SocketListener(sock)
 
 
 def bound_addresses(listeners: Sequence[trio.SocketListener]) -> list[str]:

@@ -16,7 +16,7 @@ from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.workload import TunnelProtocol
 from mesh.rpc.tls import client_tls
 from mesh.runtime.env import InvalidEnvironment
-from mesh.runtime.http import BindError, open_listeners, serve_admin
+from mesh.runtime.http import BindError, open_listeners, open_unix_listener, serve_admin
 from mesh.runtime.readiness import Readiness
 from mesh.runtime.signals import watch_signals
 from mesh.state.store import MeshState
@@ -29,6 +29,7 @@ from mesh.xds.names import AUTHORIZATION, node_id
 from ztunnel_py import messages
 from ztunnel_py.brain.admin import Admin
 from ztunnel_py.brain.authority import fetch_certificate
+from ztunnel_py.brain.cni import PluginKeeper, cni_routes, has_listener
 from ztunnel_py.brain.movers import Holding, Mover, Movers
 from ztunnel_py.brain.pods import PodKeeper
 from ztunnel_py.brain.transfer import transfer_state, unreadable_bodies
@@ -79,6 +80,8 @@ class Brain:
         self._pods_ready = self._readiness.register("workload proxy manager")
         self._synced = trio.Event()
         self._stop = trio.Event()
+        self._left = trio.Event()
+        """What we put on the node is gone, or is to stay."""
 
     async def run(self) -> None:
         """Until SIGTERM, ``/quitquitquit`` or the supervisor's death; then drain. Raises BindError when a port is taken."""
@@ -108,9 +111,15 @@ class Brain:
                 working.start_soon(self._run_movers)
                 working.start_soon(self._run_xds)
                 working.start_soon(self._run_pods)
+                if config.cluster is not None and config.cni_bin_dir is not None:
+                    working.start_soon(self._serve_cni)
+                    working.start_soon(self._keep_plugin, PluginKeeper(config))
+                else:
+                    self._left.set()
                 await self._stop.wait()
                 _log.info("draining", seconds=config.drain)
                 await self._movers.drain(config.drain)
+                await self._left.wait()
                 working.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 
@@ -128,6 +137,30 @@ class Brain:
         self._pods_ready.pending("waiting for the first configuration")
         await self._synced.wait()
         await self._pods.run(on_change=self._pods_changed)
+
+    async def _serve_cni(self) -> None:
+        """Answer CNI plugins until we are to stop: from then on nobody new would be served."""
+        config = self._config
+        if await has_listener(config):
+            await self._synced.wait()  # the agent we succeed answers better until then
+        try:
+            listener = await open_unix_listener(config.cni_socket)
+        except BindError as exc:
+            _log.error("cni.not_served", error=str(exc))
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_admin, cni_routes(self._pods), [listener])
+            await self._stop.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _keep_plugin(self, plugin: PluginKeeper) -> None:
+        ready = self._readiness.register("cni plugin")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(plugin.run, lambda because: ready.pending(because) if because else ready.done())
+            await self._stop.wait()
+            nursery.cancel_scope.cancel()
+        await plugin.leave()
+        self._left.set()
 
     async def _run_xds(self) -> None:
         config = self._config

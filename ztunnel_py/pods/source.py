@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Final
 
@@ -11,7 +11,8 @@ import trio
 from mesh.kube.directory import DirectoryStore
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.store import ObjectStore
-from mesh.model.enrolment import EXCLUDED_NAMESPACES, decide_enrolment
+from mesh.model.address import IpAddress
+from mesh.model.enrolment import EXCLUDED_NAMESPACES, Enrolment, decide_enrolment
 from mesh.model.labels import BYPASS_INBOUND_CAPTURE, DNS_CAPTURE, REDIRECTION
 from ztunnel_py.pods.facts import PodFacts
 
@@ -52,31 +53,38 @@ async def watch_node_pods(
 
 def _facts(pod: KubePod, namespace_labels: Mapping[str, str], excluded_namespaces: frozenset[str]) -> PodFacts:
     netns_path = pod.annotations.get(NETNS, "")
+
+    def decide(*, host_network: bool) -> Enrolment:
+        return decide_enrolment(
+            namespace=pod.namespace,
+            namespace_labels=namespace_labels,
+            pod_labels=pod.labels,
+            pod_annotations=pod.annotations,
+            host_network=host_network,
+            phase=pod.phase,
+            excluded_namespaces=excluded_namespaces,
+        )
+
+    labelled = decide(host_network=False) if pod.host_network else None
     return PodFacts(
         uid=pod.uid,
         name=pod.name,
         namespace=pod.namespace,
         service_account=pod.service_account,
-        enrolment=decide_enrolment(
-            namespace=pod.namespace,
-            namespace_labels=namespace_labels,
-            pod_labels=pod.labels,
-            pod_annotations=pod.annotations,
-            host_network=pod.host_network,
-            phase=pod.phase,
-            excluded_namespaces=excluded_namespaces,
-        ),
+        enrolment=decide(host_network=pod.host_network),
         ips=pod.ips,
         netns_path=netns_path,
         bypass_inbound=_BOOLEANS.get(pod.annotations.get(BYPASS_INBOUND_CAPTURE, ""), False),
         dns=_BOOLEANS.get(pod.annotations.get(DNS_CAPTURE, "")),
-        waiting_for=_waiting_for(pod, netns_path),
+        waiting_for=waiting_for(pod.ips, netns_path),
         redirection=pod.annotations.get(REDIRECTION, ""),
+        unsupported=f"{labelled.because}, but the pod is on the host's network: it stays outside the mesh" if labelled else "",
     )
 
 
-def _waiting_for(pod: KubePod, netns_path: str) -> str:
-    if not pod.ips:
+def waiting_for(ips: Sequence[IpAddress], netns_path: str) -> str:
+    """Why a pod with these can't be captured yet, or ``""``."""
+    if not ips:
         return "the pod has no IP address yet"
     if not netns_path:
         return f"the pod's network namespace is not known yet (annotation {NETNS})"

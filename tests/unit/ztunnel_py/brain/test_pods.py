@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from mesh.linux.netns import NetnsIdentity
-from mesh.model.address import parse_ip
+from mesh.model.address import IpAddress, parse_ip
 from mesh.model.enrolment import Enrolment
 from mesh.telemetry.metrics import Registry, WorkloadManagerMetrics
 from mesh.tls.rotation import CertificateManager
@@ -97,6 +97,9 @@ class FakePlace:
         self.history: list[str] = []
         self.broken = ""
         self.cannot_withdraw = False
+        self.learnt: dict[str, str] = {}
+        self.forgotten: list[str] = []
+        self.notes: list[str] = []
 
     async def run(self) -> None:
         await trio.sleep_forever()
@@ -117,6 +120,16 @@ class FakePlace:
 
     async def is_annotated(self, pod: PodFacts) -> bool:
         return pod.name in self.annotations
+
+    def learn(self, uid: str, netns_path: str, ips: tuple[IpAddress, ...]) -> str:
+        self.learnt[uid] = netns_path
+        return netns_path
+
+    def forget(self, uid: str) -> None:
+        self.forgotten.append(uid)
+
+    def note(self, facts: PodFacts, reason: str, message: str, *, warning: bool) -> None:
+        self.notes.append(f"{facts.name}: {reason}: {message}")
 
 
 class World:

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 from mesh.kube.api import ApiClient
 from mesh.kube.kubeconfig import ClusterAccess
 from mesh.testing.kube import FakeApiServer
-from ztunnel_py.pods.place import ClusterPlace
+from ztunnel_py.pods.place import ClusterPlace, NodePaths
 
 
 def test_pods_of_the_node_are_found_and_annotated(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_pods_of_the_node_are_found_and_annotated(tmp_path: Path) -> None:
             metadata = {"name": name, "namespace": "shop", "annotations": {"ambient.mesh/netns": "/run/netns/x"}}
             spec = {"nodeName": node, "containers": [{"name": "c", "image": "i"}]}
             server.put({"kind": "Pod", "metadata": metadata, "spec": spec, "status": {"phase": "Running", "podIP": "10.0.0.1"}})
-        place = ClusterPlace("n1", ApiClient(ClusterAccess("k", 443, tls=False), connect=server.connect), tmp_path)
+        place = ClusterPlace("n1", ApiClient(ClusterAccess("k", 443, tls=False), connect=server.connect), NodePaths(tmp_path, tmp_path))
         async with trio.open_nursery() as nursery:
             await nursery.start(server.run)
             nursery.start_soon(place.run)
