@@ -115,11 +115,14 @@ class AgentConfig:
     daemon_set: str = variable(
         "DAEMONSET_NAME", parse=nonempty, default="ztunnel", doc="the DaemonSet of this agent, in POD_NAMESPACE (ours)"
     )
-    run_dir: Path = variable(
-        "RUN_DIR",
+    cni_socket: Path = variable(
+        "CNI_SOCKET",
         parse=path,
-        default="/run/ztunnel-py",
-        doc="directory of the agent's sockets; with CNI_BIN_DIR the same path on the node (ours)",
+        default="/var/run/ambient-mesh/cni.sock",
+        doc="where CNI plugins ask for pods to be captured; the same path on the node (ours)",
+    )
+    run_dir: Path = variable(
+        "RUN_DIR", parse=path, default="/run/ztunnel-py", doc="directory of the socket between brain and movers (ours)"
     )
     movers: int = variable(
         "MOVERS", parse=mover_count, default="auto", doc="number of data plane processes; auto: one per CPU, at most 4 (ours)"
@@ -199,11 +202,6 @@ class AgentConfig:
     def socket_path(self) -> Path:
         """Where the brain listens for movers."""
         return self.run_dir / "brain.sock"
-
-    @property
-    def cni_socket(self) -> Path:
-        """Where CNI plugins ask for a pod to be captured."""
-        return self.run_dir / "cni.sock"
 
 
 def read_config(environ: Mapping[str, str] = os.environ) -> AgentConfig:
