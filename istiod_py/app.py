@@ -18,7 +18,7 @@ from istiod_py.ca import CaError, CertificateAuthority
 from istiod_py.config import LONGEST_DEBOUNCE, Config
 from istiod_py.debounce import Debounce
 from istiod_py.dump import describe
-from istiod_py.files import PUBLIC_MODE, make_private_directory
+from istiod_py.files import PUBLIC_MODE, make_private_directory, write_atomically
 from istiod_py.problems import ProblemLog
 from istiod_py.serving import ServingTls
 from istiod_py.signing import SigningMetrics, SigningService, require_caller
@@ -30,7 +30,6 @@ from istiod_py.translate import Config as TranslateConfig
 from istiod_py.translate import Translation, translate
 from mesh.kube.kubeconfig import KubeconfigError
 from mesh.rpc import Handler, Unary, serve
-from mesh.runtime.files import write_atomically
 from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound_addresses, open_listeners, serve_admin
 from mesh.runtime.readiness import Readiness
 from mesh.telemetry.log import get_logger

@@ -23,10 +23,9 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from istiod_py.files import PUBLIC_MODE, SECRET_MODE, UnsafeFile, locked, make_private_directory, read_secret
+from istiod_py.files import PUBLIC_MODE, SECRET_MODE, UnsafeFile, locked, make_private_directory, read_secret, write_atomically
 from istiod_py.succession import DEFAULT_TTL, Material, SigningKey, Succession
 from mesh.model.identity import SpiffeId
-from mesh.runtime.files import write_atomically
 
 BACKDATE: Final = timedelta(minutes=2)
 """Leaves are valid from so long ago, for nodes whose clocks are slow; as Istio."""

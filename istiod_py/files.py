@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from mesh.runtime.files import write_atomically as write_atomically
+
 SECRET_MODE: Final = 0o600
 PUBLIC_MODE: Final = 0o644
 _MAX_SIZE: Final = 1024 * 1024

@@ -8,9 +8,8 @@ from datetime import datetime
 from pathlib import Path
 
 from istiod_py.ca import CaError, CertificateAuthority
-from istiod_py.files import PUBLIC_MODE, SECRET_MODE
+from istiod_py.files import PUBLIC_MODE, SECRET_MODE, write_atomically
 from mesh.rpc.tls import InvalidTlsMaterial, server_tls
-from mesh.runtime.files import write_atomically
 
 
 class ServingTls:

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from istiod_py.files import SECRET_MODE, UnsafeFile, make_private_directory, read_secret
-from mesh.runtime.files import write_atomically
+from istiod_py.files import SECRET_MODE, UnsafeFile, make_private_directory, read_secret, write_atomically
 from mesh.telemetry.log import get_logger
 
 _SUFFIX: Final = ".token"

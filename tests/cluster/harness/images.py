@@ -42,8 +42,8 @@ echo 'unqualified-search-registries = []' >/run/registries.conf
 export CONTAINERS_REGISTRIES_CONF=/run/registries.conf STORAGE_DRIVER=overlay
 buildah inspect --type image "$1" >/dev/null 2>&1 || buildah pull --signature-policy /run/policy.json docker-archive:/base/image.tar
 for stage in "--target build -t $2-build" "-t $2"; do  # the first has a name too, or pruning would take what the next build reuses
-    buildah bud --isolation chroot --layers --pull-never --signature-policy /run/policy.json --build-arg BASE="$1" --build-arg GO="$1" $stage \
-        -f /context/deploy/images/Containerfile /context
+    buildah bud --isolation chroot --layers --pull-never --signature-policy /run/policy.json \
+        --build-arg BASE="$1" --build-arg GO="$1" $stage -f /context/deploy/images/Containerfile /context
 done
 buildah push --signature-policy /run/policy.json "$2" docker-archive:/result/image.tar:"$2"
 buildah rmi --prune >/dev/null 2>&1 || true  # what another build uses at this moment goes next time

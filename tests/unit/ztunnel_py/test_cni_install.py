@@ -1,0 +1,194 @@
+"""The plugin on a node: put there, mended, renewed, and taken away; in a directory that plays the node."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from mesh.kube.api import ApiClient
+from mesh.kube.kubeconfig import ClusterAccess
+from mesh.testing.kube import FakeApiServer
+from ztunnel_py.cni import install as module
+from ztunnel_py.cni.chain import PLUGIN
+from ztunnel_py.cni.install import KUBECONFIG, Installation, Installer, find_reason_to_leave, may_look, write_kubeconfig
+
+PRIMARY = {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "ptp"}]}
+
+
+class Node:
+    def __init__(self, path: Path) -> None:
+        self.bin, self.net, self.program, self.token = path / "bin", path / "net.d", path / "program", path / "token"
+        self.bin.mkdir()
+        self.net.mkdir()
+        self.program.write_bytes(b"\x7fELF one")
+        self.token.write_text("first\n")
+        (path / "ca.crt").write_bytes(b"roots")
+        self.access = ClusterAccess("10.96.0.1", 443, ca_file=path / "ca.crt", token_file=self.token)
+        self.installation = Installation(
+            self.program, self.bin, self.net, "/etc/cni/net.d", "/run/cni.sock", frozenset({"kube-system"}), "istio-system", "ztunnel"
+        )
+        self.installer = Installer(self.installation, self.access)
+        self.write_chain()
+
+    def write_chain(self) -> None:
+        (self.net / "10-pods.conflist").write_text(json.dumps(PRIMARY))
+
+    def chain(self) -> list[str]:
+        return [plugin["type"] for plugin in json.loads((self.net / "10-pods.conflist").read_text())["plugins"]]
+
+    def kubeconfig(self) -> dict[str, object]:
+        return dict(json.loads((self.net / KUBECONFIG).read_text()))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+def test_program_kubeconfig_and_entry_are_put_in_place_once(node: Node) -> None:
+    because, changed = node.installer.mend()
+    assert (because, changed) == ("", (PLUGIN, KUBECONFIG, "10-pods.conflist"))
+    assert (node.bin / PLUGIN).read_bytes() == b"\x7fELF one"
+    assert (node.bin / PLUGIN).stat().st_mode & 0o777 == 0o755
+    assert (node.net / KUBECONFIG).stat().st_mode & 0o777 == 0o600
+    assert node.chain() == ["ptp", PLUGIN]
+    entry = json.loads((node.net / "10-pods.conflist").read_text())["plugins"][-1]
+    assert entry["kubeconfig"] == f"/etc/cni/net.d/{KUBECONFIG}"
+    assert entry["agent"] == {"namespace": "istio-system", "daemonSet": "ztunnel"}
+    assert node.installer.mend() == ("", ())
+    assert sorted(path.name for path in node.net.iterdir()) == ["10-pods.conflist", KUBECONFIG], "nothing temporary is left"
+
+
+def test_the_kubeconfig_is_one_and_holds_what_works_outside_the_pod(node: Node) -> None:
+    found = json.loads(write_kubeconfig(replace(node.access, host="fd00::1")))
+    assert found["clusters"][0]["cluster"] == {
+        "server": "https://[fd00::1]:443",
+        "certificate-authority-data": base64.b64encode(b"roots").decode(),
+    }
+    assert found["users"][0]["user"] == {"token": "first"}
+    assert found["contexts"][0]["name"] == found["current-context"]
+
+
+def test_a_new_program_a_renewed_token_and_loose_rights_are_mended(node: Node) -> None:
+    node.installer.mend()
+    node.program.write_bytes(b"\x7fELF two")
+    node.token.write_text("second\n")
+    assert node.installer.mend() == ("", (PLUGIN, KUBECONFIG))
+    assert (node.bin / PLUGIN).read_bytes() == b"\x7fELF two"
+    assert "second" in (node.net / KUBECONFIG).read_text()
+    os.chmod(node.net / KUBECONFIG, 0o644)
+    assert node.installer.mend() == ("", (KUBECONFIG,))
+    assert (node.net / KUBECONFIG).stat().st_mode & 0o777 == 0o600
+
+
+def test_removal_leaves_the_chain_as_the_others_wrote_it(node: Node) -> None:
+    node.installer.mend()
+    node.installer.remove()
+    assert json.loads((node.net / "10-pods.conflist").read_text()) == PRIMARY
+    assert [path.name for path in node.net.iterdir()] == ["10-pods.conflist"]
+    assert list(node.bin.iterdir()) == []
+    node.installer.remove()
+
+
+def run_installer(node: Node, test: Callable[[Callable[[Callable[[], bool]], object], list[str]], object]) -> None:
+    """The installer runs beside the test, which waits by the first argument until something holds; the second is what was reported."""
+    said: list[str] = []
+
+    async def until(holds: Callable[[], bool]) -> None:
+        for _ in range(3000):
+            if holds():
+                return
+            await trio.sleep(0.01)
+        raise AssertionError(f"never, but {said[-1:]}")
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.installer.run, said.append)
+            await test(until, said)  # type: ignore[misc]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_chain_that_somebody_rewrites_is_mended_again_and_again(node: Node) -> None:
+    async def test(until: Callable[..., object], said: list[str]) -> None:
+        for _ in range(3):
+            await until(lambda: node.chain() == ["ptp", PLUGIN])  # type: ignore[misc]
+            node.write_chain()
+        await until(lambda: node.chain() == ["ptp", PLUGIN])  # type: ignore[misc]
+        (node.bin / PLUGIN).unlink()
+        await until(lambda: (node.bin / PLUGIN).exists())  # type: ignore[misc]
+        assert set(said) == {""}
+
+    run_installer(node, test)
+
+
+def test_a_primary_plugin_that_comes_late_or_in_pieces_is_joined(node: Node) -> None:
+    (node.net / "10-pods.conflist").unlink()
+
+    async def test(until: Callable[..., object], said: list[str]) -> None:
+        await until(lambda: bool(said) and "there is no configuration" in said[-1])  # type: ignore[misc]
+        (node.net / "10-pods.conflist").write_text(json.dumps(PRIMARY)[:20])
+        await until(lambda: "not JSON" in said[-1])  # type: ignore[misc]
+        node.write_chain()
+        await until(lambda: said[-1] == "")  # type: ignore[misc]
+        assert node.chain() == ["ptp", PLUGIN]
+
+    run_installer(node, test)
+
+
+def test_a_directory_that_cannot_be_written_is_told_and_tried_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.bin.rmdir()
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
+
+    async def test(until: Callable[..., object], said: list[str]) -> None:
+        await until(lambda: bool(said) and said[-1].startswith("the CNI plugin can't be installed: "))  # type: ignore[misc]
+        assert str(node.bin) in said[-1]
+        node.bin.mkdir()
+        await until(lambda: said[-1] == "")  # type: ignore[misc]
+
+    run_installer(node, test)
+
+
+@pytest.mark.parametrize(
+    ("state", "was_allowed", "leaves"),
+    [
+        ("there", True, ""),
+        ("deleting", True, "is being deleted"),
+        ("gone", True, "is gone"),
+        ("unauthorized", False, "rights are gone"),
+        ("forbidden", True, "rights are gone"),
+        ("forbidden", False, ""),
+        ("away", True, ""),
+    ],
+)
+def test_an_agent_leaves_nothing_behind_only_when_none_will_follow(state: str, was_allowed: bool, leaves: str) -> None:
+    async def main() -> None:
+        server = FakeApiServer()
+        metadata = {"name": "ztunnel", "namespace": "istio-system"}
+        if state == "deleting":
+            metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        if state != "gone":
+            server.put({"kind": "DaemonSet", "metadata": metadata})
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.run)
+            client = ApiClient(ClusterAccess("k", 443, tls=False), connect=server.connect)
+            assert await may_look(client, "istio-system", "ztunnel")
+            await client.aclose()
+            server.faults.down = state == "away"
+            if state in ("unauthorized", "forbidden"):
+                server.faults.refusals.append((401, "Unauthorized", {}) if state == "unauthorized" else (403, "Forbidden", {}))
+            found = await find_reason_to_leave(client, "istio-system", "ztunnel", was_allowed=was_allowed)
+            assert leaves in found
+            assert bool(leaves) == bool(found)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
