@@ -112,6 +112,12 @@ class AgentConfig:
         default="/opt/ambient-mesh/libexec/ambient-mesh-cni",
         doc="the CNI plugin's program, to be installed (ours)",
     )
+    cni_account: str = variable(
+        "CNI_SERVICE_ACCOUNT",
+        parse=nonempty,
+        default="ztunnel-cni",
+        doc="the service account, in POD_NAMESPACE, that the CNI plugin asks the API server as (ours)",
+    )
     daemon_set: str = variable(
         "DAEMONSET_NAME", parse=nonempty, default="ztunnel", doc="the DaemonSet of this agent, in POD_NAMESPACE (ours)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Final
 
 import trio
@@ -15,7 +16,7 @@ from mesh.model.enrolment import EXCLUDED_NAMESPACES
 from mesh.runtime.http import Request, Response, Route, Routes
 from mesh.telemetry.log import get_logger
 from ztunnel_py.brain.pods import CannotServe, NotYet, PodKeeper
-from ztunnel_py.cni.install import Installation, Installer, find_reason_to_leave, may_look
+from ztunnel_py.cni.install import Installation, Installer, PluginToken, find_reason_to_leave, may_look, request_token
 from ztunnel_py.cni.request import BadRequest, parse_added
 from ztunnel_py.config import AgentConfig
 from ztunnel_py.redirect.apply import CaptureFailed
@@ -76,13 +77,16 @@ class PluginKeeper:
             agent_namespace=config.pod_namespace,
             daemon_set=config.daemon_set,
         )
-        self._installer = Installer(installation, config.cluster)
+        self._installer = Installer(installation, config.cluster, self._fetch_token)
 
     async def run(self, on_change: Callable[[str], None]) -> None:
         """Keep it installed until cancelled; see `Installer.run`."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._installer.run, on_change)
             self._was_allowed = await may_look(self._client, self._config.pod_namespace, self._config.daemon_set)
+
+    async def _fetch_token(self) -> PluginToken:
+        return await request_token(self._client, self._config.pod_namespace, self._config.cni_account, datetime.now(UTC))
 
     async def leave(self) -> None:
         """The agent ends. Take away what is on the node, but only if no agent comes after us. `run` must have ended."""

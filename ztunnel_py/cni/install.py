@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,7 @@ import trio
 
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.kubeconfig import ClusterAccess, KubeconfigError
-from mesh.kube.resources import DAEMON_SETS
+from mesh.kube.resources import DAEMON_SETS, RESOURCES
 from mesh.linux.inotify import DirectoryWatch
 from mesh.runtime.files import write_atomically
 from mesh.telemetry.log import get_logger
@@ -27,7 +28,10 @@ from ztunnel_py.cni.chain import MAX_FILE, PLUGIN, Delete, Plan, Write, is_confi
 
 KUBECONFIG: Final = f"{PLUGIN}-kubeconfig"
 LOOK_SECONDS: Final = 10.0
-"""How often everything is looked at anyway: a token may be renewed, a notification be lost."""
+"""How often everything is looked at anyway: a notification may be lost."""
+TOKEN_SECONDS: Final = 24 * 3600
+"""The life asked for the plugin's token. It is renewed at half of what is granted: an agent may be away for the other half, and the plugin
+still knows whom to let pass."""
 SETTLE_SECONDS: Final = 0.05
 """Whoever writes a file often writes another with it."""
 LONGEST_PAUSE: Final = 10.0
@@ -63,12 +67,24 @@ class Installation:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class PluginToken:
+    """A token of the plugin's own service account, and for how many seconds from now it is good."""
+
+    text: str
+    seconds: float
+
+
 class Installer:
     """Use `run`; `remove` once the DaemonSet is gone."""
 
-    def __init__(self, installation: Installation, access: ClusterAccess) -> None:
+    def __init__(self, installation: Installation, access: ClusterAccess, fetch_token: Callable[[], Awaitable[PluginToken]]) -> None:
+        """``fetch_token`` raises ApiError, ApiUnavailable."""
         self._own = installation
         self._access = access
+        self._fetch_token = fetch_token
+        self._token = ""
+        self._renew_at = float("-inf")
 
     async def run(self, on_change: Callable[[str], None]) -> None:
         """Until cancelled. ``on_change`` is told after every look why the plugin is not in place, ``""`` when it is."""
@@ -79,7 +95,10 @@ class Installer:
                 if watch is not None:
                     watch.drain()
                     self._watch_all(watch)
-                because, changed = await trio.to_thread.run_sync(self._look)
+                because = await self._renew_token()
+                changed: tuple[str, ...] = ()
+                if not because:
+                    because, changed = await trio.to_thread.run_sync(self._look)
                 on_change(because)
                 if changed:
                     _log.info("chain.mended", files=", ".join(changed))
@@ -96,13 +115,27 @@ class Installer:
                         _log.warning("chain.contested", directory=str(self._own.net_dir), because="somebody rewrites it again and again")
                 await trio.sleep(pause)
 
+    async def _renew_token(self) -> str:
+        """Why there is no token, or ``""``. One that could not be renewed is used for as long as it is good."""
+        if trio.current_time() >= self._renew_at:
+            try:
+                token = await self._fetch_token()
+            except (ApiError, ApiUnavailable) as exc:
+                if not self._token:
+                    return f"the CNI plugin can't be installed: no token for it: {exc}"
+                _log.warning("token.not_renewed", error=str(exc))
+            else:
+                self._token = token.text
+                self._renew_at = trio.current_time() + token.seconds / 2
+        return ""
+
     def _look(self) -> tuple[str, tuple[str, ...]]:
         try:
-            return self.mend()
+            return self.mend(self._token)
         except (OSError, KubeconfigError) as exc:
             return f"the CNI plugin can't be installed: {exc}", ()
 
-    def mend(self) -> tuple[str, tuple[str, ...]]:
+    def mend(self, token: str) -> tuple[str, tuple[str, ...]]:
         """Put in place what is not: why the chain lacks the plugin or ``""``, and the files written. Raises OSError, KubeconfigError.
 
         The program is there before anything names it, and the kubeconfig before it could be wanted.
@@ -110,7 +143,7 @@ class Installer:
         own = self._own
         changed: list[str] = []
         changed += _update(own.bin_dir / PLUGIN, own.program.read_bytes(), _PROGRAM_MODE)
-        changed += _update(own.net_dir / KUBECONFIG, write_kubeconfig(self._access), _SECRET_MODE)
+        changed += _update(own.net_dir / KUBECONFIG, write_kubeconfig(self._access, token), _SECRET_MODE)
         plan = plan_install(self._read_chain(), own.entry())
         self._carry_out(plan)
         return plan.because, (*changed, *(step.name for step in plan.steps))
@@ -139,8 +172,7 @@ class Installer:
                     path.unlink(missing_ok=True)
 
     def _watch_all(self, watch: DirectoryWatch) -> None:
-        token = self._access.token_file
-        for directory in (self._own.net_dir, self._own.bin_dir, *([token.parent] if token is not None else ())):
+        for directory in (self._own.net_dir, self._own.bin_dir):
             try:
                 watch.add(directory)
             except OSError as exc:  # looked at every LOOK_SECONDS all the same
@@ -176,9 +208,25 @@ async def find_reason_to_leave(client: ApiClient, namespace: str, daemon_set: st
     return f"DaemonSet {namespace}/{daemon_set} is being deleted" if deleting else ""
 
 
-def write_kubeconfig(access: ClusterAccess) -> bytes:
-    """A kubeconfig of one cluster and one user, as JSON, which is YAML: the plugin needs no parser for more. The token is in it, since
-    files of the agent's pod are not the node's. Raises KubeconfigError."""
+async def request_token(client: ApiClient, namespace: str, account: str, now: datetime) -> PluginToken:
+    """A token that lives as long as its account, not as the pod that asked: our own would end with our pod, and with it would everybody
+    who starts without an agent wait. Raises ApiError, ApiUnavailable."""
+    body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": TOKEN_SECONDS}}
+    answer = await client.create(RESOURCES["ServiceAccount"].path(namespace, account, "token"), body)
+    status = answer.get("status")
+    token, expires = (status.get("token"), status.get("expirationTimestamp")) if isinstance(status, dict) else (None, None)
+    try:
+        seconds = (datetime.fromisoformat(str(expires)) - now).total_seconds()
+    except (ValueError, TypeError) as exc:
+        raise ApiUnavailable(f"the answer to a TokenRequest has no time: {exc}") from exc
+    if not isinstance(token, str) or not token:
+        raise ApiUnavailable("the answer to a TokenRequest has no token")
+    return PluginToken(token, seconds)
+
+
+def write_kubeconfig(access: ClusterAccess, token: str) -> bytes:
+    """A kubeconfig of one cluster and one user, as JSON, which is YAML: the plugin needs no parser for more. Roots and token are in it,
+    since files of the agent's pod are not the node's. Raises KubeconfigError."""
     host = f"[{access.host}]" if ":" in access.host else access.host
     cluster: dict[str, object] = {
         "server": f"{'https' if access.tls else 'http'}://{host}:{access.port}{access.prefix}",
@@ -189,7 +237,7 @@ def write_kubeconfig(access: ClusterAccess) -> bytes:
         "kind": "Config",
         "current-context": PLUGIN,
         "clusters": [{"name": PLUGIN, "cluster": cluster}],
-        "users": [{"name": PLUGIN, "user": {"token": access.read_token()}}],
+        "users": [{"name": PLUGIN, "user": {"token": token}}],
         "contexts": [{"name": PLUGIN, "context": {"cluster": PLUGIN, "user": PLUGIN}}],
     }
     return json.dumps(config, indent=2).encode() + b"\n"
