@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mesh.model.labels import DATAPLANE_MODE
 from mesh.model.ports import INBOUND_HBONE, PROBE_SOURCE_V4, PROBE_SOURCE_V6
 from meshctl_py.lab.wiretap import is_tls, join_segments
 from tests.cluster.figures import Figures
@@ -22,7 +23,7 @@ from tests.cluster.workloads import ATTEMPT, PORT, addresses, apply_pods, attemp
 
 NET_DIR = "/etc/cni/net.d"
 PLUGIN = "ambient-mesh-cni"
-AMBIENT = {"istio__io/dataplane-mode": "ambient"}
+AMBIENT = {DATAPLANE_MODE: "ambient"}
 
 
 @pytest.fixture(scope="module")
