@@ -118,9 +118,6 @@ class AgentConfig:
         default="ztunnel-cni",
         doc="the service account, in POD_NAMESPACE, that the CNI plugin asks the API server as (ours)",
     )
-    daemon_set: str = variable(
-        "DAEMONSET_NAME", parse=nonempty, default="ztunnel", doc="the DaemonSet of this agent, in POD_NAMESPACE (ours)"
-    )
     cni_socket: Path = variable(
         "CNI_SOCKET",
         parse=path,

@@ -19,9 +19,9 @@ from trio.testing import memory_stream_pair
 
 from mesh.kube.kubeconfig import ClusterAccess
 from mesh.kube.overlay import merge_patch
-from mesh.kube.resources import CONFIG_MAPS, DAEMON_SETS, EVENTS, LEASES, RESOURCES, SECRETS, TOKEN_REVIEWS, Resource
+from mesh.kube.resources import CONFIG_MAPS, EVENTS, LEASES, RESOURCES, SECRETS, TOKEN_REVIEWS, Resource
 
-_SERVED: Final = (*RESOURCES.values(), SECRETS, CONFIG_MAPS, LEASES, EVENTS, DAEMON_SETS, TOKEN_REVIEWS)
+_SERVED: Final = (*RESOURCES.values(), SECRETS, CONFIG_MAPS, LEASES, EVENTS, TOKEN_REVIEWS)
 _MAX_HEADER: Final = 64 << 10
 
 Object = dict[str, Any]

@@ -233,25 +233,35 @@ def test_a_restarted_agent_finds_its_pods_again(mesh: Cluster, server: Object) -
 
 
 def test_without_an_agent_pods_of_the_mesh_wait_and_say_why_and_others_start(mesh: Cluster, server: Object) -> None:
-    template = {"spec": {"template": {"spec": {"nodeSelector": {"nobody": "has-it"}}}}}
-    mesh.api.patch(path_of("DaemonSet", "ztunnel", SYSTEM), template)
-    wait_until(lambda: not mesh.api.list("Pod", SYSTEM, labelSelector="app=ztunnel"), "the agents are gone")
-    assert chain(mesh.node("n1")) == ["ptp", PLUGIN], "they were not uninstalled"
+    image = container_of(mesh)["image"]
+    put_image(mesh, "localhost/nothing:1", {"type": "OnDelete", "rollingUpdate": None})
+    mesh.kubectl("delete", "pod", "-n", SYSTEM, agent_of(mesh, "n1")["metadata"]["name"], "--wait=true", timeout=180)
+    assert chain(mesh.node("n1")) == ["ptp", PLUGIN], "it was not uninstalled"
     with mesh.namespace("waiting", **AMBIENT) as namespace, mesh.namespace("not-waiting") as outside:
         apply_pods(mesh, outside, echo_pod("free", "n1"))
         pod = echo_pod("held", "n1")
         mesh.api.apply({**pod, "metadata": {**pod["metadata"], "namespace": namespace}})
         reason = "the pod waits because it belongs to the mesh (namespace label istio.io/dataplane-mode=ambient)"
-        wait_until(
-            lambda: any(reason in event and "the node's agent does not answer" in event for event in events(mesh, namespace, "held")),
-            reason,
-        )
-        template["spec"]["template"]["spec"]["nodeSelector"]["nobody"] = None  # type: ignore[index, assignment]
-        mesh.api.patch(path_of("DaemonSet", "ztunnel", SYSTEM), template)
+        found: list[str] = []
+        wait_until(lambda: found.extend(events(mesh, namespace, "held")) or any(reason in event for event in found), reason)
+        assert "the node's agent does not answer" in next(event for event in found if reason in event)
+        put_image(mesh, image, {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}})
         wait_rolled_out(mesh)
         (started,) = mesh.wait_ready(namespace, "held")
         wait_captured(mesh, namespace, 1)
         assert attempt(mesh, started, addresses(server)[0]) == "hello"
+
+
+def container_of(cluster: Cluster) -> Object:
+    found = cluster.api.find("DaemonSet", "ztunnel", SYSTEM)
+    assert found is not None
+    container: Object = found["spec"]["template"]["spec"]["containers"][0]
+    return container
+
+
+def put_image(cluster: Cluster, image: str, strategy: Object) -> None:
+    template = {"spec": {"containers": [{**container_of(cluster), "image": image}]}}
+    cluster.api.patch(path_of("DaemonSet", "ztunnel", SYSTEM), {"spec": {"updateStrategy": strategy, "template": template}})
 
 
 def test_a_labelled_pod_on_the_hosts_network_is_left_alone_and_told(mesh: Cluster, server: Object) -> None:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import trio
 
+from mesh.kube.api import ApiClient
 from mesh.kube.kubeconfig import KubeconfigError
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.workload import TunnelProtocol
@@ -34,6 +35,7 @@ from ztunnel_py.brain.movers import Holding, Mover, Movers
 from ztunnel_py.brain.pods import PodKeeper
 from ztunnel_py.brain.transfer import transfer_state, unreadable_bodies
 from ztunnel_py.config import AgentConfig, read_access, read_config
+from ztunnel_py.pods.departure import ClusterDepartures
 from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
 
 _log = log.get_logger("brain")
@@ -113,7 +115,8 @@ class Brain:
                 working.start_soon(self._run_pods)
                 if config.cluster is not None and config.cni_bin_dir is not None:
                     working.start_soon(self._serve_cni)
-                    working.start_soon(self._keep_plugin, PluginKeeper(config))
+                    departures = ClusterDepartures(ApiClient(config.cluster), config.pod_namespace, config.node_name)
+                    working.start_soon(self._keep_plugin, PluginKeeper(config), departures)
                 else:
                     self._left.set()
                 await self._stop.wait()
@@ -153,13 +156,18 @@ class Brain:
             await self._stop.wait()
             nursery.cancel_scope.cancel()
 
-    async def _keep_plugin(self, plugin: PluginKeeper) -> None:
+    async def _keep_plugin(self, plugin: PluginKeeper, departures: ClusterDepartures) -> None:
+        """Installed while we run, and after us if another agent will follow."""
         ready = self._readiness.register("cni plugin")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(plugin.run, lambda because: ready.pending(because) if because else ready.done())
+            nursery.start_soon(departures.run)
             await self._stop.wait()
             nursery.cancel_scope.cancel()
-        await plugin.leave()
+        departure = await departures.find()
+        _log.info("leaving", for_good=departure.for_good, because=departure.because)
+        if departure.for_good:
+            await plugin.remove()
         self._left.set()
 
     async def _run_xds(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Final
 
 import trio
 
@@ -16,14 +15,12 @@ from mesh.model.enrolment import EXCLUDED_NAMESPACES
 from mesh.runtime.http import Request, Response, Route, Routes
 from mesh.telemetry.log import get_logger
 from ztunnel_py.brain.pods import CannotServe, NotYet, PodKeeper
-from ztunnel_py.cni.install import Installation, Installer, PluginToken, find_reason_to_leave, may_look, request_token
+from ztunnel_py.cni.install import Installation, Installer, PluginToken, request_token
 from ztunnel_py.cni.request import BadRequest, parse_added
 from ztunnel_py.config import AgentConfig
+from ztunnel_py.pods.departure import DAEMONSET
 from ztunnel_py.redirect.apply import CaptureFailed
 from ztunnel_py.redirect.host import remove_host_table
-
-LEAVING_SECONDS: Final = 5.0
-"""For asking whether we are uninstalled, and acting on it, while connections drain."""
 
 _log = get_logger("cni")
 
@@ -66,7 +63,6 @@ class PluginKeeper:
         assert config.cni_bin_dir is not None
         self._config = config
         self._client = ApiClient(config.cluster)
-        self._was_allowed = False
         installation = Installation(
             program=config.cni_plugin,
             bin_dir=config.cni_bin_dir,
@@ -75,41 +71,29 @@ class PluginKeeper:
             socket=str(config.cni_socket),
             excluded_namespaces=EXCLUDED_NAMESPACES,
             agent_namespace=config.pod_namespace,
-            daemon_set=config.daemon_set,
+            daemon_set=DAEMONSET,
         )
         self._installer = Installer(installation, config.cluster, self._fetch_token)
 
     async def run(self, on_change: Callable[[str], None]) -> None:
         """Keep it installed until cancelled; see `Installer.run`."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._installer.run, on_change)
-            self._was_allowed = await may_look(self._client, self._config.pod_namespace, self._config.daemon_set)
+        await self._installer.run(on_change)
+
+    async def remove(self) -> None:
+        """Take away all that is on the node, the table for its kubelet too: no agent comes after us. `run` must have ended."""
+        await trio.to_thread.run_sync(self._remove)
 
     async def _fetch_token(self) -> PluginToken:
         return await request_token(self._client, self._config.pod_namespace, self._config.cni_account, datetime.now(UTC))
 
-    async def leave(self) -> None:
-        """The agent ends. Take away what is on the node, but only if no agent comes after us. `run` must have ended."""
-        with trio.move_on_after(LEAVING_SECONDS) as limit:
-            config = self._config
-            because = await find_reason_to_leave(self._client, config.pod_namespace, config.daemon_set, was_allowed=self._was_allowed)
-            if because:
-                _log.info("uninstalling", because=because)
-                await trio.to_thread.run_sync(self._remove)
-        if limit.cancelled_caught:
-            _log.warning("uninstalling.unknown", because="the API server did not answer in time")
-
     def _remove(self) -> None:
         try:
             self._installer.remove()
-        except OSError as exc:
-            _log.error("uninstalling.failed", error=str(exc))
-        if self._config.probe_netns is not None:
-            try:
+            if self._config.probe_netns is not None:
                 netns = open_netns(self._config.probe_netns)
                 try:
                     remove_host_table(netns)
                 finally:
                     os.close(netns)
-            except (OSError, CaptureFailed, NotANetworkNamespace) as exc:
-                _log.error("uninstalling.failed", error=str(exc))
+        except (OSError, CaptureFailed, NotANetworkNamespace) as exc:
+            _log.error("uninstalling.failed", error=str(exc))

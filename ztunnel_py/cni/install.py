@@ -20,7 +20,7 @@ import trio
 
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.kubeconfig import ClusterAccess, KubeconfigError
-from mesh.kube.resources import DAEMON_SETS, RESOURCES
+from mesh.kube.resources import RESOURCES
 from mesh.linux.inotify import DirectoryWatch
 from mesh.runtime.files import write_atomically
 from mesh.telemetry.log import get_logger
@@ -177,35 +177,6 @@ class Installer:
                 watch.add(directory)
             except OSError as exc:  # looked at every LOOK_SECONDS all the same
                 _log.warning("watch.failed", directory=str(directory), error=str(exc))
-
-
-async def may_look(client: ApiClient, namespace: str, daemon_set: str) -> bool:
-    """Whether we have the right to see the agent's DaemonSet. Raises nothing."""
-    try:
-        await client.find(DAEMON_SETS.path(namespace, daemon_set))
-    except (ApiError, ApiUnavailable):
-        return False
-    return True
-
-
-async def find_reason_to_leave(client: ApiClient, namespace: str, daemon_set: str, *, was_allowed: bool) -> str:
-    """Why no agent of this DaemonSet will come after this one, or ``""`` when one will, or when nobody can say. Raises nothing.
-
-    Uninstalling takes the agent's account and rights away too, often before its pods: Unauthorized says so, and so does Forbidden where
-    looking ``was_allowed`` before.
-    """
-    try:
-        found = await client.find(DAEMON_SETS.path(namespace, daemon_set))
-    except ApiError as exc:
-        gone = exc.status == 401 or (exc.status == 403 and was_allowed)
-        return f"the agent's rights are gone: {exc}" if gone else ""
-    except ApiUnavailable:
-        return ""
-    if found is None:
-        return f"DaemonSet {namespace}/{daemon_set} is gone"
-    metadata = found.get("metadata")
-    deleting = isinstance(metadata, dict) and "deletionTimestamp" in metadata
-    return f"DaemonSet {namespace}/{daemon_set} is being deleted" if deleting else ""
 
 
 async def request_token(client: ApiClient, namespace: str, account: str, now: datetime) -> PluginToken:

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MockClock
 
-from mesh.kube.api import ApiClient, ApiUnavailable
+from mesh.kube.api import ApiUnavailable
 from mesh.kube.kubeconfig import ClusterAccess
-from mesh.testing.kube import FakeApiServer
 from ztunnel_py.cni import install as module
 from ztunnel_py.cni.chain import PLUGIN
 from ztunnel_py.cni.install import (
@@ -24,8 +22,6 @@ from ztunnel_py.cni.install import (
     Installation,
     Installer,
     PluginToken,
-    find_reason_to_leave,
-    may_look,
     request_token,
     write_kubeconfig,
 )
@@ -232,39 +228,3 @@ class FakeTokens:
         await trio.lowlevel.checkpoint()
         self.path = path
         return {"status": self.status}
-
-
-@pytest.mark.parametrize(
-    ("state", "was_allowed", "leaves"),
-    [
-        ("there", True, ""),
-        ("deleting", True, "is being deleted"),
-        ("gone", True, "is gone"),
-        ("unauthorized", False, "rights are gone"),
-        ("forbidden", True, "rights are gone"),
-        ("forbidden", False, ""),
-        ("away", True, ""),
-    ],
-)
-def test_an_agent_leaves_nothing_behind_only_when_none_will_follow(state: str, was_allowed: bool, leaves: str) -> None:
-    async def main() -> None:
-        server = FakeApiServer()
-        metadata = {"name": "ztunnel", "namespace": "istio-system"}
-        if state == "deleting":
-            metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-        if state != "gone":
-            server.put({"kind": "DaemonSet", "metadata": metadata})
-        async with trio.open_nursery() as nursery:
-            await nursery.start(server.run)
-            client = ApiClient(ClusterAccess("k", 443, tls=False), connect=server.connect)
-            assert await may_look(client, "istio-system", "ztunnel")
-            await client.aclose()
-            server.faults.down = state == "away"
-            if state in ("unauthorized", "forbidden"):
-                server.faults.refusals.append((401, "Unauthorized", {}) if state == "unauthorized" else (403, "Forbidden", {}))
-            found = await find_reason_to_leave(client, "istio-system", "ztunnel", was_allowed=was_allowed)
-            assert leaves in found
-            assert bool(leaves) == bool(found)
-            nursery.cancel_scope.cancel()
-
-    trio.run(main, clock=MockClock(autojump_threshold=0))
