@@ -145,7 +145,7 @@ class Brain:
         """Answer CNI plugins until we are to stop: from then on nobody new would be served."""
         config = self._config
         if await has_listener(config):
-            await self._synced.wait()  # the agent we succeed answers better until then
+            await self._pods.began.wait()  # the agent we succeed answers better until then
         try:
             listener = await open_unix_listener(config.cni_socket)
         except BindError as exc:

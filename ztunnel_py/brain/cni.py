@@ -33,13 +33,16 @@ def cni_routes(pods: PodKeeper) -> Routes:
             added = parse_added(request.body)
         except BadRequest as exc:
             return Response.text(str(exc), 400)
+        began = trio.current_time()
         try:
-            return Response.text(await pods.hold(added))
+            because = await pods.hold(added)
         except NotYet as exc:
             return Response.text(str(exc), 503)
         except CannotServe as exc:
             _log.warning("pod.held_back", pod=f"{added.namespace}/{added.name}", because=str(exc))
             return Response.text(str(exc), 500)
+        _log.debug("pod.may_start", pod=f"{added.namespace}/{added.name}", because=because, seconds=round(trio.current_time() - began, 3))
+        return Response.text(because)
 
     return {"/cmdadd": Route(add, frozenset({"POST"}))}
 

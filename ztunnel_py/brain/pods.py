@@ -122,6 +122,8 @@ class PodKeeper:
         self._reported: dict[str, PodStatus] = {}
         self._on_change: Callable[[Sequence[str]], None] = lambda pending: None
         self._host = NodeProbes(config.probe_netns, config.proc) if config.probe_netns is not None else None
+        self.began = trio.Event()
+        """Set when `run` has: from then on pods that start are in good hands here."""
         self._starting: dict[str, trio.Event] = {}
         """Pods that wait for their capture before they start."""
         self._sources_changed = trio.Event()
@@ -131,6 +133,7 @@ class PodKeeper:
         """Follow the pods of this node until cancelled. ``on_change`` is told, whenever it changes, which can't be captured and why."""
         self._on_change = on_change
         async with trio.open_nursery() as self._nursery:
+            self.began.set()
             for action in self._waiting:
                 self._nursery.start_soon(self._do, action)
             self._nursery.start_soon(self._verify_captured)
@@ -174,6 +177,8 @@ class PodKeeper:
 
     async def _find_added(self, added: PodAdded) -> PodFacts:
         """The pod as the API shows it. Raises NotYet."""
+        if not self.began.is_set():
+            raise NotYet("the agent has no configuration of the mesh yet, or another agent is in charge of the node")
         with trio.move_on_after(KNOWN_SECONDS):
             while True:
                 changed = self._sources_changed

@@ -173,6 +173,7 @@ class World:
         async def main() -> None:
             async with trio.open_nursery() as self.nursery:
                 self.nursery.start_soon(self.keeper.run, lambda pending: self.pending.__setitem__(slice(None), pending))
+                await self.keeper.began.wait()
                 await test()
                 self.nursery.cancel_scope.cancel()
 
@@ -575,6 +576,14 @@ def test_a_pod_nobody_has_heard_of_is_not_decided_on(world: World) -> None:
             await world.keeper.hold(added())
 
     world.run(test)
+
+
+def test_an_agent_that_does_not_capture_yet_says_so_at_once(world: World) -> None:
+    async def ask() -> None:
+        with pytest.raises(module.NotYet, match="no configuration"):
+            await world.keeper.hold(added())
+
+    trio.run(ask)
 
 
 def test_a_pod_deleted_while_it_is_being_captured_is_given_up(world: World) -> None:
