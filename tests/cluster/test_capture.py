@@ -279,6 +279,27 @@ def test_a_tainted_node_is_freed_when_its_agent_is_ready(mesh: Cluster) -> None:
     wait_until(lambda: "taints" not in mesh.api.find("Node", "n2")["spec"], "the taint is gone")  # type: ignore[index]
 
 
+def test_a_rebooted_nodes_pods_are_captured_before_they_start_again(mesh: Cluster, server: Object) -> None:
+    host = addresses(server)[0]
+    with mesh.namespace("rebooted", **AMBIENT) as namespace:
+        apply_pods(mesh, namespace, starting("starter", "n1", ATTEMPT, host, str(PORT)))
+        mesh.stop("n1")
+        mesh.start("n1")
+        wait_until(lambda: restarts(mesh, namespace, "starter"), "its containers are started again", 180)
+        wait_rolled_out(mesh)
+        (pod,) = mesh.wait_ready(namespace, "starter")
+        assert mesh.logs(namespace, "starter", "-c", "first").strip() == "hello"
+        owners = probe_sets(mesh.node("n1"))
+        assert {owners.get(address) for address in addresses(pod)} == {pod["metadata"]["uid"]}
+        assert attempt(mesh, pod, host) == "hello"
+
+
+def restarts(cluster: Cluster, namespace: str, name: str) -> bool:
+    found = cluster.api.find("Pod", name, namespace)
+    statuses = found["status"].get("containerStatuses", []) if found is not None else []
+    return any(status["restartCount"] and status["ready"] for status in statuses)
+
+
 def test_pods_deleted_while_they_start_leave_nothing(mesh: Cluster, server: Object) -> None:
     with mesh.namespace("hasty", **AMBIENT) as namespace:
         for number in range(10):

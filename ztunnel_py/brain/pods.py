@@ -168,7 +168,7 @@ class PodKeeper:
                 if not now.enrolment:
                     return now.enrolment.because
                 record = self._state.records.get(facts.uid)
-                if record is not None and record.pod.netns_path in (path, now.netns_path) and now.netns_path and is_safe(record):
+                if record is not None and record.pod.netns_path == path and is_safe(record):
                     return f"captured: {now.enrolment.because}"
                 await changed.wait()
         record = self._state.records.get(facts.uid)

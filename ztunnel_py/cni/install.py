@@ -90,8 +90,9 @@ class Installer:
         """Until cancelled. ``on_change`` is told after every look why the plugin is not in place, ``""`` when it is."""
         pause = SETTLE_SECONDS
         with ExitStack() as stack:
-            watch = _open_watch(stack)
+            watch: DirectoryWatch | None = None
             while True:
+                watch = watch or _open_watch(stack)
                 if watch is not None:
                     watch.drain()
                     self._watch_all(watch)
@@ -228,6 +229,6 @@ def _update(path: Path, content: bytes, mode: int) -> tuple[str, ...]:
 def _open_watch(stack: ExitStack) -> DirectoryWatch | None:
     try:
         return stack.enter_context(DirectoryWatch())
-    except OSError as exc:  # inotify is used up
-        _log.warning("watch.failed", error=str(exc))
+    except OSError as exc:  # inotify is used up; then changes are seen every LOOK_SECONDS
+        _log.debug("watch.failed", error=str(exc))
         return None

@@ -20,7 +20,7 @@ from mesh.model.address import IpAddress
 from mesh.model.labels import REDIRECTION
 from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.netns_discovery import Netns, here, netns_at, scan, scan_names
-from ztunnel_py.pods.source import read_node_pods, waiting_for, watch_node_pods
+from ztunnel_py.pods.source import NO_ADDRESS, read_node_pods, watch_node_pods
 
 SCAN_SECONDS: Final = 1.0
 """How often /proc is searched while pods with addresses have no known network namespace."""
@@ -153,7 +153,7 @@ class ClusterPlace:
         path = here(netns_path, proc=self._paths.proc, names=self._paths.names)
         found = netns_at(path)
         known = self._known.get(uid)
-        if known is not None and known.netns == found:
+        if known is not None and found is not None and known.netns == found:
             path = known.path  # found already, by another name: what was done there goes on
         self._known[uid] = _Known(path, found, ips)
         self._learnt.set()
@@ -168,8 +168,9 @@ class ClusterPlace:
         self._events.record(ObjectEvent(subject, reason, message, warning))
 
     async def _look(self) -> Mapping[str, PodFacts]:
-        """The pods, with what the API server does not tell of their network."""
-        pods = read_node_pods(self._store, self._node)
+        """The pods, with what the API server does not tell of their network. The annotation with a namespace is for directories: on a
+        cluster everybody who makes pods could write it, and name the namespace of somebody else."""
+        pods = {uid: _unplaced(facts) for uid, facts in read_node_pods(self._store, self._node).items()}
         self._known = {uid: known for uid, known in self._known.items() if uid in pods}
         wanted = {uid: pods[uid].ips for uid in _lacking(pods) - self._known.keys()}
         if wanted:
@@ -183,8 +184,7 @@ class ClusterPlace:
         if known is None:
             return facts
         ips = facts.ips or known.ips
-        path = facts.netns_path or str(known.path)
-        return replace(facts, ips=ips, netns_path=path, waiting_for=waiting_for(ips, path))
+        return replace(facts, ips=ips, netns_path=str(known.path), waiting_for="" if ips else NO_ADDRESS)
 
 
 def _scan_all(paths: NodePaths, wanted: Mapping[str, tuple[IpAddress, ...]]) -> dict[str, Path]:
@@ -194,6 +194,10 @@ def _scan_all(paths: NodePaths, wanted: Mapping[str, tuple[IpAddress, ...]]) -> 
     if missing:
         found |= scan_names(paths.names, missing, netns_at(paths.netns) if paths.netns is not None else None)
     return found
+
+
+def _unplaced(facts: PodFacts) -> PodFacts:
+    return replace(facts, netns_path="", waiting_for="the pod's network namespace is not found yet" if facts.ips else NO_ADDRESS)
 
 
 async def _wait_either(*waits: Callable[[], Awaitable[object]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Final
 
@@ -11,13 +11,13 @@ import trio
 from mesh.kube.directory import DirectoryStore
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.store import ObjectStore
-from mesh.model.address import IpAddress
 from mesh.model.enrolment import EXCLUDED_NAMESPACES, Enrolment, decide_enrolment
 from mesh.model.labels import BYPASS_INBOUND_CAPTURE, DNS_CAPTURE, REDIRECTION
 from ztunnel_py.pods.facts import PodFacts
 
 NETNS: Final = "ambient.mesh/netns"
 """Annotation (ours) with the path of the pod's network namespace, written by whoever made the pod."""
+NO_ADDRESS: Final = "the pod has no IP address yet"
 _BOOLEANS: Final = {
     **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
     **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
@@ -76,16 +76,15 @@ def _facts(pod: KubePod, namespace_labels: Mapping[str, str], excluded_namespace
         netns_path=netns_path,
         bypass_inbound=_BOOLEANS.get(pod.annotations.get(BYPASS_INBOUND_CAPTURE, ""), False),
         dns=_BOOLEANS.get(pod.annotations.get(DNS_CAPTURE, "")),
-        waiting_for=waiting_for(pod.ips, netns_path),
+        waiting_for=_waiting_for(pod, netns_path),
         redirection=pod.annotations.get(REDIRECTION, ""),
         unsupported=f"{labelled.because}, but the pod is on the host's network: it stays outside the mesh" if labelled else "",
     )
 
 
-def waiting_for(ips: Sequence[IpAddress], netns_path: str) -> str:
-    """Why a pod with these can't be captured yet, or ``""``."""
-    if not ips:
-        return "the pod has no IP address yet"
+def _waiting_for(pod: KubePod, netns_path: str) -> str:
+    if not pod.ips:
+        return NO_ADDRESS
     if not netns_path:
         return f"the pod's network namespace is not known yet (annotation {NETNS})"
     return ""

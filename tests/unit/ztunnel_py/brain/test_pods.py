@@ -545,6 +545,24 @@ def test_a_pod_that_starts_is_held_until_its_rules_are_proved(world: World) -> N
     world.run(test)
 
 
+def test_a_pod_whose_network_was_made_anew_is_held_until_that_one_is_captured(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        answers: list[str] = []
+
+        async def ask() -> None:
+            answers.append(await world.keeper.hold(added(netns="/n/2")))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await world.until(lambda: world.place.learnt, "the new one is told")
+            assert not answers
+            await world.has(facts(netns="/n/2"))
+        assert world.kernel["/n/2"] == "captured"
+
+    world.run(test)
+
+
 def test_a_pod_outside_the_mesh_starts_at_once(world: World) -> None:
     async def test() -> None:
         await world.has(facts(enrolled=False))

@@ -7,7 +7,6 @@ from contextlib import aclosing
 from pathlib import Path
 
 import trio
-from trio.testing import MockClock
 
 from mesh.kube.api import ApiClient
 from mesh.kube.kubeconfig import ClusterAccess
@@ -31,7 +30,8 @@ def test_pods_of_the_node_are_found_and_annotated(tmp_path: Path) -> None:
             with trio.fail_after(100):
                 async with aclosing(place.watch()) as found:
                     (web,) = (await anext(found)).values()
-                    assert (web.name, web.enrolment.enrolled, web.netns_path) == ("web", True, "/run/netns/x")
+                    assert (web.name, web.enrolment.enrolled) == ("web", True)
+                    assert web.netns_path == "", "what a pod's maker writes names nobody's namespace"
                     assert not await place.is_annotated(web)
                     await place.annotate(web, "enabled")
                     (web,) = (await anext(found)).values()
@@ -41,7 +41,7 @@ def test_pods_of_the_node_are_found_and_annotated(tmp_path: Path) -> None:
             assert server.requests[-1].body["metadata"]["uid"] == web.uid
             nursery.cancel_scope.cancel()
 
-    trio.run(main, clock=MockClock(autojump_threshold=0))
+    trio.run(main)  # no clock that jumps: it would not wait for threads
 
 
 def pod(name: str, *, status: dict[str, object], **spec: object) -> dict[str, object]:
@@ -83,7 +83,7 @@ def test_a_pod_that_starts_has_the_network_its_container_runtime_told_of(tmp_pat
                     assert web.netns_path == ""
             nursery.cancel_scope.cancel()
 
-    trio.run(main, clock=MockClock(autojump_threshold=0))
+    trio.run(main)  # no clock that jumps: it would not wait for threads
 
 
 def test_a_labelled_pod_on_the_hosts_network_is_known_for_what_it_is(tmp_path: Path) -> None:
@@ -105,4 +105,4 @@ def test_a_labelled_pod_on_the_hosts_network_is_known_for_what_it_is(tmp_path: P
             assert (event["type"], event["reason"], event["involvedObject"]["uid"]) == ("Warning", "NotCaptured", exporter.uid)
             nursery.cancel_scope.cancel()
 
-    trio.run(main, clock=MockClock(autojump_threshold=0))
+    trio.run(main)  # no clock that jumps: it would not wait for threads
