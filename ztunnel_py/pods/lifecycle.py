@@ -50,6 +50,7 @@ from ztunnel_py.pods.vocabulary import (
     RefuseProbes,
     ReleaseBegun,
     ReleaseFinished,
+    Report,
     RetryAfter,
     RetryDue,
     StartDraining,
@@ -266,19 +267,7 @@ def _learn(
             return _learn_success(record, event)
 
 
-def _learn_success(
-    record: PodRecord,
-    answer: ListenersOpened
-    | ProbesAdmitted
-    | ProbesRefused
-    | Captured
-    | Verified
-    | Drifted
-    | Annotated
-    | ReleaseBegun
-    | ReleaseFinished
-    | ListenersClosed,
-) -> PodRecord:
+def _learn_success(record: PodRecord, answer: Report) -> PodRecord:
     """Answers that fit nothing under way are late and say nothing about now."""
     done = replace(record, doing=None)
     match record.doing, answer:

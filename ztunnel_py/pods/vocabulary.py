@@ -263,7 +263,7 @@ class NetnsReplaced:
     uid: str
 
 
-Answer: TypeAlias = (
+Report: TypeAlias = (
     ListenersOpened
     | ProbesAdmitted
     | ProbesRefused
@@ -274,6 +274,7 @@ Answer: TypeAlias = (
     | ReleaseBegun
     | ReleaseFinished
     | ListenersClosed
-    | Failed
 )
+"""What came of an action that could be done."""
+Answer: TypeAlias = Report | Failed
 Event: TypeAlias = PodsChanged | Adopted | Answer | Connections | LingerOver | RetryDue | VerifyDue | AnnotationLost | NetnsReplaced

@@ -15,22 +15,19 @@ import socket
 from collections.abc import Callable, Collection, Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
-from mesh.linux.netns import run_in_netns
 from mesh.linux.nft import AddressSet, Chain, ChainType, Hook, HookPoint, Rule, Table, counter, daddr_in, l4proto, skuid, snat
-from mesh.linux.nft_apply import NftRefused, change_sets, delete_tables, find_differences, read_sets, replace_tables
+from mesh.linux.nft_apply import change_sets, delete_tables, find_differences, read_sets, replace_tables
 from mesh.model.address import IpAddress
 from mesh.model.ports import PROBE_SOURCE_V4, PROBE_SOURCE_V6
-from ztunnel_py.redirect.apply import CaptureFailed
+from ztunnel_py.redirect.apply import attempt
 
 HOST_TABLE: Final = "ambient-mesh-host"
 _SRCNAT: Final = 100
 _KUBELETS: Final = frozenset({"kubelet", "kubelite", "k3s", "k3s-server", "rke2"})
 """Names of processes that are, or contain, a node's kubelet."""
 _SOURCES: Final = ((4, ip_address(PROBE_SOURCE_V4)), (6, ip_address(PROBE_SOURCE_V6)))
-
-_T = TypeVar("_T")
 
 
 def plan_host(kubelet_user: int) -> Table:
@@ -72,7 +69,7 @@ def admit_probes(netns_fd: int, table: Table, uid: str, ips: Collection[IpAddres
         if remove or add:
             change_sets(table, remove=remove, add=add)
 
-    _attempt(netns_fd, "let the kubelet's probes pass", inside)
+    attempt(netns_fd, "let the kubelet's probes pass", inside)
 
 
 def find_probe_differences(netns_fd: int, table: Table, uid: str, ips: Collection[IpAddress]) -> list[str]:
@@ -85,7 +82,7 @@ def find_probe_differences(netns_fd: int, table: Table, uid: str, ips: Collectio
         present = read_sets(table)
         return [f"node: {ip} is not in table {table.name}" for ip in ips if present.get(ip) != uid]
 
-    return _attempt(netns_fd, "read the node's rules back", inside)
+    return attempt(netns_fd, "read the node's rules back", inside)
 
 
 def refuse_probes(netns_fd: int, table: Table, uid: str) -> None:
@@ -103,12 +100,12 @@ def keep_probes(netns_fd: int, table: Table, wanted: Callable[[str], bool]) -> N
         if remove:
             change_sets(table, remove=remove)
 
-    _attempt(netns_fd, "forget addresses of pods", inside)
+    attempt(netns_fd, "forget addresses of pods", inside)
 
 
 def remove_host_table(netns_fd: int) -> None:
     """As if there had never been a mesh. Raises CaptureFailed."""
-    _attempt(netns_fd, "remove the node's rules", lambda: delete_tables((HOST_TABLE,)))
+    attempt(netns_fd, "remove the node's rules", lambda: delete_tables((HOST_TABLE,)))
 
 
 def _mend(table: Table) -> None:
@@ -122,12 +119,3 @@ def _mend(table: Table) -> None:
         present = {}
     replace_tables((table,))
     change_sets(table, add=present)
-
-
-def _attempt(netns_fd: int, what: str, inside: Callable[[], _T]) -> _T:
-    try:
-        return run_in_netns(netns_fd, inside)
-    except NftRefused as exc:
-        raise CaptureFailed(f"cannot {what}: {exc}") from exc
-    except OSError as exc:
-        raise CaptureFailed(f"cannot {what}: {exc.strerror or os.strerror(exc.errno or 0)}") from exc
