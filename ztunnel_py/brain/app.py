@@ -116,7 +116,7 @@ class Brain:
                 if config.cluster is not None and config.cni_bin_dir is not None:
                     working.start_soon(self._serve_cni)
                     departures = ClusterDepartures(ApiClient(config.cluster), config.pod_namespace, config.node_name)
-                    working.start_soon(self._keep_plugin, PluginKeeper(config), departures)
+                    working.start_soon(self._keep_plugin, PluginKeeper(config, self._pods.began.is_set), departures)
                 else:
                     self._left.set()
                 await self._stop.wait()

@@ -61,7 +61,8 @@ async def has_listener(config: AgentConfig) -> bool:
 class PluginKeeper:
     """The plugin on this node, for as long as the agent's DaemonSet wants it there."""
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, in_charge: Callable[[], bool]) -> None:
+        """``in_charge``: whether this agent is the one that captures the node's pods."""
         assert config.cluster is not None
         assert config.cni_bin_dir is not None
         self._config = config
@@ -76,7 +77,7 @@ class PluginKeeper:
             agent_namespace=config.pod_namespace,
             daemon_set=DAEMONSET,
         )
-        self._installer = Installer(installation, config.cluster, self._fetch_token)
+        self._installer = Installer(installation, config.cluster, self._fetch_token, in_charge)
 
     async def run(self, on_change: Callable[[str], None]) -> None:
         """Keep it installed until cancelled; see `Installer.run`."""

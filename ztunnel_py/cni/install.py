@@ -78,11 +78,19 @@ class PluginToken:
 class Installer:
     """Use `run`; `remove` once the DaemonSet is gone."""
 
-    def __init__(self, installation: Installation, access: ClusterAccess, fetch_token: Callable[[], Awaitable[PluginToken]]) -> None:
-        """``fetch_token`` raises ApiError, ApiUnavailable."""
+    def __init__(
+        self,
+        installation: Installation,
+        access: ClusterAccess,
+        fetch_token: Callable[[], Awaitable[PluginToken]],
+        in_charge: Callable[[], bool],
+    ) -> None:
+        """``fetch_token`` raises ApiError, ApiUnavailable. While we are not ``in_charge`` of the node an installation that is whole is left
+        alone: during a roll-out two agents, of different versions perhaps, would undo each other's work."""
         self._own = installation
         self._access = access
         self._fetch_token = fetch_token
+        self._in_charge = in_charge
         self._token = ""
         self._renew_at = float("-inf")
 
@@ -142,12 +150,19 @@ class Installer:
         The program is there before anything names it, and the kubeconfig before it could be wanted.
         """
         own = self._own
+        if not self._in_charge() and self._is_whole():
+            return "", ()
         changed: list[str] = []
         changed += _update(own.bin_dir / PLUGIN, own.program.read_bytes(), _PROGRAM_MODE)
         changed += _update(own.net_dir / KUBECONFIG, write_kubeconfig(self._access, token), _SECRET_MODE)
         plan = plan_install(self._read_chain(), own.entry())
         self._carry_out(plan)
         return plan.because, (*changed, *(step.name for step in plan.steps))
+
+    def _is_whole(self) -> bool:
+        """Whether there is an installation of somebody's that works."""
+        plan = plan_removal(self._read_chain())
+        return bool(plan.steps) and (self._own.bin_dir / PLUGIN).exists() and (self._own.net_dir / KUBECONFIG).exists()
 
     def remove(self) -> None:
         """Take the plugin out of the chain, then its files. Raises OSError."""

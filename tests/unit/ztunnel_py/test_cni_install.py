@@ -41,7 +41,8 @@ class Node:
         self.installation = Installation(
             self.program, self.bin, self.net, "/etc/cni/net.d", "/run/cni.sock", frozenset({"kube-system"}), "istio-system", "ztunnel"
         )
-        self.installer = Installer(self.installation, self.access, self.fetch_token)
+        self.in_charge = True
+        self.installer = Installer(self.installation, self.access, self.fetch_token, lambda: self.in_charge)
         self.write_chain()
 
     async def fetch_token(self) -> PluginToken:
@@ -98,6 +99,21 @@ def test_a_new_program_a_renewed_token_and_loose_rights_are_mended(node: Node) -
     os.chmod(node.net / KUBECONFIG, 0o644)
     assert node.installer.mend("second") == ("", (KUBECONFIG,))
     assert (node.net / KUBECONFIG).stat().st_mode & 0o777 == 0o600
+
+
+def test_two_agents_of_a_roll_out_do_not_undo_each_others_work(node: Node) -> None:
+    newer = node.program.with_name("newer")
+    newer.write_bytes(b"\x7fELF two")
+    in_charge: list[bool] = []
+    other = Installer(replace(node.installation, program=newer), node.access, node.fetch_token, lambda: bool(in_charge))
+    assert other.mend("its own")[1] == (PLUGIN, KUBECONFIG, "10-pods.conflist"), "where there is nothing, whoever comes first installs"
+    node.installer.mend("first")
+    assert other.mend("its own") == ("", ())
+    assert (node.bin / PLUGIN).read_bytes() == b"\x7fELF one"
+    in_charge.append(True)
+    assert other.mend("its own") == ("", (PLUGIN, KUBECONFIG))
+    node.in_charge = False
+    assert node.installer.mend("first") == ("", ())
 
 
 def test_removal_leaves_the_chain_as_the_others_wrote_it(node: Node) -> None:
