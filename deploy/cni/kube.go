@@ -128,6 +128,9 @@ func (access *apiAccess) get(ctx context.Context, path string, into *object) err
 	if err != nil {
 		return fmt.Errorf("the API server does not answer: %w", innermost(err))
 	}
+	if response.StatusCode == http.StatusUnauthorized {
+		return fmt.Errorf("the API server does not accept the plugin's token (if the mesh was uninstalled: take ambient-mesh-cni out of /etc/cni/net.d)")
+	}
 	if response.StatusCode != http.StatusOK {
 		return fmt.Errorf("the API server refuses %s: %s", path, response.Status)
 	}

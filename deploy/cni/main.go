@@ -3,7 +3,8 @@
 //
 // Who decides: the agent, over its Unix socket. Where the agent does not answer, the API server is asked whether the pod belongs to the
 // mesh: if it does not it passes, if it does, or if nobody knows, the plugin fails with the reason, which the kubelet shows as the pod's
-// event before it tries again. The agent's own pods and excluded namespaces pass before anybody is asked, or no agent could ever start.
+// event before it tries again. The agent's own pods and excluded namespaces pass before anybody is asked, and other pods of the agent's
+// namespace where nobody can answer: else agents, which need the control plane, and the control plane could wait for each other.
 package main
 
 import (
@@ -111,6 +112,9 @@ func hold(ctx context.Context, config *netConf, pod podName, request addRequest)
 		return answer.verdict()
 	}
 	belongs, because, err := askAPI(ctx, config.Kubeconfig, pod, config.ExcludedNamespaces)
+	if err != nil && pod.namespace == config.Agent.Namespace {
+		return nil // the control plane among them: agents cannot start before it has
+	}
 	if err != nil {
 		return fmt.Errorf("%w, and whether the pod belongs to the mesh is not known: %w", answer.err, err)
 	}

@@ -210,12 +210,26 @@ func TestAgentsAndExcludedNamespacesPassBeforeAnybodyIsAsked(t *testing.T) {
 	}
 	for _, arguments := range []string{
 		"K8S_POD_NAMESPACE=shop;K8S_POD_NAME=ztunnel-ab2cd",
-		"K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=ztunnel-mine-ab2cd",
-		"K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=ztunnelab2cd",
+		"K8S_POD_NAMESPACE=shop;K8S_POD_NAME=istiod-1",
 	} {
 		w.arguments = arguments
 		w.waits("is not known")
 	}
+}
+
+func TestTheControlPlaneDoesNotWaitForAgentsThatWaitForIt(t *testing.T) {
+	w := newWorld(t)
+	w.arguments = "K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=istiod-1"
+	w.config["kubeconfig"] = "/nonexistent/kubeconfig"
+	w.passes()
+}
+
+func TestATokenThatIsNotAcceptedAnyMoreIsSaidSo(t *testing.T) {
+	w := newWorld(t)
+	path := w.config["kubeconfig"].(string)
+	data, _ := os.ReadFile(path)
+	os.WriteFile(path, bytes.ReplaceAll(data, []byte("secret"), []byte("stale")), 0o600)
+	w.waits("does not accept the plugin's token", "/etc/cni/net.d")
 }
 
 func TestCommandsThatChangeNothingSucceedWithoutAnybody(t *testing.T) {

@@ -38,6 +38,9 @@ from ztunnel_py.config import AgentConfig, read_access, read_config
 from ztunnel_py.pods.departure import ClusterDepartures
 from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
 
+ASK_AGAIN_SECONDS = 1.0
+"""When the API server did not say whether another agent follows."""
+
 _log = log.get_logger("brain")
 
 
@@ -165,6 +168,10 @@ class Brain:
             await self._stop.wait()
             nursery.cancel_scope.cancel()
         departure = await departures.find()
+        with trio.move_on_after(self._config.drain):
+            while not departure.certain:  # what is left on the node now nobody will take away
+                await trio.sleep(ASK_AGAIN_SECONDS)
+                departure = await departures.find()
         _log.info("leaving", for_good=departure.for_good, because=departure.because)
         if departure.for_good:
             await plugin.remove()

@@ -25,10 +25,11 @@ _AGAIN_SECONDS: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """``for_good``: no agent will follow on this node, so nothing may be left behind."""
+    """``for_good``: no agent will follow on this node, so nothing may be left behind. ``certain``: somebody who knows has said so."""
 
     for_good: bool
     because: str
+    certain: bool = True
 
 
 class _Metadata(msgspec.Struct):
@@ -69,12 +70,12 @@ def judge(daemonset: Json | ApiError, node: Json | ApiError, *, allowed_before: 
             case 401 | 403 if allowed_before:
                 # What gave us the right to ask is part of the installation, and goes with it, perhaps before us.
                 return Departure(True, f"our rights are gone: {daemonset}")
-        return Departure(False, f"the API server does not say: {daemonset}")
+        return Departure(False, f"the API server does not say: {daemonset}", certain=False)
     try:
         ours = msgspec.convert(daemonset, _DaemonSet)
         labels = {} if isinstance(node, ApiError) else msgspec.convert(node, _Node).metadata.labels
     except msgspec.ValidationError as exc:
-        return Departure(False, f"the API server's answer is not understood: {exc}")
+        return Departure(False, f"the API server's answer is not understood: {exc}", certain=False)
     if ours.metadata.deletionTimestamp is not None:
         return Departure(True, f"DaemonSet {DAEMONSET} is being deleted")
     unmet = {key: value for key, value in ours.spec.template.spec.nodeSelector.items() if labels.get(key) != value}
@@ -116,9 +117,9 @@ class ClusterDepartures:
                 daemonset = await self._get(self._daemonset)
                 node = await self._get(f"/api/v1/nodes/{self._node}")
             except ApiUnavailable as exc:
-                return Departure(False, f"the API server can't be asked: {exc}")
+                return Departure(False, f"the API server can't be asked: {exc}", certain=False)
             return judge(daemonset, node, allowed_before=self._allowed)
-        return Departure(False, f"the API server did not answer within {_ANSWER_SECONDS:g} s")
+        return Departure(False, f"the API server did not answer within {_ANSWER_SECONDS:g} s", certain=False)
 
     async def _get(self, path: str) -> Json | ApiError:
         try:
