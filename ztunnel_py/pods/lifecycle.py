@@ -420,13 +420,17 @@ def _steps_to_drop(record: PodRecord) -> Iterator[Action]:
         yield CloseListeners(record.pod.uid)
     if record.annotation is not Redirection.ABSENT:
         yield Annotate(record.pod.uid, record.pod, Redirection.ABSENT)
+    if record.probes != frozenset():  # holds nothing open, and the address may be another's soon: tried until it is done
+        yield RefuseProbes(record.pod.uid)
 
 
 def _is_finished(record: PodRecord) -> bool:
     """Nothing is held, announced or under way any more, and nothing is wanted."""
-    if record.wish is Wish.CAPTURED or record.doing is not None or record.listeners or record.annotation is not Redirection.ABSENT:
+    if record.wish is Wish.CAPTURED or record.doing is not None or record.listeners:
         return False
-    return record.wish is Wish.GONE or (record.rules is Rules.ABSENT and record.probes == frozenset())
+    if record.annotation is not Redirection.ABSENT or record.probes != frozenset():
+        return False
+    return record.wish is Wish.GONE or record.rules is Rules.ABSENT
 
 
 def _has_arrived(record: PodRecord) -> bool:

@@ -309,13 +309,18 @@ def test_the_kubelet_is_let_in_at_the_pods_addresses_before_rules_could_refuse_i
     assert talk.tell(ReleaseBegun("u")) == (RefuseProbes("u"),)
 
 
-def test_a_deleted_pods_address_is_forgotten_first_and_tried_once() -> None:
+def test_a_deleted_pods_address_is_forgotten_first_and_again_until_it_is() -> None:
     talk = Conversation()
     talk.pods(replace(IN, ips=(parse_ip("10.0.0.1"),)))
     talk.tell(ListenersOpened("u"), ProbesAdmitted("u"), Captured("u"), Verified("u"), Annotated("u"))
     assert talk.pods() == (RefuseProbes("u"),)
     talk.tell(Failed("u", "no"))
-    assert talk.tell(RetryDue("u")) == (CloseListeners("u"),)
+    assert talk.tell(RetryDue("u")) == (CloseListeners("u"),), "nothing stays open for it"
+    (withdraw,) = talk.tell(ListenersClosed("u"))
+    assert isinstance(withdraw, Annotate)
+    assert talk.tell(Annotated("u")) == (RefuseProbes("u"),)
+    talk.tell(Failed("u", "no"), RetryDue("u"), ProbesRefused("u"))
+    assert talk.state.records == {}
 
 
 def test_pods_that_do_not_take_part_are_left_alone() -> None:
