@@ -14,12 +14,11 @@ import pytest
 from mesh.model.labels import DATAPLANE_MODE
 from mesh.model.ports import INBOUND_HBONE, PROBE_SOURCE_V4, PROBE_SOURCE_V6
 from meshctl_py.lab.wiretap import is_tls, join_segments
-from tests.cluster.figures import Figures
 from tests.cluster.harness.api import Object, condition, path_of
 from tests.cluster.harness.client import Cluster, Node, wait_until
-from tests.cluster.harness.images import PAUSE, PYTHON
+from tests.cluster.harness.images import PYTHON
 from tests.cluster.mesh import SYSTEM, agent_of, captured, install, tapping, uninstall, wait_captured, wait_rolled_out
-from tests.cluster.workloads import ATTEMPT, PORT, addresses, apply_pods, attempt, echo_pod, now, service
+from tests.cluster.workloads import ATTEMPT, PORT, addresses, apply_pods, attempt, echo_pod, service
 
 NET_DIR = "/etc/cni/net.d"
 PLUGIN = "ambient-mesh-cni"
@@ -332,30 +331,6 @@ def uids(cluster: Cluster) -> set[str]:
 def config_dump(cluster: Cluster, agent: str) -> str:
     script = "import urllib.request; print(urllib.request.urlopen('http://localhost:15000/config_dump').read().decode())"
     return json.dumps(json.loads(cluster.exec(SYSTEM, agent, "python3", "-c", script))["workloadState"])
-
-
-def test_two_hundred_pods_at_once_are_all_captured(mesh: Cluster, figures: Figures) -> None:
-    count = 200
-    with mesh.namespace("many", **AMBIENT) as namespace:
-        spec = {"terminationGracePeriodSeconds": 0, "containers": [{"name": "c", "image": PAUSE, "imagePullPolicy": "Never"}]}
-        began = now()
-        for number in range(count):
-            metadata = {"name": f"many-{number}", "namespace": namespace}
-            node = {"nodeName": mesh.nodes[number % len(mesh.nodes)].name}
-            mesh.api.create(
-                f"/api/v1/namespaces/{namespace}/pods", {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec | node}
-            )
-        pods = wait_captured(mesh, namespace, count, patience=600)
-        figures.note("200 pods at once, all captured", f"{now() - began:.0f} s")
-        assert len(mesh.wait_ready(namespace, patience=120)) == count
-        held = [
-            event
-            for event in mesh.api.list("Event", namespace)
-            if event["reason"] == "FailedCreatePodSandBox" and "ambient mesh" in event["message"]
-        ]
-        assert not held, held[:3]
-        owners = {owner for node in mesh.nodes for owner in probe_sets(node).values()}
-        assert {pod["metadata"]["uid"] for pod in pods} <= owners
 
 
 def test_uninstalled_nothing_of_the_plugin_is_left_and_pods_start_as_before(mesh: Cluster, tmp_path: Path) -> None:
