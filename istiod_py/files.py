@@ -1,4 +1,4 @@
-"""Secrets on disk: written whole or not at all, readable by their owner only, and refused when somebody else could read them."""
+"""Secrets on disk: readable by their owner only, and refused when somebody else could read them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+
+from mesh.runtime.files import write_atomically as write_atomically
 
 SECRET_MODE: Final = 0o600
 PUBLIC_MODE: Final = 0o644
@@ -22,23 +24,6 @@ class UnsafeFile(Exception):
 def make_private_directory(path: Path) -> None:
     """Create the directory, for its owner only, if it is not there. An existing one is left as it is."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def write_atomically(path: Path, data: bytes, mode: int) -> None:
-    """Replace the file's content in one step: a reader, or a restart after a crash, sees the old or the new. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)  # the umask may have taken bits that readers need
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_secret(path: Path) -> bytes:

@@ -86,6 +86,44 @@ class AgentConfig:
     proc: Path = variable(
         "HOST_PROC", parse=path, default="/proc", doc="where the node's /proc is mounted; shows which network namespace a pod has (ours)"
     )
+    netns_dir: Path = variable(
+        "NETNS_DIR", parse=path, default="/var/run/netns", doc="where the node's named network namespaces are mounted (ours)"
+    )
+    probe_netns: Path | None = optional(
+        "PROBE_NETNS",
+        parse=path,
+        doc="the node's own network namespace, from which its kubelet reaches captured pods also under STRICT; unset: it does not (ours)",
+    )
+    cni_bin_dir: Path | None = optional(
+        "CNI_BIN_DIR", parse=path, doc="where the node's /opt/cni/bin is mounted; unset: no CNI plugin is installed (ours)"
+    )
+    cni_net_dir: Path = variable(
+        "CNI_NET_DIR", parse=path, default="/host/etc/cni/net.d", doc="where the node's CNI_NET_DIR_ON_NODE is mounted (ours)"
+    )
+    cni_net_dir_on_node: str = variable(
+        "CNI_NET_DIR_ON_NODE",
+        parse=nonempty,
+        default="/etc/cni/net.d",
+        doc="where the node's container runtime looks for CNI plugins (ours)",
+    )
+    cni_plugin: Path = variable(
+        "CNI_PLUGIN",
+        parse=path,
+        default="/opt/ambient-mesh/libexec/ambient-mesh-cni",
+        doc="the CNI plugin's program, to be installed (ours)",
+    )
+    cni_account: str = variable(
+        "CNI_SERVICE_ACCOUNT",
+        parse=nonempty,
+        default="ztunnel-cni",
+        doc="the service account, in POD_NAMESPACE, that the CNI plugin asks the API server as (ours)",
+    )
+    cni_socket: Path = variable(
+        "CNI_SOCKET",
+        parse=path,
+        default="/var/run/ambient-mesh/cni.sock",
+        doc="where CNI plugins ask for pods to be captured; the same path on the node (ours)",
+    )
     run_dir: Path = variable(
         "RUN_DIR", parse=path, default="/run/ztunnel-py", doc="directory of the socket between brain and movers (ours)"
     )

@@ -17,6 +17,7 @@ from istiod_py.rootmap import RootMaps
 from istiod_py.secret import RootSecret
 from istiod_py.status import StatusWriter
 from istiod_py.translate import Condition
+from istiod_py.untaint import NodeUntainter
 from mesh.kube.api import ApiClient, ApiUnavailable, Connect
 from mesh.kube.cluster import ClusterStore
 from mesh.kube.kubeconfig import find_access
@@ -42,6 +43,7 @@ class KubernetesSource:
         self._secret = secret
         self._maps = RootMaps(client)
         self._statuses = StatusWriter(client, self.store)
+        self._untainter = NodeUntainter(client, self.store, config.root_namespace)
         # Of each start: a replica that restarts must not take itself for the one before, whose writes may still be under way.
         identity = f"{config.replica}_{secrets.token_hex(4)}"
         self.election = LeaderElection(client, config.root_namespace, LEASE, identity)
@@ -79,6 +81,8 @@ class KubernetesSource:
     def follow(self, kinds: Collection[str]) -> None:
         if "Namespace" in kinds:
             self._maps.wake()
+        if not {"Node", "Pod"}.isdisjoint(kinds):
+            self._untainter.notify()
 
     def report(self, statuses: Mapping[ObjectKey, tuple[Condition, ...]]) -> None:
         self._statuses.want(note_stale(statuses, self.store.problems))
@@ -99,6 +103,7 @@ class KubernetesSource:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._maps.run, self._namespaces, lambda: self.ca.roots_pem)
             nursery.start_soon(self._statuses.run)
+            nursery.start_soon(self._untainter.run)
 
     def _namespaces(self) -> list[str]:
         return [obj.name for obj in self.store.objects("Namespace")]

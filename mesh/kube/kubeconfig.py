@@ -103,8 +103,12 @@ class ClusterAccess:
             _load_certificate(context, certificate)
         return context
 
+    def read_roots(self) -> bytes:
+        """The roots in PEM as they are now; ``b""``: the system's. Raises KubeconfigError."""
+        return _read(self.ca_file) if self.ca_file is not None else self.ca_pem
+
     def _roots(self) -> str | None:
-        pem = _read(self.ca_file) if self.ca_file is not None else self.ca_pem
+        pem = self.read_roots()
         if not pem:
             return None
         try:

@@ -28,6 +28,9 @@ def prune(kind: str, raw: Mapping[str, object]) -> dict[str, object]:
         kept["spec"] = _prune_pod_spec(raw.get("spec"))
         kept["status"] = _prune_pod_status(raw.get("status"))
         return kept
+    spec = raw.get("spec")
+    if kind == "Node" and isinstance(spec, Mapping) and spec.get("taints"):
+        kept["spec"] = {"taints": spec["taints"]}
     if kind not in _WITHOUT_SPEC:
         dropped = {"apiVersion", "kind", "metadata"} if kind in _WITH_STATUS else {"apiVersion", "kind", "metadata", "status"}
         kept |= {key: value for key, value in raw.items() if key not in dropped}

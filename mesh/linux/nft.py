@@ -27,7 +27,7 @@ _VERDICT_REGISTER: Final = 0
 _REGISTER: Final = 1
 _NETWORK_HEADER: Final = 1
 _TRANSPORT_HEADER: Final = 2
-_META_MARK, _META_IIFNAME, _META_OIFNAME, _META_NFPROTO, _META_L4PROTO = 3, 6, 7, 15, 16
+_META_MARK, _META_IIFNAME, _META_OIFNAME, _META_SKUID, _META_NFPROTO, _META_L4PROTO = 3, 6, 7, 10, 15, 16
 _CT_STATE, _CT_MARK, _CT_ZONE = 0, 3, 17
 _CMP_EQ, _CMP_NEQ = 0, 1
 _NF_DROP, _NF_ACCEPT, _NFT_JUMP, _NFT_GOTO, _NFT_RETURN = 0, 1, -3, -4, -5
@@ -134,12 +134,22 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
+class AddressSet:
+    """A named set of addresses of one IP version, which rules refer to and which changes while they stay. Its elements are no part of
+    the table's description: `mesh.linux.nft_apply.change_sets` looks after them."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """A table that is ours alone: it is always replaced as a whole. Chains that others jump to come first."""
 
     name: str
     chains: tuple[Chain, ...]
     family: int = INET
+    sets: tuple[AddressSet, ...] = ()
 
 
 def render(tables: Sequence[Table]) -> str:
@@ -189,6 +199,24 @@ def saddr(address: IpAddress | IPv4Network | IPv6Network, *, negate: bool = Fals
 def daddr(address: IpAddress | IPv4Network | IPv6Network, *, negate: bool = False) -> Statement:
     """The packet's destination address. Implies its family: the negation holds for packets of that family only."""
     return _address("daddr", 16, 24, address, negate)
+
+
+def daddr_in(addresses: AddressSet) -> Statement:
+    """The packet's destination address is an element of a set of the same table."""
+    offset, length = (16, 4) if addresses.version == 4 else (24, 16)
+    return Statement(
+        f"{_family_name(addresses.version)} daddr @{addresses.name}",
+        (
+            _load_payload(_NETWORK_HEADER, offset, length),
+            Expression("lookup", ((1, addresses.name.encode() + b"\0"), (2, _be32(_REGISTER)))),
+        ),
+        family=_family(addresses.version),
+    )
+
+
+def skuid(uid: int) -> Statement:
+    """The packet was sent by a socket of this network namespace, made by a process of this user. Never true of forwarded packets."""
+    return Statement(f"meta skuid {uid}", (_load_meta(_META_SKUID), _compare(_native(uid))))
 
 
 def tcp_dport(port: int, *, negate: bool = False) -> Statement:
@@ -456,7 +484,12 @@ def _not(negate: bool) -> str:
 
 def _render_table(table: Table) -> str:
     family = {INET: "inet", 2: "ip", 10: "ip6"}[table.family]
-    return f"table {family} {table.name} {{\n" + "\n".join(_render_chain(chain) for chain in table.chains) + "}\n"
+    parts = [*(_render_set(addresses) for addresses in table.sets), *(_render_chain(chain) for chain in table.chains)]
+    return f"table {family} {table.name} {{\n" + "\n".join(parts) + "}\n"
+
+
+def _render_set(addresses: AddressSet) -> str:
+    return f"\tset {addresses.name} {{\n\t\ttype ipv{addresses.version}_addr\n\t}}\n"
 
 
 def _render_chain(chain: Chain) -> str:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from mesh.linux.netlink import BatchRefused, Message, NetfilterSocket, attribute, parse_attributes
-from mesh.linux.nft import INET, UNNAMED_MAP, Chain, Expression, Hook, Rule, Table, choice_key, choice_value
-from mesh.model.address import SocketAddress
+from mesh.linux.nft import INET, UNNAMED_MAP, AddressSet, Chain, Expression, Hook, Rule, Table, choice_key, choice_value
+from mesh.model.address import IpAddress, SocketAddress, ip_from_bytes
 
 # NFT_MSG_* of linux/netfilter/nf_tables.h.
 _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _NEWRULE, _GETRULE = 0, 1, 2, 3, 4, 6, 7
-_NEWSET, _NEWSETELEM, _GETSETELEM = 9, 12, 13
+_NEWSET, _GETSET, _NEWSETELEM, _GETSETELEM, _DELSETELEM = 9, 10, 12, 13, 14
 _NLM_F_CREATE: Final = 0x400
 _NLM_F_APPEND: Final = 0x800
 _COMMENT_LIMIT: Final = 128
@@ -44,6 +44,32 @@ def replace_tables(tables: Sequence[Table], *, absent: Sequence[str] = (), famil
     for table in tables:
         batch.delete_table(table.family, table.name)
         batch.add_table(table)
+    _transact(batch.messages)
+
+
+SetElements: TypeAlias = Mapping[IpAddress, str]
+"""Addresses in a table's sets, each with the comment on its element."""
+
+
+def read_sets(table: Table) -> dict[IpAddress, str]:
+    """The elements of all sets of a table. Raises OSError (ENOENT: table or set is not there)."""
+    found: dict[IpAddress, str] = {}
+    with NetfilterSocket() as sock:
+        for addresses in table.sets:
+            for element in _read_elements(sock, table, _text(addresses.name)):
+                found[ip_from_bytes(dict(parse_attributes(element[1]))[1])] = _read_comment(element.get(6, b""))
+    return found
+
+
+def change_sets(table: Table, *, remove: Iterable[IpAddress] = (), add: SetElements = {}) -> None:  # noqa: B006
+    """Change the sets' elements in one transaction. What is removed must be there; what is added may be there with the same comment:
+    to change one, remove and add it. Raises NftRefused, OSError."""
+    batch = _Batch()
+    removed = dict.fromkeys(remove, "")
+    for addresses in table.sets:
+        batch.change_elements(table, addresses, removed, _DELSETELEM)
+    for addresses in table.sets:
+        batch.change_elements(table, addresses, add, _NEWSETELEM)
     _transact(batch.messages)
 
 
@@ -152,6 +178,8 @@ class _Batch:
         for chain in table.chains:
             body = attribute(1, name) + attribute(3, _text(chain.name)) + _hook_attributes(chain.hook)
             self._say(_NEWCHAIN, table.family, body, f"add chain {table.name} {chain.name}", _NLM_F_CREATE)
+        for addresses in table.sets:
+            self._add_set(table, addresses)
         for chain in table.chains:
             for rule in chain.rules:
                 self._add_rule(table, chain, rule)
@@ -181,6 +209,24 @@ class _Batch:
             self._say(_NEWSETELEM, table.family, names + attribute(4, _be32(self._maps)) + attribute(3, part), what, _NLM_F_CREATE)
         return self._maps
 
+    def _add_set(self, table: Table, addresses: AddressSet) -> None:
+        self._maps += 1
+        names = attribute(1, _text(table.name)) + attribute(2, _text(addresses.name))
+        body = names + attribute(3, _be32(0)) + _key_attributes(addresses) + attribute(10, _be32(self._maps))
+        self._say(_NEWSET, table.family, body, f"add set {table.name} {addresses.name}", _NLM_F_CREATE)
+
+    def change_elements(self, table: Table, addresses: AddressSet, elements: SetElements, kind: int) -> None:
+        names = attribute(1, _text(table.name)) + attribute(2, _text(addresses.name))
+        encoded = [
+            attribute(1, attribute(1, attribute(1, ip.packed)) + (attribute(6, _comment(comment)) if comment else b""))
+            for ip, comment in elements.items()
+            if ip.version == addresses.version
+        ]
+        what = f"{'add to' if kind == _NEWSETELEM else 'remove from'} set {table.name} {addresses.name}"
+        for start in range(0, len(encoded), _ELEMENTS_PER_MESSAGE):
+            part = b"".join(encoded[start : start + _ELEMENTS_PER_MESSAGE])
+            self._say(kind, table.family, names + attribute(3, part), what, _NLM_F_CREATE if kind == _NEWSETELEM else 0)
+
     def _say(self, kind: int, family: int, body: bytes, text: str, flags: int = 0) -> None:
         self.messages.append(Message(kind, flags, family, body, text))
 
@@ -188,10 +234,19 @@ class _Batch:
 def _encode(expression: Expression, maps: list[int]) -> bytes:
     """An expression as an element of a rule's list; a lookup in an unnamed map takes the next of the rule's ``maps``."""
     attributes = [*expression.attributes]
-    if expression.name == "lookup":
+    if _looks_in_unnamed(expression):
         attributes.append((4, _be32(maps.pop(0))))
     data = b"".join(attribute(kind, value) for kind, value in attributes)
     return attribute(1, _text(expression.name)) + attribute(2, data)
+
+
+def _looks_in_unnamed(expression: Expression) -> bool:
+    return expression.name == "lookup" and (1, UNNAMED_MAP) in expression.attributes
+
+
+def _key_attributes(addresses: AddressSet) -> bytes:
+    kind, length = (_TYPE_IPV4, 4) if addresses.version == 4 else (_TYPE_IPV6, 16)
+    return attribute(4, _be32(kind)) + attribute(5, _be32(length))
 
 
 def _hook_attributes(hook: Hook | None) -> bytes:
@@ -206,16 +261,23 @@ def _element(index: int, endpoint: SocketAddress) -> bytes:
 
 
 def _comment(text: str) -> bytes:
-    """The user data in which nft keeps a rule's comment: type 0, length, text with NUL."""
+    """The user data in which nft keeps the comment of a rule or an element: type 0, length, text with NUL."""
     encoded = _text(text)
     if len(encoded) > _COMMENT_LIMIT:
-        raise ValueError(f"a rule's comment has at most {_COMMENT_LIMIT - 1} bytes: {text!r}")
+        raise ValueError(f"a comment has at most {_COMMENT_LIMIT - 1} bytes: {text!r}")
     return bytes([0, len(encoded)]) + encoded
+
+
+def _read_comment(data: bytes) -> str:
+    """The text in user data; ``""`` where there is none, or something that is not ours."""
+    return data[2 : 2 + data[1]].rstrip(b"\0").decode("utf-8", "replace") if len(data) > 2 and data[0] == 0 else ""
 
 
 def _differences_in(sock: NetfilterSocket, table: Table) -> Iterator[str]:
     chains = _read_chains(sock, table)
     rules = _read_rules(sock, table)
+    sets = _read_sets(sock, table)
+    yield from (f"set {each.name} is missing" for each in table.sets if sets.get(each.name) != _key_attributes(each))
     for chain in table.chains:
         if chain.name not in chains:
             yield f"chain {chain.name} is missing"
@@ -247,7 +309,7 @@ def _same_rule(sock: NetfilterSocket, table: Table, rule: Rule, actual: Sequence
     choices = [statement.choices for statement in rule.statements if statement.choices]
     for wanted, installed in zip(expected, actual, strict=True):
         attributes = dict(wanted.attributes)
-        if wanted.name == "lookup":
+        if _looks_in_unnamed(wanted):
             del attributes[1]  # the kernel gave the map its name; what is in it counts
             if _read_map(sock, table, installed.attributes.get(1, b"")) != _elements(choices.pop(0)):
                 return False
@@ -295,13 +357,24 @@ def _installed(element: bytes) -> _Installed:
     return _Installed(_name(parts[1]), dict(parse_attributes(parts.get(2, b""))))
 
 
+def _read_sets(sock: NetfilterSocket, table: Table) -> dict[str, bytes]:
+    """The named sets of a table, each with what `_key_attributes` would say of it."""
+    found: dict[str, bytes] = {}
+    for _, body in sock.dump(_GETSET, table.family, attribute(1, _text(table.name))):
+        parts = dict(parse_attributes(body))
+        found[_name(parts[2])] = attribute(4, parts.get(4, b"")) + attribute(5, parts.get(5, b""))
+    return found
+
+
 def _read_map(sock: NetfilterSocket, table: Table, name: bytes) -> dict[bytes, bytes]:
-    found: dict[bytes, bytes] = {}
+    return {element[1]: element.get(2, b"") for element in _read_elements(sock, table, name)}
+
+
+def _read_elements(sock: NetfilterSocket, table: Table, name: bytes) -> Iterator[dict[int, bytes]]:
+    """The attributes of each element of a set or map; ``name`` with its NUL."""
     for _, body in sock.dump(_GETSETELEM, table.family, attribute(1, _text(table.name)) + attribute(2, name)):
         for _, element in parse_attributes(dict(parse_attributes(body)).get(3, b"")):
-            parts = dict(parse_attributes(element))
-            found[parts[1]] = parts.get(2, b"")
-    return found
+            yield dict(parse_attributes(element))
 
 
 def _elements(choices: Sequence[SocketAddress]) -> dict[bytes, bytes]:

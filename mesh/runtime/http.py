@@ -118,8 +118,10 @@ async def open_listeners(address: str, *, default_host: str = "") -> list[trio.S
 
 
 @contextmanager
-def unix_listener(path: Path) -> Iterator[trio.SocketListener]:
+def unix_listener(path: Path, backlog: int = 16) -> Iterator[trio.SocketListener]:
     """Listen on a socket file that only its owner may use, in place of what another process has left, or still has, at ``path``.
+
+    ``backlog``: how many may wait to be accepted; a Unix socket refuses further ones at once, where TCP would let them try again.
 
     The file goes with the context, unless another process has taken its place. Raises BindError.
     """
@@ -131,7 +133,7 @@ def unix_listener(path: Path) -> Iterator[trio.SocketListener]:
         unfinished.unlink(missing_ok=True)
         with unix_address(unfinished) as address:
             sock.bind(address)
-        sock.listen(16)
+        sock.listen(backlog)
         ours = unfinished.stat()
         unfinished.replace(path)
     except OSError as exc:

@@ -25,8 +25,10 @@ class Right(NamedTuple):
 
 SELDOM = {
     Right("istiod", "update", "", "secrets"): "the root is renewed when a fifth of its ten years is left",
-    Right("ztunnel-cni", "get", "", "pods"): "by the CNI plugin while no agent answers it: test_cni.py",
+    Right("ztunnel-cni", "get", "", "pods"): "by the CNI plugin while no agent answers it: test_capture.py",
     Right("ztunnel-cni", "get", "", "namespaces"): "likewise",
+    Right("istiod", "get", "", "nodes"): "when a node has the taint that says it waits for its agent: test_capture.py",
+    Right("istiod", "patch", "", "nodes"): "likewise",
     Right("ztunnel", "patch", "", "events"): "when the same is to be told of a pod again",
 }
 """Rights that nothing here makes use of, and when they are used."""

@@ -8,11 +8,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from mesh.model.address import IpAddress, parse_ip
 from mesh.model.enrolment import Enrolment
 from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.lifecycle import Lifecycle, Phase, Wish, advance, status_of
 from ztunnel_py.pods.vocabulary import (
     Action,
+    AdmitProbes,
     Adopted,
     Annotate,
     Annotated,
@@ -32,7 +34,10 @@ from ztunnel_py.pods.vocabulary import (
     NetnsReplaced,
     OpenListeners,
     PodsChanged,
+    ProbesAdmitted,
+    ProbesRefused,
     Redirection,
+    RefuseProbes,
     ReleaseBegun,
     ReleaseFinished,
     RetryAfter,
@@ -56,6 +61,8 @@ class RealPod:
     held: int | None = None
     """The namespace in which the listeners are."""
     rules_in: dict[int, str] = field(default_factory=dict)
+    probes: frozenset[IpAddress] = frozenset()
+    """Where the kubelet is let in."""
     proved: bool = False
     annotation: str = ""
     draining: bool = False
@@ -127,6 +134,7 @@ class Executor(RuleBasedStateMachine):
                 assert not self.pods[action.uid].waiting_for
             case Capture():
                 assert real.listeners, "redirected to nobody"
+                assert real.probes == frozenset(action.pod.ips), "probes would be refused"
             case Annotate(redirection=Redirection.ENABLED):
                 assert real.listeners
                 assert real.proved, "announced without proof"
@@ -142,6 +150,12 @@ class Executor(RuleBasedStateMachine):
             case OpenListeners():
                 real.held = real.acts_on
                 return ListenersOpened(action.uid)
+            case AdmitProbes():
+                real.probes = frozenset(action.pod.ips)
+                return ProbesAdmitted(action.uid)
+            case RefuseProbes():
+                real.probes = frozenset()
+                return ProbesRefused(action.uid)
             case Capture():
                 real.set_rules(real.acts_on, "in place")
                 return Captured(action.uid)
@@ -176,21 +190,32 @@ class Executor(RuleBasedStateMachine):
         uid=UIDS,
         enrolled=st.booleans(),
         ready=st.booleans(),
+        ips=st.sets(st.sampled_from([parse_ip("10.0.0.1"), parse_ip("fd00::1")])),
         netns=st.sampled_from(["/n/1", "/n/1", "/n/2"]),
         stale=st.sampled_from(["", "", "enabled"]),
     )
-    def pod_appears_or_changes(self, uid: str, enrolled: bool, ready: bool, netns: str, stale: str) -> None:
+    def pod_appears_or_changes(self, uid: str, enrolled: bool, ready: bool, ips: set[IpAddress], netns: str, stale: str) -> None:
         known = self.pods.get(uid)
         if known is not None and known.netns_path != netns:
             self.replace_netns(uid)
         if known is None:
             real = self.real(uid)
             if not real.pending and not real.listeners and uid not in self.state.records:
-                self.world[uid] = RealPod(annotation=stale, rules_in={0: "unknown"} if stale else {})
+                self.world[uid] = RealPod(
+                    annotation=stale, rules_in={0: "unknown"} if stale else {}, probes=frozenset(ips) if stale else frozenset()
+                )
         waiting = "" if ready or (known is not None and not known.waiting_for) else "no address yet"
         redirection = self.real(uid).annotation
         self.pods[uid] = PodFacts(
-            uid, uid, "ns", "sa", Enrolment(enrolled, "because"), netns_path=netns, waiting_for=waiting, redirection=redirection
+            uid,
+            uid,
+            "ns",
+            "sa",
+            Enrolment(enrolled, "because"),
+            tuple(ips),
+            netns_path=netns,
+            waiting_for=waiting,
+            redirection=redirection,
         )
         self.publish()
 
@@ -348,11 +373,12 @@ class Executor(RuleBasedStateMachine):
             pod = self.pods.get(uid)
             if pod is not None and pod.enrolment.enrolled and not pod.waiting_for:
                 assert (real.listeners, real.rules, real.annotation) == (True, "in place", "enabled")
+                assert real.probes == frozenset(pod.ips)
                 assert status_of(self.state.records[uid]).phase is Phase.CAPTURED
             elif pod is None or not pod.enrolment.enrolled:
                 assert uid not in self.state.records
                 assert (real.listeners, real.annotation) == (False, "")
-                assert pod is None or real.rules == "absent"
+                assert pod is None or (real.rules, real.probes) == ("absent", frozenset())
 
     def finish(self, uid: str, real: RealPod) -> None:
         self.tell(self.carry_out(real.pending.pop(), real))

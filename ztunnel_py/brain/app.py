@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import trio
 
+from mesh.kube.api import ApiClient
 from mesh.kube.kubeconfig import KubeconfigError
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.workload import TunnelProtocol
@@ -30,12 +31,17 @@ from mesh.xds.names import AUTHORIZATION, node_id
 from ztunnel_py import messages
 from ztunnel_py.brain.admin import Admin
 from ztunnel_py.brain.authority import fetch_certificate
+from ztunnel_py.brain.cni import CNI_BACKLOG, PluginKeeper, cni_routes, has_listener
 from ztunnel_py.brain.movers import Holding, Mover, Movers
 from ztunnel_py.brain.pages import Pages
 from ztunnel_py.brain.pods import PodKeeper
 from ztunnel_py.brain.transfer import transfer_state, unreadable_bodies
 from ztunnel_py.config import AgentConfig, read_access, read_config
+from ztunnel_py.pods.departure import ClusterDepartures
 from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
+
+ASK_AGAIN_SECONDS = 1.0
+"""When the API server did not say whether another agent follows."""
 
 _log = log.get_logger("brain")
 
@@ -82,6 +88,8 @@ class Brain:
         self._pods_ready = self._readiness.register("workload proxy manager")
         self._synced = trio.Event()
         self._stop = trio.Event()
+        self._left = trio.Event()
+        """What we put on the node is gone, or is to stay."""
 
     async def run(self) -> None:
         """Until SIGTERM, ``/quitquitquit`` or the supervisor's death; then drain. Raises BindError when a port is taken."""
@@ -107,6 +115,7 @@ class Brain:
             await self._run_serving([*ports, (admin.routes(), [admin_socket])])
 
     async def _run_serving(self, ports: Sequence[tuple[Routes, Sequence[trio.SocketListener]]]) -> None:
+        config = self._config
         async with trio.open_nursery() as nursery:
             for routes, listeners in ports:
                 nursery.start_soon(serve_admin, routes, listeners)
@@ -117,9 +126,16 @@ class Brain:
                 working.start_soon(self._run_movers)
                 working.start_soon(self._run_xds)
                 working.start_soon(self._run_pods)
+                if config.cluster is not None and config.cni_bin_dir is not None:
+                    working.start_soon(self._serve_cni)
+                    departures = ClusterDepartures(ApiClient(config.cluster), config.pod_namespace, config.node_name)
+                    working.start_soon(self._keep_plugin, PluginKeeper(config, self._pods.began.is_set), departures)
+                else:
+                    self._left.set()
                 await self._stop.wait()
-                _log.info("draining", seconds=self._config.drain)
-                await self._movers.drain(self._config.drain)
+                _log.info("draining", seconds=config.drain)
+                await self._movers.drain(config.drain)
+                await self._left.wait()
                 working.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 
@@ -137,6 +153,38 @@ class Brain:
         self._pods_ready.pending("waiting for the first configuration")
         await self._synced.wait()
         await self._pods.run(on_change=self._pods_changed)
+
+    async def _serve_cni(self) -> None:
+        """Answer CNI plugins until we are to stop: from then on nobody new would be served."""
+        config = self._config
+        if await has_listener(config):
+            await self._pods.began.wait()  # the agent we succeed answers better until then
+        try:
+            with unix_listener(config.cni_socket, CNI_BACKLOG) as listener:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(serve_admin, cni_routes(self._pods), [listener])
+                    await self._stop.wait()
+                    nursery.cancel_scope.cancel()
+        except BindError as exc:
+            _log.error("cni.not_served", error=str(exc))
+
+    async def _keep_plugin(self, plugin: PluginKeeper, departures: ClusterDepartures) -> None:
+        """Installed while we run, and after us if another agent will follow."""
+        ready = self._readiness.register("cni plugin")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(plugin.run, lambda because: ready.pending(because) if because else ready.done())
+            nursery.start_soon(departures.run)
+            await self._stop.wait()
+            nursery.cancel_scope.cancel()
+        departure = await departures.find()
+        with trio.move_on_after(self._config.drain):
+            while not departure.certain:  # what is left on the node now nobody will take away
+                await trio.sleep(ASK_AGAIN_SECONDS)
+                departure = await departures.find()
+        _log.info("leaving", for_good=departure.for_good, because=departure.because)
+        if departure.for_good:
+            await plugin.remove()
+        self._left.set()
 
     async def _run_xds(self) -> None:
         config = self._config

@@ -7,15 +7,20 @@ threads, one action per pod at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import trio
 
 from mesh.kube.api import ApiClient
-from mesh.linux.netns import NetnsIdentity, NotANetworkNamespace, netns_identity, open_netns, run_in_netns
+from mesh.linux.netns import NetnsIdentity, NotANetworkNamespace, netns_identity, open_netns, open_own_netns, run_in_netns
+from mesh.linux.nft import Table
 from mesh.linux.sockets import loopback_listeners, transparent_listener
+from mesh.model.address import IpAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.ports import DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
 from mesh.telemetry.log import get_logger
@@ -24,11 +29,12 @@ from mesh.tls.rotation import CertificateManager, Priority
 from ztunnel_py import messages
 from ztunnel_py.brain.movers import Holding, Mover, Movers
 from ztunnel_py.channel import close_all
+from ztunnel_py.cni.request import PodAdded
 from ztunnel_py.config import AgentConfig
 from ztunnel_py.pods import vocabulary as pods
 from ztunnel_py.pods.facts import PodFacts
-from ztunnel_py.pods.lifecycle import Lifecycle, Phase, PodStatus, Wish, advance, status_of
-from ztunnel_py.pods.place import ClusterPlace, DirectoryPlace, Place
+from ztunnel_py.pods.lifecycle import Lifecycle, Phase, PodStatus, Wish, advance, is_safe, status_of
+from ztunnel_py.pods.place import ClusterPlace, DirectoryPlace, NodePaths, Place
 from ztunnel_py.redirect.apply import (
     CaptureFailed,
     CaptureReading,
@@ -39,6 +45,7 @@ from ztunnel_py.redirect.apply import (
     read_capture,
     verify_capture,
 )
+from ztunnel_py.redirect.host import admit_probes, find_kubelet_user, find_probe_differences, keep_probes, plan_host, refuse_probes
 from ztunnel_py.redirect.plan import RedirectPlan, plan_capture
 
 SERVING_SECONDS = 5.0
@@ -46,13 +53,19 @@ SERVING_SECONDS = 5.0
 VERIFY_SECONDS = 10.0
 """How often the rules of a captured pod are read back: whoever flushes them is found out and mended."""
 
+KNOWN_SECONDS = 5.0
+"""How long the API may take to tell of a pod whose network is made already."""
+CAPTURE_SECONDS = 20.0
+"""How long a pod that starts waits for its capture before its container runtime is told to try again."""
+
 _log = get_logger("pods")
 
 
 def open_place(config: AgentConfig) -> Place:
     """Where this agent learns of its pods."""
     if config.cluster is not None:
-        return ClusterPlace(config.node_name, ApiClient(config.cluster), config.proc)
+        paths = NodePaths(config.proc, config.netns_dir, config.probe_netns)
+        return ClusterPlace(config.node_name, ApiClient(config.cluster), paths)
     assert config.status_dir is not None, "read_config sees to it"
     return DirectoryPlace(config.node_name, config.sources, config.status_dir)
 
@@ -62,6 +75,10 @@ _TCP_DESCRIPTORS = 4
 
 class CannotServe(Exception):
     """An action could not be done; the text is the reason people see."""
+
+
+class NotYet(Exception):
+    """Whether a pod that starts is one of the mesh can't be said now; the text says why."""
 
 
 @dataclass(slots=True)
@@ -113,19 +130,32 @@ class PodKeeper:
         self._timers: dict[str, trio.CancelScope] = {}
         self._reported: dict[str, PodStatus] = {}
         self._on_change: Callable[[Sequence[str]], None] = lambda pending: None
+        self._host = NodeProbes(config.probe_netns, config.proc) if config.probe_netns is not None else None
+        self.began = trio.Event()
+        """Set when `run` has: from then on pods that start are in good hands here."""
+        self._starting: dict[str, trio.Event] = {}
+        """Pods that wait for their capture before they start."""
+        self._sources_changed = trio.Event()
+        self._unsupported: frozenset[str] = frozenset()
 
     async def run(self, on_change: Callable[[Sequence[str]], None]) -> None:
         """Follow the pods of this node until cancelled. ``on_change`` is told, whenever it changes, which can't be captured and why."""
         self._on_change = on_change
         async with trio.open_nursery() as self._nursery:
+            self.began.set()
             for action in self._waiting:
                 self._nursery.start_soon(self._do, action)
             self._nursery.start_soon(self._verify_captured)
             self._nursery.start_soon(self._place.run)
             async with aclosing(self._place.watch()) as changes:
                 async for found in changes:
+                    if self._state.pods is None and self._host is not None:
+                        await self._forget_ended(self._host, found)
                     self._tell(pods.PodsChanged(found))
                     self._on_change(self._pending())
+                    self._report_unsupported(found)
+                    self._sources_changed.set()
+                    self._sources_changed = trio.Event()
 
     def statuses(self) -> dict[str, tuple[PodFacts, PodStatus]]:
         """Every pod that something is or was to be done about, by uid."""
@@ -140,6 +170,44 @@ class PodKeeper:
         pod, lookups = self._held_pod(uid), self._wants_lookups(record.pod)
         how = (record.pod, pod.answers_lookups and lookups, self._config.ipv6)
         return await trio.to_thread.run_sync(_read, pod.netns, *how, releasing)
+
+    async def hold(self, added: PodAdded) -> str:
+        """Return, with the reason, once a pod whose containers wait may start: it is captured, or it does not belong to the mesh. Raises
+        NotYet; CannotServe, with the reason why it is not captured."""
+        facts = await self._find_added(added)
+        if not facts.enrolment:
+            return facts.enrolment.because
+        path = self._place.learn(facts.uid, added.netns_path, added.ips)
+        with trio.move_on_after(CAPTURE_SECONDS):
+            while True:
+                changed = self._starting.setdefault(facts.uid, trio.Event())
+                now = (self._state.pods or {}).get(facts.uid)
+                if now is None:
+                    raise CannotServe("the pod was deleted meanwhile")
+                if not now.enrolment:
+                    return now.enrolment.because
+                record = self._state.records.get(facts.uid)
+                if record is not None and record.pod.netns_path == path and is_safe(record):
+                    return f"captured: {now.enrolment.because}"
+                await changed.wait()
+        record = self._state.records.get(facts.uid)
+        because = status_of(record).because if record is not None else "nothing has been done yet"
+        raise CannotServe(f"the pod is not captured after {CAPTURE_SECONDS:g} s: {because}")
+
+    async def _find_added(self, added: PodAdded) -> PodFacts:
+        """The pod as the API shows it. Raises NotYet."""
+        if not self.began.is_set():
+            raise NotYet("the agent has no configuration of the mesh yet, or another agent is in charge of the node")
+        with trio.move_on_after(KNOWN_SECONDS):
+            while True:
+                changed = self._sources_changed
+                for facts in (self._state.pods or {}).values():
+                    if (facts.namespace, facts.name) == (added.namespace, added.name) and added.uid in ("", facts.uid):
+                        return facts
+                await changed.wait()
+        if self._state.pods is None:
+            raise NotYet("the agent has not read the node's pods yet")
+        raise NotYet("the API server has not told the agent of the pod")
 
     def mesh_changed(self) -> None:
         """What ``is_announced`` says may be different now."""
@@ -213,6 +281,10 @@ class PodKeeper:
 
     def _tell(self, event: pods.Event) -> None:
         self._state, actions = advance(self._state, event)
+        for uid in self._starting.keys() if isinstance(event, pods.PodsChanged) else (event.uid,):
+            if uid in self._starting:
+                self._starting[uid].set()
+        self._starting = {uid: event for uid, event in self._starting.items() if not event.is_set()}
         for action in actions:
             if self._nursery is not None:
                 self._nursery.start_soon(self._do, action)
@@ -233,11 +305,21 @@ class PodKeeper:
             case pods.OpenListeners():
                 await self._open(action.pod)
                 return pods.ListenersOpened(action.uid)
+            case pods.AdmitProbes():
+                if self._host is not None:
+                    await trio.to_thread.run_sync(self._host.admit, action.uid, action.pod.ips)
+                return pods.ProbesAdmitted(action.uid)
+            case pods.RefuseProbes():
+                if self._host is not None:
+                    await trio.to_thread.run_sync(self._host.refuse, action.uid)
+                return pods.ProbesRefused(action.uid)
             case pods.Capture():
                 await trio.to_thread.run_sync(_capture, *self._how_captured(action))
                 return pods.Captured(action.uid)
             case pods.Verify():
                 differences = await trio.to_thread.run_sync(_verify, *self._how_captured(action))
+                if self._host is not None:
+                    differences += await trio.to_thread.run_sync(self._host.verify, action.uid, action.pod.ips)
                 return pods.Drifted(action.uid, tuple(differences)) if differences else pods.Verified(action.uid)
             case pods.Annotate():
                 async with self._annotating:  # two pods of one name, one after the other, have one file between them
@@ -268,7 +350,11 @@ class PodKeeper:
     async def _open(self, facts: PodFacts) -> None:
         pod = self._held.get(facts.uid)
         if pod is None:
-            pod = self._held[facts.uid] = await trio.to_thread.run_sync(self._open_descriptors, facts)
+            try:
+                pod = self._held[facts.uid] = await trio.to_thread.run_sync(self._open_descriptors, facts)
+            except (FileNotFoundError, NotANetworkNamespace):
+                self._place.forget(facts.uid)
+                raise
             self._metrics.started.value += 1
             try:
                 self._movers.post(messages.ServePod(pod.info), pod.descriptors)
@@ -287,12 +373,25 @@ class PodKeeper:
         """In a thread: the namespace, and the listeners inside it."""
         netns = open_netns(facts.netns_path)
         try:
+            self._check_is_a_pods(netns)
             listeners = run_in_netns(netns, self._open_listeners)
         except BaseException:
             os.close(netns)
             raise
         info = messages.PodInfo(facts.uid, facts.name, facts.namespace, facts.service_account)
         return _Held(info, (netns, *listeners), netns_identity(netns))
+
+    def _check_is_a_pods(self, netns: int) -> None:
+        """Whatever we are told: the node's own traffic is never redirected. Raises CannotServe."""
+        own = open_own_netns()
+        try:
+            taken = {netns_identity(own)}
+        finally:
+            os.close(own)
+        if self._host is not None:
+            taken.add(self._host.identity())
+        if netns_identity(netns) in taken:
+            raise CannotServe("the pod has the node's own network namespace")
 
     def _open_listeners(self) -> list[int]:
         opened: list[int] = []
@@ -399,6 +498,7 @@ class PodKeeper:
                 if pod is None or record is None:
                     continue
                 if await trio.to_thread.run_sync(_identity_at, record.pod.netns_path) != pod.identity:
+                    self._place.forget(uid)
                     self._tell(pods.NetnsReplaced(uid))
                     continue
                 self._tell(pods.VerifyDue(uid))
@@ -415,6 +515,10 @@ class PodKeeper:
             if before is None or (before.phase, before.because) != (status.phase, status.because):
                 pod = self._state.records[uid].pod
                 write = _log.warning if status.phase is Phase.PENDING else _log.info
+                if status.phase is Phase.PENDING:
+                    self._place.note(pod, "NotCaptured", f"not in the mesh yet, will be tried again: {status.because}", warning=True)
+                elif status.phase is Phase.CAPTURED and before is not None and before.phase is Phase.PENDING:
+                    self._place.note(pod, "Captured", "in the mesh now", warning=False)
                 if status.phase is not Phase.DRAINING or before is None or before.phase is not Phase.DRAINING:
                     write(f"pod.{status.phase.value}", pod=f"{pod.namespace}/{pod.name}", because=status.because)
         for uid in self._reported.keys() - now.keys():
@@ -426,6 +530,22 @@ class PodKeeper:
             self._metrics.pending.value = phases.count(Phase.PENDING) + phases.count(Phase.CAPTURING)
             self._on_change(self._pending())
 
+    def _report_unsupported(self, found: Mapping[str, PodFacts]) -> None:
+        """Tell of pods that somebody labelled and that can never be captured, once each."""
+        unsupported = {uid: facts for uid, facts in found.items() if facts.unsupported}
+        for uid in unsupported.keys() - self._unsupported:
+            facts = unsupported[uid]
+            _log.warning("pod.unsupported", pod=f"{facts.namespace}/{facts.name}", because=facts.unsupported)
+            self._place.note(facts, "NotCaptured", facts.unsupported, warning=True)
+        self._unsupported = frozenset(unsupported)
+
+    async def _forget_ended(self, host: NodeProbes, found: Mapping[str, PodFacts]) -> None:
+        """Pods may have ended while no agent was there."""
+        try:
+            await trio.to_thread.run_sync(host.keep, frozenset(found))
+        except (CaptureFailed, OSError, NotANetworkNamespace) as exc:
+            _log.warning("probes.not_cleaned", error=str(exc))
+
     def _pending(self) -> list[str]:
         """The pods that should be captured and can't be, with the reason."""
         records = self._state.records
@@ -434,6 +554,51 @@ class PodKeeper:
             for uid, status in self._reported.items()
             if status.phase is Phase.PENDING
         ]
+
+
+class NodeProbes:
+    """The node's own rules, by which its kubelet reaches captured pods. Methods block and raise CaptureFailed, OSError,
+    NotANetworkNamespace."""
+
+    def __init__(self, path: Path, proc: Path) -> None:
+        self._path = path
+        self._proc = proc
+        self._lock = threading.Lock()
+        """What is read and what is changed then must fit each other."""
+
+    def admit(self, uid: str, ips: Collection[IpAddress]) -> None:
+        with self._entered() as netns:
+            admit_probes(netns, self._table, uid, ips)
+
+    def refuse(self, uid: str) -> None:
+        with self._entered() as netns:
+            refuse_probes(netns, self._table, uid)
+
+    def verify(self, uid: str, ips: Collection[IpAddress]) -> list[str]:
+        with self._entered() as netns:
+            return find_probe_differences(netns, self._table, uid, ips)
+
+    def keep(self, uids: Collection[str]) -> None:
+        """Forget the addresses of all other pods."""
+        with self._entered() as netns:
+            keep_probes(netns, self._table, lambda uid: uid in uids)
+
+    def identity(self) -> NetnsIdentity:
+        with self._entered() as netns:
+            return netns_identity(netns)
+
+    @cached_property
+    def _table(self) -> Table:
+        return plan_host(find_kubelet_user(self._proc))
+
+    @contextmanager
+    def _entered(self) -> Iterator[int]:
+        with self._lock:
+            netns = open_netns(self._path)
+            try:
+                yield netns
+            finally:
+                os.close(netns)
 
 
 def _identity_at(path: str) -> NetnsIdentity | None:

@@ -25,6 +25,8 @@ class PodFacts:
     dns: bool | None = None
     waiting_for: str = ""
     redirection: str = ""
+    unsupported: str = ""
+    """Why a pod that is labelled for the mesh can never be in it; ``""`` for all others."""
 
     @property
     def capture_options(self) -> tuple[bool, bool | None]:

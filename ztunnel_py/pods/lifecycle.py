@@ -3,12 +3,12 @@
 Goal-directed: a record holds what is known to be true of a pod, `_next_step` compares it with what is wanted and names the one step that
 comes next. Events only change what is known. So every change of mind, at any moment, in any order, leads by safe steps to the goal:
 
-    enrolled      open listeners -> capture -> verify -> announce
-    un-enrolled   begin release -> withdraw -> drain -> finish release -> close listeners
-    deleted       finish release -> close listeners -> withdraw
+    enrolled      open listeners -> admit probes -> capture -> verify -> announce
+    un-enrolled   begin release -> refuse probes -> withdraw -> drain -> finish release -> close listeners
+    deleted       refuse probes -> finish release -> close listeners -> withdraw
 
-Listeners come before rules and rules before the announcement; while a pod drains its listeners stay, so that peers who do not know yet
-get in, and an enrolment meanwhile turns back without closing anything.
+Listeners come before rules and rules before the announcement; the kubelet is let in before rules could refuse it; while a pod drains
+its listeners stay, so that peers who do not know yet get in, and an enrolment meanwhile turns back without closing anything.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final, TypeAlias, assert_never
 
+from mesh.model.address import IpAddress
 from mesh.model.enrolment import Enrolment
 from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.vocabulary import (
     Action,
+    AdmitProbes,
     Adopted,
     Annotate,
     Annotated,
@@ -42,9 +44,13 @@ from ztunnel_py.pods.vocabulary import (
     NetnsReplaced,
     OpenListeners,
     PodsChanged,
+    ProbesAdmitted,
+    ProbesRefused,
     Redirection,
+    RefuseProbes,
     ReleaseBegun,
     ReleaseFinished,
+    Report,
     RetryAfter,
     RetryDue,
     StartDraining,
@@ -80,11 +86,13 @@ class Rules(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PodRecord:
-    """What is known of one pod. ``annotation`` None: unknown. ``doing``: the action under way. ``because``: the last failure."""
+    """What is known of one pod. ``annotation`` None: unknown. ``probes``: the addresses at which the kubelet is let in, None: unknown.
+    ``doing``: the action under way. ``because``: the last failure."""
 
     pod: PodFacts
     wish: Wish
     listeners: bool = False
+    probes: frozenset[IpAddress] | None = frozenset()
     rules: Rules = Rules.ABSENT
     verified: bool = False
     annotation: Redirection | None = Redirection.ABSENT
@@ -158,6 +166,12 @@ def status_of(record: PodRecord) -> PodStatus:
     return PodStatus(Phase.RELEASING, "the pod is gone" if record.wish is Wish.GONE else record.pod.enrolment.because)
 
 
+def is_safe(record: PodRecord) -> bool:
+    """Whether the pod's containers may start: whatever they say and hear now goes through the agent. That it was announced to peers, which
+    takes the API server, is not waited for."""
+    return record.wish is Wish.CAPTURED and record.listeners and record.rules is Rules.IN_PLACE and record.verified
+
+
 # What is wanted
 
 
@@ -176,19 +190,17 @@ def _take_pods(state: Lifecycle, pods: Mapping[str, PodFacts]) -> Lifecycle:
 def _new_record(pod: PodFacts) -> PodRecord | None:
     """A record for a pod that has none; None where there is nothing to do."""
     if pod.enrolment.enrolled:
-        return PodRecord(pod, Wish.CAPTURED, rules=_rules_left(pod), annotation=_annotation_left(pod))
+        return _record_left(pod, Wish.CAPTURED)
     if pod.redirection:
-        return PodRecord(pod, Wish.RELEASED, rules=_rules_left(pod), annotation=_annotation_left(pod))
+        return _record_left(pod, Wish.RELEASED)
     return None
 
 
-def _rules_left(pod: PodFacts) -> Rules:
+def _record_left(pod: PodFacts, wish: Wish) -> PodRecord:
     """An annotated pod may have rules of an agent that ended. Writing or removing them again is harmless, believing in them is not."""
-    return Rules.UNKNOWN if pod.redirection else Rules.ABSENT
-
-
-def _annotation_left(pod: PodFacts) -> Redirection | None:
-    return None if pod.redirection else Redirection.ABSENT
+    if pod.redirection:
+        return PodRecord(pod, wish, probes=None, rules=Rules.UNKNOWN, annotation=None)
+    return PodRecord(pod, wish)
 
 
 def _adopt(state: Lifecycle, adopted: Adopted) -> Lifecycle:
@@ -197,13 +209,13 @@ def _adopt(state: Lifecycle, adopted: Adopted) -> Lifecycle:
     record = state.records.get(adopted.uid)
     if record is not None:
         rules = Rules.UNKNOWN if record.rules is Rules.ABSENT else record.rules
-        return _with(state, replace(record, listeners=True, rules=rules, resting=False))
+        return _with(state, replace(record, listeners=True, probes=None, rules=rules, resting=False))
     return _with(state, _wish_anew(_adopted_record(adopted), state.pods.get(adopted.uid)))
 
 
 def _adopted_record(adopted: Adopted) -> PodRecord:
     unread = PodFacts(adopted.uid, adopted.name, adopted.namespace, adopted.service_account, Enrolment(False, "not read yet"))
-    return PodRecord(unread, Wish.RELEASED, listeners=True, rules=Rules.UNKNOWN, annotation=None)
+    return PodRecord(unread, Wish.RELEASED, listeners=True, probes=None, rules=Rules.UNKNOWN, annotation=None)
 
 
 def _wish_anew(record: PodRecord, pod: PodFacts | None) -> PodRecord:
@@ -255,15 +267,16 @@ def _learn(
             return _learn_success(record, event)
 
 
-def _learn_success(
-    record: PodRecord,
-    answer: ListenersOpened | Captured | Verified | Drifted | Annotated | ReleaseBegun | ReleaseFinished | ListenersClosed,
-) -> PodRecord:
+def _learn_success(record: PodRecord, answer: Report) -> PodRecord:
     """Answers that fit nothing under way are late and say nothing about now."""
     done = replace(record, doing=None)
     match record.doing, answer:
         case OpenListeners(), ListenersOpened():
             return replace(done, listeners=True)
+        case AdmitProbes(), ProbesAdmitted():
+            return replace(done, probes=frozenset(record.doing.pod.ips))
+        case RefuseProbes(), ProbesRefused():
+            return replace(done, probes=frozenset())
         case Capture(), Captured():
             # What was written is what was asked for; the facts may have changed since.
             current = record.doing.pod.capture_options == record.pod.capture_options
@@ -274,7 +287,13 @@ def _learn_success(
             # The first time rules are found missing they are simply written again; when that does not help it is a failure.
             because = f"rules are not in place: {'; '.join(answer.differences)}"
             return replace(
-                done, rules=Rules.UNKNOWN, verified=False, failures=record.failures + 1, resting=record.failures > 0, because=because
+                done,
+                probes=None,
+                rules=Rules.UNKNOWN,
+                verified=False,
+                failures=record.failures + 1,
+                resting=record.failures > 0,
+                because=because,
             )
         case Annotate(redirection=redirection), Annotated():
             return replace(done, annotation=redirection)
@@ -292,6 +311,8 @@ def _learn_failure(record: PodRecord, because: str) -> PodRecord:
         return record
     failed = replace(record, doing=None, failures=record.failures + 1, resting=True, because=because)
     match record.doing:
+        case AdmitProbes() | RefuseProbes():
+            return replace(failed, probes=None)
         case Capture() | BeginRelease() | FinishRelease():
             return replace(failed, rules=Rules.UNKNOWN, verified=False)
     return failed
@@ -360,6 +381,8 @@ def _steps_to_capture(record: PodRecord) -> Iterator[Action]:
         yield Annotate(pod.uid, pod, Redirection.PENDING)
     if not record.listeners:
         yield OpenListeners(pod.uid, pod)
+    if record.probes != frozenset(pod.ips):
+        yield AdmitProbes(pod.uid, pod)
     if record.rules is not Rules.IN_PLACE:
         yield Capture(pod.uid, pod)
     if not record.verified:
@@ -372,6 +395,8 @@ def _steps_to_release(record: PodRecord) -> Iterator[Action]:
     pod = record.pod
     if record.rules in (Rules.IN_PLACE, Rules.UNKNOWN):
         yield BeginRelease(pod.uid, pod)
+    if record.probes != frozenset():
+        yield RefuseProbes(pod.uid)
     if record.annotation is not Redirection.ABSENT:
         yield Annotate(pod.uid, pod, Redirection.ABSENT)
     if record.rules is Rules.RELEASING:
@@ -387,23 +412,31 @@ def _steps_to_release(record: PodRecord) -> Iterator[Action]:
 def _steps_to_drop(record: PodRecord) -> Iterator[Action]:
     # A pod that is gone from the source alone, by a mistake in it, still runs: nothing may redirect it to listeners that are closed.
     # Tried once; descriptors must not stay open because rules cannot be removed or an annotation cannot be written.
+    if record.probes != frozenset() and not record.failures:
+        yield RefuseProbes(record.pod.uid)
     if record.listeners and record.rules is not Rules.ABSENT and not record.failures:
         yield FinishRelease(record.pod.uid, record.pod)
     if record.listeners:
         yield CloseListeners(record.pod.uid)
     if record.annotation is not Redirection.ABSENT:
         yield Annotate(record.pod.uid, record.pod, Redirection.ABSENT)
+    if record.probes != frozenset():  # holds nothing open, and the address may be another's soon: tried until it is done
+        yield RefuseProbes(record.pod.uid)
 
 
 def _is_finished(record: PodRecord) -> bool:
     """Nothing is held, announced or under way any more, and nothing is wanted."""
-    if record.wish is Wish.CAPTURED or record.doing is not None or record.listeners or record.annotation is not Redirection.ABSENT:
+    if record.wish is Wish.CAPTURED or record.doing is not None or record.listeners:
+        return False
+    if record.annotation is not Redirection.ABSENT or record.probes != frozenset():
         return False
     return record.wish is Wish.GONE or record.rules is Rules.ABSENT
 
 
 def _has_arrived(record: PodRecord) -> bool:
-    return record.wish is Wish.CAPTURED and record.doing is None and record.verified and record.annotation is Redirection.ENABLED
+    if record.wish is not Wish.CAPTURED or record.doing is not None:
+        return False
+    return record.verified and record.probes == frozenset(record.pod.ips) and record.annotation is Redirection.ENABLED
 
 
 def _replace_finished(state: Lifecycle, record: PodRecord, actions: tuple[Action, ...]) -> Step:

@@ -1,5 +1,6 @@
-"""Finding pods' network namespaces through /proc: a process whose cgroup names the pod and whose addresses are the pod's
-(reference istio 1.5). Parsing is pure; `scan` reads /proc and blocks."""
+"""Finding pods' network namespaces: through /proc, by a process whose cgroup names the pod and whose addresses are the pod's (reference
+istio 1.5); else by name, among those that the container runtime mounts in /var/run/netns, by the pod's addresses. Parsing is pure; the
+scans read files, enter namespaces, and block."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from mesh.linux.netns import NotANetworkNamespace, netns_identity, open_netns, run_in_netns
 from mesh.model.address import IpAddress
 
 _POD: Final = re.compile(
@@ -18,6 +20,7 @@ _POD: Final = re.compile(
 _PUNCTUATION: Final = re.compile(r"[_.:]")
 _HEX: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _MAX_FILE: Final = 1 << 20
+_LOOPBACK: Final = frozenset({IPv4Address("127.0.0.1"), IPv6Address("::1")})
 
 
 class Netns(NamedTuple):
@@ -85,17 +88,76 @@ def scan(proc: Path, wanted: Mapping[str, tuple[IpAddress, ...]]) -> dict[str, P
     return {uid: process.path for uid, process in found.items()}
 
 
+def scan_names(directory: Path, wanted: Mapping[str, tuple[IpAddress, ...]], host: Netns | None) -> dict[str, Path]:
+    """Path of the network namespace by pod uid, of those whose addresses exactly one named namespace has, which is not ``host``. Blocks."""
+    owners: dict[str, set[Path]] = {}
+    for path in _named(directory):
+        addresses = _addresses_in(path, host)
+        for uid, ips in wanted.items():
+            if not addresses.isdisjoint(ips):
+                owners.setdefault(uid, set()).add(path)
+    return {uid: paths.pop() for uid, paths in owners.items() if len(paths) == 1}
+
+
+def here(path: str, *, proc: Path, names: Path) -> Path:
+    """Where the agent sees a namespace that the container runtime names by a path of the node."""
+    parts = Path(path).parts
+    if parts[:4] == ("/", "var", "run", "netns") and len(parts) == 5:
+        return names / parts[4]
+    if parts[:3] == ("/", "run", "netns") and len(parts) == 4:
+        return names / parts[3]
+    if parts[:2] == ("/", "proc"):
+        return proc.joinpath(*parts[2:])
+    return Path(path)
+
+
+def netns_at(path: Path) -> Netns | None:
+    """Which namespace a path leads to; None for none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return Netns(found.st_ino, found.st_dev)
+
+
+def _named(directory: Path) -> list[Path]:
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(Path(entry.path) for entry in entries)
+    except OSError:
+        return []  # not every container runtime has it
+
+
+def _addresses_in(path: Path, host: Netns | None) -> frozenset[IpAddress]:
+    try:
+        netns = open_netns(path)
+    except (OSError, NotANetworkNamespace):
+        return frozenset()
+    try:
+        found = netns_identity(netns)
+        if host is not None and tuple(found) == tuple(host):
+            return frozenset()
+        return run_in_netns(netns, _own_addresses)
+    except OSError:
+        return frozenset()
+    finally:
+        os.close(netns)
+
+
+def _own_addresses() -> frozenset[IpAddress]:
+    """Of the calling thread's namespace; /proc/self would be the main thread's."""
+    own = Path("/proc/thread-self/net")
+    return local_addresses(_read(own / "fib_trie"), _read(own / "if_inet6")) - _LOOPBACK
+
+
 def _processes(proc: Path) -> Iterator[Path]:
     with os.scandir(proc) as entries:
         yield from sorted(Path(entry.path) for entry in entries if entry.name.isdecimal())
 
 
 def _netns(process: Path) -> Netns | None:
-    try:
-        found = (process / "ns" / "net").stat()
-    except OSError:
-        return None  # it has ended, or is none of our business
-    return Netns(found.st_ino, found.st_dev)
+    """None where it has ended, or is none of our business."""
+    return netns_at(process / "ns" / "net")
 
 
 def _read(path: Path) -> str:

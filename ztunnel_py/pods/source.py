@@ -11,12 +11,13 @@ import trio
 from mesh.kube.directory import DirectoryStore
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.store import ObjectStore
-from mesh.model.enrolment import EXCLUDED_NAMESPACES, decide_enrolment
+from mesh.model.enrolment import EXCLUDED_NAMESPACES, Enrolment, decide_enrolment
 from mesh.model.labels import BYPASS_INBOUND_CAPTURE, DNS_CAPTURE, REDIRECTION
 from ztunnel_py.pods.facts import PodFacts
 
 NETNS: Final = "ambient.mesh/netns"
 """Annotation (ours) with the path of the pod's network namespace, written by whoever made the pod."""
+NO_ADDRESS: Final = "the pod has no IP address yet"
 _BOOLEANS: Final = {
     **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
     **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
@@ -52,32 +53,38 @@ async def watch_node_pods(
 
 def _facts(pod: KubePod, namespace_labels: Mapping[str, str], excluded_namespaces: frozenset[str]) -> PodFacts:
     netns_path = pod.annotations.get(NETNS, "")
+
+    def decide(*, host_network: bool) -> Enrolment:
+        return decide_enrolment(
+            namespace=pod.namespace,
+            namespace_labels=namespace_labels,
+            pod_labels=pod.labels,
+            pod_annotations=pod.annotations,
+            host_network=host_network,
+            phase=pod.phase,
+            excluded_namespaces=excluded_namespaces,
+        )
+
+    labelled = decide(host_network=False) if pod.host_network else None
     return PodFacts(
         uid=pod.uid,
         name=pod.name,
         namespace=pod.namespace,
         service_account=pod.service_account,
-        enrolment=decide_enrolment(
-            namespace=pod.namespace,
-            namespace_labels=namespace_labels,
-            pod_labels=pod.labels,
-            pod_annotations=pod.annotations,
-            host_network=pod.host_network,
-            phase=pod.phase,
-            excluded_namespaces=excluded_namespaces,
-        ),
+        enrolment=decide(host_network=pod.host_network),
         ips=pod.ips,
         netns_path=netns_path,
         bypass_inbound=_BOOLEANS.get(pod.annotations.get(BYPASS_INBOUND_CAPTURE, ""), False),
         dns=_BOOLEANS.get(pod.annotations.get(DNS_CAPTURE, "")),
         waiting_for=_waiting_for(pod, netns_path),
         redirection=pod.annotations.get(REDIRECTION, ""),
+        unsupported=f"{labelled.because}, but the pod is on the host's network: it stays outside the mesh" if labelled else "",
     )
 
 
 def _waiting_for(pod: KubePod, netns_path: str) -> str:
     if not pod.ips:
-        return "the pod has no IP address yet"
+        return NO_ADDRESS
     if not netns_path:
         return f"the pod's network namespace is not known yet (annotation {NETNS})"
     return ""

@@ -36,6 +36,21 @@ class OpenListeners:
 
 
 @dataclass(frozen=True, slots=True)
+class AdmitProbes:
+    """Let the node's kubelet reach the pod at its addresses, and at no others (`admit_probes`): `ProbesAdmitted`."""
+
+    uid: str
+    pod: PodFacts
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseProbes:
+    """Forget the pod's addresses on the node (`refuse_probes`): `ProbesRefused`."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
 class Capture:
     """Write the rules (`apply_capture`): `Captured`."""
 
@@ -45,7 +60,8 @@ class Capture:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Read the rules back (`verify_capture`): `Verified`, or `Drifted` with the differences."""
+    """Read the rules back, the pod's and what the node has of it (`verify_capture`, `find_probe_differences`): `Verified`, or `Drifted`
+    with the differences."""
 
     uid: str
     pod: PodFacts
@@ -113,7 +129,18 @@ class RetryAfter:
 
 
 Action: TypeAlias = (
-    OpenListeners | Capture | Verify | Annotate | BeginRelease | StartDraining | StopDraining | FinishRelease | CloseListeners | RetryAfter
+    OpenListeners
+    | AdmitProbes
+    | RefuseProbes
+    | Capture
+    | Verify
+    | Annotate
+    | BeginRelease
+    | StartDraining
+    | StopDraining
+    | FinishRelease
+    | CloseListeners
+    | RetryAfter
 )
 
 
@@ -139,6 +166,16 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class ListenersOpened:
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbesAdmitted:
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbesRefused:
     uid: str
 
 
@@ -226,5 +263,18 @@ class NetnsReplaced:
     uid: str
 
 
-Answer: TypeAlias = ListenersOpened | Captured | Verified | Drifted | Annotated | ReleaseBegun | ReleaseFinished | ListenersClosed | Failed
+Report: TypeAlias = (
+    ListenersOpened
+    | ProbesAdmitted
+    | ProbesRefused
+    | Captured
+    | Verified
+    | Drifted
+    | Annotated
+    | ReleaseBegun
+    | ReleaseFinished
+    | ListenersClosed
+)
+"""What came of an action that could be done."""
+Answer: TypeAlias = Report | Failed
 Event: TypeAlias = PodsChanged | Adopted | Answer | Connections | LingerOver | RetryDue | VerifyDue | AnnotationLost | NetnsReplaced

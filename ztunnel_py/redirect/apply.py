@@ -27,7 +27,7 @@ class CaptureFailed(Exception):
 def observe_pod(netns_fd: int, *, bypass_inbound: bool, dns: bool = False, ipv6: bool = True) -> PodCapture:
     """The facts to plan with, as the pod's namespace is now. ``ipv6`` False: the listeners are IPv4 only, so IPv6 is left alone even
     where the pod has it. Raises CaptureFailed."""
-    return PodCapture(ipv6=ipv6 and _attempt(netns_fd, "look for IPv6", ipv6_enabled), bypass_inbound=bypass_inbound, dns=dns)
+    return PodCapture(ipv6=ipv6 and attempt(netns_fd, "look for IPv6", ipv6_enabled), bypass_inbound=bypass_inbound, dns=dns)
 
 
 def apply_capture(netns_fd: int, plan: RedirectPlan) -> bool:
@@ -42,7 +42,7 @@ def apply_capture(netns_fd: int, plan: RedirectPlan) -> bool:
 def verify_capture(netns_fd: int, plan: RedirectPlan) -> list[str]:
     """What in the namespace differs from the plan, one sentence each; empty when the capture is complete. Raises CaptureFailed."""
 
-    return _attempt(netns_fd, "read the rules back", lambda: _find_all_differences(plan.tables, plan.families))
+    return attempt(netns_fd, "read the rules back", lambda: _find_all_differences(plan.tables, plan.families))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def read_capture(netns_fd: int, plan: RedirectPlan, *, releasing: bool) -> Captu
         # Told by the rules of a capture also while it is released: what is left over of one has a name.
         return CaptureReading(differences, tuple(read_tables(plan.tables)), tuple(sorted(set(list_tables()) - set(OUR_TABLES))))
 
-    return _attempt(netns_fd, "read the rules", inside)
+    return attempt(netns_fd, "read the rules", inside)
 
 
 def begin_release(netns_fd: int, plan: RedirectPlan) -> bool:
@@ -82,7 +82,7 @@ def finish_release(netns_fd: int) -> None:
         delete_tables(OUR_TABLES)
         remove_routing()
 
-    _attempt(netns_fd, "remove the rules", inside)
+    attempt(netns_fd, "remove the rules", inside)
 
 
 def _change(netns_fd: int, tables: tuple[Table, ...], families: tuple[int, ...]) -> bool:
@@ -94,7 +94,7 @@ def _change(netns_fd: int, tables: tuple[Table, ...], families: tuple[int, ...])
         replace_tables(tables, absent=absent)
         return True
 
-    return _attempt(netns_fd, "write the rules", inside)
+    return attempt(netns_fd, "write the rules", inside)
 
 
 def _find_all_differences(tables: tuple[Table, ...], families: tuple[int, ...]) -> list[str]:
@@ -106,7 +106,8 @@ def _absent(tables: tuple[Table, ...]) -> tuple[str, ...]:
     return tuple(name for name in OUR_TABLES if name not in present)
 
 
-def _attempt(netns_fd: int, what: str, inside: Callable[[], _T]) -> _T:
+def attempt(netns_fd: int, what: str, inside: Callable[[], _T]) -> _T:
+    """The result of a function inside a network namespace. Raises CaptureFailed saying that it cannot do ``what``."""
     try:
         return run_in_netns(netns_fd, inside)
     except NftRefused as exc:

@@ -34,6 +34,7 @@ _KEPT_FOR: Final = 24 * 3600.0
 """Seconds after which images of older code are dropped from the cache."""
 _PYTHON_VERSION: Final = "3.11"
 _ARCHIVE: Final = "image.tar"
+_PLUGIN: Final = "ambient-mesh-cni"
 
 _BUILD: Final = """
 echo '{"default": [{"type": "insecureAcceptAnything"}]}' >/run/policy.json
@@ -41,8 +42,8 @@ echo 'unqualified-search-registries = []' >/run/registries.conf
 export CONTAINERS_REGISTRIES_CONF=/run/registries.conf STORAGE_DRIVER=overlay
 buildah inspect --type image "$1" >/dev/null 2>&1 || buildah pull --signature-policy /run/policy.json docker-archive:/base/image.tar
 for stage in "--target build -t $2-build" "-t $2"; do  # the first has a name too, or pruning would take what the next build reuses
-    buildah bud --isolation chroot --layers --pull-never --signature-policy /run/policy.json --build-arg BASE="$1" $stage \
-        -f /context/deploy/images/Containerfile /context
+    buildah bud --isolation chroot --layers --pull-never --signature-policy /run/policy.json \
+        --build-arg BASE="$1" --build-arg GO="$1" $stage -f /context/deploy/images/Containerfile /context
 done
 buildah push --signature-policy /run/policy.json "$2" docker-archive:/result/image.tar:"$2"
 buildah rmi --prune >/dev/null 2>&1 || true  # what another build uses at this moment goes next time
@@ -149,6 +150,7 @@ def _lay_out_context(context: Path, files: Sequence[Path]) -> None:
         shutil.copy(_REPOSITORY / name, context / name, follow_symlinks=False)
     for wheel in _wheels().glob("*.whl"):
         shutil.copy(wheel, context / "deploy/images/wheels" / wheel.name)
+    shutil.copy(_plugin(), context / "deploy/images/prebuilt" / _PLUGIN)
     # buildah takes a step from its cache when what is copied is the same, times included.
     for path in (context, *context.rglob("*")):
         os.utime(path, (0, 0), follow_symlinks=False)
@@ -169,6 +171,24 @@ def _wheels() -> Path:
             if done.returncode != 0:
                 raise ClusterError(f"pip download: {done.stderr.strip()}")
     return target
+
+
+def _plugin() -> Path:
+    """The CNI plugin, built by this machine's Go. Raises ClusterError."""
+    source = _REPOSITORY / "deploy/cni"
+    files = sorted((*source.glob("*.go"), source / "go.mod"))
+    target = cache_directory() / f"cni-{digest_of(path.read_bytes() for path in files)}"
+    with building(target) as directory:
+        if directory is not None:
+            command = ["go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", f"{directory}/{_PLUGIN}", "."]
+            environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
+            try:
+                done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+            except FileNotFoundError as exc:
+                raise ClusterError("Go is needed to build the CNI plugin") from exc
+            if done.returncode != 0:
+                raise ClusterError(f"go build of deploy/cni: {done.stderr.strip()}")
+    return target / _PLUGIN
 
 
 def _seed(parts: Parts, kind: str, start: Path | None, archives: Sequence[Path]) -> Path:

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from mesh.linux.netns import NetnsIdentity
-from mesh.model.address import parse_ip
+from mesh.model.address import IpAddress, parse_ip
 from mesh.model.enrolment import Enrolment
 from mesh.telemetry.metrics import Registry, WorkloadManagerMetrics
 from mesh.tls.rotation import CertificateManager
@@ -22,6 +22,7 @@ from ztunnel_py import messages
 from ztunnel_py.brain import pods as module
 from ztunnel_py.brain.movers import Holding
 from ztunnel_py.brain.pods import PodKeeper
+from ztunnel_py.cni.request import PodAdded
 from ztunnel_py.config import AgentConfig, read_config
 from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.lifecycle import LINGER_SECONDS, Phase
@@ -97,6 +98,9 @@ class FakePlace:
         self.history: list[str] = []
         self.broken = ""
         self.cannot_withdraw = False
+        self.learnt: dict[str, str] = {}
+        self.forgotten: list[str] = []
+        self.notes: list[str] = []
 
     async def run(self) -> None:
         await trio.sleep_forever()
@@ -117,6 +121,16 @@ class FakePlace:
 
     async def is_annotated(self, pod: PodFacts) -> bool:
         return pod.name in self.annotations
+
+    def learn(self, uid: str, netns_path: str, ips: tuple[IpAddress, ...]) -> str:
+        self.learnt[uid] = netns_path
+        return netns_path
+
+    def forget(self, uid: str) -> None:
+        self.forgotten.append(uid)
+
+    def note(self, facts: PodFacts, reason: str, message: str, *, warning: bool) -> None:
+        self.notes.append(f"{facts.name}: {reason}: {message}")
 
 
 class World:
@@ -159,6 +173,7 @@ class World:
         async def main() -> None:
             async with trio.open_nursery() as self.nursery:
                 self.nursery.start_soon(self.keeper.run, lambda pending: self.pending.__setitem__(slice(None), pending))
+                await self.keeper.began.wait()
                 await test()
                 self.nursery.cancel_scope.cancel()
 
@@ -496,5 +511,158 @@ def test_a_pod_that_changes_its_mind_about_look_ups_is_captured_anew(world: Worl
         await world.has(replace(facts(), dns=False))
         await world.until(lambda: world.dns == {"web": False}, "without look-ups")
         assert world.place.annotations == {"web": "enabled"}
+
+    world.run(test)
+
+
+# Pods that start
+
+
+def added(name: str = "web", uid: str = "uid-1", netns: str = "/n/1") -> PodAdded:
+    return PodAdded("shop", name, uid, netns, (parse_ip("10.0.0.1"),))
+
+
+def test_a_pod_that_starts_is_held_until_its_rules_are_proved(world: World) -> None:
+    async def test() -> None:
+        world.place.broken = "the API server is away"
+        world.capture_fails = "no rules"
+        answers: list[str] = []
+
+        async def ask() -> None:
+            answers.append(await world.keeper.hold(added()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.sleep(1)
+            await world.has(facts())
+            await world.until(lambda: world.phase("uid-1") is Phase.PENDING, "the capture fails")
+            assert not answers
+            world.capture_fails = ""
+        assert answers == ["captured: because"], "although it could not be announced"
+        assert world.kernel == {"/n/1": "captured"}
+        assert world.place.learnt == {"uid-1": "/n/1"}
+
+    world.run(test)
+
+
+def test_a_pod_whose_network_was_made_anew_is_held_until_that_one_is_captured(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        answers: list[str] = []
+
+        async def ask() -> None:
+            answers.append(await world.keeper.hold(added(netns="/n/2")))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await world.until(lambda: world.place.learnt, "the new one is told")
+            assert not answers
+            await world.has(facts(netns="/n/2"))
+        assert world.kernel["/n/2"] == "captured"
+
+    world.run(test)
+
+
+def test_a_pod_outside_the_mesh_starts_at_once(world: World) -> None:
+    async def test() -> None:
+        await world.has(facts(enrolled=False))
+        assert await world.keeper.hold(added()) == "because"
+        assert world.kernel == {}
+
+    world.run(test)
+
+
+def test_a_pod_that_cannot_be_captured_does_not_start_and_its_owner_is_told(world: World) -> None:
+    async def test() -> None:
+        world.capture_fails = "no rules"
+        await world.has(facts())
+        with pytest.raises(module.CannotServe, match="not captured after 20 s: no rules"):
+            await world.keeper.hold(added())
+        assert "web: NotCaptured: not in the mesh yet, will be tried again: no rules" in world.place.notes
+        world.capture_fails = ""
+        await world.until(lambda: world.place.notes[-1] == "web: Captured: in the mesh now", "told that all is well")
+
+    world.run(test)
+
+
+def test_a_pod_nobody_has_heard_of_is_not_decided_on(world: World) -> None:
+    async def test() -> None:
+        with pytest.raises(module.NotYet, match="has not read"):
+            await world.keeper.hold(added())
+        await world.has(facts("uid-2"))
+        with pytest.raises(module.NotYet, match="has not told"):
+            await world.keeper.hold(added())
+
+    world.run(test)
+
+
+def test_an_agent_that_does_not_capture_yet_says_so_at_once(world: World) -> None:
+    async def ask() -> None:
+        with pytest.raises(module.NotYet, match="no configuration"):
+            await world.keeper.hold(added())
+
+    trio.run(ask)
+
+
+def test_a_pod_deleted_while_it_is_being_captured_is_given_up(world: World) -> None:
+    async def test() -> None:
+        world.capture_fails = "no rules"
+        await world.has(facts())
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                with pytest.raises(module.CannotServe, match="deleted meanwhile"):
+                    await world.keeper.hold(added())
+
+            nursery.start_soon(ask)
+            await world.until(lambda: world.phase("uid-1") is Phase.PENDING, "the capture fails")
+            await world.has()
+        await world.until(lambda: not world.holds("uid-1"), "let go")
+
+    world.run(test)
+
+
+def test_two_hundred_pods_that_start_at_once_are_all_let_go_when_captured(world: World) -> None:
+    async def test() -> None:
+        answers: list[str] = []
+
+        async def ask(number: int) -> None:
+            answers.append(await world.keeper.hold(added(f"web-{number}", f"uid-{number}", f"/n/{number}")))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(200):
+                nursery.start_soon(ask, number)
+            await world.has(*(facts(f"uid-{number}", name=f"web-{number}", netns=f"/n/{number}") for number in range(200)))
+        assert len(answers) == 200
+        assert set(world.kernel.values()) == {"captured"}
+
+    world.run(test)
+
+
+def test_a_labelled_pod_on_the_hosts_network_is_reported_once(world: World) -> None:
+    async def test() -> None:
+        lost = replace(facts("uid-9", enrolled=False, name="exporter"), unsupported="labelled, but on the host's network")
+        for _ in range(2):
+            await world.has(lost)
+        await world.has(lost, facts())
+        await world.until(lambda: world.phase("uid-1") is Phase.CAPTURED, "the other is captured")
+        assert world.place.notes == ["exporter: NotCaptured: labelled, but on the host's network"]
+        assert "uid-9" not in world.keeper.statuses()
+
+    world.run(test)
+
+
+def test_a_namespace_that_is_gone_is_looked_for_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        def gone(keeper: PodKeeper, pod: PodFacts) -> NoReturn:
+            raise FileNotFoundError(errno.ENOENT, "no such file", pod.netns_path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PodKeeper, "_open_descriptors", gone)
+            await world.has(facts())
+            await world.until(lambda: world.place.forgotten, "forgotten")
+        await world.has(facts(netns="/n/2"))
+        await world.until(lambda: world.phase("uid-1") is Phase.CAPTURED, "captured in the new one")
+        assert world.kernel == {"/n/2": "captured"}
 
     world.run(test)

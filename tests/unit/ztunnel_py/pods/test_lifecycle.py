@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mesh.model.address import parse_ip
 from mesh.model.enrolment import Enrolment
 from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.lifecycle import FIRST_RETRY_SECONDS, LINGER_SECONDS, LONGEST_RETRY_SECONDS, Lifecycle, Phase, advance, status_of
 from ztunnel_py.pods.vocabulary import (
     Action,
+    AdmitProbes,
     Adopted,
     Annotate,
     Annotated,
@@ -27,7 +29,10 @@ from ztunnel_py.pods.vocabulary import (
     NetnsReplaced,
     OpenListeners,
     PodsChanged,
+    ProbesAdmitted,
+    ProbesRefused,
     Redirection,
+    RefuseProbes,
     ReleaseBegun,
     ReleaseFinished,
     RetryAfter,
@@ -211,7 +216,8 @@ def test_a_new_wish_does_not_wait_for_the_pause_to_end() -> None:
 def test_rules_that_went_missing_are_written_again_without_withdrawing() -> None:
     talk = captured()
     assert talk.tell(VerifyDue("u")) == (Verify("u", IN),)
-    assert talk.tell(Drifted("u", ("table istio-ambient-nat is missing",))) == (Capture("u", IN),)
+    assert talk.tell(Drifted("u", ("table istio-ambient-nat is missing",))) == (AdmitProbes("u", IN),)
+    assert talk.tell(ProbesAdmitted("u")) == (Capture("u", IN),)
     assert talk.tell(Captured("u")) == (Verify("u", IN),)
     assert talk.tell(Verified("u")) == ()
     assert talk.phase() is Phase.CAPTURED
@@ -219,11 +225,11 @@ def test_rules_that_went_missing_are_written_again_without_withdrawing() -> None
 
 def test_rules_that_do_not_stay_make_the_pod_pending() -> None:
     talk = captured()
-    talk.tell(VerifyDue("u"), Drifted("u", ("gone",)), Captured("u"))
+    talk.tell(VerifyDue("u"), Drifted("u", ("gone",)), ProbesAdmitted("u"), Captured("u"))
     assert talk.tell(Drifted("u", ("gone",))) == (RetryAfter("u", 0.2),)
     assert talk.because() == "rules are not in place: gone"
     assert talk.tell(RetryDue("u")) == (Annotate("u", IN, Redirection.PENDING),)
-    assert talk.tell(Annotated("u")) == (Capture("u", IN),)
+    assert talk.tell(Annotated("u")) == (AdmitProbes("u", IN),)
 
 
 def test_a_changed_bypass_annotation_changes_the_rules() -> None:
@@ -250,7 +256,8 @@ def test_an_adopted_pod_that_is_enrolled_is_proved_and_announced_again_but_not_o
     talk = Conversation()
     talk.tell(Adopted("u", "web", "shop", "web"))
     pod = replace(IN, redirection="enabled")
-    assert talk.pods(pod) == (Capture("u", pod),)
+    assert talk.pods(pod) == (AdmitProbes("u", pod),)
+    assert talk.tell(ProbesAdmitted("u")) == (Capture("u", pod),)
 
 
 def test_an_adopted_pod_that_was_unenrolled_meanwhile_is_released() -> None:
@@ -262,7 +269,8 @@ def test_an_adopted_pod_that_was_unenrolled_meanwhile_is_released() -> None:
 def test_an_adopted_pod_that_is_gone_is_dropped() -> None:
     talk = Conversation()
     talk.tell(Adopted("u", "web", "shop", "web"))
-    (action,) = talk.pods()
+    assert talk.pods() == (RefuseProbes("u"),)
+    (action,) = talk.tell(ProbesRefused("u"))
     assert isinstance(action, FinishRelease)
     assert (action.pod.namespace, action.pod.name) == ("shop", "web")
 
@@ -271,16 +279,47 @@ def test_a_mover_that_is_met_late_brings_the_listeners_that_could_not_be_opened(
     talk = Conversation()
     talk.pods(IN)
     talk.tell(Failed("u", "listen on port 15001: Address already in use"))
-    assert talk.tell(Adopted("u", "web", "shop", "web")) == (Capture("u", IN),)
+    assert talk.tell(Adopted("u", "web", "shop", "web")) == (AdmitProbes("u", IN),)
 
 
 def test_an_annotation_left_by_an_agent_that_ended_is_cleaned_up_with_its_rules() -> None:
     talk = Conversation()
     left = replace(OUT, redirection="enabled")
     assert talk.pods(left) == (BeginRelease("u", left),)
-    assert talk.tell(ReleaseBegun("u")) == (Annotate("u", left, Redirection.ABSENT),)
+    assert talk.tell(ReleaseBegun("u")) == (RefuseProbes("u"),)
+    assert talk.tell(ProbesRefused("u")) == (Annotate("u", left, Redirection.ABSENT),)
     assert talk.tell(Annotated("u")) == (FinishRelease("u", left),)
     assert talk.tell(ReleaseFinished("u")) == ()
+    assert talk.state.records == {}
+
+
+def test_the_kubelet_is_let_in_at_the_pods_addresses_before_rules_could_refuse_it() -> None:
+    talk = Conversation()
+    first, second = replace(IN, ips=(parse_ip("10.0.0.1"),)), replace(IN, ips=(parse_ip("10.0.0.1"), parse_ip("fd00::1")))
+    talk.pods(first)
+    assert talk.tell(ListenersOpened("u")) == (AdmitProbes("u", first),)
+    assert talk.tell(ProbesAdmitted("u")) == (Capture("u", first),)
+    talk.tell(Captured("u"), Verified("u"), Annotated("u"))
+    assert talk.pods(second) == (AdmitProbes("u", second),)
+    assert talk.tell(Failed("u", "no")) == (RetryAfter("u", FIRST_RETRY_SECONDS),)
+    assert (talk.phase(), talk.because()) == (Phase.PENDING, "no")
+    assert talk.tell(RetryDue("u")) == (AdmitProbes("u", second),)
+    assert talk.tell(ProbesAdmitted("u")) == ()
+    assert talk.pods(replace(second, enrolment=OUT.enrolment)) == (BeginRelease("u", replace(second, enrolment=OUT.enrolment)),)
+    assert talk.tell(ReleaseBegun("u")) == (RefuseProbes("u"),)
+
+
+def test_a_deleted_pods_address_is_forgotten_first_and_again_until_it_is() -> None:
+    talk = Conversation()
+    talk.pods(replace(IN, ips=(parse_ip("10.0.0.1"),)))
+    talk.tell(ListenersOpened("u"), ProbesAdmitted("u"), Captured("u"), Verified("u"), Annotated("u"))
+    assert talk.pods() == (RefuseProbes("u"),)
+    talk.tell(Failed("u", "no"))
+    assert talk.tell(RetryDue("u")) == (CloseListeners("u"),), "nothing stays open for it"
+    (withdraw,) = talk.tell(ListenersClosed("u"))
+    assert isinstance(withdraw, Annotate)
+    assert talk.tell(Annotated("u")) == (RefuseProbes("u"),)
+    talk.tell(Failed("u", "no"), RetryDue("u"), ProbesRefused("u"))
     assert talk.state.records == {}
 
 

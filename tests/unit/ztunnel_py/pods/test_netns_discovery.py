@@ -6,7 +6,7 @@ import os
 from ipaddress import ip_address
 from pathlib import Path
 
-from ztunnel_py.pods.netns_discovery import local_addresses, pod_of_cgroups, scan, start_time
+from ztunnel_py.pods.netns_discovery import here, local_addresses, pod_of_cgroups, scan, start_time
 
 UID = "2d6c54f4-1f49-4d2b-8e3a-0e6b7c1b2a3d"
 CONTAINER = "a" * 64
@@ -61,3 +61,12 @@ def test_the_oldest_process_with_the_pods_addresses_is_taken(tmp_path: Path) -> 
     wanted = {UID: (ip_address("10.0.1.7"),)}
     assert scan(tmp_path, wanted) == {UID: tmp_path / "12" / "ns" / "net"}
     assert scan(tmp_path, {}) == {}
+
+
+def test_paths_of_the_node_are_found_where_the_agent_has_them() -> None:
+    def seen(path: str) -> str:
+        return str(here(path, proc=Path("/host/proc"), names=Path("/names")))
+
+    assert seen("/var/run/netns/cni-1") == seen("/run/netns/cni-1") == "/names/cni-1"
+    assert seen("/proc/77/ns/net") == "/host/proc/77/ns/net"
+    assert seen("/somewhere/else") == "/somewhere/else"

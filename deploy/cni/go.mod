@@ -1,0 +1,3 @@
+module ambient-mesh-cni
+
+go 1.22
