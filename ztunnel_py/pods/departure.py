@@ -1,0 +1,142 @@
+"""Whether an agent that is told to end will be followed by another, or the mesh is being taken down.
+
+Istio's CNI agent asks the same about its DaemonSet (reference istio 1.13). In doubt another will follow: rules that stay keep traffic from
+leaving unencrypted, and the next agent finds them; what was released by mistake would go out in plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+import trio
+
+from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
+
+DAEMONSET: Final = "ztunnel"
+ORDER: Final = "uninstall"
+"""Name of the file in the run directory that says the same where there is no API server."""
+_ANSWER_SECONDS: Final = 3.0
+_AGAIN_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """``for_good``: no agent will follow on this node, so nothing may be left behind."""
+
+    for_good: bool
+    because: str
+
+
+class _Metadata(msgspec.Struct):
+    deletionTimestamp: str | None = None
+    labels: dict[str, str] = {}
+
+
+class _PodSpec(msgspec.Struct):
+    nodeSelector: dict[str, str] = {}
+
+
+class _Template(msgspec.Struct):
+    spec: _PodSpec
+
+
+class _DaemonSetSpec(msgspec.Struct):
+    template: _Template
+
+
+class _DaemonSet(msgspec.Struct):
+    metadata: _Metadata
+    spec: _DaemonSetSpec
+
+
+class _Node(msgspec.Struct):
+    metadata: _Metadata
+
+
+Json = Mapping[str, object]
+
+
+def judge(daemonset: Json | ApiError, node: Json | ApiError, *, allowed_before: bool) -> Departure:
+    """From what the API server answered about our DaemonSet and our node. ``allowed_before``: it has answered this agent before."""
+    if isinstance(daemonset, ApiError):
+        match daemonset.status:
+            case 404 if allowed_before:
+                return Departure(True, f"DaemonSet {DAEMONSET} is gone")
+            case 401 | 403 if allowed_before:
+                # What gave us the right to ask is part of the installation, and goes with it, perhaps before us.
+                return Departure(True, f"our rights are gone: {daemonset}")
+        return Departure(False, f"the API server does not say: {daemonset}")
+    try:
+        ours = msgspec.convert(daemonset, _DaemonSet)
+        labels = {} if isinstance(node, ApiError) else msgspec.convert(node, _Node).metadata.labels
+    except msgspec.ValidationError as exc:
+        return Departure(False, f"the API server's answer is not understood: {exc}")
+    if ours.metadata.deletionTimestamp is not None:
+        return Departure(True, f"DaemonSet {DAEMONSET} is being deleted")
+    unmet = {key: value for key, value in ours.spec.template.spec.nodeSelector.items() if labels.get(key) != value}
+    if unmet and not isinstance(node, ApiError):
+        selector = ", ".join(f"{key}={value}" for key, value in sorted(unmet.items()))
+        return Departure(True, f"DaemonSet {DAEMONSET} no longer selects this node ({selector})")
+    return Departure(False, f"DaemonSet {DAEMONSET} is there")
+
+
+class Departures(Protocol):
+    async def run(self) -> None:
+        """What goes on in the background; returns early or never."""
+
+    async def find(self) -> Departure:
+        """What to expect, now that we were told to end."""
+
+
+class ClusterDepartures:
+    """Asks the API server about the DaemonSet that this agent's pod belongs to."""
+
+    def __init__(self, client: ApiClient, namespace: str, node: str) -> None:
+        self._client = client
+        self._daemonset = f"/apis/apps/v1/namespaces/{namespace}/daemonsets/{DAEMONSET}"
+        self._node = node
+        self._allowed = False
+
+    async def run(self) -> None:
+        """Ask once while all is well: no answer later means something only if there was one before."""
+        while not self._allowed:
+            try:
+                self._allowed = not isinstance(await self._get(self._daemonset), ApiError)
+            except ApiUnavailable:
+                pass
+            await trio.sleep(_AGAIN_SECONDS)
+
+    async def find(self) -> Departure:
+        with trio.move_on_after(_ANSWER_SECONDS):
+            try:
+                daemonset = await self._get(self._daemonset)
+                node = await self._get(f"/api/v1/nodes/{self._node}")
+            except ApiUnavailable as exc:
+                return Departure(False, f"the API server can't be asked: {exc}")
+            return judge(daemonset, node, allowed_before=self._allowed)
+        return Departure(False, f"the API server did not answer within {_ANSWER_SECONDS:g} s")
+
+    async def _get(self, path: str) -> Json | ApiError:
+        try:
+            return await self._client.get(path)
+        except ApiError as exc:
+            return exc
+
+
+class DirectoryDepartures:
+    """Whoever takes a mesh down that has no API server says so in the run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._order = run_dir / ORDER
+
+    async def run(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def find(self) -> Departure:
+        if await trio.to_thread.run_sync(self._order.exists):
+            return Departure(True, f"{self._order} says so")
+        return Departure(False, f"there is no {self._order}")
