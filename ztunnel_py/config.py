@@ -27,6 +27,7 @@ from mesh.runtime.env import (
     text,
     variable,
 )
+from ztunnel_py.supervisor import DEFAULT_RUN_DIR
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,12 @@ def domain(value: str) -> str:
     return name
 
 
+DEFAULT_DRAIN = 5.0
+"""As ztunnel."""
+SPARE = "spare"
+"""Name of the mover that runs apart from the agent, in a container of its own, and outlives it: `ztunnel-py mover spare`."""
+
+
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
     """The whole configuration; a field without a reader does not exist."""
@@ -87,10 +94,19 @@ class AgentConfig:
         "HOST_PROC", parse=path, default="/proc", doc="where the node's /proc is mounted; shows which network namespace a pod has (ours)"
     )
     run_dir: Path = variable(
-        "RUN_DIR", parse=path, default="/run/ztunnel-py", doc="directory of the socket between brain and movers (ours)"
+        "RUN_DIR",
+        parse=path,
+        default=DEFAULT_RUN_DIR,
+        doc="directory that all agents of the node share: their sockets, and the lock that says who is in charge (ours)",
     )
     movers: int = variable(
         "MOVERS", parse=mover_count, default="auto", doc="number of data plane processes; auto: one per CPU, at most 4 (ours)"
+    )
+    spare_mover: bool = variable(
+        "SPARE_MOVER",
+        parse=boolean,
+        default="false",
+        doc="true: one of these is not started by the agent but beside it, as `ztunnel-py mover spare`, and outlives it (ours)",
     )
     xds_address: ControlPlaneAddress = variable(
         "XDS_ADDRESS", parse=control_plane, default="https://istiod.istio-system.svc:15012", doc="where configuration comes from"
@@ -130,11 +146,13 @@ class AgentConfig:
     secret_ttl: float = variable(
         "SECRET_TTL", parse=duration, default="24h", doc="lifetime asked for certificates; they are renewed at half of it"
     )
-    drain: float = variable(
+    drain_deadline: float | None = optional(
         "CONNECTION_TERMINATION_DEADLINE",
         parse=duration,
-        default="5s",
-        doc="how long connections may go on after SIGTERM before they are ended",
+        doc="how long connections may go on after SIGTERM before they are ended; by default a second less than the next, or 5 s",
+    )
+    grace: int | None = optional(
+        "TERMINATION_GRACE_PERIOD_SECONDS", parse=integer(1, 86_400), doc="terminationGracePeriodSeconds of the agent's pod"
     )
     ipv6: bool = variable("IPV6_ENABLED", parse=boolean, default="true", doc="false: listeners are IPv4 only, whatever the pod has")
     dns_proxy: bool = variable(
@@ -160,13 +178,30 @@ class AgentConfig:
     """How to reach the API server, where that is the source."""
 
     @property
+    def drain(self) -> float:
+        """Seconds from SIGTERM to the end of the last connection. A second of the grace period is left for the end itself."""
+        if self.drain_deadline is not None:
+            return self.drain_deadline
+        return DEFAULT_DRAIN if self.grace is None else max(self.grace - 1.0, 0.5)
+
+    @property
     def sources(self) -> tuple[Path, ...]:
         return self.source_paths or ()
 
     @property
+    def own_dir(self) -> Path:
+        """This agent's own part of the run directory: during a roll-out a node has two agents."""
+        return self.run_dir / self.pod_name
+
+    @property
     def socket_path(self) -> Path:
         """Where the brain listens for movers."""
-        return self.run_dir / "brain.sock"
+        return self.own_dir / "brain.sock"
+
+    @property
+    def own_movers(self) -> int:
+        """How many movers the brain starts."""
+        return max(1, self.movers - self.spare_mover)
 
 
 def read_config(environ: Mapping[str, str] = os.environ) -> AgentConfig:
