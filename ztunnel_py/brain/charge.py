@@ -334,11 +334,11 @@ class Charge:
             close_all(descriptors)
         if not isinstance(take, messages.Take):
             raise ChannelClosed("expected Take")
+        self._younger.append(younger)  # before we yield: `run` leaves the lock alone while there is one
         because = await self._yield_to(take)
         if because is not None:
             await channel.send(messages.Refused(because))
             return False
-        self._younger.append(younger)
         for held in self._pods.holdings():
             await channel.send(messages.Holding(held.pod), held.descriptors)
         for state in self._certificates.states():
