@@ -883,7 +883,8 @@ class HboneLink:
             on_close(reason)
 
     def _break(self, tunnel: Tunnel, reason: str) -> None:
-        tunnel._lost(reason, None)
+        # A request that was not answered may have been seen, but nothing of the application's went with it: it may be made again.
+        tunnel._lost(reason, None, retryable=True)
         if tunnel.consumer is not None:
             tunnel.consumer.tunnel_reset(reason, None)
 

@@ -489,6 +489,7 @@ def test_requests_awaiting_an_answer_fail_when_the_link_goes(asking: Asking) -> 
     failure = asking.answer()
     assert isinstance(failure, TunnelFailure)
     assert failure.because == "link lost"
+    assert failure.retryable, "nothing of the application's went with it"
     wait_until(lambda: bool(gone), "the server to learn of it")
 
 
