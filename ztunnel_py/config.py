@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from mesh.kube.kubeconfig import IN_CLUSTER, ClusterAccess, find_access
 from mesh.runtime.env import (
     EnvProblem,
     InvalidEnvironment,
@@ -28,6 +28,9 @@ from mesh.runtime.env import (
     variable,
 )
 from ztunnel_py.supervisor import DEFAULT_RUN_DIR
+
+if TYPE_CHECKING:
+    from mesh.kube.kubeconfig import ClusterAccess
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +225,8 @@ def read_access(config: AgentConfig, environ: Mapping[str, str] = os.environ) ->
     """With the way to the API server, where that is the source. For the brain: movers have no use for it. Raises KubeconfigError."""
     if config.sources:
         return config
+    from mesh.kube.kubeconfig import IN_CLUSTER, find_access  # reads YAML: a fifth of what a mover takes to start, and of no use to it
+
     return replace(config, cluster=find_access(str(config.kubeconfig) if config.kubeconfig else IN_CLUSTER, environ))
 
 
