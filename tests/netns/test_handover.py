@@ -340,7 +340,6 @@ def test_a_whole_agent_killed_refuses_nothing_while_it_is_away(lab: Lab, client:
             traffic.goes_on()
             kills.append(killed)
             assert traffic.refused_but(*kills) == []
-        assert len(traffic.lost) < HELD, "the mover that runs apart keeps its own"
 
 
 # --- the end of all

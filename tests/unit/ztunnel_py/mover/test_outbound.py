@@ -15,9 +15,9 @@ from mesh.reactor.hbone import TunnelFailure
 from mesh.state.store import Delta
 from mesh.testing.ca import FakeCa
 from ztunnel_py.mover import credentials, pod
-from ztunnel_py.mover.inbound import InboundHbone
+from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
 from ztunnel_py.mover.ledger import DRAINED, Failure
-from ztunnel_py.mover.outbound import MOST_RETRIES
+from ztunnel_py.mover.outbound import MOST_RETRIES, Outbound
 
 if TYPE_CHECKING:
     from tests.unit.ztunnel_py.mover.conftest import World
@@ -235,6 +235,24 @@ def test_a_request_that_a_dying_connection_never_took_is_tried_again_but_not_for
                 assert await is_reset(stream)
             await world.until(lambda: world.idle)
         assert len(asked) == 2 + 1 + MOST_RETRIES
+
+    world.run(main)
+
+
+def test_a_pod_that_leaves_new_connections_to_another_agent_keeps_the_old_ones_and_may_take_new_ones_again(world: World) -> None:
+    async def main() -> None:
+        client, server = world.pod("client"), world.pod("server")
+        async with world.application(server) as app, await world.dial(client, app) as kept:
+            assert await is_echoed(kept)
+            for of in (client, server):
+                of.drain()
+                assert not of.accepts
+            async with await world.dial(client, app) as waiting:  # in the queue, for whoever takes it
+                assert await is_echoed(kept)
+                for of in (client, server):
+                    of.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone)
+                assert await is_echoed(waiting)
+                assert await is_echoed(kept)
 
     world.run(main)
 
