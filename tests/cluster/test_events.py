@@ -88,7 +88,6 @@ def test_sigkill_of_a_whole_agent_is_over_soon(mesh: Cluster, load: Load, figure
     wait_rolled_out(mesh)
     load.go_on()
     figures.event("SIGKILL of an agent", load, "50 of 50 at once", "16, for 0.8 s")
-    assert load.alive > 0, "the mover that runs apart keeps its own"
     # What a mover had accepted when it died is lost with it, as what it holds.
     assert [each for each in load.refused if each["refused"] > killed + 0.5] == []
 
