@@ -36,7 +36,7 @@ from mesh.tls.rotation import CertificateManager
 from ztunnel_py import messages
 from ztunnel_py.brain.movers import Holding
 from ztunnel_py.brain.pods import PodKeeper
-from ztunnel_py.channel import Channel, ChannelClosed, close_all
+from ztunnel_py.channel import Channel, ChannelClosed, close_all, listen_at
 from ztunnel_py.config import AgentConfig
 from ztunnel_py.supervisor import CHARGE
 
@@ -291,7 +291,7 @@ class Charge:
         """Answer other agents of the node, until cancelled. To be called once our movers are there."""
         self._lock = int(os.environ[CHARGE])
         self._born = _read_born(self._config.own_dir / "born")
-        listener = self._listen()
+        listener = listen_at(self._config.own_dir / _SOCKET)
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
@@ -302,17 +302,6 @@ class Charge:
                     await trio.sleep(LOOK_SECONDS)
                     continue
                 nursery.start_soon(self._serve_younger, stream.socket)
-
-    def _listen(self) -> trio.SocketListener:
-        path = self._config.own_dir / _SOCKET
-        path.unlink(missing_ok=True)  # of a brain of ours that was killed
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with unix_address(path) as address:
-            sock.bind(address)
-        path.chmod(0o600)
-        sock.listen(8)
-        sock.setblocking(False)
-        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
     async def _serve_younger(self, sock: trio.socket.SocketType) -> None:
         younger: _Link[messages.FromSuccessor] = _Link("successor", Channel(sock, messages.FromSuccessor))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
@@ -20,10 +19,9 @@ from typing import Protocol
 
 import trio
 
-from mesh.linux.unix_sockets import unix_address
 from mesh.telemetry.log import get_logger
 from ztunnel_py import messages
-from ztunnel_py.channel import Channel, ChannelClosed, close_all
+from ztunnel_py.channel import Channel, ChannelClosed, close_all, listen_at
 from ztunnel_py.supervisor import LIFELINE
 
 ADOPTION_SECONDS = 3.0
@@ -138,7 +136,7 @@ class Movers:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Adopt what the last brain left, start what is missing (then ``started``), replace what dies."""
-        listener = self._listen()
+        listener = listen_at(self._run_dir / "brain.sock")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._accept, listener)
             async with trio.open_nursery() as starting:
@@ -188,18 +186,6 @@ class Movers:
                     os.kill(pid, signal.SIGKILL)
 
     # Connections
-
-    def _listen(self) -> trio.SocketListener:
-        self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._run_dir / "brain.sock"
-        path.unlink(missing_ok=True)  # of a brain that was killed; only one brain runs, its supervisor sees to that
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with unix_address(path) as address:
-            sock.bind(address)
-        path.chmod(0o600)
-        sock.listen(16)
-        sock.setblocking(False)
-        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
     async def _accept(self, listener: trio.SocketListener) -> None:
         async with trio.open_nursery() as nursery:
