@@ -1,13 +1,15 @@
-"""``ztunnel-py [proxy|version|help]``; ``brain`` and ``mover`` are how the agent starts its own parts."""
+"""``ztunnel-py [proxy|mover spare|version|help]``; ``brain`` and other movers are how the agent starts its own parts."""
 
 from __future__ import annotations
 
 import sys
 
 _USAGE = """\
-usage: ztunnel-py [proxy | version | help]
+usage: ztunnel-py [proxy | mover spare | version | help]
 
   proxy     run the node agent (the default); configured by the environment: docs/reference/ztunnel.md
+  mover spare
+            run one of its movers beside it, so that it outlives the agent
   version   print the version
   help      print this
 """

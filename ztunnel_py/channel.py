@@ -13,11 +13,13 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import msgspec
 import trio
 
+from mesh.linux.unix_sockets import unix_address
 from ztunnel_py.messages import Message
 
 _HEADER = struct.Struct(">IB")
@@ -97,6 +99,20 @@ class Channel(Generic[M]):
         close_all(self._descriptors)
         self._descriptors.clear()
         self._sock.close()
+
+
+def listen_at(path: Path) -> trio.SocketListener:
+    """Where others connect to make a channel; only the user's own processes can. What was left there by a brain of ours that was killed
+    goes: only one runs at a time, its supervisor sees to that. Raises OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with unix_address(path) as address:
+        sock.bind(address)
+    path.chmod(0o600)
+    sock.listen(16)
+    sock.setblocking(False)
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
 
 def close_all(descriptors: Sequence[int] | deque[int]) -> None:

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from mesh.kube.kubeconfig import IN_CLUSTER, ClusterAccess, find_access
 from mesh.runtime.env import (
     EnvProblem,
     InvalidEnvironment,
@@ -27,6 +27,10 @@ from mesh.runtime.env import (
     text,
     variable,
 )
+from ztunnel_py.supervisor import DEFAULT_RUN_DIR
+
+if TYPE_CHECKING:
+    from mesh.kube.kubeconfig import ClusterAccess
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,12 @@ def domain(value: str) -> str:
     if not re.fullmatch(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*", name):
         raise ValueError("a domain such as cluster.local")
     return name
+
+
+DEFAULT_DRAIN = 5.0
+"""As ztunnel."""
+SPARE = "spare"
+"""Name of the mover that runs apart from the agent, in a container of its own, and outlives it: `ztunnel-py mover spare`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +135,19 @@ class AgentConfig:
         doc="where CNI plugins ask for pods to be captured; the same path on the node (ours)",
     )
     run_dir: Path = variable(
-        "RUN_DIR", parse=path, default="/run/ztunnel-py", doc="directory of the socket between brain and movers (ours)"
+        "RUN_DIR",
+        parse=path,
+        default=DEFAULT_RUN_DIR,
+        doc="directory that all agents of the node share: their sockets, and the lock that says who is in charge (ours)",
     )
     movers: int = variable(
         "MOVERS", parse=mover_count, default="auto", doc="number of data plane processes; auto: one per CPU, at most 4 (ours)"
+    )
+    spare_mover: bool = variable(
+        "SPARE_MOVER",
+        parse=boolean,
+        default="false",
+        doc="true: one of these is not started by the agent but beside it, as `ztunnel-py mover spare`, and outlives it (ours)",
     )
     xds_address: ControlPlaneAddress = variable(
         "XDS_ADDRESS", parse=control_plane, default="https://istiod.istio-system.svc:15012", doc="where configuration comes from"
@@ -168,11 +187,13 @@ class AgentConfig:
     secret_ttl: float = variable(
         "SECRET_TTL", parse=duration, default="24h", doc="lifetime asked for certificates; they are renewed at half of it"
     )
-    drain: float = variable(
+    drain_deadline: float | None = optional(
         "CONNECTION_TERMINATION_DEADLINE",
         parse=duration,
-        default="5s",
-        doc="how long connections may go on after SIGTERM before they are ended",
+        doc="how long connections may go on after SIGTERM before they are ended; by default a second less than the next, or 5 s",
+    )
+    grace: int | None = optional(
+        "TERMINATION_GRACE_PERIOD_SECONDS", parse=integer(1, 86_400), doc="terminationGracePeriodSeconds of the agent's pod"
     )
     ipv6: bool = variable("IPV6_ENABLED", parse=boolean, default="true", doc="false: listeners are IPv4 only, whatever the pod has")
     dns_proxy: bool = variable(
@@ -198,13 +219,30 @@ class AgentConfig:
     """How to reach the API server, where that is the source."""
 
     @property
+    def drain(self) -> float:
+        """Seconds from SIGTERM to the end of the last connection. A second of the grace period is left for the end itself."""
+        if self.drain_deadline is not None:
+            return self.drain_deadline
+        return DEFAULT_DRAIN if self.grace is None else max(self.grace - 1.0, 0.5)
+
+    @property
     def sources(self) -> tuple[Path, ...]:
         return self.source_paths or ()
 
     @property
+    def own_dir(self) -> Path:
+        """This agent's own part of the run directory: during a roll-out a node has two agents."""
+        return self.run_dir / self.pod_name
+
+    @property
     def socket_path(self) -> Path:
         """Where the brain listens for movers."""
-        return self.run_dir / "brain.sock"
+        return self.own_dir / "brain.sock"
+
+    @property
+    def own_movers(self) -> int:
+        """How many movers the brain starts."""
+        return max(1, self.movers - self.spare_mover)
 
 
 def read_config(environ: Mapping[str, str] = os.environ) -> AgentConfig:
@@ -225,6 +263,8 @@ def read_access(config: AgentConfig, environ: Mapping[str, str] = os.environ) ->
     """With the way to the API server, where that is the source. For the brain: movers have no use for it. Raises KubeconfigError."""
     if config.sources:
         return config
+    from mesh.kube.kubeconfig import IN_CLUSTER, find_access  # reads YAML: a fifth of what a mover takes to start, and of no use to it
+
     return replace(config, cluster=find_access(str(config.kubeconfig) if config.kubeconfig else IN_CLUSTER, environ))
 
 

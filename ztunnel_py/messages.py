@@ -79,6 +79,10 @@ class Scraped(Message, frozen=True):
     omitted: int = 0
 
 
+class Ending(Message, frozen=True):
+    """A mover that runs apart was told to end (SIGTERM). It goes on until the brain has it drain, or is gone."""
+
+
 class Drained(Message, frozen=True):
     """Answer to `Drain`: no connection is left, or the deadline ended them; the mover exits after it."""
 
@@ -137,6 +141,15 @@ class DropPod(Message, frozen=True):
     uid: str
 
 
+class StopAccepting(Message, frozen=True):
+    """Another agent accepts on the same listeners: keep them, but take no new connection, and tell peers to open their next tunnel
+    elsewhere. What lives goes on. `ServePod` undoes it."""
+
+
+class LookAgain(Message, frozen=True):
+    """Another mover has died, perhaps after the kernel had woken it for a connection and before it took it: see whether one waits."""
+
+
 class Ping(Message, frozen=True):
     """Answer `Pong` with this number. A mover that does not is stuck, and is replaced."""
 
@@ -162,7 +175,48 @@ class SetLogLevels(Message, frozen=True):
     levels: str
 
 
-FromMover: TypeAlias = Hello | Holding | PodServing | PodConnections | CertificateWanted | Pong | Scraped | Drained
+# Between the agents of one node: a younger one, the successor, asks an older one. The connection stays for as long as both live.
+
+
+class Take(Message, frozen=True):
+    """Successor's first message. ``born``: when this agent's pod first started here, in nanoseconds. ``in_charge``: nobody else is, and
+    it asks for what others hold; else it asks to be let."""
+
+    born: int
+    in_charge: bool
+
+
+class Refused(Message, frozen=True):
+    """Answer to `Take`: go on waiting."""
+
+    because: str
+
+
+class Yielded(Message, frozen=True):
+    """Answer to `Take`, after a `Holding` for each pod and a `Certificate` for each identity: this agent is not in charge any more. It
+    changes nothing about pods, and accepts until it hears `Serving`."""
+
+
+class Serving(Message, frozen=True):
+    """The successor's movers accept on all listeners it was given. It may say `ReleasePod`, `KeepPod` and `DropPod` afterwards, and is
+    answered with `PodConnections`, as by a mover."""
+
+
+FromMover: TypeAlias = Hello | Holding | PodServing | PodConnections | CertificateWanted | Pong | Scraped | Ending | Drained
 ToMover: TypeAlias = (
-    Resources | Certificate | CertificateUnavailable | ServePod | ReleasePod | KeepPod | DropPod | Ping | Scrape | Drain | SetLogLevels
+    Resources
+    | Certificate
+    | CertificateUnavailable
+    | ServePod
+    | ReleasePod
+    | KeepPod
+    | DropPod
+    | StopAccepting
+    | LookAgain
+    | Ping
+    | Scrape
+    | Drain
+    | SetLogLevels
 )
+FromSuccessor: TypeAlias = Take | Serving | ReleasePod | KeepPod | DropPod
+ToSuccessor: TypeAlias = Refused | Holding | Certificate | Yielded | PodConnections

@@ -322,6 +322,7 @@ class HboneLink:
         self._closing = False
         self._closed = False
         self._draining = False
+        self._answered = False  # client: the peer has let us in, and answered
         self._drain_read = False  # the peer knows that we drain, so no request of its can be under way any more
         self._heard = False
         self._heard_since_tick = False
@@ -616,6 +617,7 @@ class HboneLink:
         if tunnel is None or on_response is None:
             return
         tunnel.headers = event.headers
+        self._answered = True
         if event.status == 200:
             self._guard(tunnel, lambda: on_response(tunnel))
             return
@@ -883,7 +885,9 @@ class HboneLink:
             on_close(reason)
 
     def _break(self, tunnel: Tunnel, reason: str) -> None:
-        tunnel._lost(reason, None)
+        # A request that was not answered may have been seen, but nothing of the application's went with it: it may be made again. A peer
+        # that never answered on this connection would not on another: with TLS 1.3 that is how it refuses a certificate.
+        tunnel._lost(reason, None, retryable=self._answered)
         if tunnel.consumer is not None:
             tunnel.consumer.tunnel_reset(reason, None)
 

@@ -85,6 +85,23 @@ class Listener:
             self._pause = None
         self._reactor.remove(self._fd)
 
+    def finish(self) -> None:
+        """Take what waits in the queue, then accept no more: of several processes that share the listener, the others may not have been
+        woken for it. Out of the loop first: whatever comes later wakes one of them."""
+        self._reactor.remove(self._fd)
+        while not self._abandoned and self._pause is None:
+            self._batch = ACCEPT_BATCH
+            self._on_readable(select.EPOLLIN)
+            if self._batch < ACCEPT_BATCH:
+                break
+        self.close()
+
+    def look_again(self) -> None:
+        """Another process that shared the listener is dead, and may have been the one that was woken for a connection that waits."""
+        if self._pause is None and not self._abandoned:
+            self._reactor.remove(self._fd)
+            self._resume()  # the kernel looks at the queue when a listener enters an epoll set
+
     def _resume(self) -> None:
         self._pause = None
         # Level-triggered: what a bounded batch left over announces itself again. Exclusive: of several processes that share the

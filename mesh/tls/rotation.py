@@ -156,6 +156,13 @@ class CertificateManager:
         elif entry.flight is None and self._stage(entry) is Stage.INITIALIZING:
             self._enqueue(entry, priority)  # expired while the machine slept
 
+    def adopt(self, bundle: CertificateBundle) -> None:
+        """A certificate that somebody else holds already, for an identity that was asked for: it need not be fetched now."""
+        entry = self._entries.get(bundle.identity)
+        if entry is not None and self._valid(entry) is None and bundle.not_after > self._now():
+            entry.queued = None
+            self._succeeded(entry, bundle)
+
     def find_bundle(self, identity: SpiffeId) -> CertificateBundle | None:
         """The identity's certificate if one is held and has not expired."""
         entry = self._entries.get(identity)

@@ -16,8 +16,8 @@ from meshctl_py.cluster.manifests import IMAGE, Manifests, Object, plain
 from meshctl_py.cluster.objects import AGENT, CONTROL_PLANE
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
-GRACE_RESERVE: Final = 5
-"""Seconds of an agent's grace period that are left to end in, when connections have had theirs."""
+SHORTEST_GRACE: Final = 6
+"""Seconds. With less an agent could neither hand over nor let connections end."""
 _MAX_FILE: Final = 1 << 20
 _ESCAPED: Final = re.compile(r"\\(.)")
 
@@ -52,7 +52,7 @@ class ControlPlane(Workload, frozen=True):
 
 class Agent(Workload, frozen=True):
     max_surge: int | str = 1
-    termination_grace_period_seconds: Annotated[int, msgspec.Meta(ge=GRACE_RESERVE + 1)] = 30
+    termination_grace_period_seconds: Annotated[int, msgspec.Meta(ge=SHORTEST_GRACE)] = 30
     se_linux_options: dict[str, Any] = {}
 
 
@@ -180,7 +180,7 @@ def _configure_control_plane(obj: Object, values: Values, tag: str) -> None:
 
 def _configure_agent(obj: Object, values: Values, tag: str) -> None:
     grace = values.ztunnel.termination_grace_period_seconds
-    environment = {"CONNECTION_TERMINATION_DEADLINE": f"{grace - GRACE_RESERVE}s"}
+    environment = {"TERMINATION_GRACE_PERIOD_SECONDS": str(grace)}
     if values.trust_domain != "cluster.local":
         environment["TRUST_DOMAIN"] = values.trust_domain
     if values.cluster_id != "Kubernetes":
@@ -191,7 +191,8 @@ def _configure_agent(obj: Object, values: Values, tag: str) -> None:
     pod = obj["spec"]["template"]["spec"]
     pod["terminationGracePeriodSeconds"] = grace
     if values.ztunnel.se_linux_options:
-        pod["containers"][0]["securityContext"]["seLinuxOptions"] = values.ztunnel.se_linux_options
+        for container in pod["containers"]:
+            container["securityContext"]["seLinuxOptions"] = values.ztunnel.se_linux_options
 
 
 def _configure(obj: Object, own: Workload, values: Values, tag: str, environment: Mapping[str, str]) -> None:

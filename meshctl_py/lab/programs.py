@@ -31,6 +31,16 @@ def ztunnel(home: LabHome, wires: Wires, node: str) -> Entry:
     return Entry((sys.executable, "-m", "ztunnel_py", "proxy"), (str(wires.node(node)),), hostname=node[:63])
 
 
+def spare_mover(home: LabHome, wires: Wires, node: str) -> Entry:
+    """The mover that runs beside the agent, with the same environment: in a cluster it has a container of its own."""
+    return Entry((sys.executable, "-m", "ztunnel_py", "mover", "spare"), (str(wires.node(node)),), hostname=node[:63])
+
+
+def has_spare_mover(movers: int | None) -> bool:
+    """Whether one of so many movers (None: the agent's own choice) can run beside the agent."""
+    return movers != 1
+
+
 def ztunnel_environment(home: LabHome, source: Path, node: str, node_ip: str, movers: int | None) -> dict[str, str]:
     """What the agent of one node is told. It reads the user's files, the lab's status and its own."""
     address = f"https://{CONTROL_PLANE[0]}:{ports.XDS_AND_CA}"
@@ -49,6 +59,7 @@ def ztunnel_environment(home: LabHome, source: Path, node: str, node_ip: str, mo
         "MESH_SOURCE": ":".join(map(str, sources)),
         "MESH_STATUS_DIR": str(home.status_of(node)),
         "RUN_DIR": str(home.run_of(node)),
+        "SPARE_MOVER": str(has_spare_mover(movers)).lower(),
     }
     return environment | ({} if movers is None else {"MOVERS": str(movers)})
 

@@ -106,6 +106,8 @@ class World:
         self._assignments = Assignments()
         self._pods: dict[PodKey, _Pod] = {}
         self._agents: dict[str, _Program] = {}
+        self._spares: dict[str, _Program] = {}
+        """The movers that run beside the agents, by node."""
         self._istiod: _Program | None = None
         self._published: dict[ObjectKey, Mapping[str, object]] = {}
         self._rules: dict[str, tuple[VirtualPort, ...]] = {}
@@ -173,8 +175,9 @@ class World:
         return LabStatus(*place, control_plane, nodes, pods, services, processes)
 
     def processes(self) -> Mapping[str, LabProcess]:
-        """All processes by the names users call them: ``istiod``, ``ztunnel-NODE``, ``NAMESPACE/POD/CONTAINER``."""
-        programs_of_mesh = {program.process.name: program.process for program in (self._istiod, *self._agents.values()) if program}
+        """All processes by the names users call them: ``istiod``, ``ztunnel-NODE``, ``ztunnel-NODE-spare``, ``NAMESPACE/POD/CONTAINER``."""
+        every = (self._istiod, *self._agents.values(), *self._spares.values())
+        programs_of_mesh = {program.process.name: program.process for program in every if program}
         pods = {key: self._pods[key] for key in self._assignments.pods if key in self._pods}
         containers = {f"{key}/{name}": process for key, pod in pods.items() for name, process in pod.runner.processes.items()}
         return programs_of_mesh | containers
@@ -236,11 +239,14 @@ class World:
             health = (self.wires.node(node.name), "127.0.0.1", ports.READINESS, "/healthz/ready")
             entry = programs.ztunnel(self.home, self.wires, node.name)
             self._agents[node.name] = self._start_program(f"ztunnel-{node.name}", entry, environment, health)
+            if programs.has_spare_mover(self._movers):
+                self._spares[node.name] = self._start_spare(node.name, environment)
 
     async def _remove_node(self, name: str) -> None:
         self._built.pop(name, None)
-        if name in self._agents:
-            await self._agents.pop(name).task.end()
+        for started in (self._agents, self._spares):
+            if name in started:
+                await started.pop(name).task.end()
         await trio.to_thread.run_sync(network.remove_node, self.wires, name)
         self._rules.pop(name, None)
         self._published.pop(ObjectKey("Node", "", name), None)
@@ -304,6 +310,13 @@ class World:
                 await program.process.run_for_ever(entry, environment, grace=programs.GRACE)
 
         self._spawn(program.task, run)
+        return program
+
+    def _start_spare(self, node: str, environment: Mapping[str, str]) -> _Program:
+        """It writes into the agent's log: for who reads, it is one of its movers."""
+        program = _Program(LabProcess(f"ztunnel-{node}-spare", self.home.logs / f"ztunnel-{node}.log", self.bell.ring), _Task())
+        entry = programs.spare_mover(self.home, self.wires, node)
+        self._spawn(program.task, lambda: program.process.run_for_ever(entry, environment, grace=programs.GRACE))
         return program
 
     async def _watch_health(self, program: _Program, health: tuple[Path, str, int, str]) -> None:

@@ -131,7 +131,7 @@ def agent_of(cluster: Cluster, node: str) -> Object:
 
 def access_log(cluster: Cluster, node: str) -> list[str]:
     """What the node's agent wrote of connections, a line each."""
-    lines = cluster.logs(SYSTEM, agent_of(cluster, node)["metadata"]["name"]).splitlines()
+    lines = cluster.logs(SYSTEM, agent_of(cluster, node)["metadata"]["name"], "--all-containers").splitlines()
     return [line for line in lines if "\taccess\t" in line]
 
 

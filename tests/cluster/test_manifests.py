@@ -65,21 +65,24 @@ def test_values_of_the_chart_reach_what_they_are_for(helm: Path) -> None:
     for workload in (istiod, ztunnel):
         pod = workload["template"]["spec"]
         assert pod["imagePullSecrets"] == [{"name": "pull"}]
-        assert pod["containers"][0]["image"] == "registry.example/mesh:9"
-        assert pod["containers"][0]["imagePullPolicy"] == "Always"
+        for container in pod["containers"]:
+            assert container["image"] == "registry.example/mesh:9"
+            assert container["imagePullPolicy"] == "Always"
         assert {"RUST_LOG": "debug", "LOG_FORMAT": "json"}.items() <= environment(workload).items()
     assert istiod["replicas"] == 3
     assert istiod["template"]["spec"]["containers"][0]["resources"] == {"requests": {"memory": "1Gi"}}
     assert istiod["template"]["metadata"]["annotations"]["a"] == "b"
     assert {"--trust-domain=example.org", "--cluster-id=west"} <= set(istiod["template"]["spec"]["containers"][0]["args"])
-    wanted = {"TRUST_DOMAIN": "example.org", "CLUSTER_ID": "west", "MOVERS": "8", "CONNECTION_TERMINATION_DEADLINE": "115s"}
+    wanted = {"TRUST_DOMAIN": "example.org", "CLUSTER_ID": "west", "MOVERS": "8", "TERMINATION_GRACE_PERIOD_SECONDS": "120"}
     assert wanted.items() <= environment(ztunnel).items()
     assert ztunnel["updateStrategy"]["rollingUpdate"]["maxSurge"] == "10%"
     assert ztunnel["template"]["metadata"]["labels"] == {"app": "ztunnel", "istio.io/dataplane-mode": "none", "team": "net"}
     pod = ztunnel["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] == 120
     assert pod["nodeSelector"] == {"kubernetes.io/os": "linux", "pool": "a"}
-    assert pod["containers"][0]["securityContext"]["seLinuxOptions"] == {"type": "spc_t"}
+    agent, mover = pod["containers"]
+    assert agent["securityContext"]["seLinuxOptions"] == mover["securityContext"]["seLinuxOptions"] == {"type": "spc_t"}
+    assert mover["env"] == agent["env"], "they meet in one directory"
 
 
 def environment(workload: dict[str, Any]) -> dict[str, str]:

@@ -303,7 +303,7 @@ def test_movers_killed_while_a_pod_drains_let_it_go(enrolled: Lab, client: Netns
 def test_an_unknown_mover_of_a_dead_brain_is_drained(enrolled: Lab, client: Netns, echo: SocketAddress) -> None:
     lab = enrolled
     orphan = lab.agent("n1", "mover", "0")
-    (lab.home / "run/n1/mover-0.pid").unlink()
+    (lab.home / "run/n1/ztunnel/mover-0.pid").unlink()
     kill(*lab.agent("n1", "brain"))
     wait_until(lambda: not any(map(is_alive, orphan)), "it ends: nobody would have told it of changes")
     wait_until(lambda: len(lab.agent("n1", "mover")) == 2, "its slot has another")
@@ -313,14 +313,22 @@ def test_an_unknown_mover_of_a_dead_brain_is_drained(enrolled: Lab, client: Netn
 def test_sigterm_gives_held_connections_their_deadline_and_ends_well(enrolled: Lab, client: Netns, echo: SocketAddress) -> None:
     lab = enrolled
     (supervisor,) = lab.agent("n1")
-    processes = [supervisor, *lab.agent("n1", "brain"), *lab.agent("n1", "mover")]
-    with held(client, echo, 5) as socks:
+    spare = lab.agent("n1", "mover", "spare")
+    processes = [supervisor, *lab.agent("n1", "brain"), *lab.agent("n1", "mover", "0")]
+    kill(*spare, number=signal.SIGSTOP)  # so that none of the connections is its own
+    with ExitStack() as stack:
+        try:
+            socks = stack.enter_context(held(client, echo, 5))
+        finally:
+            kill(*spare, number=signal.SIGCONT)
         before = log(lab, "n1").count("draining")
         kill(supervisor, number=signal.SIGTERM)
         wait_until(lambda: log(lab, "n1").count("draining") > before, "the agent drains")
         assert all(echoes(sock) for sock in socks), "what lives goes on"
         wait_until(lambda: not any(map(is_alive, processes)), "all of the agent ends")
         assert not any(echoes(sock) for sock in socks)
+        assert echoes(stack.enter_context(client.connect(echo))), "the mover that runs apart serves meanwhile"
+        assert lab.agent("n1", "mover", "spare") == spare
     exits = {process["name"]: process["last_exit"] for process in lab.status()["processes"]}
     assert exits["ztunnel-n1"] == "exit status 0"
     assert len([line for line in log(lab, "n1").splitlines() if "connection closed due to connection drain" in line]) >= 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import ssl
 import sys
 from collections.abc import Sequence
@@ -31,19 +32,31 @@ from mesh.xds.names import AUTHORIZATION, node_id
 from ztunnel_py import messages
 from ztunnel_py.brain.admin import Admin
 from ztunnel_py.brain.authority import fetch_certificate
+from ztunnel_py.brain.charge import Charge, certificate_message
 from ztunnel_py.brain.cni import CNI_BACKLOG, PluginKeeper, cni_routes, has_listener
 from ztunnel_py.brain.movers import Holding, Mover, Movers
 from ztunnel_py.brain.pages import Pages
 from ztunnel_py.brain.pods import PodKeeper
 from ztunnel_py.brain.transfer import transfer_state, unreadable_bodies
-from ztunnel_py.config import AgentConfig, read_access, read_config
-from ztunnel_py.pods.departure import ClusterDepartures
+from ztunnel_py.config import SPARE, AgentConfig, read_access, read_config
+from ztunnel_py.pods.departure import ClusterDepartures, Departures, DirectoryDepartures
 from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
 
 ASK_AGAIN_SECONDS = 1.0
 """When the API server did not say whether another agent follows."""
+_SPARE_SECONDS = 0.5
+"""How long after SIGTERM it takes at most until we hear whether the mover that runs apart was told to end too."""
+_FAREWELL = 0.4
+"""Of the drain time: what is left for connections when pods had to be released, or a successor waited for."""
 
 _log = log.get_logger("brain")
+
+
+def open_departures(config: AgentConfig) -> Departures:
+    """Where this agent learns whether another one will follow it."""
+    if config.cluster is not None:
+        return ClusterDepartures(ApiClient(config.cluster), config.pod_namespace, config.node_name)
+    return DirectoryDepartures(config.run_dir)
 
 
 def run_brain() -> int:
@@ -79,20 +92,29 @@ class Brain:
         """Policies that could not be read, as they came: joining movers get them so."""
         self._certificates = CertificateManager(lambda identity: fetch_certificate(config, identity))
         self._certificates.subscribe(self._certificate_news)
-        self._movers = Movers(count=config.movers, run_dir=config.run_dir, follower=self)
+        apart = (SPARE,) if config.spare_mover else ()
+        self._movers = Movers(count=config.own_movers, run_dir=config.own_dir, follower=self, apart=apart)
         self._pods = PodKeeper(config, self._movers, self._certificates, workloads, self._is_announced)
+        self._charge = Charge(config, self._pods, self._certificates)
+        self._departures = open_departures(config)
+        self._plugin: PluginKeeper | None = None
+        if config.cluster is not None and config.cni_bin_dir is not None:
+            self._plugin = PluginKeeper(config, lambda: self._pods.began.is_set())
+        self._plugin_kept = trio.Event()
+        """The plugin is not looked after any more."""
         self._ads_state = AdsState(Phase.CONNECTING, synced=False)
         self._readiness = Readiness()
         self._state_ready = self._readiness.register("state manager")
         self._movers_ready = self._readiness.register("movers")
         self._pods_ready = self._readiness.register("workload proxy manager")
         self._synced = trio.Event()
+        self._movers_started = trio.Event()
         self._stop = trio.Event()
-        self._left = trio.Event()
-        """What we put on the node is gone, or is to stay."""
+        self._orphaned = False
+        self._leaving = False
 
     async def run(self) -> None:
-        """Until SIGTERM, ``/quitquitquit`` or the supervisor's death; then drain. Raises BindError when a port is taken."""
+        """Until SIGTERM, ``/quitquitquit`` or the supervisor's death; then `_end`. Raises BindError when a port is taken."""
         config = self._config
         pages = Pages(config, self._state, self._certificates, self._movers, self._pods, self._readiness, ads_state=lambda: self._ads_state)
         admin = Admin(
@@ -126,18 +148,62 @@ class Brain:
                 working.start_soon(self._run_movers)
                 working.start_soon(self._run_xds)
                 working.start_soon(self._run_pods)
-                if config.cluster is not None and config.cni_bin_dir is not None:
+                working.start_soon(self._departures.run)
+                if self._plugin is not None:
                     working.start_soon(self._serve_cni)
-                    departures = ClusterDepartures(ApiClient(config.cluster), config.pod_namespace, config.node_name)
-                    working.start_soon(self._keep_plugin, PluginKeeper(config, self._pods.began.is_set), departures)
-                else:
-                    self._left.set()
+                    working.start_soon(self._keep_plugin, self._plugin)
                 await self._stop.wait()
-                _log.info("draining", seconds=config.drain)
-                await self._movers.drain(config.drain)
-                await self._left.wait()
+                await self._end(trio.current_time() + config.drain)
                 working.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
+
+    # The end
+
+    async def _end(self, deadline: float) -> None:
+        """Leave nobody without an agent: release all pods when no other will come, else hand over to who comes. Then drain."""
+        for_good = False
+        if not self._orphaned:
+            farewell = deadline - _FAREWELL * self._config.drain
+            departure = await self._departures.find()
+            with trio.move_on_at(farewell):
+                while not departure.certain:  # what is left on the node now nobody will take away
+                    await trio.sleep(ASK_AGAIN_SECONDS)
+                    departure = await self._departures.find()
+            for_good = departure.for_good
+            _log.info("ending", for_good=for_good, because=departure.because)
+            if for_good:
+                await self._release_all(farewell, departure.because)
+                if self._plugin is not None:
+                    await self._plugin_kept.wait()
+                    await self._plugin.remove()
+            else:
+                self._charge.end()
+                with trio.move_on_at(farewell):
+                    await self._wait_replaced()
+        seconds = max(deadline - trio.current_time(), 0.0)
+        _log.info("draining", seconds=round(seconds, 1))
+        whole = all(mover.ending or not mover.apart for mover in self._movers.living())
+        await self._movers.drain(seconds)
+        if whole or for_good:
+            await trio.to_thread.run_sync(remove_traces, self._config, for_good)
+
+    async def _release_all(self, until: float, because: str) -> None:
+        self._leaving = True
+        self._synced.set()  # what is to be let go needs no configuration
+        with trio.move_on_at(until):
+            await self._charge.wait_acting()
+        if self._charge.in_charge:
+            await self._pods.release_all(max(until - trio.current_time(), 0.0), because)
+
+    async def _wait_replaced(self) -> None:
+        """Until somebody else accepts the node's new connections: another agent, or the mover that runs apart and goes on without us.
+        Where nobody else can come there is nothing to wait for."""
+        if self._config.spare_mover:
+            await trio.sleep(_SPARE_SECONDS)
+            if any(mover.apart and not mover.ending for mover in self._movers.living()):
+                return
+        if self._config.cluster is not None and self._charge.in_charge:
+            await self._charge.wait_handed_over()
 
     # What runs
 
@@ -146,45 +212,49 @@ class Brain:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._movers.run)
             self._movers_ready.done()
+            await nursery.start(self._charge.serve)
+            self._movers_started.set()
 
     async def _run_pods(self) -> None:
         # Capturing before the mesh is known would only make a pod's connections wait and fail; what movers of the last brain serve
         # already goes on meanwhile.
         self._pods_ready.pending("waiting for the first configuration")
+        await self._movers_started.wait()
         await self._synced.wait()
-        await self._pods.run(on_change=self._pods_changed)
+        await self._charge.run(lambda: self._pods.run(on_change=self._pods_changed), waiting=self._pods_ready.pending)
 
     async def _serve_cni(self) -> None:
         """Answer CNI plugins until we are to stop: from then on nobody new would be served."""
-        config = self._config
-        if await has_listener(config):
-            await self._pods.began.wait()  # the agent we succeed answers better until then
-        try:
-            with unix_listener(config.cni_socket, CNI_BACKLOG) as listener:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(serve_admin, cni_routes(self._pods), [listener])
-                    await self._stop.wait()
-                    nursery.cancel_scope.cancel()
-        except BindError as exc:
-            _log.error("cni.not_served", error=str(exc))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen_for_cni)
+            await self._stop.wait()
+            nursery.cancel_scope.cancel()
 
-    async def _keep_plugin(self, plugin: PluginKeeper, departures: ClusterDepartures) -> None:
-        """Installed while we run, and after us if another agent will follow."""
+    async def _listen_for_cni(self) -> None:
+        config = self._config
+        while True:
+            if await has_listener(config):
+                await self._pods.began.wait()  # the agent we succeed answers better until then
+            try:
+                with unix_listener(config.cni_socket, CNI_BACKLOG) as listener:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(serve_admin, cni_routes(self._pods), [listener])
+                        await self._pods.began.wait()
+                        await self._pods.yielded.wait()
+                        await self._pods.began.wait()  # in charge again: our successor had put its socket in the place of ours
+                        nursery.cancel_scope.cancel()
+            except BindError as exc:
+                _log.error("cni.not_served", error=str(exc))
+                return
+
+    async def _keep_plugin(self, plugin: PluginKeeper) -> None:
+        """Until we are to stop. What is installed then stays, unless `_end` takes it away."""
         ready = self._readiness.register("cni plugin")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(plugin.run, lambda because: ready.pending(because) if because else ready.done())
-            nursery.start_soon(departures.run)
             await self._stop.wait()
             nursery.cancel_scope.cancel()
-        departure = await departures.find()
-        with trio.move_on_after(self._config.drain):
-            while not departure.certain:  # what is left on the node now nobody will take away
-                await trio.sleep(ASK_AGAIN_SECONDS)
-                departure = await departures.find()
-        _log.info("leaving", for_good=departure.for_good, because=departure.because)
-        if departure.for_good:
-            await plugin.remove()
-        self._left.set()
+        self._plugin_kept.set()
 
     async def _run_xds(self) -> None:
         config = self._config
@@ -217,6 +287,7 @@ class Brain:
         if number is not None:
             await trio.lowlevel.wait_readable(int(number))
             _log.error("supervisor.gone")
+            self._orphaned = True
             self._stop.set()
 
     # What comes
@@ -234,6 +305,8 @@ class Brain:
         self._movers.post(messages.Resources(update.whole, update.raw))
 
     def _is_announced(self, pod: messages.PodInfo) -> bool:
+        if self._leaving and self._ads_state.phase is not Phase.CONNECTED:
+            return False  # the control plane is being taken down too: nobody will be told anything any more
         workload = self._state.find_local_workload(pod.namespace, pod.name, pod.service_account)
         return workload is not None and workload.tunnel_protocol is TunnelProtocol.HBONE
 
@@ -246,6 +319,7 @@ class Brain:
 
     def _xds_state(self, state: AdsState) -> None:
         self._ads_state = state
+        self._pods.mesh_changed()
         if state.synced:
             self._state_ready.done()
             if not self._synced.is_set():
@@ -260,7 +334,7 @@ class Brain:
 
     def _certificate_news(self, news: CertificateNews) -> None:
         if isinstance(news, CertificateBundle):
-            self._movers.post(_certificate_message(news))
+            self._movers.post(certificate_message(news))
         else:
             self._movers.post(messages.CertificateUnavailable(str(news.identity), news.because))
 
@@ -278,7 +352,7 @@ class Brain:
                 mover.post(message)
         for state in self._certificates.states():
             if state.bundle is not None:
-                mover.post(_certificate_message(state.bundle))
+                mover.post(certificate_message(state.bundle))
         self._pods.mover_joined(mover, holding, informed=self._synced.is_set())
 
     def mover_said(self, mover: Mover, message: messages.FromMover) -> None:
@@ -299,11 +373,16 @@ class Brain:
         self._certificates.request(identity)
         bundle = self._certificates.find_bundle(identity)
         if bundle is not None:
-            self._movers.post(_certificate_message(bundle))
+            self._movers.post(certificate_message(bundle))
 
 
-def _certificate_message(bundle: CertificateBundle) -> messages.Certificate:
-    return messages.Certificate(str(bundle.identity), bundle.key_pem, list(bundle.chain_pem), bundle.roots_pem)
+def remove_traces(config: AgentConfig, for_good: bool) -> None:
+    """This agent's part of the run directory; ``for_good`` all of it, but for the directory, which may be a mount. Blocks."""
+    for path in [*config.run_dir.iterdir()] if for_good else [config.own_dir]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _raise_descriptor_limit() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
@@ -20,10 +19,9 @@ from typing import Protocol
 
 import trio
 
-from mesh.linux.unix_sockets import unix_address
 from mesh.telemetry.log import get_logger
 from ztunnel_py import messages
-from ztunnel_py.channel import Channel, ChannelClosed, close_all
+from ztunnel_py.channel import Channel, ChannelClosed, close_all, listen_at
 from ztunnel_py.supervisor import LIFELINE
 
 ADOPTION_SECONDS = 3.0
@@ -74,6 +72,10 @@ class Mover:
     pid: int
     channel: Channel[messages.FromMover]
     _queue: trio.MemorySendChannel[tuple[messages.Message, list[int]]]
+    apart: bool = False
+    """It runs beside the agent, perhaps in another container: its pid means nothing here, and it has a supervisor of its own."""
+    ending: bool = False
+    """Of one that runs apart: it was told to end as well, and waits for us."""
     scrapes: dict[int, tuple[trio.Event, list[messages.Scraped]]] = field(default_factory=dict)
     pong: int = 0
     """The number of the last `Ping` that was answered."""
@@ -98,6 +100,9 @@ class Mover:
     def kill(self, because: str) -> None:
         """It is stuck: its slot gets another, its connections are lost."""
         _log.error("mover.stuck", mover=self.name, pid=self.pid, because=because)
+        if self.apart:
+            self.channel.close()  # it watches itself, and comes again if it lives
+            return
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
@@ -105,8 +110,10 @@ class Mover:
 class Movers:
     """All slots. `run` keeps every slot filled until cancelled."""
 
-    def __init__(self, *, count: int, run_dir: Path, follower: Follower) -> None:
+    def __init__(self, *, count: int, run_dir: Path, follower: Follower, apart: Sequence[str] = ()) -> None:
+        """``count``: how many to keep running. ``apart``: names of movers that somebody else keeps running."""
         self._names = [str(number) for number in range(count)]
+        self._apart = frozenset(apart)
         self._run_dir = run_dir
         self._follower = follower
         self._living: dict[str, Mover] = {}
@@ -116,7 +123,7 @@ class Movers:
         self._surplus: set[int] = set()
         self._request = 0
         self._stopping = False
-        self._all_left = trio.Event()
+        self._left = trio.Event()
 
     def living(self) -> list[Mover]:
         """Movers that are connected now."""
@@ -129,7 +136,7 @@ class Movers:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Adopt what the last brain left, start what is missing (then ``started``), replace what dies."""
-        listener = self._listen()
+        listener = listen_at(self._run_dir / "brain.sock")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._accept, listener)
             async with trio.open_nursery() as starting:
@@ -162,13 +169,16 @@ class Movers:
         return answers
 
     async def drain(self, seconds: float) -> None:
-        """Let all movers finish what lives, at most so long, and end. None is left after it, not even one that stands still."""
+        """Let our movers, and those apart that were told to end too, finish what lives, at most so long, and end. None is left after it,
+        not even one that stands still."""
         self._stopping = True
-        self._all_left = trio.Event()
-        if self._living:
-            self.post(messages.Drain(seconds))
+        ending = [mover for mover in self.living() if mover.ending or not mover.apart]
+        if ending:
+            for mover in ending:
+                mover.post(messages.Drain(seconds))
             with trio.move_on_after(seconds + _SCRAPE_SECONDS):
-                await self._all_left.wait()
+                while any(mover in self.living() for mover in ending):
+                    await self._left.wait()
                 await trio.sleep(_LAST_BREATH)
         for name, pid in self._pids.items():
             if _is_mover(pid, name):
@@ -176,18 +186,6 @@ class Movers:
                     os.kill(pid, signal.SIGKILL)
 
     # Connections
-
-    def _listen(self) -> trio.SocketListener:
-        self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._run_dir / "brain.sock"
-        path.unlink(missing_ok=True)  # of a brain that was killed; only one brain runs, its supervisor sees to that
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with unix_address(path) as address:
-            sock.bind(address)
-        path.chmod(0o600)
-        sock.listen(16)
-        sock.setblocking(False)
-        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
     async def _accept(self, listener: trio.SocketListener) -> None:
         async with trio.open_nursery() as nursery:
@@ -215,7 +213,7 @@ class Movers:
                 for _ in range(hello.pods):
                     holding.append(await self._receive_holding(channel))
                 self._replace(hello.mover)
-                mover = self._living[hello.mover] = Mover(hello.mover, hello.pid, channel, send)
+                mover = self._living[hello.mover] = Mover(hello.mover, hello.pid, channel, send, apart=hello.mover in self._apart)
                 self._joined.setdefault(hello.mover, trio.Event()).set()
                 _log.info("mover.joined", mover=hello.mover, pid=hello.pid, pods=hello.pods)
                 taken = tuple(holding)
@@ -242,6 +240,8 @@ class Movers:
     def _is_surplus(self, hello: messages.Hello) -> bool:
         """Whether the slot has another process, which is alive: this one was started by a brain that died before it could note it down.
         It would serve with what it last heard, so it is told to drain."""
+        if hello.mover in self._apart:
+            return False
         if self._pids.get(hello.mover) in (None, hello.pid) and hello.mover in self._names:
             return False
         if hello.pid not in self._surplus and _is_mover(hello.pid, hello.mover):
@@ -261,8 +261,9 @@ class Movers:
     def _leave(self, mover: Mover) -> None:
         if self._living.get(mover.name) is mover:
             del self._living[mover.name]
-            if not self._living:
-                self._all_left.set()
+            self._left.set()
+            self._left = trio.Event()
+            self.post(messages.LookAgain())
             self._follower.mover_left(mover)
 
     async def _watch(self, mover: Mover) -> None:
@@ -295,6 +296,8 @@ class Movers:
     def _said(self, mover: Mover, message: messages.FromMover) -> None:
         if isinstance(message, messages.Pong):
             mover.pong = message.number
+        elif isinstance(message, messages.Ending):
+            mover.ending = True
         elif isinstance(message, messages.Scraped):
             waiting = mover.scrapes.get(message.request)
             if waiting is not None:

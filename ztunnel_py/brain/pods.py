@@ -6,13 +6,15 @@ threads, one action per pod at a time.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 import trio
 
@@ -21,6 +23,7 @@ from mesh.linux.netns import NetnsIdentity, NotANetworkNamespace, netns_identity
 from mesh.linux.nft import Table
 from mesh.linux.sockets import loopback_listeners, transparent_listener
 from mesh.model.address import IpAddress
+from mesh.model.enrolment import Enrolment
 from mesh.model.identity import SpiffeId
 from mesh.model.ports import DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
 from mesh.telemetry.log import get_logger
@@ -81,6 +84,16 @@ class NotYet(Exception):
     """Whether a pod that starts is one of the mesh can't be said now; the text says why."""
 
 
+class Elder(Protocol):
+    """An older agent of this node as its successor sees it: like a mover, it serves connections, but is given no pod."""
+
+    def post(self, message: messages.Message) -> None: ...
+
+
+FromElder: TypeAlias = messages.ReleasePod | messages.KeepPod | messages.DropPod
+"""What a successor says about pods that an older agent still has connections of."""
+
+
 @dataclass(slots=True)
 class _Held:
     """A pod whose namespace and listeners are open: descriptors, and which movers accept on them."""
@@ -90,9 +103,11 @@ class _Held:
     """Network namespace, the listeners for 15001, 15006, 15008, then the sockets for 15053, if there are any."""
     identity: NetnsIdentity
     serving: set[Mover] = field(default_factory=set)
+    elders: set[Elder] = field(default_factory=set)
+    """Older agents that hold it too, and may have connections of it."""
     changed: trio.Event = field(default_factory=trio.Event)
     draining: bool = False
-    living: dict[Mover, int] = field(default_factory=dict)
+    living: dict[Mover | Elder, int] = field(default_factory=dict)
 
     @property
     def netns(self) -> int:
@@ -103,8 +118,13 @@ class _Held:
         return len(self.descriptors) > _TCP_DESCRIPTORS
 
 
+async def _find_nobody() -> None:
+    await trio.lowlevel.checkpoint()
+
+
 class PodKeeper:
-    """All pods of this node. `run` follows the source; movers are told through `mover_joined`, `mover_said`, `mover_left`."""
+    """All pods of this node. `run` follows the source, while this agent is in charge; what it holds it holds before and after, too.
+    Movers are told through `mover_joined`, `mover_said`, `mover_left`, older agents through `elder_joined` and so on."""
 
     def __init__(
         self,
@@ -126,36 +146,83 @@ class PodKeeper:
         self._state = Lifecycle()
         self._held: dict[str, _Held] = {}
         self._nursery: trio.Nursery | None = None
-        self._waiting: list[pods.Action] = []
+        """While in charge."""
+        self._retired = False
+        self._found: Mapping[str, PodFacts] = {}
+        self._leaving = ""
+        self._told = trio.Event()
+        self.on_count: Callable[[str, int], None] = lambda uid, living: None
+        """While not in charge: told how many connections of a pod live that a successor has us release."""
+        self.find_elders: Callable[[], Awaitable[None]] = _find_nobody
+        """Have older agents hand over what they hold."""
         self._timers: dict[str, trio.CancelScope] = {}
         self._reported: dict[str, PodStatus] = {}
         self._on_change: Callable[[Sequence[str]], None] = lambda pending: None
         self._host = NodeProbes(config.probe_netns, config.proc) if config.probe_netns is not None else None
         self.began = trio.Event()
-        """Set when `run` has: from then on pods that start are in good hands here."""
+        """Set while `run` goes on: pods that start are in good hands here. `yielded` is set when that has ended."""
+        self.yielded = trio.Event()
         self._starting: dict[str, trio.Event] = {}
         """Pods that wait for their capture before they start."""
         self._sources_changed = trio.Event()
         self._unsupported: frozenset[str] = frozenset()
 
     async def run(self, on_change: Callable[[Sequence[str]], None]) -> None:
-        """Follow the pods of this node until cancelled. ``on_change`` is told, whenever it changes, which can't be captured and why."""
+        """Follow the pods of this node until cancelled. ``on_change`` is told, whenever it changes, which can't be captured and why.
+
+        It may be run again: of what is held it then knows no more than after a restart, since somebody else was in charge meanwhile.
+        """
         self._on_change = on_change
-        async with trio.open_nursery() as self._nursery:
-            self.began.set()
-            for action in self._waiting:
-                self._nursery.start_soon(self._do, action)
-            self._nursery.start_soon(self._verify_captured)
-            self._nursery.start_soon(self._place.run)
-            async with aclosing(self._place.watch()) as changes:
-                async for found in changes:
-                    if self._state.pods is None and self._host is not None:
-                        await self._forget_ended(self._host, found)
-                    self._tell(pods.PodsChanged(found))
-                    self._on_change(self._pending())
-                    self._report_unsupported(found)
-                    self._sources_changed.set()
-                    self._sources_changed = trio.Event()
+        self._state, self._reported, self._timers = Lifecycle(), {}, {}
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self.began.set()
+                for pod in list(self._held.values()):
+                    self._tell_adopted(pod.info)
+                self._nursery.start_soon(self._verify_captured)
+                self._nursery.start_soon(self._place.run)
+                async with aclosing(self._place.watch()) as changes:
+                    async for found in changes:
+                        if self._state.pods is None and self._host is not None:
+                            await self._forget_ended(self._host, found)
+                        self._found = found
+                        self._tell(pods.PodsChanged(self._wanted()))
+                        self._on_change(self._pending())
+                        self._report_unsupported(found)
+                        self._sources_changed.set()
+                        self._sources_changed = trio.Event()
+        finally:
+            self._nursery = None
+            self.began, yielded, self.yielded = trio.Event(), self.yielded, trio.Event()
+            yielded.set()
+            for uid in self._held:
+                self._stop_draining(uid)
+
+    async def release_all(self, seconds: float, because: str) -> None:
+        """Let every pod go, as if none was in the mesh; after so many seconds whatever connections they still have. Must be in charge."""
+        self._leaving = because
+        with trio.move_on_after(seconds):
+            while self._state.pods is None:
+                await self._told.wait()
+            self._tell(pods.PodsChanged(self._wanted()))
+            while self._state.records:
+                await self._told.wait()
+        left = {uid: record.pod for uid, record in self._state.records.items()}
+        for uid, pod in self._held.items():
+            info = pod.info
+            left.setdefault(uid, PodFacts(uid, info.name, info.namespace, info.service_account, Enrolment(False, because)))
+        for uid, facts in left.items():
+            try:
+                await self._release(uid, facts, _finish_release)
+            except (CaptureFailed, OSError, NotANetworkNamespace) as exc:
+                _log.error("pod.not_released", pod=f"{facts.namespace}/{facts.name}", error=str(exc))
+
+    def _wanted(self) -> Mapping[str, PodFacts]:
+        """The pods as the source has them; none is in the mesh any more when the agent leaves for good."""
+        if not self._leaving:
+            return self._found
+        enrolment = Enrolment(False, self._leaving)
+        return {uid: replace(facts, enrolment=enrolment) for uid, facts in self._found.items()}
 
     def statuses(self) -> dict[str, tuple[PodFacts, PodStatus]]:
         """Every pod that something is or was to be done about, by uid."""
@@ -223,15 +290,19 @@ class PodKeeper:
         """Take over what it serves, have it serve the rest. A mover that was not ``informed`` of the mesh would only refuse: while others
         serve a pod it is left to them, until `serve_everywhere`."""
         for held in holding:
-            self._adopt(mover, held)
+            self._adopt(held).serving.add(mover)
+        if self._retired:
+            mover.post(messages.StopAccepting())
         for uid, pod in self._held.items():
-            if mover not in pod.serving and (informed or not pod.serving):
+            if mover not in pod.serving and not self._retired and (informed or not pod.serving):
                 mover.post(messages.ServePod(pod.info), pod.descriptors)
             if pod.draining:
                 mover.post(messages.ReleasePod(uid))
 
     def serve_everywhere(self) -> None:
         """All movers have been informed of the mesh now."""
+        if self._retired:
+            return
         for mover in self._movers.living():
             for pod in self._held.values():
                 if mover not in pod.serving:
@@ -260,37 +331,109 @@ class PodKeeper:
             if pod.living.pop(mover, None) is not None:
                 self._count(uid, pod)
 
-    def _adopt(self, mover: Mover, holding: Holding) -> None:
+    def _adopt(self, holding: Holding) -> _Held:
         known = self._held.get(holding.pod.uid)
         if known is not None:
             close_all(holding.descriptors)
-            known.serving.add(mover)
-            return
+            return known
         identity = netns_identity(holding.descriptors[0])
-        self._held[holding.pod.uid] = _Held(holding.pod, holding.descriptors, identity, {mover})
+        held = self._held[holding.pod.uid] = _Held(holding.pod, holding.descriptors, identity)
         self._certificates.request(self.identity_of(holding.pod), Priority.WARMUP)
-        info = holding.pod
-        self._tell(pods.Adopted(info.uid, info.name, info.namespace, info.service_account))
+        self._tell_adopted(holding.pod)
+        return held
 
     def _count(self, uid: str, pod: _Held) -> None:
-        """Tell how many connections live, once every living mover has reported."""
-        if pod.draining and all(mover in pod.living for mover in self._movers.living()):
-            self._tell(pods.Connections(uid, sum(pod.living.values())))
+        """Tell how many connections live, once everybody who may have some has reported."""
+        if pod.draining and all(other in pod.living for other in (*self._movers.living(), *pod.elders)):
+            living = sum(pod.living.values())
+            if self._nursery is not None:
+                self._tell(pods.Connections(uid, living))
+            else:
+                self.on_count(uid, living)
+
+    # Older and younger agents of the node
+
+    def holdings(self) -> list[Holding]:
+        """What is held, for a successor. The descriptors stay ours."""
+        return [Holding(pod.info, pod.descriptors) for pod in self._held.values()]
+
+    def elder_joined(self, elder: Elder, holding: Sequence[Holding]) -> None:
+        """Take over what an older agent holds, and have our movers accept there as well."""
+        for held in holding:
+            new = held.pod.uid not in self._held
+            pod = self._adopt(held)
+            pod.elders.add(elder)
+            if new:
+                self._movers.post(messages.ServePod(pod.info), pod.descriptors)
+            if pod.draining:
+                elder.post(messages.ReleasePod(held.pod.uid))
+
+    def elder_counted(self, elder: Elder, uid: str, living: int) -> None:
+        pod = self._held.get(uid)
+        if pod is not None and pod.draining:
+            pod.living[elder] = living
+            self._count(uid, pod)
+
+    def elder_left(self, elder: Elder) -> None:
+        for uid, pod in self._held.items():
+            pod.elders.discard(elder)
+            pod.living.pop(elder, None)
+            self._count(uid, pod)
+
+    async def wait_served(self) -> bool:
+        """Until every mover accepts on all that is held; False if one does not in time."""
+        with trio.move_on_after(SERVING_SECONDS):
+            for pod in list(self._held.values()):
+                await self._wait_serving(pod)
+            return True
+        return False
+
+    def retire(self) -> None:
+        """A successor accepts on everything: leave new connections to it."""
+        self._retired = True
+        self._movers.post(messages.StopAccepting())
+        for pod in self._held.values():
+            pod.serving.clear()
+
+    def resume(self) -> None:
+        """There is no successor any more: accept again, if that had ended."""
+        if self._retired:
+            self._retired = False
+            for pod in self._held.values():
+                pod.serving.clear()  # a word of before, that came late, is worth nothing
+            self.serve_everywhere()
+
+    def obey(self, message: FromElder) -> None:
+        """A successor releases or drops a pod that we have connections of."""
+        if self._nursery is not None:
+            return  # it was in charge once, and is no longer
+        match message:
+            case messages.ReleasePod():
+                self._start_draining(message.uid)
+            case messages.KeepPod():
+                self._stop_draining(message.uid)
+            case messages.DropPod():
+                self._close(message.uid)
 
     # The lifecycle
 
+    def _tell_adopted(self, info: messages.PodInfo) -> None:
+        self._tell(pods.Adopted(info.uid, info.name, info.namespace, info.service_account))
+
     def _tell(self, event: pods.Event) -> None:
+        """While not in charge nothing is done about anything."""
+        if self._nursery is None:
+            return
         self._state, actions = advance(self._state, event)
         for uid in self._starting.keys() if isinstance(event, pods.PodsChanged) else (event.uid,):
             if uid in self._starting:
                 self._starting[uid].set()
         self._starting = {uid: event for uid, event in self._starting.items() if not event.is_set()}
         for action in actions:
-            if self._nursery is not None:
-                self._nursery.start_soon(self._do, action)
-            else:
-                self._waiting.append(action)
+            self._nursery.start_soon(self._do, action)
         self._report()
+        self._told.set()
+        self._told = trio.Event()
 
     async def _do(self, action: pods.Action) -> None:
         try:
@@ -325,7 +468,7 @@ class PodKeeper:
                 async with self._annotating:  # two pods of one name, one after the other, have one file between them
                     if action.redirection is not pods.Redirection.ABSENT or not self._has_successor(action.pod):
                         shown = "" if action.redirection is pods.Redirection.ABSENT else action.redirection.value
-                        await self._place.annotate(action.pod, shown)
+                        await self._annotate(action.pod, shown)
                 return pods.Annotated(action.uid)
             case pods.BeginRelease():
                 await self._release(action.uid, action.pod, _begin_release)
@@ -347,27 +490,49 @@ class PodKeeper:
             case pods.RetryAfter():
                 return await self._sleep_until_retry(action)
 
+    async def _annotate(self, facts: PodFacts, shown: str) -> None:
+        try:
+            await self._place.annotate(facts, shown)
+        except PermissionError as exc:
+            if not self._leaving:
+                raise
+            # Whoever takes the mesh down took our rights first. The rules matter more than a word on the pod.
+            _log.warning("pod.annotation_stays", pod=f"{facts.namespace}/{facts.name}", error=str(exc))
+
     async def _open(self, facts: PodFacts) -> None:
         pod = self._held.get(facts.uid)
         if pod is None:
             try:
-                pod = self._held[facts.uid] = await trio.to_thread.run_sync(self._open_descriptors, facts)
+                pod = await trio.to_thread.run_sync(self._open_descriptors, facts)
             except (FileNotFoundError, NotANetworkNamespace):
                 self._place.forget(facts.uid)
                 raise
-            self._metrics.started.value += 1
-            try:
-                self._movers.post(messages.ServePod(pod.info), pod.descriptors)
-            except OSError:  # no descriptors are left
-                self._close(facts.uid)
-                raise
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE:
+                    raise
+                await self.find_elders()  # it may be the other agent of the node that has them
+                if facts.uid not in self._held:
+                    raise
+                pod = self._held[facts.uid]
+            else:
+                self._held[facts.uid] = pod
+                self._metrics.started.value += 1
+                try:
+                    self._movers.post(messages.ServePod(pod.info), pod.descriptors)
+                except OSError:  # no descriptors are left
+                    self._close(facts.uid)
+                    raise
         self._certificates.request(self.identity_of(facts), Priority.WARMUP)
         with trio.move_on_after(SERVING_SECONDS) as limit:
-            while not (self._movers.living() and all(mover in pod.serving for mover in self._movers.living())):
-                await pod.changed.wait()
+            await self._wait_serving(pod)
         if limit.cancelled_caught:
             self._close(facts.uid)
             raise CannotServe(f"the movers did not serve the pod within {SERVING_SECONDS:g} s")
+
+    async def _wait_serving(self, pod: _Held) -> None:
+        """Until every mover accepts on the pod's listeners."""
+        while not (self._movers.living() and all(mover in pod.serving for mover in self._movers.living())):
+            await pod.changed.wait()
 
     def _open_descriptors(self, facts: PodFacts) -> _Held:
         """In a thread: the namespace, and the listeners inside it."""
@@ -411,6 +576,8 @@ class PodKeeper:
             return
         self.mesh_changed()
         self._movers.post(messages.DropPod(uid))
+        for elder in pod.elders:
+            elder.post(messages.DropPod(uid))
         close_all(pod.descriptors)
         self._metrics.stopped.value += 1
         identity = self.identity_of(pod.info)
@@ -423,6 +590,8 @@ class PodKeeper:
             pod.draining = True
             pod.living = {}
             self._movers.post(messages.ReleasePod(uid))
+            for elder in pod.elders:
+                elder.post(messages.ReleasePod(uid))
 
     async def _wait_withdrawn(self, uid: str) -> None:
         """Until peers are no longer told to use the tunnel, or the pod is not being released any more. While the control plane is away
@@ -433,10 +602,12 @@ class PodKeeper:
 
     def _stop_draining(self, uid: str) -> None:
         pod = self._held.get(uid)
-        if pod is not None:
+        if pod is not None and pod.draining:
             pod.draining = False
             self.mesh_changed()
             self._movers.post(messages.KeepPod(uid))
+            for elder in pod.elders:
+                elder.post(messages.KeepPod(uid))
 
     async def _sleep_until_retry(self, action: pods.RetryAfter) -> pods.Event | None:
         previous = self._timers.pop(action.uid, None)

@@ -5,6 +5,7 @@ It keeps serving with all it has when the brain is gone, and ends only when told
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import random
@@ -30,7 +31,7 @@ from mesh.xds.client import decode
 from mesh.xds.names import ADDRESS, AUTHORIZATION
 from ztunnel_py import messages
 from ztunnel_py.channel import Channel, ChannelClosed, close_all
-from ztunnel_py.config import AgentConfig, read_config
+from ztunnel_py.config import SPARE, AgentConfig, read_config
 from ztunnel_py.messages import PodInfo
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.dns import NameServer, NameService
@@ -52,6 +53,8 @@ STEADY_SECONDS = 1.0
 _LAST_WORDS = 0.05
 _LOG_AGAIN = 0.2
 """Seconds until a reader of the log that stood still is tried again."""
+HANG_SECONDS = 30.0
+"""A mover that runs apart and whose loop has stood still for so long ends itself: no brain could end it."""
 OUTGOING = 4096
 """Messages to the brain that may wait; beyond that the brain is not reading, and what it would be told it asks again."""
 
@@ -112,6 +115,7 @@ class Mover:
         self._pods: dict[str, Pod] = {}
         self._received: set[str] = set()
         self._recheck: Timer | None = None
+        self._ending = False
         self._stopping = trio.Event()
         self._nursery: trio.Nursery
 
@@ -122,6 +126,8 @@ class Mover:
             nursery.start_soon(self._watch_lifeline)
             nursery.start_soon(self._watch_term)
             nursery.start_soon(self._follow_brains)
+            if self._name == SPARE:
+                nursery.start_soon(self._watch_self)
             await self._stopping.wait()
             nursery.cancel_scope.cancel()
         return 0
@@ -153,6 +159,8 @@ class Mover:
             try:
                 await self._introduce(channel)
                 self._to_brain = send
+                if self._ending:
+                    self._tell(messages.Ending())
                 for identity in self._plane.credentials.wanted():
                     self._ask_certificate(identity)
                 async with trio.open_nursery() as nursery:
@@ -166,6 +174,8 @@ class Mover:
             finally:
                 self._to_brain = None
                 channel.close()
+                if met:
+                    self._look_again()  # movers may have died with the brain
         return met
 
     async def _introduce(self, channel: Channel[messages.ToMover]) -> None:
@@ -217,6 +227,11 @@ class Mover:
                 self._set_releasing(message.uid, False)
             case messages.DropPod():
                 self._drop_pod(message.uid)
+            case messages.StopAccepting():
+                for pod in self._pods.values():
+                    pod.drain()
+            case messages.LookAgain():
+                self._look_again()
             case messages.Ping():
                 self._tell(messages.Pong(message.number))
             case messages.Scrape():
@@ -286,13 +301,16 @@ class Mover:
         if known is not None:
             close_all(descriptors)
             known.releasing = False
-        else:
-            pod = Pod(self._plane, info, PodSockets.of(descriptors))
+        pod = known or Pod(self._plane, info, PodSockets.of(descriptors))
+        if not pod.accepts:
             try:
                 pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone, dns=self._serve_names)
             except OSError as exc:  # no descriptors are left; the brain hears nothing and tries again
                 _log.error("pod.not_served", pod=f"{info.namespace}/{info.name}", uid=info.uid, error=str(exc))
-                pod.close()
+                if known is None:
+                    pod.close()
+                else:
+                    pod.stop_listening()
                 return
             self._pods[info.uid] = pod
             _log.info("pod.serving", pod=f"{info.namespace}/{info.name}", uid=info.uid)
@@ -353,4 +371,29 @@ class Mover:
     async def _watch_term(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
-                await self._drain(self._config.drain)
+                if self._name == SPARE:
+                    await self._end_with_brain()
+                else:
+                    await self._drain(self._config.drain)
+
+    async def _end_with_brain(self) -> None:
+        """The whole pod is to end, and the brain knows better when: it may have pods to release or to hand over first."""
+        deadline = trio.current_time() + self._config.drain
+        self._ending = True
+        self._tell(messages.Ending())
+        while self._to_brain is not None and trio.current_time() < deadline:  # noqa: ASYNC110 - one look at a field, while ending
+            await trio.sleep(RECONNECT_SECONDS)
+        await self._drain(max(0.0, deadline - trio.current_time()))
+
+    async def _watch_self(self) -> None:
+        """A thread of the standard library ends this process unless the loop turns to say that it lives."""
+        try:
+            while True:
+                faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+                await trio.sleep(HANG_SECONDS / 6)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look_again(self) -> None:
+        for pod in self._pods.values():
+            pod.look_again()

@@ -20,6 +20,8 @@ from ztunnel_py.mover.ledger import Failure, Living
 from ztunnel_py.mover.pod import Dialling, Pod
 from ztunnel_py.mover.pool import PoolKey
 
+MOST_RETRIES = 3
+"""A peer's agent may have several movers that die at once, and each has pooled connections of which one hears one after the other."""
 RECURSION = "attempted recursive call to ourselves"
 
 
@@ -30,7 +32,7 @@ class Outbound:
         self._pod = pod
         self._plane = pod.plane
         self._sock = sock
-        self._retried = False
+        self._retries = 0
         self._pending: Dialling | None = None
         target = original_destination(sock)
         self._target = target if target is not None else client
@@ -100,9 +102,9 @@ class Outbound:
                 answer.reset()
         elif isinstance(answer, OpenTunnel):
             self._living.relay = relay_tunnel(self._plane.reactor, self._sock, answer, self._done)
-        elif answer.retryable and not self._retried:
-            # The pooled connection died, or went away, before the peer saw the request: nothing of the application's is lost yet.
-            self._retried = True
+        elif answer.retryable and self._retries < MOST_RETRIES:
+            # The pooled connection died, or went away, before the peer answered: nothing of the application's is lost yet.
+            self._retries += 1
             self._checkout(route, workload)
         else:
             self._fail(Failure(answer.because, "DENY" if answer.status == 401 else "CONNECT"))

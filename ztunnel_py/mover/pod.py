@@ -209,6 +209,15 @@ class Pod:
         with entered(self.sockets.netns, self.plane.home):
             return function()
 
+    @property
+    def accepts(self) -> bool:
+        return bool(self._listening)
+
+    def look_again(self) -> None:
+        """Somebody else who accepted on these listeners has died."""
+        for _, listener in self._listening:
+            listener.look_again()
+
     def stop_listening(self) -> None:
         if self._name_server is not None:
             self._name_server.stop()
@@ -218,7 +227,9 @@ class Pod:
         self._listening = []
 
     def drain(self) -> None:
-        """Take no new connections or tunnels; those that live go on."""
+        """Take what waits, then no new connections or tunnels; those that live go on."""
+        for _, listener in self._listening:
+            listener.finish()
         self.stop_listening()
         self.pool.close(gracefully=True)
         for link in list(self.links):

@@ -34,7 +34,7 @@ class Place(Protocol):
         """The pods of the node by uid, at once and whenever they change. Use with `contextlib.aclosing`."""
 
     async def annotate(self, facts: PodFacts, redirection: str) -> None:
-        """Show on the pod what became of it; ``""`` withdraws it. Raises OSError."""
+        """Show on the pod what became of it; ``""`` withdraws it. Raises OSError: PermissionError where we have no right (any more)."""
 
     async def is_annotated(self, facts: PodFacts) -> bool:
         """Whether what `annotate` showed is still there."""
@@ -139,6 +139,8 @@ class ClusterPlace:
             # The uid makes it a conflict to write onto a younger pod of the same name.
             await self._client.merge_patch(RESOURCES["Pod"].path(facts.namespace, facts.name, "status"), body)
         except ApiError as exc:
+            if exc.status in (401, 403):
+                raise PermissionError(f"can't annotate the pod: {exc}") from exc
             if exc.status not in (404, 409):
                 raise OSError(f"can't annotate the pod: {exc}") from exc
         except ApiUnavailable as exc:

@@ -13,7 +13,11 @@ RUN = "import sys; from ztunnel_py.supervisor import Supervisor; sys.exit(Superv
 
 
 def start(brain: str, directory: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", RUN, brain], env=os.environ | {"DIR": str(directory)}, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, brain],
+        env=os.environ | {"DIR": str(directory), "RUN_DIR": str(directory / "run")},
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes]) -> str:

@@ -489,7 +489,19 @@ def test_requests_awaiting_an_answer_fail_when_the_link_goes(asking: Asking) -> 
     failure = asking.answer()
     assert isinstance(failure, TunnelFailure)
     assert failure.because == "link lost"
+    assert not failure.retryable, "the peer has never answered here, as if it refused our certificate"
     wait_until(lambda: bool(gone), "the server to learn of it")
+
+
+def test_requests_awaiting_an_answer_of_a_peer_that_did_answer_before_may_be_made_again(asking: Asking) -> None:
+    asking.ask()
+    asking.do(lambda: asking.requests[0].accept({}))
+    assert isinstance(asking.answer(), Tunnel)
+    asking.ask()
+    asking.do(lambda: asking.link.abort("link lost"))
+    failure = asking.answer()
+    assert isinstance(failure, TunnelFailure)
+    assert failure.retryable, "nothing of the application's went with it"
 
 
 def test_a_link_that_takes_no_tunnels_fails_the_request_as_retryable(asking: Asking) -> None:

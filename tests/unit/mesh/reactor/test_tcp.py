@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
@@ -199,3 +200,41 @@ def test_addresses_are_unmapped_and_mapped_as_the_socket_needs() -> None:
     assert socket_address(("fe80::1%eth0", 80, 0, 2)) == SocketAddress(parse_ip("fe80::1"), 80)
     assert sockaddr(socket.AF_INET6, SocketAddress(parse_ip("10.0.0.1"), 80)) == ("::ffff:10.0.0.1", 80)
     assert sockaddr(socket.AF_INET, SocketAddress(parse_ip("10.0.0.1"), 80)) == ("10.0.0.1", 80)
+
+
+def test_a_listener_that_is_finished_takes_what_waits_in_the_queue(thread: ReactorThread) -> None:
+    accepted: list[socket.socket] = []
+    with tcp_listener() as listener, ExitStack() as stack:
+        server = thread.call(lambda: listen_on(thread.reactor, listener, lambda sock, _peer: accepted.append(sock)))
+
+        def burst_and_finish() -> None:
+            for _ in range(2 * tcp.ACCEPT_BATCH):
+                stack.enter_context(socket.create_connection(listener.getsockname()))
+            server.finish()
+
+        thread.call(burst_and_finish)
+        assert len(accepted) == 2 * tcp.ACCEPT_BATCH
+        stack.enter_context(socket.create_connection(listener.getsockname()))
+        thread.call(lambda: None)
+        assert len(accepted) == 2 * tcp.ACCEPT_BATCH, "what comes later is for others"
+        for sock in accepted:
+            sock.close()
+
+
+def test_a_connection_that_a_dead_process_was_woken_for_is_found_by_looking_again(thread: ReactorThread) -> None:
+    accepted: list[socket.socket] = []
+    with tcp_listener() as listener, select.epoll() as dead:
+        dead.register(listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)  # first in the queue of those who wait
+        server = thread.call(lambda: listen_on(thread.reactor, listener, lambda sock, _peer: accepted.append(sock)))
+        woken: list[object] = []
+        waiter = threading.Thread(target=lambda: woken.append(dead.poll(10)))
+        waiter.start()
+        wait_until(lambda: "epoll" in Path(f"/proc/self/task/{waiter.native_id}/wchan").read_text() or woken, "the other waits")
+        with socket.create_connection(listener.getsockname()):
+            waiter.join()
+            assert woken != [[]], "the kernel woke the other"
+            assert not accepted
+            thread.call(server.look_again)
+            wait_until(lambda: bool(accepted), "the connection")
+        thread.call(server.close)
+        accepted[0].close()

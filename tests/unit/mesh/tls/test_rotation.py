@@ -350,3 +350,32 @@ def test_config_dump_shows_chain_and_state_but_no_key():
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_a_certificate_that_another_holds_already_spares_the_fetch():
+    async def test(manager, authority):
+        held = await authority(ALICE)
+        authority.calls.clear()
+        manager.request(ALICE, Priority.WARMUP)
+        manager.adopt(held)
+        assert manager.find_bundle(ALICE) is held
+        await trio.sleep(60)
+        assert authority.calls == []
+        await trio.sleep(DAY.total_seconds())
+        assert authority.calls, "it is renewed as any other"
+        manager.adopt(await authority(BOB))
+        assert manager.find_bundle(BOB) is None, "nobody asked for it"
+
+    run(test)
+
+
+def test_a_certificate_that_has_expired_is_not_adopted():
+    async def test(manager, authority):
+        authority.lifetime = timedelta(seconds=-1)
+        expired = await authority(ALICE)
+        authority.gate = trio.Event()
+        manager.request(ALICE)
+        manager.adopt(expired)
+        assert manager.find_bundle(ALICE) is None
+
+    run(test)

@@ -83,7 +83,7 @@ def test_a_trust_domain_reaches_both_programs() -> None:
     found = configured("trustDomain=example.org", "ztunnel.terminationGracePeriodSeconds=60")
     assert "--trust-domain=example.org" in containers(found["Deployment"])[0]["args"]
     assert environment(found["DaemonSet"])["TRUST_DOMAIN"] == "example.org"
-    assert environment(found["DaemonSet"])["CONNECTION_TERMINATION_DEADLINE"] == "55s"
+    assert environment(found["DaemonSet"])["TERMINATION_GRACE_PERIOD_SECONDS"] == "60"
 
 
 def test_environment_that_is_there_is_replaced_in_its_place_and_the_rest_is_added() -> None:

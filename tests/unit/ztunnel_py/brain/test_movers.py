@@ -49,7 +49,7 @@ class World:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, count: int = 1) -> None:
         self.directory = directory
         self.follower = FollowerOfAll()
-        self.movers = Movers(count=count, run_dir=directory, follower=self.follower)
+        self.movers = Movers(count=count, run_dir=directory, follower=self.follower, apart=["spare"])
         self.started: list[subprocess.Popen[bytes]] = []
         self.cannot_start = 0
         monkeypatch.setattr(subprocess, "Popen", self._popen)
@@ -338,5 +338,52 @@ def test_draining_leaves_no_mover_not_even_one_that_stands_still(tmp_path: Path,
         await world.until(lambda: first.poll() is not None and second.poll() is not None)
         await trio.sleep(0.2)
         assert len(world.started) == 2, "no other is started in their place"
+
+    world.run(test)
+
+
+def test_a_mover_that_runs_apart_is_met_and_never_signalled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process id is of another container: here it may be anybody's."""
+    monkeypatch.setattr(module, "PING_SECONDS", 0.05)
+
+    async def test() -> None:
+        process = await world.first_started()
+        stranger = world.process("0")
+        null = os.open("/dev/null", os.O_RDONLY)
+        async with world.joins(process.pid), world.joins(stranger.pid, "spare", descriptors=[[null] * 4]) as spare:
+            await world.until(lambda: len(world.follower.joined) == 2)
+            assert [held.pod for held in world.follower.holding] == [INFO]
+            assert await is_closed(spare), "it answers no ping"
+        os.close(null)
+        await world.until(lambda: any(mover.apart for mover in world.follower.left))
+        assert stranger.poll() is None
+
+    world.run(test)
+
+
+@pytest.mark.parametrize("ending", [True, False])
+def test_a_mover_that_runs_apart_is_drained_when_it_was_told_to_end_too(world: World, ending: bool) -> None:
+    async def test() -> None:
+        process = await world.first_started()
+        async with world.joins(process.pid) as own, world.joins(4711, "spare") as spare:
+            await world.until(lambda: len(world.follower.joined) == 2)
+            if ending:
+                await spare.send(messages.Ending())
+                await world.until(lambda: any(mover.ending for mover in world.movers.living()))
+            world.nursery.start_soon(world.movers.drain, 30.0)
+            assert (await own.receive())[0] == messages.Drain(30.0)
+            world.movers.post(messages.LookAgain())
+            assert (await spare.receive())[0] == (messages.Drain(30.0) if ending else messages.LookAgain())
+
+    world.run(test)
+
+
+def test_those_who_are_left_look_again_when_a_mover_has_died(world: World) -> None:
+    async def test() -> None:
+        process = await world.first_started()
+        async with world.joins(process.pid) as own:
+            async with world.joins(4711, "spare"):
+                await world.until(lambda: len(world.follower.joined) == 2)
+            assert (await own.receive())[0] == messages.LookAgain()
 
     world.run(test)

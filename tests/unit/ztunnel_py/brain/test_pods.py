@@ -98,6 +98,7 @@ class FakePlace:
         self.history: list[str] = []
         self.broken = ""
         self.cannot_withdraw = False
+        self.forbids = False
         self.learnt: dict[str, str] = {}
         self.forgotten: list[str] = []
         self.notes: list[str] = []
@@ -111,6 +112,8 @@ class FakePlace:
 
     async def annotate(self, pod: PodFacts, redirection: str) -> None:
         await trio.lowlevel.checkpoint()
+        if self.forbids:
+            raise PermissionError("can't annotate the pod")
         if self.broken or (self.cannot_withdraw and not redirection):
             raise OSError(errno.ENOSPC, self.broken)
         self.history.append(redirection)
@@ -146,6 +149,7 @@ class World:
         self.inodes: dict[str, int] = {}
         self.capture_fails = ""
         self.answers_lookups = True
+        self.open_fails: Callable[[PodFacts], NoReturn] | None = None
         self.dns: dict[str, bool] = {}
         """Of which captured pods look-ups are captured too."""
         self.no_descriptors = False
@@ -172,7 +176,7 @@ class World:
     def run(self, test: Callable[[], Awaitable[None]]) -> None:
         async def main() -> None:
             async with trio.open_nursery() as self.nursery:
-                self.nursery.start_soon(self.keeper.run, lambda pending: self.pending.__setitem__(slice(None), pending))
+                self.nursery.start_soon(self.keep)
                 await self.keeper.began.wait()
                 await test()
                 self.nursery.cancel_scope.cancel()
@@ -184,6 +188,16 @@ class World:
             for held in self.keeper._held.values():
                 module.close_all(held.descriptors)
         assert len(os.listdir("/proc/self/fd")) <= before
+
+    async def keep(self) -> None:
+        self._stopped = trio.Event()
+        with trio.CancelScope() as self._in_charge:
+            await self.keeper.run(lambda pending: self.pending.__setitem__(slice(None), pending))
+        self._stopped.set()
+
+    async def leave_charge(self) -> None:
+        self._in_charge.cancel()
+        await self._stopped.wait()
 
     async def has(self, *pods: PodFacts) -> None:
         await self.place.send.send({pod.uid: pod for pod in pods})
@@ -210,6 +224,8 @@ class World:
     # The kernel
 
     def _open(self, pod: PodFacts) -> object:
+        if self.open_fails is not None:
+            self.open_fails(pod)
         descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(8 if self.answers_lookups else 4))
         self.opened[descriptors[0]] = pod.netns_path
         info = messages.PodInfo(pod.uid, pod.name, pod.namespace, pod.service_account)
@@ -664,5 +680,165 @@ def test_a_namespace_that_is_gone_is_looked_for_again(world: World, monkeypatch:
         await world.has(facts(netns="/n/2"))
         await world.until(lambda: world.phase("uid-1") is Phase.CAPTURED, "captured in the new one")
         assert world.kernel == {"/n/2": "captured"}
+
+    world.run(test)
+
+
+# Two agents of a node, and the end of the mesh
+
+
+class FakeElder:
+    def __init__(self) -> None:
+        self.told: list[messages.Message] = []
+
+    def post(self, message: messages.Message) -> None:
+        self.told.append(message)
+
+
+INFO = messages.PodInfo("uid-1", "web", "shop", "web")
+
+
+def handed(world: World) -> Holding:
+    descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+    world.opened[descriptors[0]] = "/n/1"
+    world.kernel["/n/1"] = "captured"
+    return Holding(INFO, descriptors)
+
+
+def test_a_pod_taken_over_is_served_captured_and_held_for_the_elders_connections(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "netns_identity", lambda fd: NetnsIdentity(1, 1))
+    elder = FakeElder()
+
+    async def test() -> None:
+        world.keeper.elder_joined(elder, [handed(world), handed(world)])
+        assert await world.keeper.wait_served()
+        await world.captured(facts())
+        assert world.place.annotations == {"web": "enabled"}
+        await world.has(facts(enrolled=False))
+        await world.until(lambda: world.phase("uid-1") is Phase.DRAINING, "it drains")
+        assert elder.told == [messages.ReleasePod("uid-1")]
+        await trio.sleep(60)
+        assert world.holds("uid-1"), "the elder has not said how many it has"
+        world.keeper.elder_counted(elder, "uid-1", 1)
+        await trio.sleep(60)
+        assert world.holds("uid-1")
+        world.keeper.elder_counted(elder, "uid-1", 0)
+        await world.until(lambda: not world.holds("uid-1"), "it is let go")
+        assert elder.told[-1] == messages.DropPod("uid-1")
+
+    world.run(test)
+
+
+def test_a_pod_is_not_held_for_an_elder_that_died(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "netns_identity", lambda fd: NetnsIdentity(1, 1))
+    elder = FakeElder()
+
+    async def test() -> None:
+        world.keeper.elder_joined(elder, [handed(world)])
+        await world.captured(facts())
+        await world.has(facts(enrolled=False))
+        await world.until(lambda: world.phase("uid-1") is Phase.DRAINING, "it drains")
+        world.keeper.elder_counted(elder, "uid-1", 5)
+        world.keeper.elder_left(elder)
+        await world.until(lambda: not world.holds("uid-1"), "it is let go")
+
+    world.run(test)
+
+
+def test_an_agent_that_is_not_in_charge_does_nothing_but_what_its_successor_says(world: World) -> None:
+    counted: list[tuple[str, int]] = []
+    world.keeper.on_count = lambda uid, living: counted.append((uid, living))
+
+    async def test() -> None:
+        await world.captured(facts())
+        world.keeper.obey(messages.DropPod("uid-1"))
+        assert world.holds("uid-1"), "nobody else is in charge"
+        await world.leave_charge()
+        world.keeper.retire()
+        await world.until(lambda: all(mover.told[-1] == messages.StopAccepting() for mover in world.movers.all), "the movers stop")
+        first = world.movers.all[0]
+        first.connections["uid-1"] = 2
+        world.keeper.obey(messages.ReleasePod("uid-1"))
+        await world.until(lambda: counted == [("uid-1", 2)], "it counts for its successor")
+        first.now_has("uid-1", 0)
+        await world.until(lambda: counted[-1] == ("uid-1", 0), "and goes on")
+        assert world.kernel == {"/n/1": "captured"}
+        assert world.place.history == ["enabled"]
+        world.keeper.obey(messages.DropPod("uid-1"))
+        assert not world.holds("uid-1")
+        assert world.kernel == {"/n/1": "captured"}
+
+    world.run(test)
+
+
+def test_an_agent_that_is_in_charge_again_accepts_and_looks_at_everything_anew(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        await world.leave_charge()
+        world.keeper.retire()
+        world.kernel["/n/1"] = "whatever another agent wrote"
+        world.place.annotations.clear()
+        world.keeper.resume()
+        world.nursery.start_soon(world.keep)
+        await world.has(facts())
+        await world.until(lambda: world.place.annotations == {"web": "enabled"}, "it is announced again")
+        assert world.kernel == {"/n/1": "captured"}
+        assert all(isinstance(mover.told[-1], messages.ServePod) for mover in world.movers.all)
+
+    world.run(test)
+
+
+def test_ports_that_another_agent_of_the_node_has_are_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "netns_identity", lambda fd: NetnsIdentity(1, 1))
+    elder = FakeElder()
+
+    def in_use(pod: PodFacts) -> NoReturn:
+        raise OSError(errno.EADDRINUSE, "listen on port 15001: Address already in use")
+
+    async def find_elders() -> None:
+        await trio.lowlevel.checkpoint()
+        world.keeper.elder_joined(elder, [handed(world)])
+
+    world.open_fails = in_use
+    world.keeper.find_elders = find_elders
+
+    async def test() -> None:
+        await world.captured(facts())
+
+    world.run(test)
+
+
+def test_the_end_of_the_mesh_releases_every_pod_and_ends_when_it_is_done(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts(), facts("uid-2", name="db", netns="/n/2"))
+        began = trio.current_time()
+        await world.keeper.release_all(600, "the DaemonSet is gone")
+        assert trio.current_time() - began < 60
+        assert world.kernel == {"/n/1": "", "/n/2": ""}
+        assert world.place.annotations == {}
+        await world.has(facts(), facts("uid-3", name="new", netns="/n/3"))
+        await trio.sleep(60)
+        assert "/n/3" not in world.kernel, "nobody is captured any more"
+
+    world.run(test)
+
+
+def test_the_end_of_the_mesh_removes_the_rules_of_pods_whose_connections_do_not_end(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        world.movers.all[0].connections["uid-1"] = 1
+        await world.keeper.release_all(20, "the DaemonSet is gone")
+        assert world.kernel == {"/n/1": ""}
+
+    world.run(test)
+
+
+def test_the_end_of_the_mesh_waits_for_no_right_that_is_gone(world: World) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        world.place.forbids = True
+        await world.keeper.release_all(60, "the DaemonSet is gone")
+        assert world.kernel == {"/n/1": ""}
+        assert not world.holds("uid-1")
 
     world.run(test)

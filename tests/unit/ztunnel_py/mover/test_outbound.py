@@ -15,7 +15,9 @@ from mesh.reactor.hbone import TunnelFailure
 from mesh.state.store import Delta
 from mesh.testing.ca import FakeCa
 from ztunnel_py.mover import credentials, pod
+from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
 from ztunnel_py.mover.ledger import DRAINED, Failure
+from ztunnel_py.mover.outbound import MOST_RETRIES, Outbound
 
 if TYPE_CHECKING:
     from tests.unit.ztunnel_py.mover.conftest import World
@@ -208,7 +210,9 @@ def test_a_connection_ended_while_it_is_dialled_for_costs_the_others_nothing(wor
     world.run(main)
 
 
-def test_a_request_that_a_dying_connection_never_took_is_tried_once_more(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_a_dying_connection_never_took_is_tried_again_but_not_for_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     real = hbone.HboneLink.open_tunnel
 
@@ -220,7 +224,7 @@ def test_a_request_that_a_dying_connection_never_took_is_tried_once_more(world: 
         return real(self, authority, headers, on_response)
 
     monkeypatch.setattr(hbone.HboneLink, "open_tunnel", open_tunnel)
-    failing = {1, 3, 4}
+    failing = {1, 3, 4, 5, 6}
 
     async def main() -> None:
         client, server = world.pod("client"), world.pod("server")
@@ -228,9 +232,53 @@ def test_a_request_that_a_dying_connection_never_took_is_tried_once_more(world: 
             async with await world.dial(client, app) as stream:
                 assert await is_echoed(stream)
             async with await world.dial(client, app) as stream:
-                assert await is_reset(stream), "twice is enough"
+                assert await is_reset(stream)
             await world.until(lambda: world.idle)
-        assert len(asked) == 4
+        assert len(asked) == 2 + 1 + MOST_RETRIES
+
+    world.run(main)
+
+
+def test_a_pod_that_leaves_new_connections_to_another_agent_keeps_the_old_ones_and_may_take_new_ones_again(world: World) -> None:
+    async def main() -> None:
+        client, server = world.pod("client"), world.pod("server")
+        async with world.application(server) as app, await world.dial(client, app) as kept:
+            assert await is_echoed(kept)
+            for of in (client, server):
+                of.drain()
+                assert not of.accepts
+            async with await world.dial(client, app) as waiting:  # in the queue, for whoever takes it
+                assert await is_echoed(kept)
+                for of in (client, server):
+                    of.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone)
+                assert await is_echoed(waiting)
+                assert await is_echoed(kept)
+
+    world.run(main)
+
+
+def test_a_peer_that_dies_before_it_answers_costs_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = InboundHbone._request
+    asked: list[hbone.TunnelRequest] = []
+
+    def request(self: InboundHbone, request: hbone.TunnelRequest) -> None:
+        asked.append(request)
+        if len(asked) == 2:
+            assert self._link is not None
+            self._link.abort("killed")
+        else:
+            real(self, request)
+
+    monkeypatch.setattr(InboundHbone, "_request", request)
+
+    async def main() -> None:
+        client, server = world.pod("client"), world.pod("server")
+        async with world.application(server) as app:
+            for _ in range(2):
+                async with await world.dial(client, app) as stream:
+                    assert await is_echoed(stream)
+            await world.until(lambda: world.idle)
+        assert len(asked) == 3
 
     world.run(main)
 
