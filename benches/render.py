@@ -1,0 +1,8 @@
+"""Placeholder written next."""
+
+from pathlib import Path
+
+ROWS = Path("bench.json")
+
+
+def render() -> None: ...
