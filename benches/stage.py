@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from benches import envoy, load, ztunnel
 from benches.rows import ENVOY, NO_PROXY, OURS, OURS_TWO, ZTUNNEL
+from mesh.model.labels import DATAPLANE_MODE
 from mesh.model.ports import INBOUND_HBONE, OUTBOUND, PROXY_MARK
 from mesh.testing.ca import FakeCa
 from mesh.testing.envoy import Config, command, is_listening
@@ -49,10 +50,7 @@ table inet bench {{
   }}
 }}
 """
-_OBJECTS: Final = """
-apiVersion: v1
-kind: Namespace
-metadata: {name: captured, labels: {istio.io/dataplane-mode: ambient}}
+_POLICY: Final = """
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -139,10 +137,13 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
 
 
 @contextmanager
-def lab_of(say: Say, objects: str, *, name: str, movers: int = 1, agents: Mapping[str, str] | None = None) -> Iterator[tuple[Lab, Path]]:
-    """A lab of YAML, tied to this process, and the directory it follows. Raises Broken."""
+def lab_of(
+    say: Say, files: Mapping[str, str], *, name: str, movers: int = 1, agents: Mapping[str, str] | None = None
+) -> Iterator[tuple[Lab, Path]]:
+    """A lab of YAML files, tied to this process, and the directory it follows. Raises Broken."""
     with tempfile.TemporaryDirectory(prefix="ambient-mesh-bench-") as directory:
-        Path(directory, "cluster.yaml").write_text(objects)
+        for file, text in files.items():
+            Path(directory, file).write_text(text)
         say(f"starting a lab: {name}")
         options = UpOptions(movers=movers, tied=True, agents=agents or {}, patience=2 * _PATIENCE)
         with start_lab(Path(directory), f"bench-{os.getpid()}-{name}", options) as starting:
@@ -159,28 +160,38 @@ def node(name: str) -> str:
     return f"---\napiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\n"
 
 
-def pod(namespace: str, name: str, on: str, run: list[str], *, account: str | None = None, port: int | None = None) -> str:
-    """YAML of a pod that runs a command; ready when it listens on ``port``."""
+def namespace(name: str, *, captured: bool = False) -> str:
+    """YAML of a namespace, of the mesh or not."""
+    return f"---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {_labels(captured)}}}\n"
+
+
+def pod(namespace: str, name: str, on: str, run: list[str], *, port: int | None = None, captured: bool = False) -> str:
+    """YAML of a pod that runs a command under a service account of its own name; ready when it listens on ``port``. ``captured``: the
+    pod itself asks for it."""
     container: dict[str, object] = {"name": "main", "command": run}
     if port is not None:
         container["readinessProbe"] = {"tcpSocket": {"port": port}}
-    spec = {"nodeName": on, "serviceAccountName": account or name, "containers": [container]}
-    whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace}, "spec": spec}
+    spec = {"nodeName": on, "serviceAccountName": name, "containers": [container]}
+    metadata = {"name": name, "namespace": namespace, "labels": json.loads(_labels(captured))}
+    whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
     return f"---\n{json.dumps(whole)}\n"
 
 
-def agent_of(home: LabHome, node: str, *part: str) -> list[int]:
-    """The processes of a node's agent: those that its environment was given to; or of a part (``brain``, ``mover``). Raises Broken."""
+def _labels(captured: bool) -> str:
+    return json.dumps({DATAPLANE_MODE: "ambient"} if captured else {})
+
+
+def agent_of(home: LabHome, node: str) -> list[int]:
+    """The processes of a node's agent: those that its environment was given to. Raises Broken."""
     mark = f"RUN_DIR={home.run_of(node)}".encode()
-    wanted = b"\0".join(word.encode() for word in ("ztunnel_py", *part)) + b"\0"
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if mark in path.read_bytes().split(b"\0") and wanted in (path.parent / "cmdline").read_bytes():
+            if mark in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
         except OSError:
             continue
-    if len(found) < (1 if part else 3):
+    if len(found) < 3:
         raise Broken(f"the agent of {node} has only the processes {found}")
     return found
 
@@ -194,11 +205,6 @@ def wait_until(condition: Callable[[], bool], what: str, patience: float = _PATI
         time.sleep(0.02)
 
 
-def log_of(lab: Lab, node: str) -> str:
-    """What a node's agent has logged."""
-    return (lab.home.logs / f"ztunnel-{node}.log").read_text(errors="replace")
-
-
 # --- subjects
 
 
@@ -206,14 +212,10 @@ def log_of(lab: Lab, node: str) -> str:
 def _two_nodes(say: Say, wanted: Collection[str], *, movers: int, agents: Mapping[str, str]) -> Iterator[Lab]:
     namespaces = dict.fromkeys([*(_NAMESPACES[name] for name in wanted), _NAMESPACES[NO_PROXY]])
     serve = [sys.executable, _LOAD, "serve", str(PORT)]
-    pods = [
-        pod(namespace, "client", "n1", ["sleep", "infinity"]) + pod(namespace, "server", "n2", serve, port=PORT) for namespace in namespaces
-    ]
-    plain = [
-        f"---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}}}\n" for namespace in namespaces if namespace != "captured"
-    ]
-    objects = "".join([_OBJECTS, node("n1"), node("n2"), *plain, *pods])
-    with lab_of(say, objects, name=f"{movers}-movers", movers=movers, agents=agents) as (lab, _):
+    pods = [pod(name, "client", "n1", ["sleep", "infinity"]) + pod(name, "server", "n2", serve, port=PORT) for name in namespaces]
+    made = [namespace(name, captured=name == _NAMESPACES[OURS]) for name in namespaces]
+    objects = "".join([node("n1"), node("n2"), *made, _POLICY, *pods])
+    with lab_of(say, {"cluster.yaml": objects}, name=f"{movers}-movers", movers=movers, agents=agents) as (lab, _):
         yield lab
 
 
