@@ -13,7 +13,8 @@ OURS: Final = "ours"
 OURS_TWO: Final = "ours, 2 movers"
 ENVOY: Final = "envoy"
 ZTUNNEL: Final = "ztunnel"
-"""Subjects, as rows name them."""
+SUBJECTS: Final = (NO_PROXY, OURS, OURS_TWO, ENVOY, ZTUNNEL)
+"""As rows name them, and in the order in which they stand."""
 
 
 class InvalidRows(Exception):
@@ -58,7 +59,9 @@ class Record:
 
     def rows(self) -> list[Row]:
         """A row for each quantity and subject."""
-        return [self._row(case, unit, subject, of) for (case, unit), of in self._samples.items() for subject in of]
+        return [
+            self._row(case, unit, subject, of) for (case, unit), of in self._samples.items() for subject in sorted(of, key=SUBJECTS.index)
+        ]
 
     def _row(self, case: str, unit: str, subject: str, of: dict[str, list[float]]) -> Row:
         values, ratios = of[subject], ratios_of_turns(of[subject], of.get(ENVOY, ()))

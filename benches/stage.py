@@ -40,6 +40,7 @@ TUNNEL_EACH: Final = {"POOL_MAX_STREAMS_PER_CONNECTION": "1", "POOL_UNUSED_RELEA
 PORT: Final = 7100
 WARM_UP: Final = 200
 _PATIENCE: Final = 60.0
+_ESTABLISHED: Final = "01"
 _LOAD: Final = str(Path(load.__file__).resolve())
 _NAMESPACES: Final = {NO_PROXY: "plain", OURS: "captured", OURS_TWO: "captured", ENVOY: "envoy", ZTUNNEL: "ztunnel"}
 _RULES: Final = f"""
@@ -92,6 +93,10 @@ class LoadClient:
             raise Broken(f"{what} through {self._where}: {seen['error']}")
         return seen
 
+    def net(self, table: str) -> str:
+        """A file of /proc/net, as the pod sees it."""
+        return Path(f"/proc/{self._process.pid}/net/{table}").read_text()
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -106,6 +111,11 @@ class Subject:
     def beyond(self) -> Subject:
         """The same with the server that is not in the mesh."""
         return replace(self, server=self.outsider)
+
+    def tunnels(self) -> int:
+        """How many HBONE connections the client's pod has."""
+        lines = [line.split() for table in ("tcp", "tcp6") for line in self.client.net(table).splitlines()[1:]]
+        return sum(int(remote.rpartition(":")[2], 16) == INBOUND_HBONE and state == _ESTABLISHED for _, _, remote, state, *_ in lines)
 
     def do(self, what: str, **arguments: object) -> dict[str, float]:
         """A piece of work with the server. Raises Broken."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benches.rows import ENVOY, Row
+from benches.rows import ENVOY, SUBJECTS, Row
 
 
 def text_table(rows: Iterable[Row]) -> str:
@@ -25,7 +25,7 @@ def markdown_table(rows: Iterable[Row]) -> str:
 def cells(rows: Iterable[Row]) -> list[list[str]]:
     """The header, then the lines."""
     rows = list(rows)
-    subjects = list(dict.fromkeys(row.subject for row in rows))
+    subjects = sorted({row.subject for row in rows}, key=SUBJECTS.index)
     lines: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         lines.setdefault((row.case, row.unit), {})[row.subject] = row

@@ -6,7 +6,7 @@ import time
 from typing import Final
 
 from benches.rows import Record, Row
-from benches.stage import PROXIES, Say, Subject, subjects
+from benches.stage import PROXIES, Broken, Say, Subject, subjects
 from benches.turns import Seen, Task, take_turns
 
 FIGURE: Final = "handshakes"
@@ -38,5 +38,7 @@ def _task(parallel: int) -> Task:
 
 
 def _let_go(subject: Subject) -> None:
+    if (tunnels := subject.tunnels()) < COUNT:
+        raise Broken(f"{COUNT} connections through {subject.name} are in {tunnels} tunnels: they share some")
     subject.client.do("release")
     time.sleep(UNUSED)

@@ -63,14 +63,21 @@ def _measure_agents(record: Record, say: Say) -> None:
             say(f"round {number + 1} of {ROUNDS}: an agent with {WORKLOADS} workloads")
             ask(do="have", workloads=WORKLOADS)
             with _agent(netns, directory) as parts:
+                _add(record, "load", "cpu s", {name: cpu_seconds([pid]) - empty[name] for name, pid in parts.items()})
                 for name, pid in parts.items():
-                    record.add(f"load, {name}", "cpu s", OURS, cpu_seconds([pid]) - empty[name])
                     record.add(f"loaded, {name}", "MB", OURS, resident_kib(pid) * 1024 / 1e6)
                 before = {name: cpu_seconds([pid]) for name, pid in parts.items()}
                 ask(do="change", times=CHANGES)
                 _wait_until_quiet(parts.values())
-                for name, pid in parts.items():
-                    record.add(f"one changed endpoint, {name}", "cpu us", OURS, (cpu_seconds([pid]) - before[name]) / CHANGES * 1e6)
+                changed = {name: (cpu_seconds([pid]) - before[name]) / CHANGES * 1e6 for name, pid in parts.items()}
+                _add(record, "one changed endpoint", "cpu us", changed)
+
+
+def _add(record: Record, case: str, unit: str, parts: Mapping[str, float]) -> None:
+    """What each part spent, and the sum."""
+    for name, value in parts.items():
+        record.add(f"{case}, {name}", unit, OURS, value)
+    record.add(f"{case}, together", unit, OURS, sum(parts.values()))
 
 
 @contextmanager
