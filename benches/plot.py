@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 from xml.sax.saxutils import escape
 
@@ -18,6 +18,7 @@ _LINE: Final = 15
 _TOP: Final = 64
 _LEFT: Final = 300
 _RIGHT: Final = 790
+_TICK_DISTANCE: Final = 36
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 """Points by subject."""
@@ -40,7 +41,7 @@ def ratio_chart(title: str, rows: Sequence[Row]) -> str:
     def at(ratio: float) -> float:
         return _LEFT + (_RIGHT - _LEFT) * (math.log(ratio) - math.log(low)) / (math.log(high) - math.log(low))
 
-    for tick in _ratio_ticks(low, high):
+    for tick in _ratio_ticks(at, low, high):
         chart.line(at(tick), _TOP, at(tick), height - 34, _TEXT if tick == 1 else _FAINT)
         chart.text(at(tick), height - 20, f"{tick:g}x", anchor="middle")
     chart.text((_LEFT + _RIGHT) / 2, height - 5, "of Envoy's, in the same turn: median and spread", anchor="middle")
@@ -130,8 +131,13 @@ def _spread(row: Row) -> _Spread | None:
     return row.ratio_to_envoy, row.ratio_low, row.ratio_high
 
 
-def _ratio_ticks(low: float, high: float) -> list[float]:
-    return [tick for tick in (0.05, 0.1, 0.2, 0.5, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50) if low <= tick <= high]
+def _ratio_ticks(at: Callable[[float], float], low: float, high: float) -> list[float]:
+    """The most telling first; those after have to keep a distance on the page from those before."""
+    kept: list[float] = []
+    for tick in (1, 2, 0.5, 5, 0.2, 10, 0.1, 20, 0.05, 50, 1.5, 3, 0.8, 1.25):
+        if low <= tick <= high and all(abs(at(tick) - at(other)) >= _TICK_DISTANCE for other in kept):
+            kept.append(tick)
+    return kept
 
 
 def _even_ticks(top: float) -> list[float]:
