@@ -22,7 +22,7 @@ PODS: Final = 250
 STEPS: Final = 5
 SINGLES: Final = 9
 """Pods that are enrolled one by one."""
-PATIENCE: Final = 120.0
+PATIENCE: Final = 300.0
 _SETTLE: Final = 1.0
 """Seconds until the last certificates have come: capture does not wait for them."""
 _LOOK_AGAIN: Final = 0.002

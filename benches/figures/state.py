@@ -32,7 +32,7 @@ CHANGES: Final = 100
 RESOLUTIONS: Final = 5_000
 PORT: Final = 15012
 READINESS: Final = 15021
-PATIENCE: Final = 120.0
+PATIENCE: Final = 600.0
 _QUIET: Final = 0.5
 """A process that used less than `_LITTLE` CPU in so many seconds has nothing more to do."""
 _LITTLE: Final = 0.02
