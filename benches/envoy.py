@@ -12,7 +12,7 @@ from typing import Final
 
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
-from mesh.model.ports import INBOUND_HBONE, OUTBOUND, PROXY_MARK
+from mesh.model.ports import DNS, INBOUND_HBONE, OUTBOUND, PROXY_MARK
 from mesh.testing.ca import FakeCa
 from mesh.testing.envoy import Config, client_config, server_config
 
@@ -25,8 +25,11 @@ _UNUSED: Final = "0.1s"
 _SOL_SOCKET, _SO_MARK = 1, 36
 
 
-def pair(ca: FakeCa, namespace: str, server_ip: str, logs: Path, *, tunnel_each: bool) -> tuple[Config, Config]:
-    """Client and server. ``tunnel_each``: no two connections share a tunnel, and a new one begins with a full handshake."""
+def pair(ca: FakeCa, namespace: str, server_ip: str, service: str, logs: Path, *, tunnel_each: bool) -> tuple[Config, Config]:
+    """Client and server; the client also answers look-ups of the name ``service``.
+
+    ``tunnel_each``: no two connections share a tunnel, and a new one begins with a full handshake.
+    """
     client_id, server_id = (SpiffeId("cluster.local", namespace, account) for account in ("client", "server"))
     peer = SocketAddress(parse_ip(server_ip), INBOUND_HBONE)
     client = client_config(_EVERYTHING, ca.issue(client_id), peer, "%DOWNSTREAM_LOCAL_ADDRESS%", expected=server_id)
@@ -38,6 +41,7 @@ def pair(ca: FakeCa, namespace: str, server_ip: str, logs: Path, *, tunnel_each:
         _offer_groups(config)
     if tunnel_each:
         _share_nothing(client, server)
+    client["static_resources"]["listeners"].append(_names(service, server_ip))
     return client, server
 
 
@@ -54,6 +58,21 @@ def _capture(client: Config, server_ip: str) -> None:
     mark = {"level": _SOL_SOCKET, "name": _SO_MARK, "int_value": PROXY_MARK, "state": "STATE_PREBIND"}
     passthrough = {"name": "passthrough", "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "connect_timeout": "10s"}
     resources["clusters"].append({**passthrough, "upstream_bind_config": {"socket_options": [mark]}})
+
+
+def _names(service: str, ip: str) -> Config:
+    """Look-ups of a name, answered from a table."""
+    table = {"virtual_domains": [{"name": service, "endpoint": {"address_list": {"address": [ip]}}, "answer_ttl": "30s"}]}
+    names = {
+        "@type": f"{_TYPE}.filters.udp.dns_filter.v3.DnsFilterConfig",
+        "stat_prefix": "names",
+        "server_config": {"inline_dns_table": table},
+    }
+    return {
+        "name": "names",
+        "address": {"socket_address": {"protocol": "UDP", "address": "0.0.0.0", "port_value": DNS}},
+        "listener_filters": [{"name": "envoy.filters.udp.dns_filter", "typed_config": names}],
+    }
 
 
 def _observe(config: Config, log: Path) -> None:
@@ -116,5 +135,5 @@ def _share_nothing(client: Config, server: Config) -> None:
 def _transports(config: Config) -> list[Config]:
     """The TLS settings of listeners and clusters."""
     resources = config["static_resources"]
-    owners = [*(chain for listener in resources["listeners"] for chain in listener["filter_chains"]), *resources["clusters"]]
+    owners = [*(chain for listener in resources["listeners"] for chain in listener.get("filter_chains", ())), *resources["clusters"]]
     return [owner["transport_socket"] for owner in owners if "transport_socket" in owner]

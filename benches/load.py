@@ -31,6 +31,8 @@ PATIENCE = 30.0
 ECHO, BULK = b"e", b"b"
 
 _HEADER = struct.Struct("!cQQ")
+_QUERY = struct.Struct("!6H")
+"""Id, flags, and how many questions, answers, authorities and additions follow (RFC 1035 4.1.1)."""
 _REPLY = bytes(MESSAGE)
 _REQUEST = _HEADER.pack(ECHO, 0, 0).ljust(MESSAGE, b".")
 _ZEROS = memoryview(bytes(CHUNK))
@@ -266,6 +268,41 @@ class Client:
         times.sort()
         at = {name: times[min(len(times) - 1, int(len(times) * share))] for name, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))}
         return {"seconds": took, "trips": len(times), **at}
+
+    def look_up(self, host: str, port: int, name: str, count: int, parallel: int) -> dict[str, float]:
+        """Ask a server for the IPv4 addresses of a name, so many times, so many at a time; a socket a query, as resolvers do it."""
+        epoll = select.epoll()
+        question = _QUERY.pack(1, 0x0100, 1, 0, 0, 0) + _encode_name(name) + b"\0\1\0\1"  # recursion desired; A, IN
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        asking: dict[int, socket.socket] = {}
+        began = time.perf_counter()
+        started = finished = 0
+        while finished < count:
+            while started < count and len(asking) < parallel:
+                sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+                sock.connect((host, port))
+                sock.send(question)
+                asking[sock.fileno()] = sock
+                epoll.register(sock.fileno(), select.EPOLLIN)
+                started += 1
+            for descriptor, _ in _wait(epoll):
+                sock = asking.pop(descriptor)
+                _check_answer(sock.recv(MESSAGE))
+                epoll.unregister(descriptor)
+                sock.close()
+                finished += 1
+        epoll.close()
+        return {"seconds": time.perf_counter() - began}
+
+
+def _encode_name(name: str) -> bytes:
+    return b"".join(bytes([len(label)]) + label.encode() for label in name.split(".")) + b"\0"
+
+
+def _check_answer(answer: bytes) -> None:
+    _, flags, _, answers, _, _ = _QUERY.unpack_from(answer)
+    if flags & 0xF or not answers:
+        raise ConnectionError(f"answer with code {flags & 0xF} and {answers} records")
 
 
 def _paced(sock: socket.socket, seconds: float, rate: float) -> list[float]:

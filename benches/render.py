@@ -19,7 +19,7 @@ from benches.table import markdown_table, number
 ROWS: Final = Path("bench.json")
 DOCUMENTS: Final = (Path("README.md"), Path("docs/reference/performance.md"))
 PLOTS: Final = Path("docs/reference")
-DATA_PATH: Final = ("bulk", "connections", "round-trip", "passthrough", "handshakes")
+DATA_PATH: Final = ("bulk", "connections", "round-trip", "passthrough", "handshakes", "dns")
 _BLOCK: Final = re.compile(r"(<!-- bench: ([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _NUMBER: Final = re.compile(r"\d+")
 _HEADLINES: Final = (
@@ -30,6 +30,7 @@ _HEADLINES: Final = (
     ("round-trip", "us p50", "latency of a round trip, median"),
     ("handshakes", "handshakes/cpu s", "new tunnels a CPU second"),
     ("passthrough", "cpu s/GB", "CPU of a gigabyte, plain"),
+    ("dns", "queries/cpu s", "look-ups of names a CPU second"),
     ("idle", "KiB/connection", "memory of an idle connection"),
 )
 

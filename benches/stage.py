@@ -26,7 +26,7 @@ from typing import Any, Final
 from benches import envoy, load, ztunnel
 from benches.rows import ENVOY, NO_PROXY, OURS, OURS_TWO, ZTUNNEL
 from mesh.model.labels import DATAPLANE_MODE
-from mesh.model.ports import INBOUND_HBONE, OUTBOUND, PROXY_MARK
+from mesh.model.ports import DNS, DOMAIN, INBOUND_HBONE, OUTBOUND, PROXY_MARK
 from mesh.testing.ca import FakeCa
 from mesh.testing.envoy import Config, command, is_listening
 from meshctl_py.lab.client import Lab, Popen, UpOptions, start_lab
@@ -40,6 +40,8 @@ PROXIES: Final = tuple(name for name in DATA_PATH if name not in (NO_PROXY, OURS
 TUNNEL_EACH: Final = {"POOL_MAX_STREAMS_PER_CONNECTION": "1", "POOL_UNUSED_RELEASE_TIMEOUT": "100ms"}
 """For agents: every connection gets a tunnel of its own, which goes soon after it."""
 PORT: Final = 7100
+SERVICE: Final = "server.captured.svc.cluster.local"
+"""A name that proxies answer for."""
 WARM_UP: Final = 200
 _PATIENCE: Final = 60.0
 _ESTABLISHED: Final = "01"
@@ -50,6 +52,7 @@ table inet bench {{
   chain output {{
     type nat hook output priority -100;
     meta mark != {PROXY_MARK} tcp dport {PORT} redirect to :{OUTBOUND}
+    meta mark != {PROXY_MARK} udp dport {DOMAIN} redirect to :{DNS}
   }}
 }}
 """
@@ -61,6 +64,11 @@ metadata: {name: callers, namespace: captured}
 spec:
   action: ALLOW
   rules: [{from: [{source: {principals: [cluster.local/ns/captured/sa/client]}}]}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: server, namespace: captured}
+spec: {selector: {app: server}, ports: [{port: 80, targetPort: 7100}]}
 """
 
 
@@ -123,6 +131,10 @@ class Subject:
         """A piece of work with the server. Raises Broken."""
         return self.client.do(what, host=self.server, port=PORT, **arguments)
 
+    def look_up(self, **arguments: object) -> dict[str, float]:
+        """Queries for the address of `SERVICE`, to a server that the proxy goes before. Raises Broken."""
+        return self.client.do("look_up", host=self.outsider, port=DOMAIN, name=SERVICE, **arguments)
+
 
 @contextmanager
 def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) -> Iterator[tuple[Subject, ...]]:
@@ -174,7 +186,7 @@ def node(name: str) -> str:
 
 def namespace(name: str, *, captured: bool = False) -> str:
     """YAML of a namespace, of the mesh or not."""
-    return f"---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {_labels(captured)}}}\n"
+    return f"---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {json.dumps(_labels(captured))}}}\n"
 
 
 def pod(namespace: str, name: str, on: str, run: list[str], *, port: int | None = None, captured: bool = False) -> str:
@@ -184,13 +196,13 @@ def pod(namespace: str, name: str, on: str, run: list[str], *, port: int | None 
     if port is not None:
         container["readinessProbe"] = {"tcpSocket": {"port": port}}
     spec = {"nodeName": on, "serviceAccountName": name, "containers": [container]}
-    metadata = {"name": name, "namespace": namespace, "labels": json.loads(_labels(captured))}
+    metadata = {"name": name, "namespace": namespace, "labels": {"app": name, **_labels(captured)}}
     whole = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
     return f"---\n{json.dumps(whole)}\n"
 
 
-def _labels(captured: bool) -> str:
-    return json.dumps({DATAPLANE_MODE: "ambient"} if captured else {})
+def _labels(captured: bool) -> dict[str, str]:
+    return {DATAPLANE_MODE: "ambient"} if captured else {}
 
 
 def agent_of(home: LabHome, node: str) -> list[int]:
@@ -241,7 +253,7 @@ def _load_client(lab: Lab, namespace: str) -> Iterator[LoadClient]:
 @contextmanager
 def _envoys(lab: Lab, *, tunnel_each: bool) -> Iterator[tuple[int, ...]]:
     namespace = _NAMESPACES[ENVOY]
-    client, server = envoy.pair(FakeCa(), namespace, _ip(lab, namespace, "server"), lab.home.logs, tunnel_each=tunnel_each)
+    client, server = envoy.pair(FakeCa(), namespace, _ip(lab, namespace, "server"), SERVICE, lab.home.logs, tunnel_each=tunnel_each)
 
     def write(name: str, config: Config) -> list[str]:
         path = lab.home.path / f"envoy-{name}.json"

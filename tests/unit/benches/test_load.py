@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +68,29 @@ def test_a_server_that_hangs_up_is_an_error_and_no_figure() -> None:
         listener.accept()[0].close()
         answer, _ = client.communicate(timeout=30)
         assert "error" in answer
+
+
+@pytest.mark.parametrize(("flags", "answers", "fine"), [(0x8180, 1, True), (0x8183, 0, False), (0x8180, 0, False)])
+def test_only_an_answer_with_an_address_counts(flags: int, answers: int, fine: bool) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(10)
+
+        def answer() -> None:
+            for _ in range(3):
+                query, client = server.recvfrom(512)
+                assert query[12:].startswith(b"\3web\4shop\0")
+                server.sendto(query[:2] + struct.pack("!5H", flags, 1, answers, 0, 0) + query[12:], client)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        port = server.getsockname()[1]
+        if fine:
+            load.Client().look_up("127.0.0.1", port, "web.shop", 3, 3)
+        else:
+            with pytest.raises(ConnectionError, match="answer with code"):
+                load.Client().look_up("127.0.0.1", port, "web.shop", 3, 3)
+        thread.join()
 
 
 def test_cpu_of_a_process_counts_what_it_does() -> None:
