@@ -75,8 +75,8 @@ class ControlPlane:
                 await trio.sleep(0.002)
 
     def _acknowledged(self) -> str:
-        (connection,) = self._server.connections()
-        return connection.types[ADDRESS].acked
+        """By the agent; nothing while it is not connected, and it gets what it missed when it is again."""
+        return next((each.types[ADDRESS].acked for each in self._server.connections() if ADDRESS in each.types), "")
 
 
 def _answer(answer: dict[str, object]) -> None:
