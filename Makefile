@@ -43,8 +43,8 @@ lint: $(STAMP)  ## ruff, mypy --strict, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(STAMP) system  ## the data path beside Envoy, in CPU time
-	@$(BIN)/python -m benches
+bench: $(STAMP) system  ## what the data path and its state cost, beside Envoy; ONLY=figure measures one
+	@$(BIN)/python -m benches $(ONLY)
 
 proto: $(STAMP)  ## regenerate mesh/xds/proto from its .proto sources
 	@$(BIN)/python -m mesh.xds.proto.generate

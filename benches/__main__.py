@@ -1,88 +1,73 @@
-"""``python -m benches [NAME...]``: run benches, all by default; tables on standard output, all figures in ``bench.json``."""
+"""``python -m benches [FIGURE...]``: measure all figures or those named; ``python -m benches render``: write what documents show of them.
+
+Tables go to standard output, rows to ``bench.json`` as figures are done, and what they were measured on to ``bench-machine.json``.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
-from benches import agents, relay, wire
+from benches import machine, relay, render, wire
+from benches.figures import bulk, connections, dns, handshakes, idle, passthrough, pods, round_trip, state
+from benches.rows import InvalidRows, Row, dump
+from benches.stage import Broken, Say
+from benches.table import text_table
 
-RESULTS: Final = Path("bench.json")
-Say = Callable[[str], None]
+Measure = Callable[[Say], list[Row]]
 
-
-def _agents(say: Say) -> object:
-    turns = agents.run(say)
-    print(f"\n{turns.table()}\n")
-    return turns.as_json()
-
-
-def _relay(say: Say) -> object:
-    turns = relay.run(say)
-    print(f"\n{turns.table()}\n")
-    return turns.as_json()
-
-
-BENCHES: Final[Mapping[str, tuple[Callable[[Say], object], str]]] = {
-    "agents": (_agents, "two whole agents beside two Envoys, on two nodes of a lab"),
-    "relay": (_relay, "the bare data path beside two Envoys, over loopback"),
-    "wire": (wire.run, "single operations of the HBONE cores"),
+FIGURES: Final[Mapping[str, Measure]] = {
+    module.FIGURE: module.measure for module in (bulk, connections, round_trip, passthrough, handshakes, idle, state, pods, dns)
 }
+PARTS: Final[Mapping[str, Measure]] = {relay.FIGURE: relay.measure, wire.FIGURE: wire.measure}
+"""Of the data path; run by name only."""
 
 
 def main() -> None:
-    """Run what was named; exits with 1 when a bench could not be set up."""
-    names = "\n".join(f"  {name:8} {about}" for name, (_, about) in BENCHES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m benches", description=f"{__doc__}\n\n{names}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*BENCHES, []], help="which; by default all")
-    options = parser.parse_args()
-    if not _is_optimized():
-        print(
-            "this Python was built without --enable-optimizations: ours costs about a quarter more than with a distribution's", flush=True
-        )
-    results: dict[str, object] = {}
-    for name in options.names or BENCHES:
-        bench, about = BENCHES[name]
-        print(f"==> {name}: {about}", flush=True)
-        began = time.monotonic()
+    """Exits with 1 when a figure could not be measured; the others are."""
+    names = [*FIGURES, *PARTS, "render"]
+    parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="FIGURE", choices=[*names, []], help=f"one of: {', '.join(names)}")
+    chosen = parser.parse_args().names
+    try:
+        if chosen == ["render"]:
+            render.render()
+        else:
+            _measure({name: measure for name, measure in {**FIGURES, **PARTS}.items() if name in (chosen or FIGURES)})
+    except (Broken, InvalidRows, OSError) as exc:
+        sys.exit(f"bench: {exc}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _measure(figures: Mapping[str, Measure]) -> None:
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
+
+    found = machine.describe()
+    machine.PATH.write_text(found.dump())
+    print(found.text(), flush=True)
+    rows: list[Row] = []
+    broken: list[str] = []
+    for number, (name, measure) in enumerate(figures.items()):
+        say(f"{name} ({number + 1} of {len(figures)})")
         try:
-            results[name] = bench(lambda text: print(f"  {text}", flush=True))
-        except (agents.Broken, RuntimeError, OSError) as exc:
-            sys.exit(f"{name}: {exc}")
-        print(f"  took {time.monotonic() - began:.0f} s", flush=True)
-    RESULTS.write_text(json.dumps({"machine": _machine(), "benches": results}, indent=1) + "\n")
-    print(f"figures: {RESULTS}")
-
-
-def _machine() -> dict[str, object]:
-    """What figures are worth nothing without."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "cpus": os.cpu_count(),
-        "load": os.getloadavg(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "python_optimized": _is_optimized(),
-    }
-
-
-def _is_optimized() -> bool:
-    """Whether the interpreter was built with profile-guided optimization, as distributions do."""
-    return "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+            of_figure = measure(lambda text, name=name: say(f"{name}: {text}"))  # type: ignore[misc]
+        except Broken as exc:
+            broken.append(f"{name}: {exc}")
+            say(f"BROKEN {broken[-1]}")
+            continue
+        rows += of_figure
+        render.ROWS.write_text(dump(rows))
+        print(f"\n{name}\n{text_table(of_figure)}\n", flush=True)
+    say(f"done; rows: {render.ROWS}")
+    if broken:
+        raise Broken("not measured: " + "; ".join(broken))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from typing import Final
 
 import trio
 
-from benches.cpu import Turns, measured
+from benches.cpu import measured
+from benches.rows import ENVOY, OURS, Record, Row
+from benches.stage import Say
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor
@@ -29,6 +31,11 @@ from mesh.tls.contexts import client_context, server_context
 
 LOOPBACK: Final = parse_ip("127.0.0.1")
 WARM_UP: Final = 20
+FIGURE: Final = "relay"
+ROUNDS: Final = 3
+GIGABYTES: Final = 1.0
+CONNECTIONS: Final = 500
+TRIPS: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +47,17 @@ class Pair:
     pids: tuple[int, ...]
 
 
-def run(say: Callable[[str], None], *, gigabytes: float = 1.0, connections: int = 500, trips: int = 2000, rounds: int = 3) -> Turns:
-    """Measure."""
-    blocks = int(gigabytes * 1e9) // traffic.BLOCK
+def measure(say: Say) -> list[Row]:
+    """A row for each task and pair."""
+    blocks = int(GIGABYTES * 1e9) // traffic.BLOCK
     tasks: dict[str, Callable[[str, int], object]] = {
-        f"{gigabytes:g} GB to the server": lambda host, port: traffic.upload(host, port, blocks),
-        f"{gigabytes:g} GB to the client": lambda host, port: traffic.download(host, port, blocks),
-        f"{connections} short connections": lambda host, port: traffic.short(host, port, connections),
-        f"{trips} round trips of 100 B": lambda host, port: traffic.trips(host, port, trips),
+        f"{GIGABYTES:g} GB to the server": lambda host, port: traffic.upload(host, port, blocks),
+        f"{GIGABYTES:g} GB to the client": lambda host, port: traffic.download(host, port, blocks),
+        f"{CONNECTIONS} short connections": lambda host, port: traffic.short(host, port, CONNECTIONS),
+        f"{TRIPS} round trips of 100 B": lambda host, port: traffic.trips(host, port, TRIPS),
     }
     bundle = FakeCa().issue(SpiffeId("cluster.local", "bench", "proxy"))
-    turns = Turns(tuple(tasks))
+    record = Record(FIGURE)
     with ExitStack() as stack:
         listener = stack.enter_context(traffic.listen(0, str(LOOPBACK)))
         stack.enter_context(_processes((traffic.serve, (listener,))))
@@ -58,13 +65,13 @@ def run(say: Callable[[str], None], *, gigabytes: float = 1.0, connections: int 
         pairs = (stack.enter_context(mesh_pair(target, bundle)), stack.enter_context(envoy_pair(target, bundle)))
         for pair in pairs:
             traffic.short(str(pair.entry.ip), pair.entry.port, WARM_UP)
-        for number in range(rounds):
+        for number in range(ROUNDS):
+            say(f"round {number + 1} of {ROUNDS}")
             for title, task in tasks.items():
                 for pair in pairs:
                     cpu, _ = measured(pair.pids, lambda pair=pair, task=task: task(str(pair.entry.ip), pair.entry.port))  # type: ignore[misc]
-                    turns.add(title, pair.name, cpu)
-                    say(f"round {number + 1}/{rounds}  {title:28} {pair.name:6} {cpu:7.3f} s of CPU")
-    return turns
+                    record.add(title, "cpu s", pair.name, cpu)
+    return record.rows()
 
 
 @contextmanager
@@ -73,14 +80,14 @@ def mesh_pair(target: SocketAddress, bundle: CertificateBundle) -> Iterator[Pair
     with tcp_listener() as inner, tcp_listener() as outer:
         peer = socket_address(inner.getsockname())
         with _processes((_run_ingress, (inner, bundle)), (_run_egress, (outer, bundle, peer, str(target)))) as pids:
-            yield Pair("ours", socket_address(outer.getsockname()), pids)
+            yield Pair(OURS, socket_address(outer.getsockname()), pids)
 
 
 @contextmanager
 def envoy_pair(target: SocketAddress, bundle: CertificateBundle) -> Iterator[Pair]:
     """Two Envoys doing the same."""
     with running_server(bundle) as server, running_client(bundle, server.address, str(target)) as client:
-        yield Pair("envoy", client.address, (client.pid, server.pid))
+        yield Pair(ENVOY, client.address, (client.pid, server.pid))
 
 
 @contextmanager

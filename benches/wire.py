@@ -9,16 +9,19 @@ from typing import Final
 
 from hpack import Encoder
 
+from benches.rows import OURS, Record, Row
+from benches.stage import Say
 from mesh.wire.frames import FrameType, frame_header
 from mesh.wire.hbone import HboneClient, HboneServer, TunnelData, TunnelRequested
 from mesh.wire.headers import HeaderReader, HeaderWriter, parse_request
 from mesh.wire.traceparent import new_traceparent
 
+FIGURE: Final = "wire"
 BAGGAGE: Final = "k8s.cluster.name=Kubernetes,k8s.namespace.name=default,k8s.deployment.name=client,service.name=client,service.version=v1"
 
 
-def run(say: Callable[[str], None]) -> dict[str, float]:
-    """Seconds of CPU of each operation."""
+def measure(say: Say) -> list[Row]:
+    """A row for each operation."""
     works: dict[str, Callable[[], float]] = {
         "receive DATA of 16 KiB, whole in the buffer": lambda: receive_data(16 << 10),
         "receive DATA of 16 KiB, buffer ends amid frames": lambda: receive_data(16 << 10, portion=100_000),
@@ -31,11 +34,11 @@ def run(say: Callable[[str], None]) -> dict[str, float]:
         "a tunnel's life, both ends, no payload": tunnel,
         "a connection's beginning, both ends": connection,
     }
-    figures: dict[str, float] = {}
+    record = Record(FIGURE)
     for name, work in works.items():
-        figures[name] = work()
-        say(f"{figures[name] * 1e6:10.2f} us  {name}")
-    return figures
+        say(name)
+        record.add(name, "cpu us", OURS, work() * 1e6)
+    return record.rows()
 
 
 def _seconds_each(work: Callable[[], int], budget: float = 0.5) -> float:

@@ -187,6 +187,15 @@ class AgentConfig:
     secret_ttl: float = variable(
         "SECRET_TTL", parse=duration, default="24h", doc="lifetime asked for certificates; they are renewed at half of it"
     )
+    pool_max_streams: int = variable(
+        "POOL_MAX_STREAMS_PER_CONNECTION",
+        parse=integer(1, 65535),
+        default="100",
+        doc="connections of applications that share one HBONE connection at a time",
+    )
+    pool_unused_release: float = variable(
+        "POOL_UNUSED_RELEASE_TIMEOUT", parse=duration, default="5m", doc="how long an HBONE connection stays that carries nothing"
+    )
     drain_deadline: float | None = optional(
         "CONNECTION_TERMINATION_DEADLINE",
         parse=duration,

@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
@@ -100,12 +100,13 @@ class StartingLab:
 class UpOptions:
     """See `LabConfig`. ``patience`` in seconds; ``movers`` None: the agent's own choice.
 
-    ``copy``: the lab follows a copy of the directory, which goes with it.
+    ``copy``: the lab follows a copy of the directory, which goes with it. ``agents``: more of their environment.
     """
 
     patience: float = 60.0
     keep: bool = False
     movers: int | None = None
+    agents: Mapping[str, str] = field(default_factory=dict)
     with_mesh: bool = True
     tied: bool = False
     copy: bool = False
@@ -132,6 +133,7 @@ def start_lab(directory: Path, name: str, options: UpOptions) -> StartingLab:
             user_namespace=os.geteuid() != 0,
             with_mesh=options.with_mesh,
             movers=options.movers,
+            agents=options.agents,
             patience=options.patience,
             keep=options.keep,
             tied=options.tied,

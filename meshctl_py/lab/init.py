@@ -13,7 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +27,7 @@ class LabConfig:
 
     ``with_mesh`` False leaves control plane and agents out: nodes, pods, VIPs and DNS alone. ``patience``: seconds until everything must
     be ready; then the lab ends, unless ``keep``. ``tied``: it also ends when its starter does, however that ends. ``user_namespace``: the
-    lab has one of its own, because no root started it.
+    lab has one of its own, because no root started it. ``agents``: variables that every agent's environment has besides.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LabConfig:
     user_namespace: bool
     with_mesh: bool = True
     movers: int | None = None
+    agents: Mapping[str, str] = field(default_factory=dict)
     patience: float = 60.0
     keep: bool = False
     tied: bool = False

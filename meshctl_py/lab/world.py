@@ -102,6 +102,7 @@ class World:
         self.zone: Zone = {}
         self._with_mesh = config.with_mesh
         self._movers = config.movers
+        self._agents_environment = config.agents
         self._cluster = Cluster()
         self._assignments = Assignments()
         self._pods: dict[PodKey, _Pod] = {}
@@ -233,9 +234,8 @@ class World:
         write_etc_files(self.home.files / node.name, node.name, tuple(map(str, node.ips)), "default")
         if self._with_mesh:
             programs.make_agent_directories(self.home, node.name)
-            environment = base_environment() | programs.ztunnel_environment(
-                self.home, self.source, node.name, str(node.ips[0]), self._movers
-            )
+            told = programs.ztunnel_environment(self.home, self.source, node.name, str(node.ips[0]), self._movers)
+            environment = {**base_environment(), **told, **self._agents_environment}
             health = (self.wires.node(node.name), "127.0.0.1", ports.READINESS, "/healthz/ready")
             entry = programs.ztunnel(self.home, self.wires, node.name)
             self._agents[node.name] = self._start_program(f"ztunnel-{node.name}", entry, environment, health)

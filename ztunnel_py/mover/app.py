@@ -41,6 +41,7 @@ from ztunnel_py.mover.nameservers import ResolvConf
 from ztunnel_py.mover.outbound import Outbound
 from ztunnel_py.mover.plane import POLICY_GRACE_SECONDS, Plane
 from ztunnel_py.mover.pod import Pod, PodSockets
+from ztunnel_py.mover.pool import PoolLimits
 from ztunnel_py.mover.report import describe_living
 from ztunnel_py.mover.waiting import WaitingRoom
 from ztunnel_py.supervisor import LIFELINE
@@ -104,6 +105,7 @@ class Mover:
             trust_domain=config.trust_domain,
             home=open_own_netns(),
             rng=random.Random(),
+            pool=PoolLimits(config.pool_max_streams, config.pool_unused_release),
         )
         self._plane.ledger.on_count = self._count_changed
         self._names = NameService(

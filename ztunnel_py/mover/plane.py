@@ -9,6 +9,7 @@ from mesh.reactor.loop import Reactor
 from mesh.state.store import MeshState
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.ledger import Ledger
+from ztunnel_py.mover.pool import PoolLimits
 from ztunnel_py.mover.waiting import WaitingRoom
 
 POLICY_GRACE_SECONDS = 0.5
@@ -34,3 +35,5 @@ class Plane:
     home: int
     """The mover's own network namespace, to come back to from a pod's."""
     rng: random.Random
+    pool: PoolLimits
+    """Of each pod's tunnels."""

@@ -98,7 +98,7 @@ class Pod:
         self.sockets = sockets
         self.releasing = False
         self.closed = False
-        self.pool = TunnelPool(plane.reactor, self._dial_hbone)
+        self.pool = TunnelPool(plane.reactor, self._dial_hbone, plane.pool)
         self.links: set[HboneLink] = set()
         """Connections of peers to port 15008."""
         self._listening: list[tuple[socket.socket, Listener]] = []

@@ -15,12 +15,19 @@ from mesh.model.identity import SpiffeId
 from mesh.reactor.hbone import HboneLink
 from mesh.reactor.loop import Reactor, Timer
 
-MAX_STREAMS_PER_CONNECTION = 100
-"""As ztunnel's POOL_MAX_STREAMS_PER_CONNECTION; a peer may allow fewer, which `HboneLink.usable` knows."""
-UNUSED_RELEASE_SECONDS = 300.0
-"""As ztunnel's POOL_UNUSED_RELEASE_TIMEOUT."""
+SOONEST_SWEEP_SECONDS = 0.05
+"""Between looks for unused connections, however short a time they may stay."""
 GONE = "pool draining"
 """Why a pool that was closed has no connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """What a pool may hold. ``max_streams``: tunnels on a connection at once; a peer may allow fewer, which `HboneLink.usable` knows.
+    ``unused_release``: seconds after which a connection without tunnels goes."""
+
+    max_streams: int
+    unused_release: float
 
 
 class PoolKey(NamedTuple):
@@ -52,10 +59,11 @@ class _Shelf:
 class TunnelPool:
     """One pool per pod and mover. ``checkout`` answers at once when a connection has room, else after a dial that all share."""
 
-    def __init__(self, reactor: Reactor, dial: Dial, *, unused_release: float = UNUSED_RELEASE_SECONDS) -> None:
+    def __init__(self, reactor: Reactor, dial: Dial, limits: PoolLimits) -> None:
         self._reactor = reactor
         self._dial = dial
-        self._unused_release = unused_release
+        self._max_streams = limits.max_streams
+        self._sweep_every = max(limits.unused_release / 2, SOONEST_SWEEP_SECONDS)
         self._shelves: dict[PoolKey, _Shelf] = {}
         self._sweeper: Timer | None = None
         self._gone = False
@@ -70,11 +78,11 @@ class TunnelPool:
             shelf = self._shelves[key] = _Shelf()
         shelf.idle_since = None
         for link in shelf.links:
-            if link.usable and link.active < MAX_STREAMS_PER_CONNECTION:
+            if link.usable and link.active < self._max_streams:
                 on_link(link)
                 return
         shelf.waiting.append(on_link)
-        if len(shelf.waiting) > shelf.dialling * MAX_STREAMS_PER_CONNECTION:
+        if len(shelf.waiting) > shelf.dialling * self._max_streams:
             shelf.dialling += 1
             self._dial(key, lambda link: self._dialled(key, link), lambda link: self._closed(key, link))
         self._sweep_later()
@@ -110,7 +118,7 @@ class TunnelPool:
             shelf.links.append(link)
         for number, on_link in enumerate(waiting):
             try:
-                if isinstance(link, str) or number == 0 or (number < MAX_STREAMS_PER_CONNECTION and link.usable):
+                if isinstance(link, str) or number == 0 or (number < self._max_streams and link.usable):
                     on_link(link)
                 else:
                     self.checkout(key, on_link)
@@ -129,7 +137,7 @@ class TunnelPool:
 
     def _sweep_later(self) -> None:
         if self._sweeper is None:
-            self._sweeper = self._reactor.call_later(self._unused_release / 2, self._sweep)
+            self._sweeper = self._reactor.call_later(self._sweep_every, self._sweep)
 
     def _sweep(self) -> None:
         self._sweeper = None
@@ -139,7 +147,7 @@ class TunnelPool:
                 shelf.idle_since = None
             elif shelf.idle_since is None:
                 shelf.idle_since = now
-            elif now - shelf.idle_since >= self._unused_release / 2:
+            elif now - shelf.idle_since >= self._sweep_every:
                 for link in shelf.links:
                     link.close_gracefully()
         if self._shelves:

@@ -31,6 +31,7 @@ from ztunnel_py.mover.ledger import Ledger
 from ztunnel_py.mover.outbound import Outbound
 from ztunnel_py.mover.plane import Plane
 from ztunnel_py.mover.pod import Pod, PodSockets
+from ztunnel_py.mover.pool import PoolLimits
 from ztunnel_py.mover.waiting import WaitingRoom
 
 CA = FakeCa()
@@ -91,6 +92,7 @@ class World:
             trust_domain="cluster.local",
             home=-1,
             rng=random.Random(1),
+            pool=PoolLimits(max_streams=100, unused_release=300.0),
         )
         self.destinations: deque[SocketAddress | None] = deque()
         self.ca = CA

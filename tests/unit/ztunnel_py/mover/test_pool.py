@@ -5,14 +5,18 @@ from __future__ import annotations
 from ipaddress import IPv4Address
 from typing import cast
 
+import trio
+
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.reactor.hbone import HboneLink
 from mesh.reactor.loop import Reactor
-from ztunnel_py.mover.pool import GONE, MAX_STREAMS_PER_CONNECTION, OnLink, PoolKey, TunnelPool
+from ztunnel_py.mover.pool import GONE, OnLink, PoolKey, PoolLimits, TunnelPool
 
 CLIENT = SpiffeId("cluster.local", "shop", "client")
 SERVER = SpiffeId("cluster.local", "shop", "server")
+MAX_STREAMS = 100
+LIMITS = PoolLimits(MAX_STREAMS, unused_release=300.0)
 
 
 def key(ip: str = "10.0.0.2", source: str = "10.0.0.1") -> PoolKey:
@@ -26,19 +30,19 @@ class Link:
         self.active = active
         self.usable = True
         self.pooled = False
-        self.closed_gracefully = False
+        self.closed_gracefully = trio.Event()
 
     def close_gracefully(self) -> None:
-        self.closed_gracefully = True
+        self.closed_gracefully.set()
 
     def abort(self, reason: str) -> None:
         self.usable = False
 
 
 class Dials:
-    def __init__(self) -> None:
+    def __init__(self, limits: PoolLimits = LIMITS, reactor: Reactor | None = None) -> None:
         self.open: list[tuple[PoolKey, OnLink, object]] = []
-        self.pool = TunnelPool(Reactor(), self._dial)
+        self.pool = TunnelPool(reactor or Reactor(), self._dial, limits)
         self.got: list[HboneLink | str] = []
 
     def _dial(self, key: PoolKey, on_link: OnLink, on_closed: object) -> None:
@@ -58,24 +62,53 @@ class Dials:
 
 def test_a_burst_for_one_peer_shares_one_dial() -> None:
     dials = Dials()
-    for _ in range(MAX_STREAMS_PER_CONNECTION):
+    for _ in range(MAX_STREAMS):
         dials.checkout(key())
     assert len(dials.open) == 1
     link = Link()
     dials.answer(link)
-    assert dials.got == [link] * MAX_STREAMS_PER_CONNECTION
+    assert dials.got == [link] * MAX_STREAMS
 
 
 def test_more_than_one_connection_carries_is_dialled_for_twice() -> None:
     dials = Dials()
-    for _ in range(MAX_STREAMS_PER_CONNECTION + 1):
+    for _ in range(MAX_STREAMS + 1):
         dials.checkout(key())
     assert len(dials.open) == 2
     first, second = Link(), Link()
     dials.answer(first)
     dials.answer(second)
-    assert dials.got.count(cast(HboneLink, first)) == MAX_STREAMS_PER_CONNECTION
+    assert dials.got.count(cast(HboneLink, first)) == MAX_STREAMS
     assert dials.got.count(cast(HboneLink, second)) == 1
+
+
+def test_as_many_connections_as_tunnels_when_each_is_to_have_its_own() -> None:
+    dials = Dials(PoolLimits(max_streams=1, unused_release=300.0))
+    for _ in range(3):
+        dials.checkout(key())
+    assert len(dials.open) == 3
+    links = [Link(), Link(), Link()]
+    for link in links:
+        dials.answer(link)
+    assert dials.got == links
+
+
+def test_a_connection_goes_when_it_carried_nothing_for_a_while() -> None:
+    reactor = Reactor()
+    dials = Dials(PoolLimits(max_streams=1, unused_release=0.0), reactor)
+    unused, used = Link(), Link()
+
+    async def main() -> None:
+        for link in (unused, used):
+            dials.checkout(key(source=f"10.0.0.{len(dials.got) + 1}"))
+            dials.answer(link)
+        unused.active = 0
+        with trio.fail_after(10):
+            await unused.closed_gracefully.wait()
+
+    reactor.run(main)
+    reactor.close()
+    assert not used.closed_gracefully.is_set()
 
 
 def test_everybody_who_waits_learns_that_the_dial_failed() -> None:
@@ -99,7 +132,7 @@ def test_tunnels_from_different_addresses_or_to_different_peers_do_not_share() -
 def test_a_full_connection_is_used_again_once_its_streams_ended() -> None:
     dials = Dials()
     dials.checkout(key())
-    link = Link(active=MAX_STREAMS_PER_CONNECTION - 1)
+    link = Link(active=MAX_STREAMS - 1)
     dials.answer(link)
     dials.checkout(key())
     assert len(dials.open) == 1, "full: another is dialled"
@@ -125,7 +158,7 @@ def test_closing_the_pool_lets_streams_finish_when_asked_to() -> None:
     link = Link()
     dials.answer(link)
     dials.pool.close(gracefully=True)
-    assert link.closed_gracefully
+    assert link.closed_gracefully.is_set()
 
 
 def test_a_pool_that_was_closed_gives_up_what_is_still_dialled_and_gives_out_nothing() -> None:
@@ -154,7 +187,7 @@ def test_a_pool_that_is_drained_still_serves_whom_it_has_promised() -> None:
 def test_one_that_fails_with_its_connection_keeps_nobody_waiting() -> None:
     errors: list[BaseException] = []
     dials = Dials()
-    dials.pool = TunnelPool(Reactor(on_error=lambda error, where: errors.append(error)), dials._dial)
+    dials.pool = TunnelPool(Reactor(on_error=lambda error, where: errors.append(error)), dials._dial, LIMITS)
 
     def fail(link: HboneLink | str) -> None:
         raise ZeroDivisionError
