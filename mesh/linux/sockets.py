@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from functools import lru_cache
 from ipaddress import IPv4Address
 from typing import Final
 
@@ -166,8 +167,7 @@ def _original_v4(sock: socket.socket) -> SocketAddress | None:
     except OSError as exc:
         _expect_untranslated(exc)
         return None
-    port, packed = struct.unpack_from("!2xH4s", raw)
-    return SocketAddress(IPv4Address(packed), port)
+    return _parse_v4(raw)
 
 
 def _original_v6(sock: socket.socket) -> SocketAddress | None:
@@ -176,6 +176,18 @@ def _original_v6(sock: socket.socket) -> SocketAddress | None:
     except OSError as exc:
         _expect_untranslated(exc)
         return None
+    return _parse_v6(raw)
+
+
+# Applications dial the same few destinations; of one destination it is also the same object, by which routes are kept.
+@lru_cache(maxsize=4096)
+def _parse_v4(raw: bytes) -> SocketAddress:
+    port, packed = struct.unpack_from("!2xH4s", raw)
+    return SocketAddress(IPv4Address(packed), port)
+
+
+@lru_cache(maxsize=4096)
+def _parse_v6(raw: bytes) -> SocketAddress:
     port, packed = struct.unpack_from("!2xH4x16s", raw)
     return SocketAddress(ip_from_bytes(packed), port)
 

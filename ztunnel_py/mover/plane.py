@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.reactor.loop import Reactor
+from mesh.state.memo import RouteMemo
 from mesh.state.store import MeshState
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.ledger import Ledger
@@ -34,3 +35,7 @@ class Plane:
     home: int
     """The mover's own network namespace, to come back to from a pod's."""
     rng: random.Random
+    routes: RouteMemo = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.routes = RouteMemo(self.state)

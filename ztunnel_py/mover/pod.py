@@ -104,6 +104,8 @@ class Pod:
         self._listening: list[tuple[socket.socket, Listener]] = []
         self._described: tuple[Workload, str] | None = None
         self._name_server: NameServing | None = None
+        self._known: tuple[int, Workload | None] = -1, None
+        """The pod's workload at a version of the state."""
 
     @property
     def uid(self) -> str:
@@ -113,7 +115,10 @@ class Pod:
         """This pod in the mesh's state: by name and service account, never by address. None while the state is incomplete."""
         if not self.plane.synced:
             return None
-        return self.plane.state.find_local_workload(self.info.namespace, self.info.name, self.info.service_account)
+        state = self.plane.state
+        if self._known[0] != state.version:
+            self._known = state.version, state.find_local_workload(self.info.namespace, self.info.name, self.info.service_account)
+        return self._known[1]
 
     def when_workload_known(self, on_workload: Callable[[Workload | None], None]) -> None:
         """Call back with the pod's workload, now or when it has come; with None after `WORKLOAD_SECONDS`."""
