@@ -739,7 +739,7 @@ class HboneLink:
         if self._closed or self._closing or self._backlog is not None or not self._engine.established:
             return
         try:
-            size = self._fill()
+            size = self._fill() if self._round else self._fill_control(0)
             if size and not self._transmit(self._engine.seal(size)):
                 return
         except TlsError as exc:

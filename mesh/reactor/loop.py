@@ -130,6 +130,10 @@ class Reactor:
             except OSError:
                 pass  # closed before it was removed: the kernel has forgotten it already
 
+    def forget(self, fd: int) -> None:
+        """`remove` for an fd that is closed at once, and is nobody else's: closing takes it out of epoll as well."""
+        self._registrations.pop(fd, None)
+
     # --- calls
 
     def call_soon(self, fn: Callable[[], None], abort: Abort | None = None) -> None:

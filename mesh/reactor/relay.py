@@ -296,7 +296,7 @@ class TunnelRelay:
         self.readable = False
         if self._linger is not None:
             self._linger.cancel()
-        self._reactor.remove(self._fd)
+        self._reactor.forget(self._fd)
         self._tunnel.detach()
         if error is None:
             self._sock.close()
@@ -457,8 +457,8 @@ class SpliceRelay:
         on_close, self._on_close = self._on_close, None
         if on_close is None:
             return
-        self._reactor.remove(self._fd_a)
-        self._reactor.remove(self._fd_b)
+        self._reactor.forget(self._fd_a)
+        self._reactor.forget(self._fd_b)
         for way in (self._up, self._down):
             if way.pipe is not None and way.held:
                 discard_pipe(way.pipe)
