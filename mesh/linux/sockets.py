@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from functools import lru_cache
 from ipaddress import IPv4Address
 from typing import Final
 
@@ -17,11 +18,9 @@ from mesh.model.address import IpAddress, SocketAddress, ip_from_bytes, ip_text,
 # Constants that Python 3.11's socket module lacks; linux/in.h, linux/in6.h, linux/netfilter_ipv4.h.
 SOL_IP: Final = 0
 SOL_IPV6: Final = 41
-IP_FREEBIND: Final = 15
 IP_TRANSPARENT: Final = 19
 IP_BIND_ADDRESS_NO_PORT: Final = 24
 IPV6_TRANSPARENT: Final = 75
-IPV6_FREEBIND: Final = 78
 SO_ORIGINAL_DST: Final = 80
 SO_MARK: Final = 36
 
@@ -116,19 +115,16 @@ def make_datagram_socket(family: int, *, mark: int) -> socket.socket:
     return sock
 
 
-def make_upstream_socket(family: int, *, mark: int | None, source: IpAddress | None) -> socket.socket:
-    """A non-blocking TCP socket for a connection of the agent, bound to ``source`` (port 0) though that is another host's address.
-
-    ``family`` is AF_INET or AF_INET6 and must fit ``source``. Raises OSError: a connection that cannot bear its client's address is
-    not made (ztunnel N5 warns and connects without it; policies of the application on addresses would then see the wrong one).
-    """
+def make_upstream_socket(family: int, *, mark: int | None, source: IpAddress | None = None) -> socket.socket:
+    """A non-blocking TCP socket for a connection of the agent; ``family`` is AF_INET or AF_INET6 and must fit ``source``, from which it
+    shall connect (`bind_foreign`). Raises OSError."""
     sock = _stream_socket(family)
     try:
         if mark is not None:
             sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
         set_connection_options(sock)
         if source is not None:
-            _bind_foreign(sock, source)
+            bind_foreign(sock, source)
     except OSError:
         sock.close()
         raise
@@ -148,13 +144,16 @@ def _stream_socket(family: int) -> socket.socket:
     return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 
-def _bind_foreign(sock: socket.socket, source: IpAddress) -> None:
-    if sock.family == socket.AF_INET6:
+def bind_foreign(sock: socket.socket, source: IpAddress) -> None:
+    """Let a socket of the family of ``source`` connect from there (port 0), though that is another host's address.
+
+    Raises OSError: a connection that cannot bear its client's address is not made (ztunnel N5 warns and connects without it; policies of
+    the application on addresses would then see the wrong one).
+    """
+    if source.version == 6:
         sock.setsockopt(SOL_IPV6, IPV6_TRANSPARENT, 1)
-        sock.setsockopt(SOL_IPV6, IPV6_FREEBIND, 1)
     else:
         sock.setsockopt(SOL_IP, IP_TRANSPARENT, 1)
-        sock.setsockopt(SOL_IP, IP_FREEBIND, 1)
     # The port is chosen by connect(), per destination: bind() would choose among 28 000 for all destinations together.
     sock.setsockopt(SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     sock.bind((ip_text(source), 0))
@@ -166,8 +165,7 @@ def _original_v4(sock: socket.socket) -> SocketAddress | None:
     except OSError as exc:
         _expect_untranslated(exc)
         return None
-    port, packed = struct.unpack_from("!2xH4s", raw)
-    return SocketAddress(IPv4Address(packed), port)
+    return _parse_v4(raw)
 
 
 def _original_v6(sock: socket.socket) -> SocketAddress | None:
@@ -176,6 +174,18 @@ def _original_v6(sock: socket.socket) -> SocketAddress | None:
     except OSError as exc:
         _expect_untranslated(exc)
         return None
+    return _parse_v6(raw)
+
+
+# Applications dial the same few destinations; of one destination it is also the same object, by which routes are kept.
+@lru_cache(maxsize=4096)
+def _parse_v4(raw: bytes) -> SocketAddress:
+    port, packed = struct.unpack_from("!2xH4s", raw)
+    return SocketAddress(IPv4Address(packed), port)
+
+
+@lru_cache(maxsize=4096)
+def _parse_v6(raw: bytes) -> SocketAddress:
     port, packed = struct.unpack_from("!2xH4x16s", raw)
     return SocketAddress(ip_from_bytes(packed), port)
 

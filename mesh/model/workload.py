@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 
 from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname
 from mesh.model.identity import DEFAULT_TRUST_DOMAIN, SpiffeId
@@ -95,4 +96,8 @@ class Workload:
 
     @property
     def identity(self) -> SpiffeId:
-        return SpiffeId(self.trust_domain, self.namespace, self.service_account)
+        return _identity(self.trust_domain, self.namespace, self.service_account)
+
+
+_identity = lru_cache(maxsize=8192)(SpiffeId)
+"""Every connection asks for two, and a frozen dataclass sets every field by a call."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from mesh.reactor.loop import CONNECTION, OUT, PEER_CLOSED, Reactor, Timer
@@ -34,6 +34,8 @@ from mesh.wire.hbone import (
 
 if TYPE_CHECKING:
     from OpenSSL import SSL
+
+    from mesh.wire.hbone.streams import Stream
 
 HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds for TLS and the peer's HTTP/2 preface together; ztunnel has no limit and so keeps slow-lorises."""
@@ -60,6 +62,7 @@ UNSENT_AT_MOST: Final = 1 << 20
 them back, so without this bound a peer that asks and never reads would fill our memory."""
 
 _FRAME_HEADER: Final = 9
+_LONE_FRAME: Final = PLAIN_OUT_SIZE - _FRAME_HEADER
 _SMALLEST_READ: Final = 2048
 """With less room than this left, a send goes out as it is."""
 
@@ -100,11 +103,14 @@ class TunnelConsumer(Protocol):
     readable: bool
     """Whether `read_into` may have more. Set it and call `Tunnel.want_write`; the link drops it from its round when it is False."""
 
-    def read_into(self, views: list[memoryview]) -> int | None:
-        """Fill ``views`` in order with bytes for the tunnel; how many, or None for nothing at the moment (also after `Tunnel.end`)."""
+    def read_into(self, view: memoryview, most: int) -> int | None:
+        """Put up to ``most`` bytes for the tunnel into ``view``; how many, or None for nothing at the moment (also after `Tunnel.end`)."""
 
-    def tunnel_data(self, chunks: list[memoryview]) -> None:
-        """Bytes from the tunnel, valid during the call. Call `Tunnel.consumed` when they have moved on."""
+    def read_into_many(self, views: list[memoryview]) -> int | None:
+        """The same with as much as fits ``views``, in order."""
+
+    def tunnel_data(self, chunks: Sequence[memoryview]) -> int:
+        """Bytes from the tunnel, valid during the call. Returns how many moved on at once; call `Tunnel.consumed` when others have."""
 
     def tunnel_ended(self) -> None:
         """No more bytes come from the tunnel."""
@@ -118,7 +124,7 @@ class Tunnel:
 
     __slots__ = (
         "_chunks", "_ended", "_held", "_in_round", "_local_end", "_on_response", "_request", "_reset", "_response_timer",
-        "_waiting", "_window_shut", "authority", "consumer", "headers", "link", "stream",
+        "_state", "_waiting", "_window_shut", "authority", "consumer", "headers", "link", "stream",
     )  # fmt: skip
 
     def __init__(self, link: HboneLink, stream: int, authority: str, headers: Mapping[str, str]) -> None:
@@ -139,6 +145,7 @@ class Tunnel:
         self._in_round = False
         self._window_shut = False
         self._waiting = 0  # bytes that came and were not yet consumed
+        self._state: Stream  # the core's; of a tunnel that came to be
 
     @property
     def alive(self) -> bool:
@@ -155,7 +162,7 @@ class Tunnel:
         self.consumer = consumer
         if self._held:
             held, self._held = self._held, bytearray()
-            consumer.tunnel_data([memoryview(held)])
+            self.consumed(consumer.tunnel_data([memoryview(held)]))
         if self._ended and self._reset is None:
             consumer.tunnel_ended()
         if self._reset is not None:
@@ -165,8 +172,14 @@ class Tunnel:
         """The consumer is done, with whatever it has not passed on. Every consumer calls this once at its end."""
         self.consumer = None
         self._held = bytearray()
-        waiting, self._waiting = self._waiting, 0
-        self.link._passed_on(waiting)
+        self.link._waiting -= self._waiting
+        self._waiting = 0
+        if self.link._holding_credit:
+            self.link._return_credit()
+
+    def write_alone(self) -> None:
+        """As `want_write`, for a consumer whose event is the turn's only one: what nobody could add to leaves at once."""
+        self.link._send_alone(self)
 
     def want_write(self) -> None:
         """The consumer is `readable`: take its turn at the link's next send."""
@@ -177,14 +190,17 @@ class Tunnel:
 
     def consumed(self, size: int) -> None:
         """So many bytes of the tunnel have moved on: the peer may send as many again."""
-        counted = min(size, self._waiting)
+        link = self.link
+        counted = size if size < self._waiting else self._waiting
         self._waiting -= counted
-        self.link._passed_on(counted)
+        link._waiting -= counted
+        if link._holding_credit:
+            link._return_credit()
         if self._reset is None and not self._ended:
-            core = self.link._core
+            core = link._core
             core.consumed(self.stream, size)
-            if core.has_outgoing:
-                self.link._schedule_pump()
+            if core.outgoing:
+                link._schedule_pump()
 
     def end(self) -> None:
         """No more bytes from us (END_STREAM). The other direction goes on."""
@@ -215,7 +231,7 @@ class Tunnel:
             return
         if chunks:
             try:
-                consumer.tunnel_data(chunks)
+                self.consumed(consumer.tunnel_data(chunks))
             finally:
                 chunks.clear()
         if self._ended and self._reset is None:
@@ -310,7 +326,9 @@ class HboneLink:
         self._on_ready: Callable[[HboneLink], None] | None = None
         self._on_request: OnRequest | None = None
         self._on_refused: OnRefused | None = None
-        self._scratch = scratch()
+        buffers = scratch()  # the thread's own, at hand: they are asked for with every message
+        self._cipher_in, self._cipher_out = buffers.cipher_in, buffers.cipher_out
+        self._plain_in, self._plain_out, self._lone_payload = buffers.plain_in, buffers.plain_out, buffers.lone_payload
         self._tunnels: dict[int, Tunnel] = {}
         self._round: deque[Tunnel] = deque()
         self._shut_out: set[Tunnel] = set()
@@ -379,12 +397,18 @@ class HboneLink:
             self._reactor.call_soon(lambda: on_response(failure))
             return tunnel
         stream = client.request_tunnel(authority, headers)
-        tunnel = self._tunnels[stream] = Tunnel(self, stream, authority, {})
+        tunnel = self._enter(Tunnel(self, stream, authority, {}))
         tunnel._on_response = on_response
         tunnel._response_timer = self._reactor.call_later(
             timeout, lambda: tunnel.reset(ErrorCode.CANCEL, f"no response to CONNECT within {timeout:g} s")
         )
         self._schedule_pump()
+        return tunnel
+
+    def _enter(self, tunnel: Tunnel) -> Tunnel:
+        self._tunnels[tunnel.stream] = tunnel
+        tunnel._state = self._core.find_stream(tunnel.stream)
+        tunnel._state.owner = tunnel
         return tunnel
 
     def close_gracefully(self) -> None:
@@ -474,7 +498,7 @@ class HboneLink:
         if self._closed:
             return
         try:
-            size = self._sock.recv_into(self._scratch.cipher_in)
+            size = self._sock.recv_into(self._cipher_in)
         except BlockingIOError:
             return
         except OSError as exc:
@@ -484,29 +508,31 @@ class HboneLink:
             self._on_eof()
             return
         self._heard_since_tick = True
+        engine = self._engine
         try:
-            self._take(size)
+            plain = engine.open(size) if engine.established else self._go_on_shaking_hands(size)
         except TlsError as exc:
             self._flush()
             self._finish(exc.reason)
             return
-        # A short read found the socket empty, and a later byte or FIN makes a new edge; but a FIN that this event already announced
-        # does not. A full one goes on after the other connections' turns.
-        if not self._closed and (size == READ_SIZE or self._peer_hung_up):
-            self._reactor.call_soon(self._read, self.abort)
-
-    def _take(self, size: int) -> None:
-        engine = self._engine
-        engine.feed(size)
-        if not engine.established:
-            self._shake_hands()
-            if self._closed or not engine.established:
-                return
-        size = engine.read()
-        if size and not self._closing:
-            self._receive(self._scratch.plain_in[:size])
+        if plain and not self._closing:
+            stream = self._core.receive_lone_data(self._plain_in, plain)
+            if stream is not None:
+                self._deliver_alone(stream, plain - _FRAME_HEADER)
+            else:
+                self._receive(self._plain_in[:plain])
         if engine.peer_closed and not self._closed:
             self._on_peer_closed()
+        # A short read found the socket empty, and a later byte or FIN makes a new edge; but a FIN that this event already announced
+        # does not. A full one goes on after the other connections' turns.
+        if (size == READ_SIZE or self._peer_hung_up) and not self._closed:
+            self._reactor.call_soon(self._read, self.abort)
+
+    def _go_on_shaking_hands(self, size: int) -> int:
+        """Give the handshake what came; the number of decrypted bytes behind its end."""
+        self._engine.feed(size)
+        self._shake_hands()
+        return self._engine.read() if self._engine.established and not self._closed else 0
 
     def _on_eof(self) -> None:
         if self._closing or self._engine.peer_closed:
@@ -553,17 +579,48 @@ class HboneLink:
                 tunnel._deliver()
             except Exception as exc:
                 self._tunnel_crashed(tunnel, exc)
-        if self._waiting > STORED_AT_MOST and not self._holding_credit:
-            self._holding_credit = True
-            self._core.hold_credit(True)
-        if self._core.outgoing_size > UNSENT_AT_MOST:
+        if self._waiting > STORED_AT_MOST:
+            self._hold_credit()
+        if len(self._core.outgoing) > UNSENT_AT_MOST:
             self._finish(f"{PROTOCOL_ERROR}the peer sends and does not read")
-        if not self._closed and (self._core.has_outgoing or self._draining):
+        if not self._closed and (self._core.outgoing or self._draining):
             self._schedule_pump()
 
-    def _passed_on(self, size: int) -> None:
-        self._waiting -= size
-        if self._holding_credit and self._waiting <= STORED_AT_MOST // 2:
+    def _deliver_alone(self, stream: Stream, size: int) -> None:
+        """What `_receive` would do about one frame of payload, when that is all that came."""
+        tunnel = stream.owner
+        assert type(tunnel) is Tunnel
+        payload = self._plain_in[_FRAME_HEADER : _FRAME_HEADER + size]
+        consumer = tunnel.consumer
+        if consumer is None:
+            tunnel._held += payload
+            self._keep_waiting(tunnel, size)
+            return
+        try:
+            passed = consumer.tunnel_data((payload,))
+        except Exception as exc:
+            self._tunnel_crashed(tunnel, exc)
+            return
+        core = self._core
+        core.consumed_lone_data(stream, passed)
+        if core.outgoing:
+            self._schedule_pump()
+        if passed < size and tunnel.consumer is not None:
+            self._keep_waiting(tunnel, size - passed)
+
+    def _keep_waiting(self, tunnel: Tunnel, size: int) -> None:
+        tunnel._waiting += size
+        self._waiting += size
+        if self._waiting > STORED_AT_MOST:
+            self._hold_credit()
+
+    def _hold_credit(self) -> None:
+        if not self._holding_credit:
+            self._holding_credit = True
+            self._core.hold_credit(True)
+
+    def _return_credit(self) -> None:
+        if self._waiting <= STORED_AT_MOST // 2:
             self._holding_credit = False
             self._core.hold_credit(False)
             self._schedule_pump()
@@ -605,7 +662,7 @@ class HboneLink:
         return None
 
     def _on_requested(self, event: TunnelRequested) -> None:
-        tunnel = self._tunnels[event.stream] = Tunnel(self, event.stream, event.authority, event.headers)
+        tunnel = self._enter(Tunnel(self, event.stream, event.authority, event.headers))
         on_request = self._on_request
         assert on_request is not None  # only a server is asked
         request = TunnelRequest(tunnel, event.target)
@@ -684,11 +741,9 @@ class HboneLink:
         if self._closed or self._closing or self._backlog is not None or not self._engine.established:
             return
         try:
-            size = self._fill()
-            if size:
-                self._engine.write(size)
-                if not self._flush():
-                    return
+            size = self._fill() if self._round else self._fill_control(0)
+            if size and not self._transmit(self._engine.seal(size)):
+                return
         except TlsError as exc:
             self._finish(exc.reason)
             return
@@ -699,9 +754,38 @@ class HboneLink:
 
     _unsent_control = b""
 
+    def _send_alone(self, tunnel: Tunnel) -> None:
+        """What `_pump` would do about one tunnel's payload, when nobody else has anything to say."""
+        core, consumer, stream = self._core, tunnel.consumer, tunnel._state
+        room = core.room(stream)
+        if (
+            consumer is None
+            or not room
+            or self._pump_scheduled
+            or core.outgoing
+            or self._backlog is not None
+            or core.max_frame_size < _LONE_FRAME
+        ):
+            tunnel.want_write()
+            return
+        try:
+            size = consumer.read_into(self._lone_payload, room if room < _LONE_FRAME else _LONE_FRAME)
+        except Exception as exc:
+            self._tunnel_crashed(tunnel, exc)
+            return
+        if size:
+            core.write_lone_header(self._plain_out, stream, size)
+            try:
+                self._transmit(self._engine.seal(_FRAME_HEADER + size))
+            except TlsError as exc:
+                self._finish(exc.reason)
+                return
+        if consumer.readable:
+            tunnel.want_write()
+
     def _fill(self) -> int:
         """Put control bytes and the tunnels' payload in turn into ``plain_out``; the number of bytes."""
-        core, round_, out = self._core, self._round, self._scratch.plain_out
+        core, round_, out = self._core, self._round, self._plain_out
         position = 0
         while True:
             # Before each frame header whatever the core wants said earlier, as it demands.
@@ -723,7 +807,7 @@ class HboneLink:
             try:
                 if limit <= core.max_frame_size:
                     start = position + _FRAME_HEADER
-                    size = consumer.read_into([out[start : start + limit]])
+                    size = consumer.read_into(out[start:], limit)
                     if size:
                         out[position:start] = core.data_header(tunnel.stream, size)
                         position = start + size
@@ -739,14 +823,14 @@ class HboneLink:
 
     def _fill_frames(self, tunnel: Tunnel, consumer: TunnelConsumer, position: int, limit: int) -> int:
         """One read spread over several frames, for a peer that takes small ones (16 KiB is HTTP/2's default)."""
-        out, largest = self._scratch.plain_out, self._core.max_frame_size
+        out, largest = self._plain_out, self._core.max_frame_size
         views, start = [], position
         while limit > 0 and start + _FRAME_HEADER < PLAIN_OUT_SIZE:
             take = min(limit, largest, PLAIN_OUT_SIZE - start - _FRAME_HEADER)
             views.append(out[start + _FRAME_HEADER : start + _FRAME_HEADER + take])
             start += _FRAME_HEADER + take
             limit -= take
-        left = consumer.read_into(views) or 0
+        left = consumer.read_into_many(views) or 0
         at = position
         for view in views:
             if left <= 0:
@@ -758,10 +842,10 @@ class HboneLink:
         return at - position
 
     def _fill_control(self, position: int) -> int:
-        control = self._unsent_control + self._core.take_outgoing()
-        if control:
+        if self._unsent_control or self._core.outgoing:
+            control = self._unsent_control + self._core.take_outgoing()
             fits = min(len(control), PLAIN_OUT_SIZE - position)
-            self._scratch.plain_out[position : position + fits] = control[:fits]
+            self._plain_out[position : position + fits] = control[:fits]
             self._unsent_control = control[fits:]
             position += fits
         return position
@@ -771,9 +855,10 @@ class HboneLink:
         if self._backlog is not None:
             return False
         size = self._engine.take()
-        if size == 0:
-            return True
-        out = self._scratch.cipher_out
+        return self._transmit(size) if size else True
+
+    def _transmit(self, size: int) -> bool:
+        out = self._cipher_out
         try:
             sent = self._sock.send(out[:size])
         except BlockingIOError:

@@ -92,13 +92,15 @@ class Reactor:
         self._epoll = select.epoll()
         self._registrations: dict[int, _Registration] = {}
         self._batch = 0
+        self.alone = False
+        """Within a callback for an event: it is the only event of this turn."""
         self._soon: deque[tuple[Callable[[], None], Abort | None]] = deque()
         self._guest_soon: deque[Callable[[], object]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._timer_serial = 0
         self._cancelled_timers = 0
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self.add(self._wake_fd, select.EPOLLIN, self._on_wake)
         self._on_error = on_error
         self._outcome: outcome.Outcome[Any] | None = None
 
@@ -127,6 +129,10 @@ class Reactor:
                 self._epoll.unregister(fd)
             except OSError:
                 pass  # closed before it was removed: the kernel has forgotten it already
+
+    def forget(self, fd: int) -> None:
+        """`remove` for an fd that is closed at once, and is nobody else's: closing takes it out of epoll as well."""
+        self._registrations.pop(fd, None)
 
     # --- calls
 
@@ -168,9 +174,7 @@ class Reactor:
             run_sync_soon_not_threadsafe=self._guest_soon.append,
             done_callback=self._finished,
         )
-        while self._outcome is None:
-            self._turn()
-        return cast("T", self._outcome.unwrap())
+        return cast("T", self._loop().unwrap())
 
     def close(self) -> None:
         """Give back the loop's own file descriptors. The loop cannot run again."""
@@ -182,46 +186,58 @@ class Reactor:
     def _finished(self, result: outcome.Outcome[Any]) -> None:
         self._outcome = result
 
-    def _turn(self) -> None:
-        events = self._epoll.poll(self._timeout(), MAX_EVENTS)
-        self._batch = batch = self._batch + 1
-        registrations = self._registrations
-        for fd, mask in events:
-            registration = registrations.get(fd)
-            if registration is None:
-                if fd == self._wake_fd:
-                    os.eventfd_read(fd)
-                continue
-            if registration.batch == batch:
-                continue  # fd was closed and its number reused within this batch: the event is the dead one's
-            try:
-                registration.callback(mask)
-            except Exception as exc:
-                self._callback_failed(fd, registration, exc)
-        timers = self._timers
-        if timers and timers[0][0] <= time.monotonic():
-            self._run_timers()
-        if self._soon:
-            self._run_soon()
-            if self._soon:  # what a call asks for, as a relay's end a log line, most often need not wait for another look at the events
+    def _loop(self) -> outcome.Outcome[Any]:
+        """Turn after turn until trio is done. Flat and on local names: it goes round once for every message that passes."""
+        poll, monotonic, registrations = self._epoll.poll, time.monotonic, self._registrations
+        timers, soon, guest_soon = self._timers, self._soon, self._guest_soon
+        now = monotonic()
+        timeout: float | None
+        while self._outcome is None:
+            if soon or guest_soon:
+                timeout = 0
+            elif timers:
+                if timers[0][2]._fn is None:
+                    self._drop_cancelled()
+                    continue
+                timeout = timers[0][0] - now  # by the clock of the turn's beginning: late by what the turn took
+                if timeout < 0:
+                    timeout = 0
+            else:
+                timeout = None
+            events = poll(timeout, MAX_EVENTS)
+            self._batch = batch = self._batch + 1
+            self.alone = len(events) == 1
+            for fd, mask in events:
+                registration = registrations.get(fd)
+                # fd may have been closed and its number reused within this batch: the event is the dead one's then.
+                if registration is not None and registration.batch != batch:
+                    try:
+                        registration.callback(mask)
+                    except Exception as exc:
+                        self._callback_failed(fd, registration, exc)
+            now = monotonic()
+            if timers and timers[0][0] <= now:
+                self._run_timers(now)
+            if soon:
                 self._run_soon()
-        for _ in range(len(self._guest_soon)):
-            self._guest_soon.popleft()()
+                if soon:  # what a call asks for, as a relay's end a log line, most often need not wait for another look at the events
+                    self._run_soon()
+            if guest_soon:
+                for _ in range(len(guest_soon)):
+                    guest_soon.popleft()()
+        return self._outcome
 
-    def _timeout(self) -> float | None:
-        if self._soon or self._guest_soon:
-            return 0
+    def _on_wake(self, _mask: int) -> None:
+        os.eventfd_read(self._wake_fd)
+
+    def _drop_cancelled(self) -> None:
         timers = self._timers
         while timers and timers[0][2]._fn is None:
             heapq.heappop(timers)
             self._cancelled_timers -= 1
-        if not timers:
-            return None
-        return max(0.0, timers[0][0] - time.monotonic())
 
-    def _run_timers(self) -> None:
+    def _run_timers(self, now: float) -> None:
         timers = self._timers
-        now = time.monotonic()
         while timers and timers[0][0] <= now:
             fn = heapq.heappop(timers)[2]._take()
             if fn is None:

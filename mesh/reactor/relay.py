@@ -10,13 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from select import EPOLLERR
 from typing import Final, Literal, Protocol, TypeAlias
 
 from mesh.reactor.hbone import Tunnel
-from mesh.reactor.loop import BYTE_BUDGET, CONNECTION, OUT, PEER_CLOSED, Reactor, Timer
+from mesh.reactor.loop import BYTE_BUDGET, CONNECTION, IN, OUT, PEER_CLOSED, Reactor, Timer
 from mesh.reactor.pipes import Pipe, borrow_pipe, discard_pipe, return_pipe
 from mesh.reactor.tcp import reset as reset_socket
 from mesh.reactor.tls import scratch
@@ -91,6 +91,10 @@ class TunnelRelay:
     # --- socket to tunnel
 
     def _on_event(self, mask: int) -> None:
+        if mask == IN and self._reactor.alone and self._linger is None and not self._sock_ended:
+            self.readable = True
+            self._tunnel.write_alone()
+            return
         if mask & OUT and self._pending:
             self._drain()
         if self._linger is not None:
@@ -110,18 +114,13 @@ class TunnelRelay:
         if code:
             self._socket_failed(OSError(code, os.strerror(code)))
 
-    def read_into(self, views: list[memoryview]) -> int | None:
+    def read_into(self, view: memoryview, most: int) -> int | None:
         """For the link: bytes of the socket, straight into its send buffer."""
         if self._sock_ended or self._on_close is None:
             self.readable = False
             return None
         try:
-            if len(views) == 1:
-                size = self._sock.recv_into(views[0])
-                full = size == len(views[0])
-            else:
-                size = self._sock.recvmsg_into(views)[0]
-                full = size == sum(map(len, views))
+            size = self._sock.recv_into(view, most)
         except BlockingIOError:
             self.readable = False
             return None
@@ -129,57 +128,81 @@ class TunnelRelay:
             self._socket_failed(exc)
             return None
         if size == 0:
-            self._sock_ended = True
-            self.readable = False
-            self._closed_first(self._side)
-            self._tunnel.end()
-            self._finish_if_over()
+            self._socket_ended()
             return None
         self.sent += size
         # After a short read the socket is empty and anything later is a new edge, unless the event that brought us here announced
         # the end as well: then there is no further one.
-        self.readable = full or self._hung_up
+        self.readable = size == most or self._hung_up
         return size
+
+    def read_into_many(self, views: list[memoryview]) -> int | None:
+        """The same for a peer that takes small frames."""
+        if self._sock_ended or self._on_close is None:
+            self.readable = False
+            return None
+        try:
+            size = self._sock.recvmsg_into(views)[0]
+        except BlockingIOError:
+            self.readable = False
+            return None
+        except OSError as exc:
+            self._socket_failed(exc)
+            return None
+        if size == 0:
+            self._socket_ended()
+            return None
+        self.sent += size
+        self.readable = size == sum(map(len, views)) or self._hung_up
+        return size
+
+    def _socket_ended(self) -> None:
+        self._sock_ended = True
+        self.readable = False
+        self._closed_first(self._side)
+        self._tunnel.end()
+        self._finish_if_over()
 
     # --- tunnel to socket
 
-    def tunnel_data(self, chunks: list[memoryview]) -> None:
-        if self._on_close is None:
-            return
-        pending = self._pending
-        if pending:
+    def tunnel_data(self, chunks: Sequence[memoryview]) -> int:
+        if self._pending:
             for chunk in chunks:
-                pending += chunk
-            return
-        self._send(chunks)
+                self._pending += chunk
+            return 0
+        if self._on_close is None:
+            return 0
+        try:
+            if len(chunks) == 1:
+                sent = self._sock.send(chunks[0])
+                if sent == len(chunks[0]):
+                    self.received += sent
+                    return sent
+            elif len(chunks) <= _MOST_VIEWS:
+                sent = self._sock.sendmsg(chunks)
+            else:
+                sent = self._sock.send(b"".join(chunks))
+        except BlockingIOError:
+            sent = 0
+        except OSError as exc:
+            self._socket_failed(exc)
+            return 0
+        self._keep_rest(chunks, sent)
+        self.received += sent
+        return sent
+
+    def _keep_rest(self, chunks: Sequence[memoryview], sent: int) -> None:
+        """What the socket did not take becomes pending."""
+        pending = self._pending
+        for chunk in chunks:
+            if sent >= len(chunk):
+                sent -= len(chunk)
+            else:
+                pending += chunk[sent:]
+                sent = 0
         if pending and not self._told_of_room:
             self._told_of_room = True
             self._reactor.modify(self._fd, CONNECTION)
-
-    def _send(self, chunks: list[memoryview]) -> None:
-        """As much as the socket takes; the rest becomes pending."""
-        pending = self._pending
-        try:
-            if len(chunks) == 1:
-                data = chunks[0]
-                sent = self._sock.send(data)
-                if sent < len(data):
-                    pending += data[sent:]
-            elif len(chunks) <= _MOST_VIEWS:
-                sent = self._sock.sendmsg(chunks)
-                _keep_rest(pending, chunks, sent)
-            else:
-                joined = b"".join(chunks)
-                sent = self._sock.send(joined)
-                pending += joined[sent:]
-        except BlockingIOError:
-            _keep_rest(pending, chunks, 0)
-            return
-        except OSError as exc:
-            self._socket_failed(exc)
-            return
-        self.received += sent
-        self._tunnel.consumed(sent)
 
     def tunnel_ended(self) -> None:
         self._closed_first(self._other_side)
@@ -273,22 +296,13 @@ class TunnelRelay:
         self.readable = False
         if self._linger is not None:
             self._linger.cancel()
-        self._reactor.remove(self._fd)
+        self._reactor.forget(self._fd)
         self._tunnel.detach()
         if error is None:
             self._sock.close()
         else:
             reset_socket(self._sock)
         on_close(RelayResult(self.sent, self.received, error, self._first_closed))
-
-
-def _keep_rest(pending: bytearray, chunks: list[memoryview], sent: int) -> None:
-    for chunk in chunks:
-        if sent >= len(chunk):
-            sent -= len(chunk)
-        else:
-            pending += chunk[sent:]
-            sent = 0
 
 
 class _Direction:
@@ -443,8 +457,8 @@ class SpliceRelay:
         on_close, self._on_close = self._on_close, None
         if on_close is None:
             return
-        self._reactor.remove(self._fd_a)
-        self._reactor.remove(self._fd_b)
+        self._reactor.forget(self._fd_a)
+        self._reactor.forget(self._fd_b)
         for way in (self._up, self._down):
             if way.pipe is not None and way.held:
                 discard_pipe(way.pipe)

@@ -30,7 +30,16 @@ _CIPHER_OUT_SIZE: Final = PLAIN_OUT_SIZE + 64 * 1024
 _WRITE_BIO_KEPT: Final = 32 * 1024
 """OpenSSL's memory BIO never shrinks; one that carried more than this is replaced by `release_memory`."""
 
-_BINDING_NAMES = ("SSL_read", "SSL_write", "SSL_get_error", "SSL_set_bio", "BIO_new", "BIO_new_mem_buf", "BIO_s_mem", "BIO_read")
+_COPIED_AT_MOST: Final = 4096
+"""Bytes of ciphertext that are cheaper copied into a BIO that stays than lent to OpenSSL in a BIO of their own."""
+
+_OVERHEAD: Final = 22
+"""What a TLS 1.3 record has besides its payload: header, content type and tag (RFC 8446 section 5.2), unless the peer pads it."""
+
+_BINDING_NAMES = (
+    *("SSL_read", "SSL_write", "SSL_get_error", "SSL_set_bio"),
+    *("BIO_new", "BIO_new_mem_buf", "BIO_s_mem", "BIO_read", "BIO_write", "BIO_get_mem_data"),
+)
 
 VerifyPeer = Callable[[bytes], str | None]
 
@@ -46,12 +55,14 @@ class TlsError(Exception):
 class Scratch:
     """The buffers every engine of a thread shares."""
 
-    __slots__ = ("cipher_in", "cipher_out", "plain_in", "plain_out", "pointers")
+    __slots__ = ("cipher_in", "cipher_out", "lone_payload", "plain_in", "plain_out", "pointers")
 
     def __init__(self) -> None:
         # A record begun in an earlier read ends in this one, so plain_in takes more than a read brings.
         buffers = [bytearray(size) for size in (READ_SIZE, READ_SIZE + 2 * _RECORD, PLAIN_OUT_SIZE, _CIPHER_OUT_SIZE)]
         self.cipher_in, self.plain_in, self.plain_out, self.cipher_out = (memoryview(buffer) for buffer in buffers)
+        self.lone_payload = self.plain_out[9:]
+        """``plain_out`` behind the header of a frame: to cut it out anew for every frame costs more than to write the header."""
         self.pointers: tuple[Any, ...] = ()
         """The same buffers as C pointers. Of the bytearrays: cffi 2.1 crashes when the garbage collector frees one made of a memoryview."""
         if BINDING is not None:
@@ -88,8 +99,8 @@ def verify_chain(connection: Any, certificate: crypto.X509, error: int, depth: i
 class TlsEngine:
     """One TLS connection over memory, by pyOpenSSL's public methods.
 
-    The driver puts ciphertext into ``scratch().cipher_in`` and calls `feed`; then `handshake` until `established`, or `read`.
-    Plaintext it puts into ``scratch().plain_out`` and calls `write`. After each of these it calls `take` and sends what it says.
+    The driver puts ciphertext into ``scratch().cipher_in`` and calls `feed` and `handshake` until `established`, from then on `open`.
+    Plaintext it puts into ``scratch().plain_out`` and calls `seal`. It sends what that says, and after the others what `take` says.
     """
 
     __slots__ = ("_connection", "_scratch", "established", "peer_closed", "refusal", "verify_peer")
@@ -146,6 +157,16 @@ class TlsEngine:
         except SSL.Error as exc:
             raise self._failure(exc) from exc
 
+    def open(self, size: int) -> int:
+        """`feed` and `read` in one."""
+        self.feed(size)
+        return self.read()
+
+    def seal(self, size: int) -> int:
+        """`write` and `take` in one."""
+        self.write(size)
+        return self.take()
+
     def take(self) -> int:
         """Move the ciphertext to be sent into ``cipher_out``; the number of bytes."""
         try:
@@ -195,36 +216,67 @@ class TlsEngine:
 class BindingEngine(TlsEngine):
     """The same on OpenSSL's record calls, which read and write our buffers directly."""
 
-    __slots__ = ("_cipher_in", "_cipher_out", "_most_taken", "_plain_in", "_plain_out", "_ssl", "_write_bio")
+    __slots__ = ("_at_boundary", "_cipher_in", "_cipher_out", "_most_taken", "_plain_in", "_plain_out", "_read_bio", "_ssl", "_write_bio")
 
     def __init__(self, context: SSL.Context, *, server_side: bool, verify_peer: VerifyPeer | None = None) -> None:
         super().__init__(context, server_side=server_side, verify_peer=verify_peer)
         self._ssl = self._connection._ssl
         self._write_bio = self._connection._from_ssl
+        self._read_bio = self._connection._into_ssl
+        """Takes copies; None while OpenSSL reads from a BIO over our buffer."""
+        self._at_boundary = False
+        """Surely nothing but whole records has been read so far."""
         self._most_taken = 0
         self._cipher_in, self._plain_in, self._plain_out, self._cipher_out = self._scratch.pointers
 
     def feed(self, size: int) -> None:
-        # A read-only BIO over our buffer instead of a copy into a BIO that would keep its largest size for ever. OpenSSL frees
-        # the previous one. All of it is consumed by the next read() or handshake(): a partial record is kept by OpenSSL.
+        # All of it is consumed by the next read() or handshake(): a partial record is kept by OpenSSL.
+        if size <= _COPIED_AT_MOST:
+            if self._read_bio is None:
+                self._read_bio = _lib.BIO_new(_lib.BIO_s_mem())
+                _lib.SSL_set_bio(self._ssl, self._read_bio, self._write_bio)
+            _lib.BIO_write(self._read_bio, self._cipher_in, size)
+        else:
+            # A read-only BIO over our buffer instead of a copy into a BIO that would keep its largest size for ever. OpenSSL frees
+            # the previous one.
+            self._lend(size)
+
+    def _lend(self, size: int) -> None:
         bio = _lib.BIO_new_mem_buf(self._cipher_in, size)
         _lib.BIO_set_mem_eof_return(bio, -1)
         _lib.SSL_set_bio(self._ssl, bio, self._write_bio)
+        self._read_bio = None
+
+    def open(self, size: int) -> int:
+        bio = self._read_bio
+        if size > _COPIED_AT_MOST or bio is None:
+            self.feed(size)
+            return self.read()
+        # Most often one record has come, whole. To learn that by asking for another costs as much as the record itself. OpenSSL takes no
+        # more of a record than it can return, so the sizes tell; if a part of one came before, the BIO does.
+        _lib.BIO_write(bio, self._cipher_in, size)
+        got: int = _lib.SSL_read(self._ssl, self._plain_in, _RECORD)
+        if got > 0 and ((self._at_boundary and got + _OVERHEAD == size) or _lib.BIO_get_mem_data(bio, _NULL) == 0):
+            self._at_boundary = True
+            return got
+        return self._read_on(got)
 
     def read(self) -> int:
+        return self._read_on(_lib.SSL_read(self._ssl, self._plain_in, _RECORD))
+
+    def _read_on(self, got: int) -> int:
+        """All that is left, after a read that gave ``got``."""
         ssl_read, ssl, plain, offset = _lib.SSL_read, self._ssl, self._plain_in, 0
-        while True:
+        self._at_boundary = False
+        while got > 0:
+            offset += got
             got = ssl_read(ssl, plain + offset, _RECORD)
-            if got > 0:
-                offset += got
-                continue
-            error = _lib.SSL_get_error(ssl, got)
-            if error == _WANT_READ:
-                return offset
-            if error == _ZERO_RETURN:
-                self.peer_closed = True
-                return offset
+        error = _lib.SSL_get_error(ssl, got)
+        if error == _ZERO_RETURN:
+            self.peer_closed = True
+        elif error != _WANT_READ:
             raise self._failed(got)
+        return offset
 
     def write(self, size: int) -> None:
         ssl_write, ssl, plain, offset = _lib.SSL_write, self._ssl, self._plain_out, 0
@@ -233,6 +285,16 @@ class BindingEngine(TlsEngine):
             if put <= 0:
                 raise self._failed(put)
             offset += put
+
+    def seal(self, size: int) -> int:
+        if size > _RECORD:
+            self.write(size)
+            return self.take()
+        put = _lib.SSL_write(self._ssl, self._plain_out, size)
+        if put != size:
+            raise self._failed(put)
+        sealed: int = _lib.BIO_read(self._write_bio, self._cipher_out, _CIPHER_OUT_SIZE)
+        return sealed
 
     def take(self) -> int:
         size: int = _lib.BIO_read(self._write_bio, self._cipher_out, _CIPHER_OUT_SIZE)
@@ -246,9 +308,7 @@ class BindingEngine(TlsEngine):
         if self._most_taken > _WRITE_BIO_KEPT:
             self._most_taken = 0
             self._write_bio = _lib.BIO_new(_lib.BIO_s_mem())
-            bio = _lib.BIO_new_mem_buf(self._cipher_in, 0)
-            _lib.BIO_set_mem_eof_return(bio, -1)
-            _lib.SSL_set_bio(self._ssl, bio, self._write_bio)
+            self._lend(0)
 
     def _failed(self, result: int) -> TlsError:
         try:
@@ -281,6 +341,7 @@ BINDING = _find_binding()
 X509_ERRORS = _error_texts()
 if BINDING is not None:
     _lib, _ffi = BINDING
+    _NULL = _ffi.NULL
     _WANT_READ, _ZERO_RETURN = _lib.SSL_ERROR_WANT_READ, _lib.SSL_ERROR_ZERO_RETURN
 
 

@@ -50,6 +50,8 @@ class PickList:
         """One candidate, by weight; None if there is none."""
         if not self.candidates:
             return None
+        if len(self.candidates) == 1:
+            return self.candidates[0]  # no dice: the route can be kept
         if self._weights is None:
             return self.candidates[int(rng.random() * len(self.candidates))]
         return self.candidates[bisect_right(self._weights, int(rng.random() * self._weights[-1]))]

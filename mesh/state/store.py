@@ -76,6 +76,8 @@ class MeshState:
         self._picks: dict[NamespacedHostname, dict[tuple[Wanted, Place], PickList]] = {}
         self.generation = 0
         """Another number after every change of workloads or services: what was found before it may be found no more."""
+        self.version = 0
+        """The same after a change of policies too: what was decided before it may be decided otherwise."""
 
     # Change
 
@@ -101,6 +103,8 @@ class MeshState:
             self._reapply_policies()
         if changes.workloads or changes.services:
             self.generation += 1
+        if changes:
+            self.version += 1
         return changes
 
     def replace(self, whole: Delta, *, addresses: bool, policies: bool) -> Changes:

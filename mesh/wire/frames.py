@@ -147,7 +147,6 @@ class FrameSplitter:
         "_kind",
         "_left",
         "_max_block_size",
-        "_max_frame_size",
         "_padding",
         "_partial",
         "_plain",
@@ -155,17 +154,21 @@ class FrameSplitter:
         "_settings_seen",
         "_sink",
         "_stream",
+        "between_frames",
+        "max_frame_size",
     )
 
     def __init__(self, sink: FrameSink, *, max_frame_size: int, max_block_size: int, expect_preface: bool) -> None:
         self._sink = sink
-        self._max_frame_size = max_frame_size
+        self.max_frame_size = max_frame_size
         self._max_block_size = max_block_size
         self._reading = _Reading.PREFACE if expect_preface else _Reading.FRAME_HEADER
         self._left = len(PREFACE) if expect_preface else FRAME_HEADER_SIZE  # bytes still to come of what `_reading` names
         self._partial = bytearray()  # what has come of a preface, frame header or small payload
         self._settings_seen = False
         self._plain = False  # any frame may come now: SETTINGS came first, and no header block is open
+        self.between_frames = False
+        """Any frame may come now, and no other is half read. One that a sink takes by itself leaves no trace here."""
         # The frame being read.
         self._kind = 0
         self._flags = 0
@@ -181,8 +184,9 @@ class FrameSplitter:
         """Take the next bytes (a one-dimensional view of unsigned bytes). Raises RemoteProtocolError; then feed it no more."""
         at = 0
         size = len(data)
+        self.between_frames = False  # and so it stays when the sink raises
         on_data = self._sink.on_data
-        max_frame_size = self._max_frame_size
+        max_frame_size = self.max_frame_size
         while at < size:
             if self._reading is not _Reading.FRAME_HEADER or self._partial or size - at < FRAME_HEADER_SIZE:
                 at = self._go_on(data, at, size)
@@ -203,6 +207,7 @@ class FrameSplitter:
                     at = end
                     continue
             self._start_frame(length, word & 0xFF, flags, stream & MAX_STREAM_ID)
+        self.between_frames = self._plain and self._reading is _Reading.FRAME_HEADER and not self._partial
 
     def _go_on(self, data: memoryview, at: int, size: int) -> int:
         """Take what is there of what is half read; returns the position after it."""
@@ -258,8 +263,8 @@ class FrameSplitter:
 
     def _start_frame(self, length: int, kind: int, flags: int, stream: int) -> None:
         self._kind, self._flags, self._stream = kind, flags, stream
-        if length > self._max_frame_size:
-            raise RemoteProtocolError(f"frame of {length} bytes, over the {self._max_frame_size} agreed", ErrorCode.FRAME_SIZE_ERROR)
+        if length > self.max_frame_size:
+            raise RemoteProtocolError(f"frame of {length} bytes, over the {self.max_frame_size} agreed", ErrorCode.FRAME_SIZE_ERROR)
         if not self._plain:
             self._check_sequence(kind, flags, stream)
         if kind == FrameType.DATA:

@@ -107,11 +107,13 @@ class HeaderReader:
     number of literals, and takes a microsecond for each of the 65 thousand size updates that fit a block.
     """
 
-    __slots__ = ("_max_list_size", "_table")
+    __slots__ = ("_known", "_max_list_size", "_table")
 
     def __init__(self, max_list_size: int) -> None:
         self._max_list_size = max_list_size
         self._table = HeaderTable()
+        self._known: dict[int, tuple[bytes, bytes]] = {}
+        """Fields of the tables by the byte that means them. Any insertion shifts the dynamic ones, so it empties this."""
 
     def read(self, block: bytes) -> Fields:
         """The fields of a block. Raises RemoteProtocolError, after which the table is lost and the connection must end."""
@@ -125,26 +127,38 @@ class HeaderReader:
     def _read(self, block: bytes) -> Fields:
         """RFC 7541 section 6: the first byte of a representation tells its kind and holds the first bits of its integer."""
         at = self._read_size_updates(block)
-        table = self._table
+        known = self._known
         room = self._max_list_size
         fields: Fields = []
         while at < len(block):
             first = block[at]
             if first & 0x80:  # indexed
-                index, at = _read_integer(block, at, 0x7F)
-                name, value = table.get_by_index(index)
+                if first in known:  # most of those we meet, in one byte
+                    field = known[first]
+                    at += 1
+                else:
+                    index, at = _read_integer(block, at, 0x7F)
+                    field = self._table.get_by_index(index)
+                    if first != 0xFF:
+                        known[first] = field
+                name, value = field
             elif first & 0xE0 == 0x20:
                 raise RemoteProtocolError("table size update after the first field of a block", ErrorCode.COMPRESSION_ERROR)
             else:
                 indexing = first & 0x40
-                index, at = _read_integer(block, at, 0x3F if indexing else 0x0F)
+                mask = 0x3F if indexing else 0x0F
+                if first & mask < mask:
+                    index, at = first & mask, at + 1
+                else:
+                    index, at = _read_integer(block, at, mask)
                 if index:
-                    name = table.get_by_index(index)[0]
+                    name = self._table.get_by_index(index)[0]
                 else:
                     name, at = _read_string(block, at)
                 value, at = _read_string(block, at)
                 if indexing:
-                    table.add(name, value)
+                    self._table.add(name, value)
+                    known.clear()
             room -= len(name) + len(value) + _ENTRY_OVERHEAD
             if room < 0:
                 raise RemoteProtocolError(f"header list of over {self._max_list_size} bytes", ErrorCode.ENHANCE_YOUR_CALM)
@@ -161,6 +175,7 @@ class HeaderReader:
             if size > MAX_TABLE_SIZE:
                 raise RemoteProtocolError(f"table size {size}, over the {MAX_TABLE_SIZE} allowed", ErrorCode.COMPRESSION_ERROR)
             self._table.maxsize = size
+            self._known.clear()
         return at
 
 
@@ -181,8 +196,12 @@ def _read_integer(block: bytes, at: int, mask: int) -> tuple[int, int]:
 
 def _read_string(block: bytes, at: int) -> tuple[bytes, int]:
     """RFC 7541 section 5.2: the string and the position after it."""
-    huffman = block[at] & 0x80
-    length, at = _read_integer(block, at, 0x7F)
+    first = block[at]
+    huffman = first & 0x80
+    if first & 0x7F < 0x7F:
+        length, at = first & 0x7F, at + 1
+    else:
+        length, at = _read_integer(block, at, 0x7F)
     end = at + length
     if end > len(block):
         raise IndexError

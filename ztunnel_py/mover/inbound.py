@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
-from mesh.authz.evaluate import Connection, Denial, Permit, authorize, is_undecided
+from mesh.authz.evaluate import AppliedPolicies, Connection, Denial, Permit, authorize, is_undecided
 from mesh.linux.sockets import local_address, original_destination
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
@@ -18,10 +20,10 @@ from mesh.model.workload import Workload
 from mesh.reactor.hbone import PROTOCOL_ERROR, HboneLink, Tunnel, TunnelRequest, serve_hbone
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import reset
-from mesh.state.inbound import InboundRefusal, resolve_inbound
+from mesh.state.inbound import InboundRefusal
+from mesh.state.memo import Admission, AdmissionMemo
 from mesh.telemetry.log import get_logger
 from mesh.tls.peer import verify_client
-from mesh.wire.forwarded import parse_forwarded_host
 from ztunnel_py.mover.credentials import Credentials
 from ztunnel_py.mover.ledger import DRAINED, POLICY_CHANGED, Failure, Living
 from ztunnel_py.mover.outbound import RECURSION
@@ -31,6 +33,9 @@ from ztunnel_py.mover.pod import Dialling, Pod
 REJECTED = "connection closed due to policy rejection: "
 
 _log = get_logger("rbac")
+
+Judgement: TypeAlias = tuple[AppliedPolicies, Permit | Denial]
+"""The policies that were asked, and what they say."""
 
 
 class InboundHbone:
@@ -45,6 +50,7 @@ class InboundHbone:
         """The error in the last record of a tunnel: a connection that breaks with tunnels in it is told by theirs."""
         self._shown: SpiffeId | None = None
         self._link: HboneLink | None = None
+        self._admissions: AdmissionMemo | None = None
         pod.plane.credentials.when_available(pod.identity(), self._serve)
 
     @property
@@ -69,6 +75,12 @@ class InboundHbone:
         )
         self._link = link
         self._pod.links.add(link)
+
+    def judge(self, workload: Workload, request: TunnelRequest) -> Admission | InboundRefusal:
+        """All that is to be decided about a request; made anew when anything in the mesh has changed."""
+        if self._admissions is None:
+            self._admissions = AdmissionMemo(self._pod.plane.state, self.client, self.peer, self.local)
+        return self._admissions.judge(workload, request.authority, request.headers.get("forwarded", ""))
 
     def _request(self, request: TunnelRequest) -> None:
         _InboundTunnel(self._pod, self, request)
@@ -112,20 +124,24 @@ class _InboundTunnel:
         if workload is None:
             self._refuse(503, self._pod.unknown_workload())
             return
-        target = resolve_inbound(self._plane.state, workload, self._request.authority, self._link.local.ip)
-        if isinstance(target, InboundRefusal):
-            self._refuse(target.status, target.because)
+        admission = self._link.judge(workload, self._request)
+        if isinstance(admission, InboundRefusal):
+            self._refuse(admission.status, admission.because)
             return
-        if target.proxied is not None:
+        if admission.target.proxied is not None:
             self._refuse(503, "the application takes the PROXY protocol, which is not supported yet")
             return
         living = self._living
         living.target, living.target_identity = workload, workload.identity
-        living.source = self._plane.state.find_workload_of_peer(self._link.client.ip, workload.network, self._link.peer)
-        host = parse_forwarded_host(self._request.headers.get("forwarded", ""))
-        living.service = target.service or self._plane.state.find_destination_service(workload, target.address.port, host)
-        facts = Connection(self._link.client.ip, self._link.peer, target.address)
-        _admit(self._pod, living, workload, facts, self._dial, self._deny)
+        living.source, living.service = admission.source, admission.service
+        _admit(self._pod, living, workload, admission.facts, self._judge, self._dial, self._deny)
+
+    def _judge(self, workload: Workload, facts: Connection) -> Judgement:
+        admission = self._link.judge(workload, self._request)
+        # A change that came while it waited may have given the request another meaning than the one that was entered.
+        if isinstance(admission, Admission) and admission.facts == facts:
+            return admission.applied, admission.verdict
+        return _judge(self._pod, workload, facts)
 
     def _dial(self, permit: Permit) -> None:
         if not self._request.alive:
@@ -199,7 +215,7 @@ class InboundPlaintext:
         living.source = self._plane.state.find_workload_of_peer(living.client.ip, workload.network, None)
         living.service = self._plane.state.find_destination_service(workload, self._target.port, None)
         facts = Connection(living.client.ip, None, self._target)
-        _admit(self._pod, living, workload, facts, self._dial, self._deny)
+        _admit(self._pod, living, workload, facts, partial(_judge, self._pod), self._dial, self._deny)
 
     def _dial(self, permit: Permit) -> None:
         self._pending = _dial_application(self._pod, permit, self._plane.ledger.guarded(self._living, self._dialled))
@@ -237,6 +253,7 @@ def _admit(
     living: Living,
     workload: Workload,
     facts: Connection,
+    judge: Callable[[Workload, Connection], Judgement],
     permitted: Callable[[Permit], None],
     denied: Callable[[str], None],
 ) -> None:
@@ -244,17 +261,19 @@ def _admit(
     living.facts = facts
     pod.plane.ledger.open(living)
 
-    deadline = pod.plane.reactor.now() + POLICY_GRACE_SECONDS
+    deadline: float | None = None
 
     def ask() -> None:
+        nonlocal deadline
         if living.ended_by is not None:
             return
-        left = deadline - pod.plane.reactor.now()
-        applied = pod.plane.state.policies_for(pod.find_workload() or workload)
-        verdict = authorize(applied, facts)
-        if is_undecided(applied, verdict) and left > 0:
-            pod.plane.policies_awaited.wait(None, left, ask, ask)
-            return
+        applied, verdict = judge(pod.find_workload() or workload, facts)
+        if is_undecided(applied, verdict):
+            now = pod.plane.reactor.now()
+            deadline = now + POLICY_GRACE_SECONDS if deadline is None else deadline
+            if now < deadline:
+                pod.plane.policies_awaited.wait(None, deadline - now, ask, ask)
+                return
         living.applied, living.verdict = applied, verdict
         for dry_run in verdict.dry_run:
             _log.info("dry-run", src=str(living.client), dst=str(living.destination), verdict=str(dry_run))
@@ -265,6 +284,11 @@ def _admit(
                 denied(verdict.because)
 
     ask()
+
+
+def _judge(pod: Pod, workload: Workload, facts: Connection) -> Judgement:
+    applied = pod.plane.state.policies_for(workload)
+    return applied, authorize(applied, facts)
 
 
 def _dial_application(pod: Pod, permit: Permit, on_done: Callable[[socket.socket | OSError], None]) -> Dialling:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import trio
 
@@ -20,11 +20,11 @@ from mesh.model.service import Service
 from mesh.model.workload import Workload
 from mesh.reactor.relay import Relay, RelayResult
 from mesh.telemetry.access import AccessEvent, AccessLog, AccessPeer, AccessRecord, Direction, Side
-from mesh.telemetry.metrics import TcpMetrics, TcpSeries, tcp_labels
+from mesh.telemetry.metrics import Series, TcpMetrics, TcpSeries, tcp_labels
 
 POLICY_CHANGED = "connection closed due to policy change"
 DRAINED = "connection closed due to connection drain"
-_MOST_KNOWN_SERIES = 4096
+_MOST_KNOWN_ENDS = 4096
 
 T = TypeVar("T")
 
@@ -64,7 +64,8 @@ class Living:
     """Ends the connection before its relay runs, whether it is entered yet or not; afterwards the relay's own ``abort`` does."""
     ended_by: Failure | None = None
     """Set before the connection is ended from our side: what its record will say."""
-    series: TcpSeries | None = None
+    ends: _Ends | None = None
+    """Set when it is entered."""
     counted: tuple[int, int] = (0, 0)
     """Bytes to the server and to the client that metrics have seen."""
 
@@ -72,6 +73,19 @@ class Living:
     def protocol(self) -> str:
         """``HBONE`` or ``TCP``, as config_dump says it."""
         return "HBONE" if self.authority else "TCP"
+
+
+class _Ends(NamedTuple):
+    """What all connections between the same ends have in common, put together once for all of them."""
+
+    series: TcpSeries
+    sockets_open: Series
+    source: AccessPeer
+    destination: AccessPeer
+    """Both without their addresses."""
+    service: str
+    held: tuple[object, ...]
+    """Whose ids the ends are known by, so that no id gets another meaning."""
 
 
 class Reauthorization(NamedTuple):
@@ -89,18 +103,20 @@ class Ledger:
         self._log = log
         self._now = now
         self._living: dict[str, set[Living]] = {}
-        self._known_series: dict[tuple[object, ...], tuple[TcpSeries, tuple[object, ...]]] = {}
-        """By direction, identity and the ids of workloads and service, which are held here, so that no id gets another meaning."""
+        self._known_ends: dict[tuple[object, ...], _Ends] = {}
+        """By direction, identities and the ids of workloads and service."""
         self._empty = trio.Event()
         self.on_count: Callable[[str, int], None] = lambda pod, living: None
         """Told the number of a pod's living connections whenever it changes."""
 
     def open(self, living: Living) -> None:
         """Enter a connection: from here on it counts, can be ended by a change of policy, and will leave a record."""
-        living.series = self._series_of(living)
-        living.series.opened += 1
-        self._metrics.sockets_open[_reporter(living)].value += 1
-        of_pod = self._living.setdefault(living.pod, set())
+        ends = living.ends = self._ends_of(living)
+        ends.series.opened += 1
+        ends.sockets_open.value += 1
+        of_pod = self._living.get(living.pod)
+        if of_pod is None:
+            of_pod = self._living[living.pod] = set()
         of_pod.add(living)
         self.on_count(living.pod, len(of_pod))
         if self._log.wants("debug"):
@@ -108,15 +124,15 @@ class Ledger:
 
     def finish(self, living: Living, result: RelayResult | None = None, failure: Failure | None = None) -> None:
         """Leave the ledger with a record. What ended it from our side wins over what the relay saw of it."""
-        of_pod = self._living.get(living.pod)
-        if of_pod is None or living not in of_pod or living.series is None:
+        of_pod, ends = self._living.get(living.pod), living.ends
+        if of_pod is None or living not in of_pod or ends is None:
             return
         of_pod.remove(living)
         living.stop = None  # whoever it belongs to is free to go without the garbage collector
         failure = living.ended_by or failure or (Failure(result.error) if result is not None and result.error else None)
         self._count_bytes(living, result)
-        living.series.close(failure.flags if failure is not None else "-")
-        self._metrics.sockets_open[_reporter(living)].value -= 1
+        ends.series.close(failure.flags if failure is not None else "-")
+        ends.sockets_open.value -= 1
         self._log.write(self._record(living, AccessEvent.COMPLETE, result, failure))
         if not of_pod:
             del self._living[living.pod]
@@ -184,26 +200,32 @@ class Ledger:
         for of_pod in list(self._living.values()):
             yield from list(of_pod)
 
-    def _series_of(self, living: Living) -> TcpSeries:
-        """Where the connection counts. Its labels are put together once for all connections between the same ends."""
-        ends = living.source, living.target, living.service
-        key = living.direction, living.source_identity, *map(id, ends)
-        known = self._known_series.get(key)
-        if known is not None:
-            return known[0]
+    def _ends_of(self, living: Living) -> _Ends:
+        held = living.source, living.target, living.service
+        key = living.direction, living.source_identity, living.target_identity, id(held[0]), id(held[1]), id(held[2])
+        ends = self._known_ends.get(key)
+        if ends is None:
+            if len(self._known_ends) >= _MOST_KNOWN_ENDS:
+                self._known_ends.clear()  # ends that have changed since take room; living connections hold their own themselves
+            ends = self._known_ends[key] = self._describe(living, held)
+        return ends
+
+    def _describe(self, living: Living, held: tuple[object, ...]) -> _Ends:
+        reporter: Literal["source", "destination"] = "source" if living.direction == "outbound" else "destination"
         labels = tcp_labels(
-            "source" if living.direction == "outbound" else "destination",
+            reporter,
             source=living.source,
             destination=living.target,
             service=living.service,
             source_identity=living.source_identity,
             mutual_tls=living.source_identity is not None,
         )
-        series = self._metrics.series(labels)
-        if len(self._known_series) >= _MOST_KNOWN_SERIES:
-            self._known_series.clear()  # ends that have changed since take room; living connections hold their series themselves
-        self._known_series[key] = series, ends
-        return series
+        return _Ends(
+            self._metrics.series(labels),
+            self._metrics.sockets_open[reporter],
+            *_named(living),
+            held,
+        )
 
     async def wait_empty(self) -> None:
         """Until no connection lives."""
@@ -221,43 +243,46 @@ class Ledger:
             self._count_bytes(living, None)
 
     def _count_bytes(self, living: Living, result: RelayResult | None) -> None:
-        if living.series is None:
+        moved = result if result is not None else living.relay
+        if living.ends is None or moved is None:
             return
-        if result is not None:
-            sent, received = result.sent, result.received
-        elif living.relay is not None:
-            sent, received = living.relay.sent, living.relay.received
-        else:
-            return
-        to_server, to_client = (sent, received) if living.relay_from == "downstream" else (received, sent)
+        to_server, to_client = (moved.sent, moved.received) if living.relay_from == "downstream" else (moved.received, moved.sent)
         before_server, before_client = living.counted
         living.counted = (to_server, to_client)
         # Istio counts "received" client to server, for both reporters.
-        living.series.received += to_server - before_server
-        living.series.sent += to_client - before_client
+        series = living.ends.series
+        series.received += to_server - before_server
+        series.sent += to_client - before_client
 
     def _record(self, living: Living, event: AccessEvent, result: RelayResult | None, failure: Failure | None) -> AccessRecord:
-        verdict = living.verdict
+        verdict, ends = living.verdict, living.ends
+        source, destination, service = ends[2:5] if ends is not None else _named(living)
         sent, received = living.counted if living.direction == "outbound" else reversed(living.counted)
+        # By position, in the order of the fields: seventeen names would cost half as much again.
         return AccessRecord(
-            event=event,
-            direction=living.direction,
-            source=AccessPeer.of(living.client, living.source, living.source_identity),
-            destination=AccessPeer.of(living.destination, living.target, living.target_identity),
-            ended=time.time(),
-            duration=self._now() - living.started,
-            hbone_address=living.authority,
-            service=living.service.hostname if living.service is not None else "",
-            bytes_sent=sent,
-            bytes_recv=received,
-            error=failure.because if failure is not None else None,
-            response_flags=failure.flags if failure is not None else "-",
-            policy=verdict.policy if verdict is not None else None,
-            rule=verdict.rule if verdict is not None else None,
-            because=(verdict.because if verdict is not None else living.because) or None,
-            closed_first=result.first_closed if result is not None else None,
+            event,
+            living.direction,
+            AccessPeer(living.client, *source[1:]),
+            AccessPeer(living.destination, *destination[1:]),
+            time.time(),
+            self._now() - living.started,
+            living.authority,
+            service,
+            sent,
+            received,
+            failure.because if failure is not None else None,
+            failure.flags if failure is not None else "-",
+            verdict.policy if verdict is not None else None,
+            verdict.rule if verdict is not None else None,
+            (verdict.because if verdict is not None else living.because) or None,
+            result.first_closed if result is not None else None,
         )
 
 
-def _reporter(living: Living) -> str:
-    return "source" if living.direction == "outbound" else "destination"
+def _named(living: Living) -> tuple[AccessPeer, AccessPeer, str]:
+    """Source and destination without their addresses, and the service, as the log names them."""
+    return (
+        AccessPeer.of(None, living.source, living.source_identity),
+        AccessPeer.of(None, living.target, living.target_identity),
+        living.service.hostname if living.service is not None else "",
+    )

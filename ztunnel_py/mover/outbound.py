@@ -13,7 +13,6 @@ from mesh.reactor.hbone import HboneLink, OnResponse, TunnelFailure
 from mesh.reactor.hbone import Tunnel as OpenTunnel
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import reset
-from mesh.state.resolve import resolve
 from mesh.wire.forwarded import write_forwarded
 from mesh.wire.traceparent import new_traceparent
 from ztunnel_py.mover.ledger import Failure, Living
@@ -50,7 +49,7 @@ class Outbound:
             return
         living = self._living
         living.source = workload
-        route = resolve(self._plane.state, workload, self._target, self._plane.rng)
+        route = self._plane.routes.resolve(workload, self._target, self._plane.rng)
         living.because = route.because
         living.service = route.service
         match route:

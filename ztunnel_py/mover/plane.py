@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.reactor.loop import Reactor
+from mesh.state.memo import RouteMemo
 from mesh.state.store import MeshState
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.ledger import Ledger
@@ -37,3 +38,7 @@ class Plane:
     rng: random.Random
     pool: PoolLimits
     """Of each pod's tunnels."""
+    routes: RouteMemo = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.routes = RouteMemo(self.state)

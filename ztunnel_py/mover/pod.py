@@ -12,7 +12,7 @@ from typing import Protocol, Self, TypeAlias, TypeVar
 from OpenSSL import SSL
 
 from mesh.linux.netns import entered
-from mesh.linux.sockets import make_upstream_socket
+from mesh.linux.sockets import bind_foreign, make_upstream_socket
 from mesh.model.address import IpAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.ports import PROXY_MARK
@@ -29,6 +29,10 @@ from ztunnel_py.mover.pool import OnLink, PoolKey, TunnelPool
 
 CONNECT_SECONDS = 10.0
 """As ztunnel: every upstream connect is bounded."""
+SOCKETS_AHEAD = 16
+"""To enter a pod's namespace and come back costs as much as the socket itself, so a pod that dials often has some made at once."""
+AHEAD_SECONDS = 10.0
+"""How long sockets that nobody needed are kept."""
 WORKLOAD_SECONDS = 5.0
 """How long a connection waits for its own pod's workload to arrive over xDS (ztunnel O1)."""
 
@@ -102,8 +106,14 @@ class Pod:
         self.links: set[HboneLink] = set()
         """Connections of peers to port 15008."""
         self._listening: list[tuple[socket.socket, Listener]] = []
+        self._ahead: dict[int, list[socket.socket]] = {socket.AF_INET: [], socket.AF_INET6: []}
+        """Sockets for the next dials, by family."""
+        self._made_at_once = 1
+        self._trimmer: Timer | None = None
         self._described: tuple[Workload, str] | None = None
         self._name_server: NameServing | None = None
+        self._known: tuple[int, Workload | None] = -1, None
+        """The pod's workload at a version of the state."""
 
     @property
     def uid(self) -> str:
@@ -113,7 +123,10 @@ class Pod:
         """This pod in the mesh's state: by name and service account, never by address. None while the state is incomplete."""
         if not self.plane.synced:
             return None
-        return self.plane.state.find_local_workload(self.info.namespace, self.info.name, self.info.service_account)
+        state = self.plane.state
+        if self._known[0] != state.version:
+            self._known = state.version, state.find_local_workload(self.info.namespace, self.info.name, self.info.service_account)
+        return self._known[1]
 
     def when_workload_known(self, on_workload: Callable[[Workload | None], None]) -> None:
         """Call back with the pod's workload, now or when it has come; with None after `WORKLOAD_SECONDS`."""
@@ -199,7 +212,38 @@ class Pod:
 
     def _make_socket(self, address: SocketAddress, source: IpAddress | None) -> socket.socket:
         family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
-        return self.inside(lambda: make_upstream_socket(family, mark=PROXY_MARK, source=source if source != address.ip else None))
+        ahead = self._ahead[family]
+        if not ahead:
+            self.inside(lambda: self._make_ahead(ahead, family))
+        sock = ahead.pop()
+        if source is not None and source != address.ip:
+            try:
+                bind_foreign(sock, source)
+            except OSError:
+                sock.close()
+                raise
+        return sock
+
+    def _make_ahead(self, ahead: list[socket.socket], family: int) -> None:
+        """One socket at first, twice as many each time they were used up. Raises OSError if not even one can be made."""
+        try:
+            for _ in range(self._made_at_once):
+                ahead.append(make_upstream_socket(family, mark=PROXY_MARK))
+        except OSError:
+            if not ahead:
+                raise
+        self._made_at_once = min(2 * self._made_at_once, SOCKETS_AHEAD)
+        if self._trimmer is not None:
+            self._trimmer.cancel()
+        self._trimmer = self.plane.reactor.call_later(AHEAD_SECONDS, self._trim)
+
+    def _trim(self) -> None:
+        """Nobody has used the last ones up for a while."""
+        self._trimmer = None
+        self._made_at_once = 1
+        for ahead in self._ahead.values():
+            while ahead:
+                ahead.pop().close()
 
     def inside(self, function: Callable[[], T]) -> T:
         """Call ``function``, which must neither wait nor call back, in the pod's network namespace. Raises OSError."""
@@ -244,6 +288,9 @@ class Pod:
         self.pool.close(gracefully=False)
         for link in list(self.links):
             link.abort("pod dropped")
+        if self._trimmer is not None:
+            self._trimmer.cancel()
+        self._trim()
         for fd in self.sockets.all():
             os.close(fd)
 

@@ -62,7 +62,7 @@ class HboneClient(HboneConnection):
         self._goaway_received = True
         self._events.append(GoingAway(last_stream, code))
         for stream in [stream for stream in self._streams if stream > last_stream]:
-            del self._streams[stream]
+            self._streams.pop(stream).drop()
             self._remember_reset(stream)
             self._events.append(TunnelReset(stream, ErrorCode.REFUSED_STREAM))
 

@@ -33,6 +33,7 @@ from mesh.wire.frames import (
     DEFAULT_FRAME_SIZE,
     DEFAULT_WINDOW,
     END_STREAM,
+    FRAME_HEADER_SIZE,
     MAX_STREAM_ID,
     MAX_WINDOW,
     FrameSplitter,
@@ -77,7 +78,9 @@ OWN_PING: Final = b"\xffgoodbye"
 """The PING of our own graceful GOAWAY; pings with this first byte are not the driver's."""
 
 _OPEN: Final = Direction.OPEN
-_DATA_HEADER = Struct(">IBI").pack
+_HEADER = Struct(">IBI")
+_DATA_HEADER = _HEADER.pack
+_DATA_HEADER_INTO = _HEADER.pack_into
 
 
 class HboneConnection(ABC):
@@ -93,7 +96,9 @@ class HboneConnection(ABC):
         self._reader = HeaderReader(limits.max_header_list_size)
         self._writer = HeaderWriter()
         self._events: list[HboneEvent] = []
-        self._outgoing = bytearray()
+        self.outgoing = bytearray()
+        """What `take_outgoing` will give: to see whether there is anything, and how much. A peer that asks and never reads makes it grow:
+        the driver must set a bound."""
         self._failure: RemoteProtocolError | None = None
         self._streams: dict[int, Stream] = {}
         self._reset_here: dict[int, None] = {}  # in order of age
@@ -102,14 +107,15 @@ class HboneConnection(ABC):
         self._stream_credit_portion = limits.stream_window // 4
         self._send_window = DEFAULT_WINDOW
         self._initial_send_window = DEFAULT_WINDOW
-        self._max_frame_size = DEFAULT_FRAME_SIZE
+        self.max_frame_size = DEFAULT_FRAME_SIZE
+        """The largest DATA payload that the peer takes in one frame, in bytes."""
         self._peer_max_streams = MAX_STREAM_ID
         self._settings_received = False
         self._goaway_received = False
         self._goaway_sent = False
         self._take_control_bytes()
         if limits.connection_window > DEFAULT_WINDOW:
-            self._outgoing += window_update_frame(0, limits.connection_window - DEFAULT_WINDOW)
+            self.outgoing += window_update_frame(0, limits.connection_window - DEFAULT_WINDOW)
 
     # --- facts ---------------------------------------------------------------------------------------------------------------------------
 
@@ -124,19 +130,9 @@ class HboneConnection(ABC):
         return self._goaway_sent or self._goaway_received
 
     @property
-    def has_outgoing(self) -> bool:
-        """Whether `take_outgoing` has something."""
-        return bool(self._outgoing)
-
-    @property
     def settings_received(self) -> bool:
         """The peer's SETTINGS have come: its windows, frame size and number of streams are known rather than RFC 9113's defaults."""
         return self._settings_received
-
-    @property
-    def max_frame_size(self) -> int:
-        """The largest DATA payload that the peer takes in one frame, in bytes."""
-        return self._max_frame_size
 
     @property
     def peer_max_concurrent_streams(self) -> int:
@@ -145,9 +141,7 @@ class HboneConnection(ABC):
     def sendable(self, stream: int) -> int:
         """Bytes of DATA that both windows allow on a stream; 0 if it is not open for sending. `WindowOpened` tells when a 0 has grown."""
         state = self._streams.get(stream)
-        if state is None or state.sending is not _OPEN:
-            return 0
-        return max(0, min(self._send_window, state.send_window))
+        return 0 if state is None else self.room(state)
 
     # --- what the driver does ------------------------------------------------------------------------------------------------------------
 
@@ -162,22 +156,62 @@ class HboneConnection(ABC):
         except RemoteProtocolError as exc:
             self._failure = exc
             self._goaway_sent = True
-            self._outgoing += goaway_frame(self._last_peer_stream(), exc.code, exc.reason.encode("ascii", "replace")[:256])
+            self.outgoing += goaway_frame(self._last_peer_stream(), exc.code, exc.reason.encode("ascii", "replace")[:256])
             raise
         return events
 
+    def receive_lone_data(self, data: memoryview, size: int) -> Stream | None:
+        """`receive` for what comes most often: the first ``size`` bytes of ``data`` are one frame of DATA for an open tunnel, and call for
+        no answer. Returns its stream; the payload is all but the first 9 bytes. None: it is anything else, and `receive` must be given it.
+        """
+        splitter = self._splitter
+        if not splitter.between_frames or size <= FRAME_HEADER_SIZE:
+            return None
+        word, flags, number = _HEADER.unpack_from(data)
+        length = size - FRAME_HEADER_SIZE
+        stream = self._streams.get(number)
+        # Type 0 is DATA. END_STREAM, padding, a reserved bit, a wrong size or a window that it oversteps are `receive`'s to judge.
+        if word != length << 8 or flags or stream is None or stream.receiving is not _OPEN or length > stream.receive_window:
+            return None
+        left = self._receive_window - length
+        if left < self._receive_window_low or left < 0 or length > splitter.max_frame_size:
+            return None
+        self._receive_window = left
+        stream.receive_window -= length
+        return stream
+
+    def consumed_lone_data(self, stream: Stream, length: int) -> None:
+        """`consumed` for what `receive_lone_data` has just handed out."""
+        stream.owed += length
+        if stream.owed >= self._stream_credit_portion:
+            self._return_stream_credit(stream)
+
+    def write_lone_header(self, buffer: memoryview, stream: Stream, length: int) -> None:
+        """`data_header` into the first 9 bytes of ``buffer``, for a ``length`` of at most what `room` gave."""
+        stream.send_window -= length
+        self._send_window -= length
+        _DATA_HEADER_INTO(buffer, 0, length << 8, 0, stream.id)
+
+    def room(self, stream: Stream) -> int:
+        """`sendable` for who holds the stream itself."""
+        if stream.sending is not _OPEN:
+            return 0
+        window = self._send_window
+        if stream.send_window < window:
+            window = stream.send_window
+        return window if window > 0 else 0
+
+    def find_stream(self, stream: int) -> Stream:
+        """The state of a living stream. Raises KeyError."""
+        return self._streams[stream]
+
     def take_outgoing(self) -> bytes:
         """What must be sent now: SETTINGS, HEADERS, WINDOW_UPDATE, RST_STREAM, PING, GOAWAY, empty DATA with END_STREAM. Often nothing."""
-        if not self._outgoing:
+        if not self.outgoing:
             return b""
-        outgoing = bytes(self._outgoing)
-        self._outgoing.clear()
+        outgoing = bytes(self.outgoing)
+        self.outgoing.clear()
         return outgoing
-
-    @property
-    def outgoing_size(self) -> int:
-        """How many bytes `take_outgoing` would give. A peer that asks and never reads makes it grow: the driver must set a bound."""
-        return len(self._outgoing)
 
     def data_header(self, stream: int, length: int, end: bool = False) -> bytes:
         """The 9 bytes to send before ``length`` bytes of payload, which this deducts from the windows. ``end``: they are our last.
@@ -188,10 +222,10 @@ class HboneConnection(ABC):
         if (
             state is None
             or state.sending is not _OPEN
-            or (length and (length > state.send_window or length > self._send_window or length > self._max_frame_size))
+            or (length and (length > state.send_window or length > self._send_window or length > self.max_frame_size))
         ):
             raise LocalProtocolError(
-                f"{length} bytes on stream {stream}, which takes {self.sendable(stream)} in frames of {self._max_frame_size}"
+                f"{length} bytes on stream {stream}, which takes {self.sendable(stream)} in frames of {self.max_frame_size}"
             )
         state.send_window -= length
         self._send_window -= length
@@ -214,9 +248,12 @@ class HboneConnection(ABC):
         if state.owed + state.receive_window > self._limits.stream_window:
             raise LocalProtocolError(f"more consumed on stream {stream} than received")
         if state.owed >= self._stream_credit_portion:
-            state.receive_window += state.owed
-            self._outgoing += window_update_frame(stream, state.owed)
-            state.owed = 0
+            self._return_stream_credit(state)
+
+    def _return_stream_credit(self, state: Stream) -> None:
+        state.receive_window += state.owed
+        self.outgoing += window_update_frame(state.id, state.owed)
+        state.owed = 0
 
     def hold_credit(self, hold: bool) -> None:
         """While ``hold``, return none of the connection's credit: for a driver whose tunnels together have more waiting than it will store.
@@ -228,7 +265,7 @@ class HboneConnection(ABC):
             self._return_connection_credit()
 
     def _return_connection_credit(self) -> None:
-        self._outgoing += window_update_frame(0, self._limits.connection_window - self._receive_window)
+        self.outgoing += window_update_frame(0, self._limits.connection_window - self._receive_window)
         self._receive_window = self._limits.connection_window
 
     def end(self, stream: int) -> None:
@@ -238,7 +275,7 @@ class HboneConnection(ABC):
             return
         if not state.sent(Signal.END):
             raise LocalProtocolError(f"stream {stream} ended before it was answered")
-        self._outgoing += frame_header(0, FrameType.DATA, END_STREAM, stream)
+        self.outgoing += frame_header(0, FrameType.DATA, END_STREAM, stream)
         self._forget_if_over(state)
 
     def reset(self, stream: int, code: int = ErrorCode.CANCEL) -> None:
@@ -259,7 +296,7 @@ class HboneConnection(ABC):
         """
         self._goaway_sent = True
         last = self._accept_no_more_than(self._last_peer_stream() if last_stream is None else last_stream)
-        self._outgoing += goaway_frame(last, code)
+        self.outgoing += goaway_frame(last, code)
 
     # --- frames of the connection (called by the splitter) -------------------------------------------------------------------------------
 
@@ -271,7 +308,7 @@ class HboneConnection(ABC):
             return
         self._settings_received = True
         settings = self._control.remote_settings
-        self._max_frame_size = settings.max_frame_size
+        self.max_frame_size = settings.max_frame_size
         self._peer_max_streams = min(settings.max_concurrent_streams, MAX_STREAM_ID)
         self._writer.resize(settings.header_table_size)
         self._shift_windows(settings.initial_window_size - self._initial_send_window)
@@ -373,6 +410,7 @@ class HboneConnection(ABC):
             self._on_frame_of_no_stream(stream, answer=None)
             return
         answered = state.sending is not Direction.SILENT
+        state.drop()
         self._events.append(TunnelReset(stream, code))
         self._patience.spend(patience.RESET if answered else patience.RESET_BEFORE_ANSWER, "RST_STREAM")
 
@@ -437,7 +475,7 @@ class HboneConnection(ABC):
             raise RemoteProtocolError(f"a frame on stream {stream}, which nobody opened")
         if answer is not None and stream not in self._reset_here:
             self._patience.spend(patience.STALE_FRAME, "frames on closed streams")
-            self._outgoing += rst_stream_frame(stream, answer)
+            self.outgoing += rst_stream_frame(stream, answer)
             self._remember_reset(stream)
 
     def _fail_stream(self, stream: int, code: int) -> None:
@@ -447,8 +485,10 @@ class HboneConnection(ABC):
         self._events.append(TunnelReset(stream, code))
 
     def _reset(self, stream: int, code: int) -> None:
-        self._streams.pop(stream, None)
-        self._outgoing += rst_stream_frame(stream, code)
+        state = self._streams.pop(stream, None)
+        if state is not None:
+            state.drop()
+        self.outgoing += rst_stream_frame(stream, code)
         self._remember_reset(stream)
 
     def _remember_reset(self, stream: int) -> None:
@@ -461,11 +501,11 @@ class HboneConnection(ABC):
             self._streams.pop(state.id, None)
 
     def _send_headers(self, stream: int, block: bytes, *, end: bool) -> None:
-        self._outgoing += header_frames(stream, block, end_stream=end, max_frame_size=self._max_frame_size)
+        self.outgoing += header_frames(stream, block, end_stream=end, max_frame_size=self.max_frame_size)
 
     def _ping(self, data: bytes) -> None:
         self._control.ping(data)
         self._take_control_bytes()
 
     def _take_control_bytes(self) -> None:
-        self._outgoing += self._control.take_outgoing()
+        self.outgoing += self._control.take_outgoing()

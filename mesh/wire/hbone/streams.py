@@ -39,7 +39,7 @@ TRANSITIONS: Final[Mapping[Direction, Mapping[Signal, Direction]]] = {
 class Stream:
     """One tunnel's state at one end of a connection."""
 
-    __slots__ = ("id", "owed", "receive_window", "receiving", "send_window", "sending")
+    __slots__ = ("id", "owed", "owner", "receive_window", "receiving", "send_window", "sending")
 
     def __init__(self, stream_id: int, receive_window: int, send_window: int) -> None:
         self.id = stream_id
@@ -51,6 +51,8 @@ class Stream:
         """Bytes that have moved on and whose credit we still hold back, to return it in larger portions."""
         self.send_window = send_window
         """Bytes we may still send; below zero when the peer lowered its initial window (RFC 9113 section 6.9.2)."""
+        self.owner: object = None
+        """For the connection's driver; not touched here."""
 
     def received(self, signal: Signal) -> bool:
         """Step the peer's direction. False: the table has no such step, and nothing changed."""
@@ -67,6 +69,10 @@ class Stream:
             return False
         self.sending = following
         return True
+
+    def drop(self) -> None:
+        """The stream was removed: who still holds it sees that nothing can follow."""
+        self.receiving = self.sending = Direction.ENDED
 
     @property
     def is_over(self) -> bool:

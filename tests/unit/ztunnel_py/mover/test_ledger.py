@@ -138,8 +138,8 @@ def test_a_connection_leaves_one_record_and_one_count_however_often_it_is_finish
         books.ledger.finish(living, RelayResult(7, 9, None, "upstream"))
     assert books.endings == [None]
     assert books.counts == [("uid", 1), ("uid", 0)]
-    assert living.series is not None
-    assert (living.series.received, living.series.sent) == (7, 9)
+    assert living.ends is not None
+    assert (living.ends.series.received, living.ends.series.sent) == (7, 9)
 
 
 def test_what_we_ended_it_for_wins_over_what_the_relay_saw() -> None:
