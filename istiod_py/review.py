@@ -1,4 +1,4 @@
-"""Callers on Kubernetes: a service account token reviewed by the API server, and the live pod it is bound to (reference istio 4.2, 4.3)."""
+"""Callers on Kubernetes: a service account token reviewed by the API server, and the live pod it is bound to."""
 
 from __future__ import annotations
 

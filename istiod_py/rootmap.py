@@ -1,4 +1,4 @@
-"""The root as ConfigMap ``istio-ca-root-cert`` in every namespace, where agents and pods mount it (reference istio 4.6)."""
+"""The root as ConfigMap ``istio-ca-root-cert`` in every namespace, where agents and pods mount it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The certificate service as agents call it: ``istio.v1.auth.IstioCertificateService/CreateCertificate`` (reference istio 4)."""
+"""The certificate service as agents call it: ``istio.v1.auth.IstioCertificateService/CreateCertificate``."""
 
 from __future__ import annotations
 

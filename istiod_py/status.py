@@ -1,4 +1,4 @@
-"""Conditions written onto objects' status by server-side apply (reference istio 2.11); by the leader alone."""
+"""Conditions written onto objects' status by server-side apply; by the leader alone."""
 
 from __future__ import annotations
 

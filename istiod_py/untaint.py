@@ -1,4 +1,4 @@
-"""Takes the taint of a node that waits for its agent away once the agent is ready (reference istio 1.13).
+"""Takes the taint of a node that waits for its agent away once the agent is ready, as Istio's CNI agent has it.
 
 Whoever makes nodes can give them the taint, so that no pod starts there before the CNI plugin is in place. The control plane removes it,
 not the agent: removing takes the right to change nodes, all of them, and an agent runs on every node.

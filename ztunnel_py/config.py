@@ -1,4 +1,4 @@
-"""What the agent reads from its environment. Names are ztunnel's where it has one (reference ztunnel 6); the rest is marked ours.
+"""What the agent reads from its environment. Names are ztunnel's where it has one; the rest is marked ours.
 
 Brain and movers read the same environment, so a mover needs no configuration message. `docs/reference/ztunnel.md` is tested against it.
 """

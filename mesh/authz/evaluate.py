@@ -1,6 +1,6 @@
 """Whether policy lets a connection in, and which policy and rule said so.
 
-The order is ztunnel's (reference ztunnel 3.3): DENY before ALLOW, no ALLOW at all permits, otherwise one must match; dry-run policies
+The order is ztunnel's: DENY before ALLOW, no ALLOW at all permits, otherwise one must match; dry-run policies
 report and decide nothing. Where ztunnel passes over what it does not have or could not read, we refuse: a policy that the workload
 names but that has not arrived, and a policy that could not be parsed, deny, with that reason.
 """

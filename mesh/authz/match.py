@@ -1,6 +1,6 @@
 """Whether the rules of a policy are true for a connection: prepared once for a policy, asked for every connection.
 
-Semantics: ztunnel's (reference ztunnel 3.4), described at each kind in `mesh.model.policy`. The preparation turns lists into sets, so
+Semantics: ztunnel's, described at each kind in `mesh.model.policy`. The preparation turns lists into sets, so
 that a policy that names thousands of principals or address ranges costs a connection no more than one that names two.
 """
 

@@ -1,4 +1,4 @@
-"""Whether a pod belongs to the mesh, by Istio's precedence of labels (reference istio 1.1). Pure; the reason comes with it."""
+"""Whether a pod belongs to the mesh, by Istio's precedence of labels. Pure; the reason comes with it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def decide_enrolment(
     phase: str,
     excluded_namespaces: frozenset[str] = EXCLUDED_NAMESPACES,
 ) -> Enrolment:
-    """The table of reference istio 1.1: hard exclusions first, then the pod's label, then its namespace's."""
+    """Istio's order: hard exclusions first, then the pod's label, then its namespace's."""
     if host_network:
         return Enrolment(False, "the pod is on the host's network")
     if SIDECAR_STATUS in pod_annotations:

@@ -1,4 +1,4 @@
-"""Which endpoints of a service may take a connection, and one of them by weight (reference ztunnel 4.8).
+"""Which endpoints of a service may take a connection, and one of them by weight.
 
 The list is made once for a service, port and place of the source, and kept until one of them changes (`MeshState.picks`); a connection
 then costs one random number, whatever the number of endpoints.

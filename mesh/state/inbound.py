@@ -1,4 +1,4 @@
-"""What a CONNECT request to one of our workloads asks for, and whether it may ask us (reference ztunnel 1.5, I3-I7). Pure; never raises."""
+"""What a CONNECT request to one of our workloads asks for, and whether it may ask us. Pure; never raises."""
 
 from __future__ import annotations
 

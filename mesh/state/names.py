@@ -1,4 +1,4 @@
-"""Which service a name means to a workload that looks it up, and the addresses to answer with (reference ztunnel 1.8). Pure; never raises.
+"""Which service a name means to a workload that looks it up, and the addresses to answer with. Pure; never raises.
 
 A look-up tries the name as it is, as a short name of Kubernetes, and without each of the search domains that the workload's resolver may
 have put behind it; each of these as it is and as the wildcards above it. All are exact look-ups: the number of services does not matter.

@@ -1,4 +1,4 @@
-"""Where an outbound connection goes, how, and why: the table of reference ztunnel 1.4, first match wins. Pure; never raises."""
+"""Where an outbound connection goes, how, and why: ztunnel's table, first match wins. Pure; never raises."""
 
 from __future__ import annotations
 

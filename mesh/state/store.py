@@ -223,7 +223,7 @@ class MeshState:
         return self._services.get(key)
 
     def find_service_at(self, address: NetworkAddress, client_namespace: str) -> Service | None:
-        """The service with this virtual address, as clients of a namespace see it (reference ztunnel 4.7).
+        """The service with this virtual address, as clients of a namespace see it.
 
         Their own namespace's goes before the canonical one, that before the first by name. An exact address goes before a range; of
         ranges one of their own namespace before a longer one of another.

@@ -1,7 +1,7 @@
 """Delta xDS of one stream, without I/O and without protobuf: subscriptions, nonces, ACK and NACK, versions across reconnects.
 
 `DeltaClient` outlives its streams (it remembers what is held); `DeltaServer` is one stream's. Facts: xDS protocol, "incremental xDS";
-istiod's classification of requests is reference istio 3.3, the node proxy's habits are reference ztunnel 4.2-4.5.
+istiod's classification of requests is that of Istio's delta server, the node proxy's habits are those of ztunnel's delta client.
 """
 
 from __future__ import annotations

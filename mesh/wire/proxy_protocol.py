@@ -1,6 +1,6 @@
 """PROXY protocol version 2 (haproxy's proxy-protocol.txt): the header before a connection's bytes, with Istio's identity TLV.
 
-Reference ztunnel 2.7: a waypoint behind an application tunnel learns so who the client is.
+So a waypoint behind an application tunnel learns who the client is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """ZDS packets, by hand: between a CNI agent (server) and the node proxy (client), one protobuf message a SOCK_SEQPACKET packet.
 
-Reference ztunnel 1.2 and istio 1.10. Five messages of strings: less code than a dependency of this layer on generated classes, bounded by
+Between Istio's CNI agent and ztunnel. Five messages of strings: less code than a dependency of this layer on generated classes, bounded by
 construction; the generated ones (mesh/xds/proto/zds.proto) are the oracle in tests.
 """
 

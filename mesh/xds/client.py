@@ -1,6 +1,6 @@
 """Delta ADS client of a node proxy: connects, keeps what it was given, reconnects with the versions it holds, and never in a hot loop.
 
-Behaviour: reference ztunnel 4.1-4.5; unlike ztunnel a clean end or a local failure (an unreadable root certificate) waits as well.
+Behaviour: ztunnel's; but here a clean end or a local failure (an unreadable root certificate) waits as well.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Messages of the control plane to model values: what is wrong with a workload or service refuses it, what is wrong with a policy denies.
 
-Rules: reference ztunnel 4.6 and 3.1. Where ztunnel drops what it does not know of a policy (an ALLOW becomes wider, a DENY inert), the
+Rules: ztunnel's. Where ztunnel drops what it does not know of a policy (an ALLOW becomes wider, a DENY inert), the
 policy here becomes `Policy(unreadable=...)`: also for unknown fields and extensions, which may be conditions.
 """
 

@@ -1,4 +1,4 @@
-"""Names of the control plane's protocol: resource types, methods, nodes (reference istio 2.2 and 3.2, ztunnel 4.1-4.2)."""
+"""Names of the control plane's protocol: resource types, methods, nodes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Delta ADS for many clients: whole or on-demand sets, pushes of what changed, reconnects that cost only the difference.
 
-Semantics: reference istio 3.3-3.7, with two improvements: policies have content versions too, so a reconnect does not send them all again,
+Semantics: Istio's, with two improvements: policies have content versions too, so a reconnect does not send them all again,
 and subscriptions in a stale request count.
 """
 

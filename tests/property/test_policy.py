@@ -136,7 +136,7 @@ def test_dry_run_policies_decide_nothing(applied: tuple[Policy, ...], connection
     assert replace(with_them, dry_run=()) == without
 
 
-# What the rules say, written down once more: as reference ztunnel 3.4 has it, with no thought of speed.
+# What the rules say, written down once more: as ztunnel has it, with no thought of speed.
 
 
 def permitted(readable: tuple[Policy, ...], connection: Connection) -> bool:

@@ -1,4 +1,4 @@
-"""The bytes that a ztunnel must understand, and those that it sends (reference ztunnel 2.4 and 11; HPACK's order and coding are free)."""
+"""The bytes that a ztunnel must understand, and those that it sends (HPACK's order and coding are free)."""
 
 from struct import iter_unpack
 

@@ -1,4 +1,4 @@
-"""The agent's pages: config_dump, log levels, stop, metrics, readiness (reference ztunnel 7)."""
+"""The agent's pages: config_dump, log levels, stop, metrics, readiness."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def call_metadata(config: AgentConfig) -> dict[str, str]:
 
 
 def _parse_chain(identity: SpiffeId, key_pem: bytes, chain: list[str]) -> CertificateBundle:
-    """The answer is leaf, intermediates, and last the roots (reference istio 4.1)."""
+    """The answer is leaf, intermediates, and last the roots."""
     if not chain:
         raise CertificateFetchFailed(f"chain returned from CA is empty for: {identity}")
     if len(chain) == 1:

@@ -1,4 +1,4 @@
-"""``/config_dump``: the brain's state as JSON, in the keys and forms of ztunnel (reference ztunnel 7.1), so that its readers read ours."""
+"""``/config_dump``: the brain's state as JSON, in the keys and forms of ztunnel, so that its readers read ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a CNI plugin asks when a pod's network was made: Istio's JSON (reference istio 1.11, W2), with the pod's uid added by ours. Pure."""
+"""What a CNI plugin asks when a pod's network was made: Istio's JSON, with the pod's uid added by ours. Pure."""
 
 from __future__ import annotations
 

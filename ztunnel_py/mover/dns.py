@@ -1,4 +1,4 @@
-"""Port 15053 of a pod: the names that its application looks up (reference ztunnel 1.8).
+"""Port 15053 of a pod: the names that its application looks up.
 
 Addresses of the mesh's services are answered from what the mover knows. Every other message goes, byte for byte, to the server that the
 application asked, from a socket in the pod's namespace, and what comes back goes to the application: nothing is kept, nothing repeated,

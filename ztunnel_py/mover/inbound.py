@@ -1,4 +1,4 @@
-"""Ports 15008 and 15006: what comes to a captured pod, over HBONE or as plaintext (reference ztunnel 1.5, 1.6).
+"""Ports 15008 and 15006: what comes to a captured pod, over HBONE or as plaintext.
 
 The order is fixed: who calls, what do they want, may they, only then a connection to the application. `_dial_application` takes the
 `Permit`: without one there is no connection.

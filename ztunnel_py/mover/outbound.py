@@ -1,4 +1,4 @@
-"""Port 15001: what a captured application dialled, to HBONE or plain TCP (reference ztunnel 1.4)."""
+"""Port 15001: what a captured application dialled, to HBONE or plain TCP."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Outbound:
 
 
 def flag_of(because: str) -> str:
-    """The response flag of a failed dial, from the reason's first words (reference ztunnel 7.3, 7.5)."""
+    """The response flag of a failed dial, from the reason's first words."""
     return next((flag for words, flag in _FLAGS if because.startswith(words)), "CONNECT")
 
 

@@ -1,6 +1,6 @@
 """HBONE connections shared by the tunnels that may share them: same identities on both ends, same peer, same source address.
 
-Differs from ztunnel on purpose (reference ztunnel 1.9, 10.1-10.3): everybody who waits for a dial shares its failure too instead of
+Differs from ztunnel on purpose: everybody who waits for a dial shares its failure too instead of
 waiting on, a connection that was full is used again once streams ended, and one that dies before the peer answered is replaced by another.
 """
 

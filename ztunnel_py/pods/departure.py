@@ -1,6 +1,6 @@
 """Whether an agent that is told to end will be followed by another, or the mesh is being taken down.
 
-Istio's CNI agent asks the same about its DaemonSet (reference istio 1.13). In doubt another will follow: rules that stay keep traffic from
+Istio's CNI agent asks the same about its DaemonSet. In doubt another will follow: rules that stay keep traffic from
 leaving unencrypted, and the next agent finds them; what was released by mistake would go out in plain text.
 """
 

@@ -1,5 +1,5 @@
-"""Finding pods' network namespaces: through /proc, by a process whose cgroup names the pod and whose addresses are the pod's (reference
-istio 1.5); else by name, among those that the container runtime mounts in /var/run/netns, by the pod's addresses. Parsing is pure; the
+"""Finding pods' network namespaces: through /proc, by a process whose cgroup names the pod and whose addresses are the pod's;
+else by name, among those that the container runtime mounts in /var/run/netns, by the pod's addresses. Parsing is pure; the
 scans read files, enter namespaces, and block."""
 
 from __future__ import annotations

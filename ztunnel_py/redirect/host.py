@@ -1,4 +1,4 @@
-"""What the node's own network namespace needs so that its kubelet reaches captured pods whatever is asked of peers (reference istio 1.9).
+"""What the node's own network namespace needs so that its kubelet reaches captured pods whatever is asked of peers.
 
 A kubelet has no identity of the mesh, so under STRICT its probes would be refused. Its connections to captured pods therefore get a source
 address that nobody else has, which the rules in the pods let pass. Only sockets of the node itself, of the kubelet's user, are meant:

@@ -1,7 +1,7 @@
 """The rule and the route that bring an application's replies back to the agent, in the calling thread's network namespace.
 
 A reply goes to the client's address, which is another host's; marked packets are therefore routed by a table that calls every address
-local, and end at the agent's transparent socket. Reference istio 1.6. Blocking; pyroute2 runs an event loop inside each call.
+local, and end at the agent's transparent socket. Rules and routes are Istio's. Blocking; pyroute2 runs an event loop inside each call.
 """
 
 from __future__ import annotations

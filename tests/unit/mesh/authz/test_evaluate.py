@@ -1,4 +1,4 @@
-"""The order of evaluation of reference ztunnel 3.3, and where we fail closed."""
+"""ztunnel's order of evaluation, and where we fail closed."""
 
 from __future__ import annotations
 

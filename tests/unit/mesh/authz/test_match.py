@@ -1,4 +1,4 @@
-"""The truth table of reference ztunnel 3.4, field by field."""
+"""The truth table of ztunnel's matching, field by field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may be chosen, and how often (reference ztunnel 4.8)."""
+"""Who may be chosen, and how often."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a CONNECT may ask of a workload (reference ztunnel 1.5 I3-I7, 2.3 and 8.3)."""
+"""What a CONNECT may ask of a workload."""
 
 from __future__ import annotations
 
@@ -58,9 +58,6 @@ def refused(authority: str, *things: Workload | Service, local: Workload = SERVE
     return found.status, found.because
 
 
-# I3
-
-
 @pytest.mark.parametrize(
     "authority", ["", "10.0.0.2", "10.0.0.2:0", "10.0.0.2:65536", "10.0.0.999:80", "fd00::2:80", "user@host:80", "a b:80", ":80"]
 )
@@ -68,9 +65,6 @@ def test_an_authority_that_is_none_is_a_bad_request(authority: str) -> None:
     status, because = refused(authority)
     assert status == 400
     assert because.startswith("no valid authority pseudo header: ")
-
-
-# I4
 
 
 def test_our_own_address_is_taken() -> None:
@@ -128,9 +122,6 @@ def test_naming_another_waypoint_is_a_mismatch() -> None:
     assert refused("10.0.0.3:80", fronted, local=WAYPOINT, ip="10.0.0.9") == (400, "ip mismatch: 10.0.0.9 != 10.0.0.3")
 
 
-# I5
-
-
 @pytest.mark.parametrize(("port", "expected"), [(80, 8080), (443, None)])
 def test_a_hostname_leads_to_our_own_address_on_the_services_target(port: int, expected: int | None) -> None:
     found = ask(f"{HOST.hostname}:{port}", service())
@@ -181,9 +172,6 @@ def test_a_waypoint_takes_requests_for_the_hostname_of_a_service_that_names_it()
     )
 
 
-# I6
-
-
 @pytest.mark.parametrize("port", [15001, 15006, 15008])
 def test_our_own_ports_are_never_dialled(port: int) -> None:
     assert refused(f"10.0.0.2:{port}") == (503, "attempted recursive call to ourselves")
@@ -193,9 +181,6 @@ def test_our_own_ports_are_never_dialled_by_another_name_either() -> None:
     assert refused(f"{HOST.hostname}:82", service()) == (503, "attempted recursive call to ourselves")
     tunnelled = replace(SERVER, application_tunnel=ApplicationTunnel(PLAIN, 15008))
     assert refused("10.0.0.2:80", local=tunnelled) == (503, "attempted recursive call to ourselves")
-
-
-# I7
 
 
 def test_an_application_tunnel_overrides_the_port_and_takes_any_address() -> None:

@@ -1,4 +1,4 @@
-"""Which service a name means, by the cases of reference ztunnel 1.8."""
+"""Which service a name means, by ztunnel's cases."""
 
 from __future__ import annotations
 

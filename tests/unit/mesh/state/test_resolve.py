@@ -1,4 +1,4 @@
-"""The table of outbound decisions, row by row (reference ztunnel 1.4 and 8.3)."""
+"""The table of outbound decisions, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state's look-ups, by the semantics of reference ztunnel 4.6 and 4.7."""
+"""The state's look-ups, by ztunnel's semantics."""
 
 from __future__ import annotations
 
