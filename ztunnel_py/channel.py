@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import msgspec
 import trio
 
-from mesh.linux.unix_sockets import unix_address
+from mesh.linux.unix_sockets import listen_privately
 from ztunnel_py.messages import Message
 
 _HEADER = struct.Struct(">IB")
@@ -104,14 +104,7 @@ class Channel(Generic[M]):
 def listen_at(path: Path) -> trio.SocketListener:
     """Where others connect to make a channel; only the user's own processes can. What was left there by a brain of ours that was killed
     goes: only one runs at a time, its supervisor sees to that. Raises OSError."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with unix_address(path) as address:
-        sock.bind(address)
-    path.chmod(0o600)
-    sock.listen(16)
-    sock.setblocking(False)
+    sock, _ = listen_privately(path)
     return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import h11
 import trio
 
-from mesh.linux.unix_sockets import unix_address
+from mesh.linux.unix_sockets import listen_privately
 from mesh.telemetry.log import get_logger
 
 HEADER_TIMEOUT: Final = 2.0
@@ -119,27 +118,15 @@ async def open_listeners(address: str, *, default_host: str = "") -> list[trio.S
 
 @contextmanager
 def unix_listener(path: Path, backlog: int = 16) -> Iterator[trio.SocketListener]:
-    """Listen on a socket file that only its owner may use, in place of what another process has left, or still has, at ``path``.
-
-    ``backlog``: how many may wait to be accepted; a Unix socket refuses further ones at once, where TCP would let them try again.
+    """Listen on a socket file that only its owner may use, in place of what another process has left, or still has, at ``path``
+    (`listen_privately`, also for ``backlog``).
 
     The file goes with the context, unless another process has taken its place. Raises BindError.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        os.fchmod(sock.fileno(), 0o600)  # the file that bind makes takes the socket's mode, so it is never open to others
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished.unlink(missing_ok=True)
-        with unix_address(unfinished) as address:
-            sock.bind(address)
-        sock.listen(backlog)
-        ours = unfinished.stat()
-        unfinished.replace(path)
+        sock, ours = listen_privately(path, backlog)
     except OSError as exc:
-        sock.close()
         raise BindError(f"failed to listen at {path}: {exc.strerror}") from exc
-    sock.setblocking(False)
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
     try:
         yield listener

@@ -7,6 +7,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesh.linux.unix_sockets import unix_address
 from mesh.runtime import http
 from mesh.runtime.http import BindError, Request, Response, Route, bound_addresses, open_listeners, serve_admin, unix_listener
 
@@ -176,7 +177,7 @@ def test_a_socket_file_is_its_owners_alone_and_goes_with_its_server(tmp_path):
             async with trio.open_nursery() as nursery:
                 await nursery.start(serve_admin, ROUTES, [listener])
                 sock = socket.socket(socket.AF_UNIX)
-                with http.unix_address(path) as address:
+                with unix_address(path) as address:
                     sock.connect(address)
                 sock.setblocking(False)
                 async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as stream:
