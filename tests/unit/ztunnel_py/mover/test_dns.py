@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ from mesh.reactor.tcp import socket_address
 from mesh.state.names import Naming
 from mesh.state.store import Delta
 from mesh.telemetry.metrics import DnsMetrics, Registry
+from mesh.testing.proxies import wait_until
 from mesh.wire.dns import framed
 from ztunnel_py.mover import dns as module
 from ztunnel_py.mover import pod as pod_module
@@ -695,6 +698,47 @@ def test_a_server_that_stops_takes_what_waits_and_begins_again(names: Names) -> 
                 names.listen()
                 assert texts(dns.message.from_wire(await sock.recv(1000))) == ["10.1.0.1"]
             assert texts(await names.ask(OWN, tcp=True)) == ["10.1.0.1"]
+
+    names.run(test)
+
+
+def test_a_server_that_stops_takes_tcp_clients_that_wait(names: Names) -> None:
+    async def test() -> None:
+        sock = socket.create_connection((str(names.tcp.ip), names.tcp.port))  # without a turn of the loop, so nobody accepts it yet
+        sock.sendall(framed(dns.message.make_query(OWN, "A").to_wire()))
+        names.server.stop()
+        sock.setblocking(False)
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as stream:
+            assert texts(dns.message.from_wire(await read_message(stream))) == ["10.1.0.1"]
+
+    names.run(test)
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_what_waits_for_somebody_who_has_died_is_taken(names: Names, tcp: bool) -> None:
+    """Of those who share a socket the kernel wakes one, here an epoll set that never looks at it."""
+
+    async def test() -> None:
+        names.server.stop()
+        query = dns.message.make_query(OWN, "A").to_wire()
+        with select.epoll() as dead, socket.socket(type=socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM) as sock:
+            dead.register(names.sockets[tcp], select.EPOLLIN | select.EPOLLEXCLUSIVE)  # first in the queue of those who wait
+            names.listen()
+            woken: list[object] = []
+            waiter = threading.Thread(target=lambda: woken.append(dead.poll(10)))
+            waiter.start()
+            wait_until(lambda: "epoll" in Path(f"/proc/self/task/{waiter.native_id}/wchan").read_text() or woken, "the other waits")
+            address = names.tcp if tcp else names.udp
+            sock.connect((str(address.ip), address.port))
+            sock.sendall(framed(query) if tcp else query)
+            waiter.join()
+            assert woken != [[]], "the kernel woke the other"
+            names.pod._name_server = names.server
+            names.pod.look_again()
+            sock.setblocking(False)
+            with trio.socket.from_stdlib_socket(sock.dup()) as ours:
+                answer = await ours.recv(1000)
+            assert texts(dns.message.from_wire(answer[2:] if tcp else answer)) == ["10.1.0.1"]
 
     names.run(test)
 
