@@ -66,9 +66,9 @@ class Resolver:
         self.address: SocketAddress
 
     async def start(self, nursery: trio.Nursery) -> None:
-        await self.udp.bind(("127.0.0.1", 0))
-        self.address = socket_address(self.udp.getsockname())
-        listeners = await trio.open_tcp_listeners(self.address.port, host="127.0.0.1")
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")  # first: of TCP far more ports are taken on a busy machine
+        self.address = socket_address(listeners[0].socket.getsockname())
+        await self.udp.bind(("127.0.0.1", self.address.port))
         nursery.start_soon(self._serve_udp)
         nursery.start_soon(trio.serve_listeners, self._serve_tcp, listeners)
 
