@@ -457,6 +457,7 @@ class PodKeeper:
                     await trio.to_thread.run_sync(self._host.refuse, action.uid)
                 return pods.ProbesRefused(action.uid)
             case pods.Capture():
+                await self._check_namespace(action)
                 await trio.to_thread.run_sync(_capture, *self._how_captured(action))
                 return pods.Captured(action.uid)
             case pods.Verify():
@@ -621,6 +622,15 @@ class PodKeeper:
         return None if scope.cancelled_caught else pods.RetryDue(action.uid)
 
     # Blocking work; runs in threads, so it takes what it needs as arguments
+
+    async def _check_namespace(self, action: pods.Capture) -> None:
+        """What movers and other agents hand over may be of a namespace that the pod no longer has: its network was made anew while nobody
+        was in charge. Rules there would let it start uncaptured. Raises CannotServe."""
+        pod = self._held_pod(action.uid)
+        found = await trio.to_thread.run_sync(_identity_at, action.pod.netns_path)
+        if found not in (None, pod.identity):
+            self._tell(pods.NetnsReplaced(action.uid))
+            raise CannotServe("what is held is not the network namespace that the pod has")
 
     def _how_captured(self, action: pods.Capture | pods.Verify) -> tuple[int, PodFacts, bool, bool]:
         """What `_capture` and `_verify` need. Look-ups are captured only where there is somebody to answer them."""

@@ -163,6 +163,7 @@ class World:
         monkeypatch.setattr(module, "_begin_release", lambda netns, pod, dns, ipv6: self._set(netns, "releasing"))
         monkeypatch.setattr(module, "_finish_release", lambda netns, pod, dns, ipv6: self._set(netns, ""))
         monkeypatch.setattr(module, "_identity_at", lambda path: NetnsIdentity(self.inodes.get(path, 1), 1))
+        monkeypatch.setattr(module, "netns_identity", lambda netns: NetnsIdentity(self.inodes.get(self.opened[netns], 1), 1))
         environ = {"NODE_NAME": "n1", "MESH_SOURCE": str(tmp_path), "MESH_STATUS_DIR": str(tmp_path)}
         config: AgentConfig = read_config(environ | settings)
         self.keeper = PodKeeper(
@@ -575,6 +576,23 @@ def test_a_pod_whose_network_was_made_anew_is_held_until_that_one_is_captured(wo
             assert not answers
             await world.has(facts(netns="/n/2"))
         assert world.kernel["/n/2"] == "captured"
+
+    world.run(test)
+
+
+def test_a_pod_whose_network_was_made_anew_while_no_agent_was_there_is_held_until_that_one_is_captured(world: World) -> None:
+    """Movers kept the sockets of the old one, and hand them over."""
+
+    async def test() -> None:
+        descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+        world.opened[descriptors[0]] = "/n/old"
+        world.inodes["/n/old"] = 7
+        holding = (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),)
+        for mover in world.movers.all:
+            world.keeper.mover_joined(mover, holding, informed=True)  # type: ignore[arg-type]
+        await world.has(facts())
+        assert await world.keeper.hold(added()) == "captured: because"
+        assert world.kernel.get("/n/1") == "captured"
 
     world.run(test)
 
