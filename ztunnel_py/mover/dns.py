@@ -229,7 +229,8 @@ class NameServer:
         if answer is not None:
             _send_datagram(sock, answer, peer)
             known = self._known.get((query.name.lower(), query.type))
-            if known is not None and len(known.records) < 2:  # more of them change places
+            # More than one record change places; and a pod may pad its look-ups to 64 KiB each.
+            if known is not None and len(known.records) < 2 and len(data) <= dns.LEAST_UDP_PAYLOAD:
                 if len(self._repeated) >= _MOST_KNOWN:
                     self._repeated.clear()
                 self._repeated[data[2:]] = answer[2:], known.udp

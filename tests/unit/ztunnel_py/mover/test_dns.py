@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dns.edns
 import dns.flags
 import dns.message
 import dns.rcode
@@ -252,6 +253,19 @@ def test_the_same_again_is_answered_the_same_under_its_own_id_and_counts(names: 
 
     names.run(test)
     assert names.metric("requests") == 7
+
+
+def test_of_padded_look_ups_nothing_is_kept(names: Names) -> None:
+    """A pod could fill the memory of the agent that serves all of the node's."""
+
+    async def test() -> None:
+        for size, kept in ((60_000, 0), (100, 1)):
+            query = dns.message.make_query(OWN, "A", use_edns=0, options=[dns.edns.GenericOption(65001, bytes(size))])
+            wire = query.to_wire(max_size=65535)
+            assert texts(dns.message.from_wire(await names.exchange(wire))) == ["10.1.0.1"]
+            assert len(names.server._repeated) == kept
+
+    names.run(test)
 
 
 def test_the_addresses_come_in_changing_order(names: Names) -> None:
