@@ -290,7 +290,11 @@ class PodKeeper:
         """Take over what it serves, have it serve the rest. A mover that was not ``informed`` of the mesh would only refuse: while others
         serve a pod it is left to them, until `serve_everywhere`."""
         for held in holding:
-            self._adopt(held).serving.add(mover)
+            pod = self._adopt(held)
+            if pod is not None:
+                pod.serving.add(mover)
+            else:
+                mover.post(messages.DropPod(held.pod.uid))
         if self._retired:
             mover.post(messages.StopAccepting())
         for uid, pod in self._held.items():
@@ -331,11 +335,13 @@ class PodKeeper:
             if pod.living.pop(mover, None) is not None:
                 self._count(uid, pod)
 
-    def _adopt(self, holding: Holding) -> _Held:
+    def _adopt(self, holding: Holding) -> _Held | None:
+        """None: it is of another network namespace than what we hold, so whoever has it must give it up."""
         known = self._held.get(holding.pod.uid)
         if known is not None:
+            same = netns_identity(holding.descriptors[0]) == known.identity
             close_all(holding.descriptors)
-            return known
+            return known if same else None
         identity = netns_identity(holding.descriptors[0])
         held = self._held[holding.pod.uid] = _Held(holding.pod, holding.descriptors, identity)
         self._certificates.request(self.identity_of(holding.pod), Priority.WARMUP)
@@ -362,6 +368,9 @@ class PodKeeper:
         for held in holding:
             new = held.pod.uid not in self._held
             pod = self._adopt(held)
+            if pod is None:
+                elder.post(messages.DropPod(held.pod.uid))
+                continue
             pod.elders.add(elder)
             if new:
                 self._movers.post(messages.ServePod(pod.info), pod.descriptors)

@@ -445,6 +445,27 @@ def test_what_a_mover_still_serves_of_a_pod_that_was_dropped_is_dropped_again(wo
     world.run(test)
 
 
+def test_what_a_mover_holds_of_a_namespace_that_was_replaced_it_gives_up_for_the_present_one(world: World) -> None:
+    """It was told while its connection to the brain was broken. Counted as serving, it would never accept in the new one."""
+
+    async def test() -> None:
+        await world.captured(facts())
+        elder = FakeMover(world, "elder")
+        for other, join in (
+            (FakeMover(world, "2"), lambda mover, holding: world.keeper.mover_joined(mover, holding, informed=True)),
+            (elder, world.keeper.elder_joined),
+        ):
+            descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+            world.opened[descriptors[0]] = "/n/old"
+            world.inodes["/n/old"] = 7
+            join(other, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),))  # type: ignore[arg-type]
+            wanted = [messages.DropPod] if other is elder else [messages.DropPod, messages.ServePod]
+            assert [type(message) for message in other.told] == wanted
+        assert not world.keeper._held["uid-1"].elders
+
+    world.run(test)
+
+
 def test_what_movers_serve_before_the_source_was_read_stays_as_it_is(world: World) -> None:
     async def test() -> None:
         mover = world.movers.all[0]
