@@ -667,7 +667,9 @@ class PodKeeper:
         except (FileNotFoundError, NotANetworkNamespace):
             return
         try:
-            await trio.to_thread.run_sync(release, netns, facts, dns, self._config.ipv6)
+            # A path by a process that has ended may lead to another pod by now, which is not to be let go.
+            if netns_identity(netns) not in (pod.identity for pod in self._held.values()):
+                await trio.to_thread.run_sync(release, netns, facts, dns, self._config.ipv6)
         finally:
             os.close(netns)
 

@@ -445,6 +445,28 @@ def test_what_a_mover_still_serves_of_a_pod_that_was_dropped_is_dropped_again(wo
     world.run(test)
 
 
+@pytest.mark.parametrize("inode", [1, 2])
+def test_a_pod_is_not_released_in_the_namespace_of_another(world: World, monkeypatch: pytest.MonkeyPatch, inode: int) -> None:
+    """Its own is gone, and its path, by the number of a process, is another's."""
+    world.inodes["/proc/7/ns/net"] = inode
+
+    def open_netns(path: str) -> int:
+        fd = os.open("/dev/null", os.O_RDONLY)
+        world.opened[fd] = path
+        return fd
+
+    monkeypatch.setattr(module, "open_netns", open_netns)
+
+    async def test() -> None:
+        await world.captured(facts())
+        await world.has(facts(), replace(facts("uid-2", enrolled=False, name="job", netns="/proc/7/ns/net"), redirection="enabled"))
+        await world.until(lambda: "" in world.place.history, "its annotation is withdrawn")
+        await world.until(lambda: world.keeper.statuses().keys() == {"uid-1"}, "all is done about it")
+        assert world.kernel == {"/n/1": "captured"} | ({} if inode == 1 else {"/proc/7/ns/net": ""})
+
+    world.run(test)
+
+
 def test_what_a_mover_holds_of_a_namespace_that_was_replaced_it_gives_up_for_the_present_one(world: World) -> None:
     """It was told while its connection to the brain was broken. Counted as serving, it would never accept in the new one."""
 
