@@ -397,7 +397,9 @@ class HboneLink:
             self._reactor.call_soon(lambda: on_response(failure))
             return tunnel
         stream = client.request_tunnel(authority, headers)
-        tunnel = self._enter(Tunnel(self, stream, authority, {}))
+        state = client.find_stream(stream)
+        assert state is not None  # made by this call
+        tunnel = self._enter(Tunnel(self, stream, authority, {}), state)
         tunnel._on_response = on_response
         tunnel._response_timer = self._reactor.call_later(
             timeout, lambda: tunnel.reset(ErrorCode.CANCEL, f"no response to CONNECT within {timeout:g} s")
@@ -405,10 +407,10 @@ class HboneLink:
         self._schedule_pump()
         return tunnel
 
-    def _enter(self, tunnel: Tunnel) -> Tunnel:
+    def _enter(self, tunnel: Tunnel, state: Stream) -> Tunnel:
         self._tunnels[tunnel.stream] = tunnel
-        tunnel._state = self._core.find_stream(tunnel.stream)
-        tunnel._state.owner = tunnel
+        tunnel._state = state
+        state.owner = tunnel
         return tunnel
 
     def close_gracefully(self) -> None:
@@ -662,7 +664,10 @@ class HboneLink:
         return None
 
     def _on_requested(self, event: TunnelRequested) -> None:
-        tunnel = self._enter(Tunnel(self, event.stream, event.authority, event.headers))
+        state = self._core.find_stream(event.stream)
+        if state is None:
+            return  # withdrawn within the same read: nobody waits for an answer
+        tunnel = self._enter(Tunnel(self, event.stream, event.authority, event.headers), state)
         on_request = self._on_request
         assert on_request is not None  # only a server is asked
         request = TunnelRequest(tunnel, event.target)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from mesh.model.address import InvalidAddress, SocketAddress
 
+_LONGEST_HOST = 253
+
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
@@ -34,8 +36,9 @@ def parse_forwarded(value: str) -> Forwarded:
 
 
 def parse_forwarded_host(value: str) -> str | None:
-    """The service that the client addressed, if the header names one."""
-    return next(_texts_of("host", value), None)
+    """The service that the client addressed, if the header names one. What is too long for a hostname is none: it is kept, and a peer may
+    send 64 KiB."""
+    return next((text for text in _texts_of("host", value) if len(text) <= _LONGEST_HOST), None)
 
 
 def _texts_of(wanted: str, value: str) -> Iterator[str]:

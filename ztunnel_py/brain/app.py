@@ -39,13 +39,13 @@ from ztunnel_py.brain.pages import Pages
 from ztunnel_py.brain.pods import PodKeeper
 from ztunnel_py.brain.transfer import transfer_state, unreadable_bodies
 from ztunnel_py.config import SPARE, AgentConfig, read_access, read_config
-from ztunnel_py.pods.departure import ClusterDepartures, Departures, DirectoryDepartures
+from ztunnel_py.pods.departure import ClusterDepartures, Departures, DirectoryDepartures, settle
 from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
 
-ASK_AGAIN_SECONDS = 1.0
-"""When the API server did not say whether another agent follows."""
 _SPARE_SECONDS = 0.5
 """How long after SIGTERM it takes at most until we hear whether the mover that runs apart was told to end too."""
+_BELIEVED = 0.25
+"""Of the drain time: how long the API server must say that what we belong to is gone before we let the pods go for it."""
 _FAREWELL = 0.4
 """Of the drain time: what is left for connections when pods had to be released, or a successor waited for."""
 
@@ -55,7 +55,7 @@ _log = log.get_logger("brain")
 def open_departures(config: AgentConfig) -> Departures:
     """Where this agent learns whether another one will follow it."""
     if config.cluster is not None:
-        return ClusterDepartures(ApiClient(config.cluster), config.pod_namespace, config.node_name)
+        return ClusterDepartures(ApiClient(config.cluster), config.pod_namespace, config.node_name, _BELIEVED * config.drain)
     return DirectoryDepartures(config.run_dir)
 
 
@@ -164,11 +164,7 @@ class Brain:
         for_good = False
         if not self._orphaned:
             farewell = deadline - _FAREWELL * self._config.drain
-            departure = await self._departures.find()
-            with trio.move_on_at(farewell):
-                while not departure.certain:  # what is left on the node now nobody will take away
-                    await trio.sleep(ASK_AGAIN_SECONDS)
-                    departure = await self._departures.find()
+            departure = await settle(self._departures, farewell, lambda: self._charge.has_successor)
             for_good = departure.for_good
             _log.info("ending", for_good=for_good, because=departure.because)
             if for_good:

@@ -126,6 +126,11 @@ class Charge:
     def in_charge(self) -> bool:
         return self._in_charge
 
+    @property
+    def has_successor(self) -> bool:
+        """Whether a living agent of the node has taken over from this one."""
+        return bool(self._younger) and not self._in_charge
+
     def end(self) -> None:
         """This agent was told to end: whoever asks may take over, and it tries for nothing any more."""
         self._ending = True

@@ -290,7 +290,11 @@ class PodKeeper:
         """Take over what it serves, have it serve the rest. A mover that was not ``informed`` of the mesh would only refuse: while others
         serve a pod it is left to them, until `serve_everywhere`."""
         for held in holding:
-            self._adopt(held).serving.add(mover)
+            pod = self._adopt(held)
+            if pod is not None:
+                pod.serving.add(mover)
+            else:
+                mover.post(messages.DropPod(held.pod.uid))
         if self._retired:
             mover.post(messages.StopAccepting())
         for uid, pod in self._held.items():
@@ -331,11 +335,13 @@ class PodKeeper:
             if pod.living.pop(mover, None) is not None:
                 self._count(uid, pod)
 
-    def _adopt(self, holding: Holding) -> _Held:
+    def _adopt(self, holding: Holding) -> _Held | None:
+        """None: it is of another network namespace than what we hold, so whoever has it must give it up."""
         known = self._held.get(holding.pod.uid)
         if known is not None:
+            same = netns_identity(holding.descriptors[0]) == known.identity
             close_all(holding.descriptors)
-            return known
+            return known if same else None
         identity = netns_identity(holding.descriptors[0])
         held = self._held[holding.pod.uid] = _Held(holding.pod, holding.descriptors, identity)
         self._certificates.request(self.identity_of(holding.pod), Priority.WARMUP)
@@ -362,6 +368,9 @@ class PodKeeper:
         for held in holding:
             new = held.pod.uid not in self._held
             pod = self._adopt(held)
+            if pod is None:
+                elder.post(messages.DropPod(held.pod.uid))
+                continue
             pod.elders.add(elder)
             if new:
                 self._movers.post(messages.ServePod(pod.info), pod.descriptors)
@@ -457,6 +466,7 @@ class PodKeeper:
                     await trio.to_thread.run_sync(self._host.refuse, action.uid)
                 return pods.ProbesRefused(action.uid)
             case pods.Capture():
+                await self._check_namespace(action)
                 await trio.to_thread.run_sync(_capture, *self._how_captured(action))
                 return pods.Captured(action.uid)
             case pods.Verify():
@@ -622,6 +632,15 @@ class PodKeeper:
 
     # Blocking work; runs in threads, so it takes what it needs as arguments
 
+    async def _check_namespace(self, action: pods.Capture) -> None:
+        """What movers and other agents hand over may be of a namespace that the pod no longer has: its network was made anew while nobody
+        was in charge. Rules there would let it start uncaptured. Raises CannotServe."""
+        pod = self._held_pod(action.uid)
+        found = await trio.to_thread.run_sync(_identity_at, action.pod.netns_path)
+        if found not in (None, pod.identity):
+            self._tell(pods.NetnsReplaced(action.uid))
+            raise CannotServe("what is held is not the network namespace that the pod has")
+
     def _how_captured(self, action: pods.Capture | pods.Verify) -> tuple[int, PodFacts, bool, bool]:
         """What `_capture` and `_verify` need. Look-ups are captured only where there is somebody to answer them."""
         pod = self._held_pod(action.uid)
@@ -648,7 +667,9 @@ class PodKeeper:
         except (FileNotFoundError, NotANetworkNamespace):
             return
         try:
-            await trio.to_thread.run_sync(release, netns, facts, dns, self._config.ipv6)
+            # A path by a process that has ended may lead to another pod by now, which is not to be let go.
+            if netns_identity(netns) not in (pod.identity for pod in self._held.values()):
+                await trio.to_thread.run_sync(release, netns, facts, dns, self._config.ipv6)
         finally:
             os.close(netns)
 

@@ -152,11 +152,14 @@ class NameServer:
             else:
                 sock.setblocking(False)
                 local = self._listening[sock] = local_address(sock)
-                # Exclusive and level-triggered, as listeners are: of the movers that share the socket one wakes.
-                self.reactor.add(sock.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE, partial(self._on_datagrams, sock, local))
+                self._watch(sock, local)
+
+    def _watch(self, sock: socket.socket, local: SocketAddress) -> None:
+        # Exclusive and level-triggered, as listeners are: of the movers that share the socket one wakes.
+        self.reactor.add(sock.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE, partial(self._on_datagrams, sock, local))
 
     def stop(self) -> None:
-        """Take no new look-ups over UDP and no new TCP clients; those that are there go on."""
+        """Take what waits, then no new look-ups over UDP and no new TCP clients; those that are there go on."""
         for sock, local in self._listening.items():
             # Out of the loop first: whatever comes later wakes another mover, which was not woken for what waits already.
             self.reactor.remove(sock.fileno())
@@ -164,10 +167,18 @@ class NameServer:
             self._silent.append(sock)
         self._listening = {}
         for stream, listener in self._streams:
-            listener.close()
+            listener.finish()
             stream.close()
         self._streams = []
         self._forget_silent()
+
+    def look_again(self) -> None:
+        """Somebody else who took look-ups from these sockets has died, and may have been the one that was woken for what waits."""
+        for sock, local in self._listening.items():
+            self.reactor.remove(sock.fileno())
+            self._watch(sock, local)  # the kernel looks at the queue when a socket enters an epoll set
+        for _, listener in self._streams:
+            listener.look_again()
 
     def close(self) -> None:
         """Give back every descriptor; who still waits for an answer gets none."""
@@ -218,7 +229,8 @@ class NameServer:
         if answer is not None:
             _send_datagram(sock, answer, peer)
             known = self._known.get((query.name.lower(), query.type))
-            if known is not None and len(known.records) < 2:  # more of them change places
+            # More than one record change places; and a pod may pad its look-ups to 64 KiB each.
+            if known is not None and len(known.records) < 2 and len(data) <= dns.LEAST_UDP_PAYLOAD:
                 if len(self._repeated) >= _MOST_KNOWN:
                     self._repeated.clear()
                 self._repeated[data[2:]] = answer[2:], known.udp

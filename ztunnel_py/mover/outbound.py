@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from mesh.linux.sockets import original_destination
+from mesh.linux.sockets import local_address, original_destination
 from mesh.model.address import SocketAddress
 from mesh.model.ports import RECURSIVE
 from mesh.model.route import Direct, Refusal, Tunnel
@@ -38,7 +38,9 @@ class Outbound:
         self._living = Living(pod.uid, "outbound", client, self._target, self._plane.reactor.now())
         self._living.stop = lambda because: self._fail(Failure(because))
         self._guarded = self._plane.ledger.guarded
-        if target is None or (target.port in RECURSIVE and target.ip.is_loopback):
+        # Nothing redirects what the pod sends to its own addresses: to our port there, it is for nobody else. Dialled, it would come back
+        # for ever, with two more descriptors each time.
+        if target is None or (target.port in RECURSIVE and (target.ip.is_loopback or target == local_address(sock))):
             self._refuse(RECURSION)
         else:
             pod.when_workload_known(self._guarded(self._living, self._route))

@@ -70,8 +70,11 @@ class NameServing(Protocol):
     def listen(self, descriptors: Sequence[int]) -> None:
         """Take look-ups from these sockets, which stay the pod's. Raises OSError, then `stop` it."""
 
+    def look_again(self) -> None:
+        """Somebody else who took look-ups from the same sockets has died."""
+
     def stop(self) -> None:
-        """Take no more."""
+        """Take what waits, then no more."""
 
     def close(self) -> None:
         """Give up what is left."""
@@ -261,6 +264,8 @@ class Pod:
         """Somebody else who accepted on these listeners has died."""
         for _, listener in self._listening:
             listener.look_again()
+        if self._name_server is not None:
+            self._name_server.look_again()
 
     def stop_listening(self) -> None:
         if self._name_server is not None:

@@ -6,7 +6,7 @@ leaving unencrypted, and the next agent finds them; what was released by mistake
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -19,8 +19,12 @@ from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 DAEMONSET: Final = "ztunnel"
 ORDER: Final = "uninstall"
 """Name of the file in the run directory that says the same where there is no API server."""
+ASK_AGAIN_SECONDS: Final = 1.0
 _ANSWER_SECONDS: Final = 3.0
 _AGAIN_SECONDS: Final = 30.0
+_GONE: Final = {404: f"DaemonSet {DAEMONSET} is gone", 401: "our rights are gone", 403: "our rights are gone"}
+"""What gave us the right to ask is part of the installation, and goes with it, perhaps before us. But a starting API server answers so
+too, as it does for a moment when what was deleted is made anew; and 401 when our pod was deleted by force, and another is on its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +65,13 @@ class _Node(msgspec.Struct):
 Json = Mapping[str, object]
 
 
-def judge(daemonset: Json | ApiError, node: Json | ApiError, *, allowed_before: bool) -> Departure:
-    """From what the API server answered about our DaemonSet and our node. ``allowed_before``: it has answered this agent before."""
+def judge(daemonset: Json | ApiError, node: Json | ApiError, *, allowed_before: bool, sure: bool) -> Departure:
+    """From what the API server answered about our DaemonSet and our node. ``allowed_before``: it has answered this agent before.
+    ``sure``: that the DaemonSet, or our right to ask, is gone it has said for long enough."""
     if isinstance(daemonset, ApiError):
-        match daemonset.status:
-            case 404 if allowed_before:
-                return Departure(True, f"DaemonSet {DAEMONSET} is gone")
-            case 401 | 403 if allowed_before:
-                # What gave us the right to ask is part of the installation, and goes with it, perhaps before us.
-                return Departure(True, f"our rights are gone: {daemonset}")
+        if allowed_before and daemonset.status in _GONE:
+            because = f"{_GONE[daemonset.status]}: {daemonset}"
+            return Departure(True, because) if sure else Departure(False, f"not for long enough yet, {because}", certain=False)
         return Departure(False, f"the API server does not say: {daemonset}", certain=False)
     try:
         ours = msgspec.convert(daemonset, _DaemonSet)
@@ -93,11 +95,24 @@ class Departures(Protocol):
         """What to expect, now that we were told to end."""
 
 
+async def settle(departures: Departures, until: float, is_followed: Callable[[], bool]) -> Departure:
+    """Ask until the answer is certain, another agent of the node has taken over, or it is too late (trio's clock)."""
+    departure = await departures.find()
+    with trio.move_on_at(until):
+        while not departure.certain and not is_followed():  # what is left on the node now nobody will take away
+            await trio.sleep(ASK_AGAIN_SECONDS)
+            departure = await departures.find()
+    return departure
+
+
 class ClusterDepartures:
     """Asks the API server about the DaemonSet that this agent's pod belongs to."""
 
-    def __init__(self, client: ApiClient, namespace: str, node: str) -> None:
+    def __init__(self, client: ApiClient, namespace: str, node: str, sure_after: float) -> None:
+        """``sure_after``: for so many seconds the API server must say that there is no DaemonSet, or that we may not ask."""
         self._client = client
+        self._sure_after = sure_after
+        self._gone_since: float | None = None
         self._daemonset = f"/apis/apps/v1/namespaces/{namespace}/daemonsets/{DAEMONSET}"
         self._node = node
         self._allowed = False
@@ -112,13 +127,18 @@ class ClusterDepartures:
             await trio.sleep(_AGAIN_SECONDS)
 
     async def find(self) -> Departure:
+        gone_since, self._gone_since = self._gone_since, None
         with trio.move_on_after(_ANSWER_SECONDS):
             try:
                 daemonset = await self._get(self._daemonset)
                 node = await self._get(f"/api/v1/nodes/{self._node}")
             except ApiUnavailable as exc:
                 return Departure(False, f"the API server can't be asked: {exc}", certain=False)
-            return judge(daemonset, node, allowed_before=self._allowed)
+            now = trio.current_time()
+            if isinstance(daemonset, ApiError) and daemonset.status in _GONE:
+                self._gone_since = now if gone_since is None else gone_since
+            sure = self._gone_since is not None and now - self._gone_since >= self._sure_after
+            return judge(daemonset, node, allowed_before=self._allowed, sure=sure)
         return Departure(False, f"the API server did not answer within {_ANSWER_SECONDS:g} s", certain=False)
 
     async def _get(self, path: str) -> Json | ApiError:

@@ -110,16 +110,23 @@ class ClusterPlace:
     def __init__(self, node: str, client: ApiClient, paths: NodePaths = NodePaths()) -> None:
         self._node = node
         self._client = client
-        self._store = ClusterStore(client, ("Namespace", "Pod"), field_selectors={"Pod": f"spec.nodeName={node}"})
+        self._store = self._open_store()
         self._events = EventRecorder(client, "ztunnel", node)
         self._paths = paths
         self._known: dict[str, _Known] = {}
         self._learnt = trio.Event()
 
+    def _open_store(self) -> ClusterStore:
+        return ClusterStore(self._client, ("Namespace", "Pod"), field_selectors={"Pod": f"spec.nodeName={self._node}"})
+
     async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._events.run)
-            nursery.start_soon(self._store.run)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._events.run)
+                nursery.start_soon(self._store.run)
+        finally:
+            # Whoever is in charge again must not act on what was so before: a pod enrolled since then would be released.
+            self._store, self._known = self._open_store(), {}
 
     async def watch(self) -> AsyncGenerator[Mapping[str, PodFacts], None]:
         await self._store.wait_synced()

@@ -201,9 +201,9 @@ class HboneConnection(ABC):
             window = stream.send_window
         return window if window > 0 else 0
 
-    def find_stream(self, stream: int) -> Stream:
-        """The state of a living stream. Raises KeyError."""
-        return self._streams[stream]
+    def find_stream(self, stream: int) -> Stream | None:
+        """The state of a living stream. Also one that an event of the last `receive` tells of may be gone by that call's end."""
+        return self._streams.get(stream)
 
     def take_outgoing(self) -> bytes:
         """What must be sent now: SETTINGS, HEADERS, WINDOW_UPDATE, RST_STREAM, PING, GOAWAY, empty DATA with END_STREAM. Often nothing."""

@@ -18,8 +18,8 @@ from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, Path, ReactorThread, open_descriptors, read_all, tcp_listener, wait_until
 from mesh.tls.contexts import client_context, server_context
 from mesh.tls.peer import verify_client, verify_server
-from mesh.wire.frames import header_frames
-from mesh.wire.hbone import HboneClient, patience
+from mesh.wire.frames import header_frames, window_update_frame
+from mesh.wire.hbone import HboneClient, TunnelResponded, patience
 
 MIB = 1 << 20
 ID = SpiffeId("cluster.local", "default", "client")
@@ -479,6 +479,31 @@ def test_a_request_withdrawn_before_accept_gives_a_dead_tunnel(asking: Asking) -
         asking.do(lambda: relay_tunnel(asking.thread.reactor, ours, asking.requests[0].accept({}), results.append, sock_is="upstream"))
         assert results == [RelayResult(0, 0, "tunnel reset by peer: CANCEL", "downstream")]
     assert asking.thread.errors == []
+
+
+@pytest.mark.parametrize("ending", ["reset", "window"])
+def test_a_request_withdrawn_in_the_same_read_costs_nobody_else(ingress: IngressProxy, ending: str) -> None:
+    requests: list[TunnelRequest] = []
+    ingress._on_request = requests.append  # type: ignore[method-assign]
+    with RawClient(ingress) as client:
+        client.shake_hands()
+        client.send_preface()
+        client.request("10.0.0.1:80")
+        wait_until(lambda: len(requests) == 1, "the first request")
+        withdrawn = client.core.request_tunnel("10.0.0.1:81", {})
+        if ending == "reset":
+            client.core.reset(withdrawn)
+            more = b""
+        else:
+            more = window_update_frame(withdrawn, 0)  # an error of this stream alone
+        client.tls.send(client.core.take_outgoing() + more)
+        third = client.request("10.0.0.1:82")
+        wait_until(lambda: ingress.closed or requests[-1].authority == "10.0.0.1:82", "the third request")
+        assert not ingress.closed
+        assert [request.authority for request in requests if request.alive] == ["10.0.0.1:80", "10.0.0.1:82"]
+        requests[-1].link._reactor.run_soon_threadsafe(lambda: requests[-1].refuse(503))
+        while not any(isinstance(event, TunnelResponded) and event.stream == third for event in client.events()):
+            pass
 
 
 def test_requests_awaiting_an_answer_fail_when_the_link_goes(asking: Asking) -> None:

@@ -32,6 +32,8 @@ def test_the_host_is_left_out_when_no_service_was_addressed() -> None:
         ("hosts=a", None),
         ("host=é", None),
         ('host=""', None),
+        ("host=" + 253 * "a", 253 * "a"),
+        ("host=" + 254 * "a", None),
     ],
 )
 def test_the_first_host_is_found(value: str, host: str | None) -> None:

@@ -186,6 +186,7 @@ def test_two_agents_are_never_in_charge_at_once_and_an_older_one_takes_nothing(t
                     await trio.sleep(0.01)
                     assert (old.acting, new.acting) == (False, True)
                 await until(lambda: "the agent in charge is younger" in old.waits)
+                assert (old.charge.has_successor, new.charge.has_successor) == (True, False)
                 new.charge.end()
                 await until(lambda: old.acting)  # a roll-out that is undone
                 assert not new.acting

@@ -163,6 +163,7 @@ class World:
         monkeypatch.setattr(module, "_begin_release", lambda netns, pod, dns, ipv6: self._set(netns, "releasing"))
         monkeypatch.setattr(module, "_finish_release", lambda netns, pod, dns, ipv6: self._set(netns, ""))
         monkeypatch.setattr(module, "_identity_at", lambda path: NetnsIdentity(self.inodes.get(path, 1), 1))
+        monkeypatch.setattr(module, "netns_identity", lambda netns: NetnsIdentity(self.inodes.get(self.opened[netns], 1), 1))
         environ = {"NODE_NAME": "n1", "MESH_SOURCE": str(tmp_path), "MESH_STATUS_DIR": str(tmp_path)}
         config: AgentConfig = read_config(environ | settings)
         self.keeper = PodKeeper(
@@ -444,6 +445,49 @@ def test_what_a_mover_still_serves_of_a_pod_that_was_dropped_is_dropped_again(wo
     world.run(test)
 
 
+@pytest.mark.parametrize("inode", [1, 2])
+def test_a_pod_is_not_released_in_the_namespace_of_another(world: World, monkeypatch: pytest.MonkeyPatch, inode: int) -> None:
+    """Its own is gone, and its path, by the number of a process, is another's."""
+    world.inodes["/proc/7/ns/net"] = inode
+
+    def open_netns(path: str) -> int:
+        fd = os.open("/dev/null", os.O_RDONLY)
+        world.opened[fd] = path
+        return fd
+
+    monkeypatch.setattr(module, "open_netns", open_netns)
+
+    async def test() -> None:
+        await world.captured(facts())
+        await world.has(facts(), replace(facts("uid-2", enrolled=False, name="job", netns="/proc/7/ns/net"), redirection="enabled"))
+        await world.until(lambda: "" in world.place.history, "its annotation is withdrawn")
+        await world.until(lambda: world.keeper.statuses().keys() == {"uid-1"}, "all is done about it")
+        assert world.kernel == {"/n/1": "captured"} | ({} if inode == 1 else {"/proc/7/ns/net": ""})
+
+    world.run(test)
+
+
+def test_what_a_mover_holds_of_a_namespace_that_was_replaced_it_gives_up_for_the_present_one(world: World) -> None:
+    """It was told while its connection to the brain was broken. Counted as serving, it would never accept in the new one."""
+
+    async def test() -> None:
+        await world.captured(facts())
+        elder = FakeMover(world, "elder")
+        for other, join in (
+            (FakeMover(world, "2"), lambda mover, holding: world.keeper.mover_joined(mover, holding, informed=True)),
+            (elder, world.keeper.elder_joined),
+        ):
+            descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+            world.opened[descriptors[0]] = "/n/old"
+            world.inodes["/n/old"] = 7
+            join(other, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),))  # type: ignore[arg-type]
+            wanted = [messages.DropPod] if other is elder else [messages.DropPod, messages.ServePod]
+            assert [type(message) for message in other.told] == wanted
+        assert not world.keeper._held["uid-1"].elders
+
+    world.run(test)
+
+
 def test_what_movers_serve_before_the_source_was_read_stays_as_it_is(world: World) -> None:
     async def test() -> None:
         mover = world.movers.all[0]
@@ -575,6 +619,23 @@ def test_a_pod_whose_network_was_made_anew_is_held_until_that_one_is_captured(wo
             assert not answers
             await world.has(facts(netns="/n/2"))
         assert world.kernel["/n/2"] == "captured"
+
+    world.run(test)
+
+
+def test_a_pod_whose_network_was_made_anew_while_no_agent_was_there_is_held_until_that_one_is_captured(world: World) -> None:
+    """Movers kept the sockets of the old one, and hand them over."""
+
+    async def test() -> None:
+        descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
+        world.opened[descriptors[0]] = "/n/old"
+        world.inodes["/n/old"] = 7
+        holding = (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),)
+        for mover in world.movers.all:
+            world.keeper.mover_joined(mover, holding, informed=True)  # type: ignore[arg-type]
+        await world.has(facts())
+        assert await world.keeper.hold(added()) == "captured: because"
+        assert world.kernel.get("/n/1") == "captured"
 
     world.run(test)
 

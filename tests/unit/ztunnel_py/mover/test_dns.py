@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dns.edns
 import dns.flags
 import dns.message
 import dns.rcode
@@ -26,6 +29,7 @@ from mesh.reactor.tcp import socket_address
 from mesh.state.names import Naming
 from mesh.state.store import Delta
 from mesh.telemetry.metrics import DnsMetrics, Registry
+from mesh.testing.proxies import wait_until
 from mesh.wire.dns import framed
 from ztunnel_py.mover import dns as module
 from ztunnel_py.mover import pod as pod_module
@@ -63,9 +67,9 @@ class Resolver:
         self.address: SocketAddress
 
     async def start(self, nursery: trio.Nursery) -> None:
-        await self.udp.bind(("127.0.0.1", 0))
-        self.address = socket_address(self.udp.getsockname())
-        listeners = await trio.open_tcp_listeners(self.address.port, host="127.0.0.1")
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")  # first: of TCP far more ports are taken on a busy machine
+        self.address = socket_address(listeners[0].socket.getsockname())
+        await self.udp.bind(("127.0.0.1", self.address.port))
         nursery.start_soon(self._serve_udp)
         nursery.start_soon(trio.serve_listeners, self._serve_tcp, listeners)
 
@@ -249,6 +253,19 @@ def test_the_same_again_is_answered_the_same_under_its_own_id_and_counts(names: 
 
     names.run(test)
     assert names.metric("requests") == 7
+
+
+def test_of_padded_look_ups_nothing_is_kept(names: Names) -> None:
+    """A pod could fill the memory of the agent that serves all of the node's."""
+
+    async def test() -> None:
+        for size, kept in ((60_000, 0), (100, 1)):
+            query = dns.message.make_query(OWN, "A", use_edns=0, options=[dns.edns.GenericOption(65001, bytes(size))])
+            wire = query.to_wire(max_size=65535)
+            assert texts(dns.message.from_wire(await names.exchange(wire))) == ["10.1.0.1"]
+            assert len(names.server._repeated) == kept
+
+    names.run(test)
 
 
 def test_the_addresses_come_in_changing_order(names: Names) -> None:
@@ -695,6 +712,47 @@ def test_a_server_that_stops_takes_what_waits_and_begins_again(names: Names) -> 
                 names.listen()
                 assert texts(dns.message.from_wire(await sock.recv(1000))) == ["10.1.0.1"]
             assert texts(await names.ask(OWN, tcp=True)) == ["10.1.0.1"]
+
+    names.run(test)
+
+
+def test_a_server_that_stops_takes_tcp_clients_that_wait(names: Names) -> None:
+    async def test() -> None:
+        sock = socket.create_connection((str(names.tcp.ip), names.tcp.port))  # without a turn of the loop, so nobody accepts it yet
+        sock.sendall(framed(dns.message.make_query(OWN, "A").to_wire()))
+        names.server.stop()
+        sock.setblocking(False)
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as stream:
+            assert texts(dns.message.from_wire(await read_message(stream))) == ["10.1.0.1"]
+
+    names.run(test)
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_what_waits_for_somebody_who_has_died_is_taken(names: Names, tcp: bool) -> None:
+    """Of those who share a socket the kernel wakes one, here an epoll set that never looks at it."""
+
+    async def test() -> None:
+        names.server.stop()
+        query = dns.message.make_query(OWN, "A").to_wire()
+        with select.epoll() as dead, socket.socket(type=socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM) as sock:
+            dead.register(names.sockets[tcp], select.EPOLLIN | select.EPOLLEXCLUSIVE)  # first in the queue of those who wait
+            names.listen()
+            woken: list[object] = []
+            waiter = threading.Thread(target=lambda: woken.append(dead.poll(10)))
+            waiter.start()
+            wait_until(lambda: "epoll" in Path(f"/proc/self/task/{waiter.native_id}/wchan").read_text() or woken, "the other waits")
+            address = names.tcp if tcp else names.udp
+            sock.connect((str(address.ip), address.port))
+            sock.sendall(framed(query) if tcp else query)
+            waiter.join()
+            assert woken != [[]], "the kernel woke the other"
+            names.pod._name_server = names.server
+            names.pod.look_again()
+            sock.setblocking(False)
+            with trio.socket.from_stdlib_socket(sock.dup()) as ours:
+                answer = await ours.recv(1000)
+            assert texts(dns.message.from_wire(answer[2:] if tcp else answer)) == ["10.1.0.1"]
 
     names.run(test)
 

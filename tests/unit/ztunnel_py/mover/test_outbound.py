@@ -14,7 +14,7 @@ from mesh.reactor import hbone
 from mesh.reactor.hbone import TunnelFailure
 from mesh.state.store import Delta
 from mesh.testing.ca import FakeCa
-from ztunnel_py.mover import credentials, pod
+from ztunnel_py.mover import credentials, outbound, pod
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
 from ztunnel_py.mover.ledger import DRAINED, Failure
 from ztunnel_py.mover.outbound import MOST_RETRIES, Outbound
@@ -75,6 +75,19 @@ def test_an_address_unknown_to_the_mesh_is_reached_as_it_was_dialled(world: Worl
 def test_what_would_come_back_to_us_is_refused(world: World, destination: SocketAddress | None) -> None:
     async def main() -> None:
         async with await world.dial(world.pod("client"), destination) as stream:
+            assert await is_reset(stream)
+        assert world.errors_logged == ["attempted recursive call to ourselves"]
+
+    world.run(main)
+
+
+def test_what_was_for_our_own_port_at_an_address_of_the_pod_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not redirected, so conntrack says of it where it went. Its own workload need not be known to take HBONE, or at all."""
+    ours = SocketAddress(parse_ip("10.9.9.9"), 15001)
+    monkeypatch.setattr(outbound, "local_address", lambda sock: ours)
+
+    async def main() -> None:
+        async with await world.dial(world.pod("client"), ours) as stream:
             assert await is_reset(stream)
         assert world.errors_logged == ["attempted recursive call to ourselves"]
 

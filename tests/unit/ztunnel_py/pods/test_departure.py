@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from mesh.kube.api import ApiError, ApiUnavailable
-from ztunnel_py.pods.departure import ClusterDepartures, Departure, DirectoryDepartures, Json, judge
+from ztunnel_py.pods.departure import ClusterDepartures, Departure, DirectoryDepartures, Json, judge, settle
 
 NODE: Json = {"metadata": {"name": "n1", "labels": {"kubernetes.io/os": "linux", "mesh": "no"}}}
 
@@ -36,12 +36,12 @@ def daemonset(selector: dict[str, str] | None = None, deleted: str | None = None
     ],
 )
 def test_pods_are_released_when_no_agent_will_come_and_not_in_doubt(answer: Json | ApiError, node: Json | ApiError, for_good: bool) -> None:
-    assert judge(answer, node, allowed_before=True).for_good is for_good
+    assert judge(answer, node, allowed_before=True, sure=True).for_good is for_good
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_an_agent_that_never_could_ask_releases_nothing(status: int) -> None:
-    assert not judge(ApiError(status, "", "no"), NODE, allowed_before=False).for_good
+    assert not judge(ApiError(status, "", "no"), NODE, allowed_before=False, sure=True).for_good
 
 
 class FakeClient:
@@ -55,21 +55,65 @@ class FakeClient:
 
 def departures(answer: Callable[[str], Json]) -> tuple[FakeClient, ClusterDepartures]:
     client = FakeClient(answer)
-    return client, ClusterDepartures(client, "istio-system", "n1")  # type: ignore[arg-type]
+    return client, ClusterDepartures(client, "istio-system", "n1", 5.0)  # type: ignore[arg-type]
 
 
-def test_rights_that_were_there_and_are_gone_mean_that_the_mesh_is_taken_down(autojump: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_is_gone_for_a_while_means_that_the_mesh_is_taken_down(autojump: trio.testing.MockClock, status: int) -> None:
+    """A moment is not enough: an API server that starts, or a pod deleted by force, whose token ends with it, looks the same."""
+
+    def well(path: str) -> Json:
+        return daemonset() if "daemonsets/ztunnel" in path else NODE
+
+    def gone(path: str) -> Json:
+        raise ApiError(status, "", "no")
+
+    def unavailable(path: str) -> Json:
+        raise ApiUnavailable("connection refused")
+
+    async def main() -> None:
+        client, ours = departures(well)
+        await ours.run()
+        assert not (await ours.find()).for_good
+        for between in (well, unavailable):
+            client.answer = gone
+            found = await ours.find()
+            assert (found.for_good, found.certain) == (False, False)
+            await trio.sleep(4)
+            assert not (await ours.find()).for_good
+            client.answer = between
+            assert not (await ours.find()).for_good
+        client.answer = gone
+        assert not (await ours.find()).for_good
+        await trio.sleep(5)
+        found = await ours.find()
+        assert (found.for_good, found.certain) == (True, True)
+        _, others = departures(gone)
+        for _ in range(2):
+            assert not (await others.find()).for_good
+            await trio.sleep(60)
+
+    trio.run(main, clock=autojump)
+
+
+def test_an_agent_that_another_follows_waits_for_no_proof(autojump: trio.testing.MockClock) -> None:
+    """Its pod was deleted by force, and its token with it: nobody will ever tell it that all is well."""
+
     def forbid(path: str) -> Json:
-        raise ApiError(403, "Forbidden", "no")
+        raise ApiError(401, "Unauthorized", "no")
 
     async def main() -> None:
         client, ours = departures(lambda path: daemonset() if "daemonsets/ztunnel" in path else NODE)
         await ours.run()
-        assert not (await ours.find()).for_good
         client.answer = forbid
-        assert (await ours.find()).for_good
-        _, others = departures(forbid)
-        assert not (await others.find()).for_good
+        began = trio.current_time()
+        assert not (await settle(ours, began + 60, lambda: trio.current_time() > began + 2)).for_good
+        assert trio.current_time() < began + 5
+        assert (await settle(ours, began + 60, lambda: False)).for_good
+        client.answer = lambda path: daemonset()
+        await ours.find()
+        client.answer = forbid
+        assert not (await settle(ours, trio.current_time() + 3, lambda: False)).for_good, "too late, and in doubt"
 
     trio.run(main, clock=autojump)
 
@@ -84,7 +128,7 @@ def test_an_api_server_that_is_away_or_silent_releases_nothing(autojump: trio.te
 
     async def main() -> None:
         assert not (await departures(unavailable)[1].find()).for_good
-        found = await ClusterDepartures(Silent(), "istio-system", "n1").find()  # type: ignore[arg-type]
+        found = await ClusterDepartures(Silent(), "istio-system", "n1", 5.0).find()  # type: ignore[arg-type]
         assert found == Departure(False, "the API server did not answer within 3 s", certain=False)
 
     trio.run(main, clock=autojump)

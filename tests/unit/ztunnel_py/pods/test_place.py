@@ -12,6 +12,7 @@ from mesh.kube.api import ApiClient
 from mesh.kube.kubeconfig import ClusterAccess
 from mesh.model.address import parse_ip
 from mesh.testing.kube import FakeApiServer
+from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.place import ClusterPlace, NodePaths
 
 
@@ -103,6 +104,36 @@ def test_a_labelled_pod_on_the_hosts_network_is_known_for_what_it_is(tmp_path: P
             await server.wait_until(lambda: any(key[0] == "events" for key in server.objects))
             (event,) = (found for key, found in server.objects.items() if key[0] == "events")
             assert (event["type"], event["reason"], event["involvedObject"]["uid"]) == ("Warning", "NotCaptured", exporter.uid)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)  # no clock that jumps: it would not wait for threads
+
+
+def test_what_changed_while_another_agent_was_in_charge_is_known_before_anything_is_done(tmp_path: Path) -> None:
+    async def main() -> None:
+        server = FakeApiServer()
+        server.put({"kind": "Namespace", "metadata": {"name": "shop"}})
+        server.put(pod("web", status={"phase": "Running", "podIP": "10.0.0.1"}))
+        place = ClusterPlace("n1", ApiClient(ClusterAccess("k", 443, tls=False), connect=server.connect), NodePaths(tmp_path, tmp_path))
+
+        async def look_first() -> PodFacts:
+            async with trio.open_nursery() as in_charge:
+                in_charge.start_soon(place.run)
+                async with aclosing(place.watch()) as found:
+                    (web,) = (await anext(found)).values()
+                place.learn(web.uid, str(tmp_path / "reused"), ())
+                in_charge.cancel_scope.cancel()
+            return web
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.run)
+            with trio.fail_after(100):
+                web = await look_first()
+                assert not web.enrolment
+                server.put({"kind": "Namespace", "metadata": {"name": "shop", "labels": {"istio.io/dataplane-mode": "ambient"}}})
+                web = await look_first()
+                assert web.enrolment
+                assert web.netns_path == "", "by now the path may be another pod's"
             nursery.cancel_scope.cancel()
 
     trio.run(main)  # no clock that jumps: it would not wait for threads
