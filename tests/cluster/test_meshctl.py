@@ -17,7 +17,7 @@ from mesh.model.labels import DATAPLANE_MODE
 from tests.cluster.harness.api import Object
 from tests.cluster.harness.client import Cluster, wait_until
 from tests.cluster.harness.images import PROJECT
-from tests.cluster.mesh import REPOSITORY, wait_captured
+from tests.cluster.mesh import REPOSITORY, uninstall, wait_captured
 from tests.cluster.workloads import addresses, apply_pods, attempt, echo_pod, loading
 
 NAMESPACE = "meshctl"
@@ -68,7 +68,8 @@ def snapshot(cluster: Cluster, pods: dict[str, Object]) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def world(cluster: Cluster) -> Iterator[World]:
+def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    uninstall(cluster, tmp_path_factory.mktemp("deploy"))  # what another test may have left, which is not meshctl's
     meshctl(cluster, "uninstall", "-y", "--purge", check=False)
     with cluster.namespace(NAMESPACE) as namespace:
         pods = apply_pods(cluster, namespace, echo_pod("client", "n1"), echo_pod("server", "n2"))

@@ -64,13 +64,18 @@ def test_the_agent_of_a_node_is_asked_as_on_a_cluster(lab: Lab) -> None:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "holding 4\n"
-        outbound = [item["connection"] for item in ask("n1", "connections", "--pod", "shop/client")]
+
+        def all_held() -> tuple[list[Any], list[Any]] | None:
+            # An application may hold a connection a moment before it has come through to the other end.
+            outbound = [item["connection"] for item in ask("n1", "connections", "--pod", "shop/client")]
+            inbound = [item["connection"] for item in ask("n2", "connections", "--pod", "shop/server")]
+            return (outbound, inbound) if len(inbound) == len(outbound) == 4 else None
+
+        outbound, inbound = wait_until(all_held, "both agents tell of the four")  # type: ignore[misc]
         assert {(living["direction"], living["protocol"], living["destinationWorkload"]) for living in outbound} == {
             ("outbound", "HBONE", "shop/server")
         }
-        inbound = [item["connection"] for item in ask("n2", "connections", "--pod", "shop/server")]
         assert {living["sourceIdentity"] for living in inbound} == {"spiffe://cluster.local/ns/shop/sa/client"}
-        assert len(inbound) == len(outbound) == 4
     finally:
         holder.kill()
         holder.communicate()
