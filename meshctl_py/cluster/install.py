@@ -131,7 +131,8 @@ async def _wait_served(client: ApiClient, entry: Entry) -> None:
         while True:
             found = await client.get(entry.path)
             status = found.get("status")
-            conditions = status.get("conditions", ()) if isinstance(status, dict) else ()
+            # A definition that was just made has null there.
+            conditions = (status.get("conditions") or ()) if isinstance(status, dict) else ()
             if any(item.get("type") == "Established" and item.get("status") == "True" for item in conditions):
                 return
             await trio.sleep(_POLL)

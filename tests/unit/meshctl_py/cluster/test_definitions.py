@@ -68,6 +68,7 @@ def test_ours_is_applied_before_all_else_and_waited_for() -> None:
     async def check(server: FakeApiServer, client: ApiClient) -> None:
         async def take_into_service() -> None:
             await server.wait_until(lambda: server.find("CustomResourceDefinition", "", NAME) is not None)
+            server.put(definition(status={"conditions": None}))  # so it is for a moment on a real API server
             await trio.sleep(5)
             server.put(definition(status=SERVED))
 
