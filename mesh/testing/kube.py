@@ -110,7 +110,7 @@ class FakeApiServer:
         """What serves a connection to a port of a pod, by namespace, pod and port; of others the kubelet says that they refuse."""
         self.establishes = True
         """Whether CustomResourceDefinitions are taken into service, which makes nothing served here but their status say so."""
-        self.logs: dict[tuple[str, str], str] = {}
+        self.logs: dict[tuple[str, str, str], str] = {}
         """By namespace and pod."""
         self._version = 100
         self._history: list[_Change] = []
@@ -345,7 +345,7 @@ class _Exchange:
         if (target.resource.plural, *pod) not in self._server.objects:
             raise _not_found(target)
         if target.subresource == "log":
-            body = self._server.logs.get(pod, "").encode()
+            body = self._server.logs.get((*pod, seen.query.get("container", "")), "").encode()
             await self._send(h11.Response(status_code=200, headers=[("content-length", str(len(body)))]))
             await self._send(h11.Data(data=body))
             await self._send(h11.EndOfMessage())

@@ -161,8 +161,8 @@ async def own_words(client: ApiClient, pod: Pod) -> list[str]:
                 return [f"waits for {task.name}" + (f": {task.because}" if task.because else "") for task in status.pending]
             except ClusterProblem:
                 pass
-    names = [status.name for status in pod.status.container_statuses]
-    query = {"tailLines": str(_LOG_LINES), **({"container": names[0]} if names else {})}
+    # The container that does the pod's work is called as the pod's app.
+    query = {"tailLines": str(_LOG_LINES), "container": pod.metadata.labels.get("app", "")}
     lines = b""
     with trio.move_on_after(_ASK_SECONDS):
         try:

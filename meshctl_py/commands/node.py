@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,7 @@ def _on_node(asked: _Question, lines: int | None, follow: bool) -> None:
     if asked.what != "logs":
         _locally(lambda: _show(asked, socket_agent(LOCAL_SOCKET, f"the agent of node {asked.node}")))
         return
-    files = sorted(POD_LOGS.glob(f"{SYSTEM_NAMESPACE}_{AGENT}-*/*/*.log"), key=lambda path: path.stat().st_mtime)
+    files = sorted(POD_LOGS.glob(f"{SYSTEM_NAMESPACE}_{AGENT}-*/{AGENT}/*.log"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise click.ClickException(f"there is no log of the agent below {POD_LOGS}")
     show_log(files[-1], lines, follow=lambda: follow, clean=without_cri)
@@ -150,14 +150,34 @@ async def _ask_cluster(client: ApiClient, asked: _Question) -> None:
 
 
 async def _logs(client: ApiClient, node: str, lines: int | None, follow: bool) -> None:
+    """Of all containers of the agent's pod: a mover runs in one of its own."""
     pod = await find_agent_pod(client, node)
-    query = {"container": pod.status.container_statuses[0].name} if pod.status.container_statuses else {}
-    query |= {"tailLines": str(lines)} if lines is not None else {}
-    query |= {"follow": "true"} if follow else {}
-    async with aclosing(client.stream(PODS.path(SYSTEM_NAMESPACE, pod.metadata.name, "log"), query)) as chunks:
+    path = PODS.path(SYSTEM_NAMESPACE, pod.metadata.name, "log")
+    query = ({"tailLines": str(lines)} if lines is not None else {}) | ({"follow": "true"} if follow else {})
+    sources = [client.stream(path, query | {"container": status.name}) for status in pod.status.container_statuses]
+    if follow:
+        async with trio.open_nursery() as nursery:
+            for source in sources:
+                nursery.start_soon(_copy_lines, source)
+        return
+    found: list[bytes] = []
+    for source in sources:
+        async with aclosing(source) as chunks:
+            found += b"".join([chunk async for chunk in chunks]).splitlines(keepends=True)
+    found.sort(key=lambda line: line.partition(b"\t")[0])  # by the time that each begins with
+    sys.stdout.buffer.writelines(found if lines is None else found[-lines:] if lines else [])
+    sys.stdout.buffer.flush()
+
+
+async def _copy_lines(source: AsyncGenerator[bytes, None]) -> None:
+    rest = b""
+    async with aclosing(source) as chunks:
         async for chunk in chunks:
-            sys.stdout.buffer.write(chunk)
+            whole, newline, rest = (rest + chunk).rpartition(b"\n")
+            sys.stdout.buffer.write(whole + newline)
             sys.stdout.buffer.flush()
+    sys.stdout.buffer.write(rest)
+    sys.stdout.buffer.flush()
 
 
 async def _show(asked: _Question, agent: Agent) -> None:

@@ -105,9 +105,16 @@ def test_json_and_yaml_are_what_the_agent_said(mesh: Cluster) -> None:
     assert YAML(typ="safe").load(mesh.run("node", "n1", "connections", "-o", "yaml").output) == told
 
 
-def test_logs_come_from_the_api_server(mesh: Cluster) -> None:
-    mesh.server.logs["istio-system", "ztunnel-n1"] = "one\ntwo\n"
-    assert mesh.run("node", "n1", "logs", "--tail", "5").output == "one\ntwo\n"
+def test_logs_come_from_the_api_server_of_all_containers_by_time(mesh: Cluster) -> None:
+    pod = mesh.server.find("Pod", "istio-system", "ztunnel-n1")
+    assert pod is not None
+    pod["status"]["containerStatuses"] = [{"name": "mover"}, {"name": "ztunnel"}]
+    mesh.server.put(pod)
+    mesh.server.logs["istio-system", "ztunnel-n1", "ztunnel"] = "1\tone\n3\tthree\n"
+    mesh.server.logs["istio-system", "ztunnel-n1", "mover"] = "2\ttwo\n4\tfour\n"
+    assert mesh.run("node", "n1", "logs").output == "1\tone\n2\ttwo\n3\tthree\n4\tfour\n"
+    assert mesh.run("node", "n1", "logs", "--tail", "1").output == "4\tfour\n"
+    assert sorted(mesh.run("node", "n1", "logs", "-f").output.splitlines()) == ["1\tone", "2\ttwo", "3\tthree", "4\tfour"]
     assert mesh.server.requests[-1].query == {"container": "ztunnel", "tailLines": "5"}
 
 
