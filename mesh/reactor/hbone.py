@@ -337,6 +337,7 @@ class HboneLink:
         self._backlog: memoryview | None = None
         self._pump_scheduled = False
         self._peer_hung_up = False
+        self._read_scheduled = False
         self._closing = False
         self._closed = False
         self._draining = False
@@ -527,8 +528,13 @@ class HboneLink:
             self._on_peer_closed()
         # A short read found the socket empty, and a later byte or FIN makes a new edge; but a FIN that this event already announced
         # does not. A full one goes on after the other connections' turns.
-        if (size == READ_SIZE or self._peer_hung_up) and not self._closed:
-            self._reactor.call_soon(self._read, self.abort)
+        if (size == READ_SIZE or self._peer_hung_up) and not (self._closed or self._read_scheduled):
+            self._read_scheduled = True  # once, whatever events come in between
+            self._reactor.call_soon(self._read_on, self.abort)
+
+    def _read_on(self) -> None:
+        self._read_scheduled = False
+        self._read()
 
     def _go_on_shaking_hands(self, size: int) -> int:
         """Give the handshake what came; the number of decrypted bytes behind its end."""

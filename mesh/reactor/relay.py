@@ -308,7 +308,7 @@ class TunnelRelay:
 class _Direction:
     """One way of a spliced connection."""
 
-    __slots__ = ("ended", "held", "pipe", "readable", "sink", "source", "total")
+    __slots__ = ("ended", "held", "pipe", "readable", "scheduled", "sink", "source", "total")
 
     def __init__(self, source: int, sink: int) -> None:
         self.source = source
@@ -316,6 +316,7 @@ class _Direction:
         self.pipe: Pipe | None = None  # borrowed while bytes are in it
         self.held = 0
         self.readable = False
+        self.scheduled = False
         self.ended = False
         self.total = 0
 
@@ -323,7 +324,7 @@ class _Direction:
 class SpliceRelay:
     """Two sockets; the bytes never enter this process. A pipe is borrowed while bytes are on their way, so idle relays have none."""
 
-    __slots__ = ("_a", "_b", "_down", "_fd_a", "_fd_b", "_first_closed", "_on_close", "_reactor", "_scheduled", "_up")
+    __slots__ = ("_a", "_b", "_down", "_fd_a", "_fd_b", "_first_closed", "_on_close", "_reactor", "_up")
 
     def __init__(self, reactor: Reactor, sock_a: socket.socket, sock_b: socket.socket, on_close: OnRelayClose) -> None:
         self._reactor = reactor
@@ -335,7 +336,6 @@ class SpliceRelay:
         self._first_closed: Side | None = None
         self._up = _Direction(self._fd_a, self._fd_b)
         self._down = _Direction(self._fd_b, self._fd_a)
-        self._scheduled = False
 
     @property
     def sent(self) -> int:
@@ -378,9 +378,16 @@ class SpliceRelay:
             if way.ended or not way.readable:
                 return
             if budget <= 0:
-                self._reactor.call_soon(lambda: self._move(way), self.abort)
+                # Once: every event that comes in between finds the budget used up as well, and calls would become ever more.
+                if not way.scheduled:
+                    way.scheduled = True
+                    self._reactor.call_soon(lambda: self._go_on(way), self.abort)
                 return
             budget -= self._pull(way)
+
+    def _go_on(self, way: _Direction) -> None:
+        way.scheduled = False
+        self._move(way)
 
     def _pull(self, way: _Direction) -> int:
         if way.pipe is None:

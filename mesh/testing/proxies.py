@@ -255,9 +255,12 @@ class DirectProxy:
 class Path:
     """A way from a client socket to a server socket through a proxy or two: `connect` one end, get the other."""
 
-    def __init__(self, thread: ReactorThread, context_pair: tuple[SSL.Context, SSL.Context] | None) -> None:
-        """Through a tunnel with ``(server, client)`` contexts, or spliced when there are none."""
+    def __init__(
+        self, thread: ReactorThread, context_pair: tuple[SSL.Context, SSL.Context] | None, far: ReactorThread | None = None
+    ) -> None:
+        """Through a tunnel with ``(server, client)`` contexts, or spliced when there are none. ``far`` runs the tunnel's other end."""
         self.thread = thread
+        self._far = far = far or thread
         self._opened: list[socket.socket] = []
         self._server = tcp_listener()
         self._server.settimeout(10)
@@ -269,7 +272,7 @@ class Path:
             self.near = thread.call(lambda: DirectProxy(reactor, self._listener(), target))
         else:
             server, client = context_pair
-            ingress = self.ingress = thread.call(lambda: IngressProxy(reactor, self._listener(), server))
+            ingress = self.ingress = far.call(lambda: IngressProxy(far.reactor, self._listener(), server))
             self.near = thread.call(lambda: EgressProxy(reactor, self._listener(), client, ingress.address, str(target)))
 
     def __enter__(self) -> Self:
@@ -278,7 +281,7 @@ class Path:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.thread.call(self.near.close)
         if self.ingress is not None:
-            self.thread.call(self.ingress.close)
+            self._far.call(self.ingress.close)
         for listener in self._opened:
             listener.close()
         self._server.close()

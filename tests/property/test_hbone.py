@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 from hpack import Encoder
 from hypothesis import assume, given, settings
@@ -260,6 +261,81 @@ def test_payload_arrives_whole_through_any_window(seed: int, sizes: list[int], w
             stalls += 1
             assert stalls < 3, "the window never opened again"
     assert received == payload
+
+
+# --- one frame that comes alone -----------------------------------------------------------------------------------------------------------
+
+SMALL = Limits(stream_window=30_000, connection_window=65_535, max_frame_size=16384)
+START = PREFACE + SETTINGS + opening(*_FIELDS[0])
+_ALONE = st.builds(
+    lambda stream, size: frame_header(size, FrameType.DATA, 0, stream) + bytes(size),
+    st.sampled_from([1, 3] * 8 + [5]),
+    st.sampled_from([1, 40, 7499, 7500, 16384] * 4 + [0, 16385]),
+)
+LONE_FRAMES = st.lists(_ALONE, min_size=1, max_size=12)
+PIECES = st.one_of(
+    LONE_FRAMES,
+    st.lists(st.one_of(frames().map(b"".join), LONE_FRAMES.map(b"".join)), max_size=6),
+    st.lists(frames(), max_size=4).map(lambda several: [frame for each in several for frame in each]),
+)
+
+
+def accounts(core: HboneConnection) -> object:
+    """What a core knows of windows and streams."""
+    streams = [(each.id, each.receiving, each.sending, each.receive_window, each.owed, each.send_window) for each in core._streams.values()]
+    return core._receive_window, core._send_window, core.active_streams, core.going_away, streams
+
+
+@settings(max_examples=400, deadline=None)
+@given(pieces=PIECES, cut=st.booleans(), data=st.data())
+def test_a_frame_taken_alone_is_a_frame_received(pieces: list[bytes], cut: bool, data: st.DataObject) -> None:
+    """A driver that asks `receive_lone_data` first, and one that never does: the same events, answers and credit, piece after piece."""
+    quick, plain = (HboneServer(now=StoppedClock(), limits=SMALL) for _ in range(2))
+    for core in (quick, plain):
+        deliver(core, START)
+        for stream in (1, 3):
+            core.accept(stream, {})
+        core.take_outgoing()
+    wire = b"".join(pieces)
+    edges = list(itertools.accumulate(map(len, pieces), initial=0))
+    if cut and len(wire) > 1:
+        edges = sorted({*edges, *data.draw(st.lists(st.integers(1, len(wire) - 1), max_size=4))})
+    for start, end in itertools.pairwise(edges):
+        piece = wire[start:end]
+        buffer = memoryview(piece + b"what an earlier read left in the buffer")
+        if data.draw(st.integers(0, 9)) == 0:
+            hold = data.draw(st.booleans())
+            quick.hold_credit(hold)
+            plain.hold_credit(hold)
+            assert quick.take_outgoing() == plain.take_outgoing()
+        taken = quick.receive_lone_data(buffer, len(piece))
+        quick_error = plain_error = None
+        quick_events: list[HboneEvent] = []
+        plain_events: list[HboneEvent] = []
+        try:
+            quick_events = deliver(quick, piece) if taken is None else [TunnelData(taken.id, buffer[9 : len(piece)])]
+        except RemoteProtocolError as exc:
+            quick_error = exc.code, exc.reason
+        try:
+            plain_events = deliver(plain, piece)
+        except RemoteProtocolError as exc:
+            plain_error = exc.code, exc.reason
+        assert (quick_events, quick_error) == (plain_events, plain_error)
+        if taken is not None:
+            hypothesis.event("taken alone")
+            assert not plain.outgoing, "what is taken alone calls for no answer"
+        for each in plain_events:
+            if isinstance(each, TunnelData):
+                passed = data.draw(st.integers(0, len(each.data)))
+                plain.consumed(each.stream, passed)
+                if taken is None:
+                    quick.consumed(each.stream, passed)
+                else:
+                    quick.consumed_lone_data(taken, passed)
+        assert quick.take_outgoing() == plain.take_outgoing()
+        assert accounts(quick) == accounts(plain)
+        if plain_error is not None:
+            return
 
 
 # --- flow control against a model ---------------------------------------------------------------------------------------------------------

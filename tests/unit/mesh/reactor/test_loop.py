@@ -312,3 +312,55 @@ def test_a_finished_reactor_leaves_no_descriptor() -> None:
     for _ in range(5):
         run(body)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_forgotten_descriptor_has_no_callback_any_more_not_even_for_an_event_that_was_collected() -> None:
+    async def body(reactor: Reactor) -> None:
+        socks = [pair() for _ in range(2)]
+        calls = []
+        done = trio.Event()
+
+        def closer(me: int) -> Callable[[int], None]:
+            def callback(_events: int) -> None:
+                calls.append(me)
+                for a, _ in socks:
+                    reactor.forget(a.fileno())
+                    a.close()
+                reactor.call_soon(done.set)
+
+            return callback
+
+        for me, (a, b) in enumerate(socks):
+            b.send(b"x")
+            reactor.add(a.fileno(), CONNECTION, closer(me))
+        await done.wait()
+        assert len(calls) == 1
+        for _, b in socks:
+            b.close()
+
+    assert run(body) == []
+
+
+def test_closing_completes_what_forget_leaves_out_and_remove_leaves_nothing_out() -> None:
+    async def body(reactor: Reactor) -> None:
+        def ignore(_events: int) -> None: ...
+
+        a, b = pair()
+        with a, b:
+            reactor.add(a.fileno(), CONNECTION, ignore)
+            reactor.remove(a.fileno())
+            reactor.add(a.fileno(), CONNECTION, ignore)
+            reactor.forget(a.fileno())
+            with pytest.raises(FileExistsError):  # the kernel was not told: that call is what is spared
+                reactor.add(a.fileno(), CONNECTION, ignore)
+            number = a.fileno()
+            c, d = pair()
+            with c, d:
+                os.dup2(c.fileno(), number)  # closes what was there, and gives the number to another connection
+                seen = trio.Event()
+                reactor.add(number, CONNECTION & ~select.EPOLLOUT, lambda _events: seen.set())
+                d.send(b"x")
+                await seen.wait()
+                reactor.remove(number)
+
+    assert run(body) == []

@@ -1,10 +1,16 @@
 import gc
+import itertools
 import os
 import threading
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from OpenSSL import SSL
 
 from mesh.model.identity import SpiffeId
@@ -111,6 +117,120 @@ def test_a_record_in_pieces_is_read_when_its_last_byte_has_come(ca: FakeCa) -> N
         server.feed(len(byte))
         sizes.append(server.read())
     assert sizes == [0, 0, 0, 5000]
+
+
+class Sealer:
+    """A peer that makes its TLS 1.3 records (RFC 8446 section 5.2) itself: empty ones and padded ones, which OpenSSL makes for nobody."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._take_keys(secret)
+
+    def _take_keys(self, secret: bytes) -> None:
+        self._secret = secret
+        self._cipher = AESGCM(self._expand(b"key", 16))
+        self._iv = int.from_bytes(self._expand(b"iv", 12))
+        self._number = 0
+
+    def _expand(self, name: bytes, length: int) -> bytes:
+        label = b"tls13 " + name  # section 7.1
+        return HKDFExpand(SHA256(), length, bytes((0, length, len(label))) + label + b"\0").derive(self._secret)
+
+    def record(self, payload: bytes, padding: int = 0, kind: int = 23) -> bytes:
+        inner = payload + bytes((kind,)) + bytes(padding)
+        header = b"\x17\x03\x03" + (len(inner) + 16).to_bytes(2)
+        nonce = (self._iv ^ self._number).to_bytes(12)
+        self._number += 1
+        return header + self._cipher.encrypt(nonce, inner, header)
+
+    def key_update(self) -> bytes:
+        """Section 4.6.3, with none asked for in return."""
+        record = self.record(b"\x18\0\0\1\0", kind=22)
+        self._take_keys(self._expand(b"traffic upd", 32))
+        return record
+
+
+def sealed_pair(ca: FakeCa) -> tuple[Sealer, TlsEngine]:
+    """A server whose client, after the handshake, is only its keys."""
+    lines: list[bytes] = []
+    context = client_context(ca.issue(CLIENT))
+    context.set_keylog_callback(lambda _connection, line: lines.append(line))
+    client = tls_engine(context, server_side=False)
+    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    shake_hands(client, server)
+    (secret,) = (line.split()[2] for line in lines if line.startswith(b"CLIENT_TRAFFIC_SECRET_0 "))
+    return Sealer(bytes.fromhex(secret.decode())), server
+
+
+def opened(engine: TlsEngine, cipher: bytes) -> bytes:
+    """What one read off a socket becomes."""
+    scratch().cipher_in[: len(cipher)] = cipher
+    return bytes(scratch().plain_in[: engine.open(len(cipher))])
+
+
+FULL = 16384
+
+
+@pytest.mark.parametrize(
+    "records",
+    [[0], [1], [FULL], [1, 1], [0, 0], [0, 1], [1, 0], [22, 0], [0, 22], [1000, 1000, 1000], [FULL, 1], [1, FULL], [FULL] * 15],
+    ids=str,
+)
+def test_one_read_is_opened_whole_however_many_records_it_has(ca: FakeCa, records: list[int]) -> None:
+    sealer, server = sealed_pair(ca)
+    for _ in range(3):  # what the read before it was like decides about the way that the next one takes
+        payloads = [os.urandom(size) for size in records]
+        assert opened(server, b"".join(map(sealer.record, payloads))) == b"".join(payloads)
+        assert opened(server, sealer.record(b"lone")) == b"lone"
+
+
+@pytest.mark.parametrize("padding", [1, 22, 23, 100])
+def test_padding_is_not_taken_for_another_record_nor_another_record_for_padding(ca: FakeCa, padding: int) -> None:
+    sealer, server = sealed_pair(ca)
+    assert opened(server, sealer.record(b"lone")) == b"lone"
+    assert opened(server, sealer.record(b"padded", padding)) == b"padded"
+    assert opened(server, sealer.record(b"padded", padding) + sealer.record(b"plain")) == b"paddedplain"
+    assert opened(server, sealer.record(b"", padding)) == b""
+    assert opened(server, sealer.record(b"lone")) == b"lone"
+
+
+def test_a_key_update_is_passed_over_and_what_follows_is_read(ca: FakeCa) -> None:
+    sealer, server = sealed_pair(ca)
+    assert opened(server, sealer.record(b"lone")) == b"lone"
+    assert opened(server, sealer.key_update()) == b""
+    assert opened(server, sealer.record(b"lone")) == b"lone"
+    assert opened(server, sealer.key_update() + sealer.record(b"behind")) == b"behind"
+    assert opened(server, sealer.record(b"before") + sealer.key_update()) == b"before"
+    assert opened(server, sealer.record(b"lone")) == b"lone"
+
+
+def test_sizes_that_fit_by_chance_hide_no_record(ca: FakeCa) -> None:
+    """What is missing of the first record is as long as the second: the read has the size of one record, and holds the ends of two."""
+    sealer, server = sealed_pair(ca)
+    assert opened(server, sealer.record(b"lone")) == b"lone"
+    first, second = sealer.record(b"first" * 20), sealer.record(b"second")
+    assert opened(server, first[: len(second)]) == b""
+    assert opened(server, first[len(second) :] + second) == b"first" * 20 + b"second"
+    assert opened(server, sealer.record(b"lone")) == b"lone"
+
+
+RECORDS = st.lists(st.tuples(st.sampled_from([0, 1, 21, 22, 23, 100, 4000, 4096, FULL]), st.sampled_from([0, 0, 0, 1, 22])), max_size=8)
+
+
+@given(RECORDS, st.lists(st.integers(0, 60_000), max_size=6))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_records_cut_anywhere_give_the_same_bytes(ca: FakeCa, records: list[tuple[int, int]], cuts: list[int]) -> None:
+    sealer, server = sealed_pair(ca)
+    payloads = [bytes((number,)) * size for number, (size, _) in enumerate(records, 1)]
+    sealed = [
+        sealer.record(payload, padding if size + padding <= FULL else 0) for payload, (size, padding) in zip(payloads, records, strict=True)
+    ]
+    edges = {0, *itertools.accumulate(map(len, sealed))}  # the reads end where records end, and where nobody would expect it
+    total = max(edges)
+    ends = sorted({*(list(edges)[::2]), *(cut % total for cut in cuts if total), total} - {0})
+    received = b""
+    for start, end in itertools.pairwise([0, *ends]):
+        received += opened(server, b"".join(sealed)[start:end])
+    assert received == b"".join(payloads)
 
 
 def test_a_connection_goes_on_after_its_memory_was_released(ca: FakeCa) -> None:

@@ -3,7 +3,7 @@ from struct import pack
 import pytest
 from hpack import Encoder
 
-from mesh.testing.hbone import HbonePair, deliver, payload_of
+from mesh.testing.hbone import HbonePair, StoppedClock, deliver, payload_of
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.frames import (
     DEFAULT_WINDOW,
@@ -17,8 +17,9 @@ from mesh.wire.frames import (
     rst_stream_frame,
     window_update_frame,
 )
-from mesh.wire.hbone import Limits, PingAcknowledged, TunnelData, TunnelEnded, TunnelRequested, TunnelReset, WindowOpened
+from mesh.wire.hbone import HboneClient, Limits, PingAcknowledged, TunnelData, TunnelEnded, TunnelRequested, TunnelReset, WindowOpened
 from mesh.wire.hbone.connection import HboneConnection
+from mesh.wire.hbone.streams import Signal
 
 SMALL = Limits(stream_window=1000, connection_window=70_000, max_frame_size=16384)
 
@@ -393,3 +394,84 @@ def test_priority_in_headers_is_passed_over() -> None:
     block = Encoder().encode([(":method", "CONNECT"), (":authority", "a:1")])
     wire = frame_header(5 + len(block), FrameType.HEADERS, 4 | PRIORITY_FLAG | END_STREAM, 1) + bytes(5) + block
     assert [type(event) for event in deliver(pair.server, wire)] == [TunnelRequested, TunnelEnded]
+
+
+# --- one frame that comes alone -----------------------------------------------------------------------------------------------------------
+
+
+def taken_alone(core: HboneConnection, wire: bytes) -> bool:
+    """Whether it is taken without `receive`; nothing may have changed if it is not."""
+    before = {stream.id: (stream.receive_window, stream.owed) for stream in core._streams.values()}, core._receive_window
+    taken = core.receive_lone_data(memoryview(wire + b"rest of the buffer"), len(wire)) is not None
+    after = {stream.id: (stream.receive_window, stream.owed) for stream in core._streams.values()}, core._receive_window
+    assert taken == (before != after)
+    return taken
+
+
+def test_one_whole_frame_of_payload_is_taken_alone_and_nothing_else_is() -> None:
+    pair = HbonePair(server_limits=SMALL)
+    stream = pair.open_tunnel()
+    assert taken_alone(pair.server, data(stream, 1))
+    assert taken_alone(pair.server, data(stream, 999))
+    assert not taken_alone(pair.server, data(stream, 1)), "beyond the stream's window"
+    other = pair.open_tunnel()
+    for wire in (
+        data(other, 0),
+        data(other, 5, END_STREAM),
+        data(other, 5, PADDED),
+        data(other, 5)[:-1],
+        data(other, 5) + b"\0",
+        data(other, 5) + data(other, 5),
+        data(other, 5)[:9],
+        b"",
+        data(0, 5),
+        data(other + 2, 5),
+        data(other | 1 << 31, 5),
+        frame_header(8, FrameType.PING, 0, other) + bytes(8),
+        frame_header(5, FrameType.HEADERS, 0, other) + bytes(5),
+    ):
+        assert not taken_alone(pair.server, wire), wire
+    assert taken_alone(pair.server, data(other, 5))
+
+
+def test_nothing_is_taken_alone_while_another_frame_is_half_read() -> None:
+    """What looks like a frame is the payload of the one that it is cut out of."""
+    pair = HbonePair(server_limits=SMALL)
+    stream = pair.open_tunnel()
+    inner = data(stream, 20)
+    for cut in range(1, 10):
+        outer = frame_header(len(inner), FrameType.DATA, 0, stream)
+        start = deliver(pair.server, outer[:cut])
+        assert not taken_alone(pair.server, inner)
+        assert payload_of(start + deliver(pair.server, outer[cut:] + inner), stream) == inner
+    assert taken_alone(pair.server, inner)
+
+
+def test_nothing_is_taken_alone_within_a_header_block_nor_before_settings_nor_after_the_peers_end() -> None:
+    pair = HbonePair(server_limits=SMALL)
+    stream = pair.open_tunnel()
+    block = Encoder().encode([(":method", "CONNECT"), (":authority", "10.0.0.1:80")])
+    deliver(pair.server, frame_header(len(block), FrameType.HEADERS, 0, stream + 2) + block)
+    assert not taken_alone(pair.server, data(stream, 5)), "a CONTINUATION must come next"
+
+    pair = HbonePair(server_limits=SMALL)
+    stream = pair.open_tunnel()
+    deliver(pair.server, data(stream, 5, END_STREAM))
+    assert not taken_alone(pair.server, data(stream, 5))
+
+    client = HboneClient(now=StoppedClock())
+    client.request_tunnel("10.0.0.1:80", {})
+    client.find_stream(1).received(Signal.HEADERS)
+    assert not taken_alone(client, data(1, 5)), "the first frame must be SETTINGS"
+
+
+def test_a_frame_that_the_connection_would_return_credit_for_is_not_taken_alone() -> None:
+    pair = HbonePair(server_limits=Limits(stream_window=1 << 20, connection_window=70_000))
+    stream = pair.open_tunnel()
+    assert taken_alone(pair.server, data(stream, 35_000))
+    assert not taken_alone(pair.server, data(stream, 1))
+    deliver(pair.server, data(stream, 1))
+    assert pair.server.take_outgoing() == window_update_frame(0, 35_001)
+    pair.server.hold_credit(True)
+    assert taken_alone(pair.server, data(stream, 35_001)), "while credit is held back none is returned"
+    assert not taken_alone(pair.server, data(stream, 35_000)), "beyond the connection's window"

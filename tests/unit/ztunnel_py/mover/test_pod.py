@@ -1,0 +1,201 @@
+"""Sockets that a pod has ready for its next dials: how many are made, when they go, and what a failure costs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import pytest
+
+from mesh.model.address import SocketAddress, parse_ip
+from ztunnel_py.messages import PodInfo
+from ztunnel_py.mover import pod as pods
+from ztunnel_py.mover.pod import SOCKETS_AHEAD, Pod, PodSockets
+
+if TYPE_CHECKING:
+    from tests.unit.ztunnel_py.mover.conftest import World
+
+T = TypeVar("T")
+V4, V6 = SocketAddress(parse_ip("127.0.0.1"), 9), SocketAddress(parse_ip("::1"), 9)
+
+
+class VisitedPod(Pod):
+    """Counts visits to its namespace, which is ours."""
+
+    def __init__(self, world: World) -> None:
+        fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
+        super().__init__(world.plane, PodInfo("uid", "client", "shop", "client"), PodSockets(*fds))
+        self.visits = 0
+
+    def inside(self, function: Callable[[], T]) -> T:
+        if self.closed:
+            return super().inside(function)
+        self.visits += 1
+        return function()
+
+    def take(self, count: int, address: SocketAddress = V4) -> None:
+        """The sockets of so many dials, used and closed."""
+        for _ in range(count):
+            self._make_socket(address, None).close()
+
+    def ahead(self, family: int = socket.AF_INET) -> int:
+        return len(self._ahead[family])
+
+
+class Kernel:
+    """Makes sockets while it has any left; remembers them all."""
+
+    def __init__(self) -> None:
+        self.left = 1000
+        self.made: list[socket.socket] = []
+
+    def make(self, family: int, *, mark: int | None) -> socket.socket:
+        if self.left == 0:
+            raise OSError(errno.EMFILE, "too many open files")
+        self.left -= 1
+        self.made.append(socket.socket(family))
+        return self.made[-1]
+
+    @property
+    def all_closed(self) -> bool:
+        return all(sock.fileno() == -1 for sock in self.made)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel()
+    monkeypatch.setattr(pods, "make_upstream_socket", kernel.make)
+    return kernel
+
+
+def test_a_pod_that_dials_once_has_one_socket_made_and_one_that_goes_on_has_ever_more_up_to_a_bound(world: World, kernel: Kernel) -> None:
+    async def main() -> None:
+        pod = VisitedPod(world)
+        made = []
+        for visit in range(1, 8):
+            pod.take(1)
+            assert pod.visits == visit
+            made.append(pod.ahead() + 1)
+            pod.take(pod.ahead())
+        assert made == [1, 2, 4, 8, 16, 16, 16]
+        assert made[-1] == SOCKETS_AHEAD
+        pod.close()
+        assert kernel.all_closed
+
+    world.run(main)
+
+
+def test_families_have_sockets_of_their_own(world: World, kernel: Kernel) -> None:
+    async def main() -> None:
+        pod = VisitedPod(world)
+        pod.take(2)
+        assert pod.ahead(socket.AF_INET) == 1
+        pod.take(1, V6)
+        assert pod.ahead(socket.AF_INET) == 1
+        assert {sock.family for sock in kernel.made[-2:]} == {socket.AF_INET6}
+        pod.close()
+        assert kernel.all_closed
+
+    world.run(main)
+
+
+def test_what_nobody_uses_is_closed_after_a_while_and_the_count_begins_anew(
+    world: World, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        pod = VisitedPod(world)
+        pod.take(1 + 2 + 4)
+        assert pod.ahead() == 0
+        monkeypatch.setattr(pods, "AHEAD_SECONDS", 0.01)
+        pod.take(1)
+        assert pod.ahead() == 7
+        await world.until(lambda: pod.ahead() == 0)
+        assert kernel.all_closed
+        pod.take(1)
+        assert pod.ahead() == 0
+        pod.close()
+
+    world.run(main)
+
+
+def test_a_pod_that_goes_on_dialling_keeps_what_it_has_until_it_rests(world: World, kernel: Kernel) -> None:
+    """Making the next ones puts the end off: only one clock runs."""
+
+    async def main() -> None:
+        pod = VisitedPod(world)
+        timers = []
+        for _ in range(3):
+            pod.take(pod.ahead() + 1)
+            timers.append(pod._trimmer)
+        assert [timer is not None and timer.active for timer in timers] == [False, False, True]
+        pod.close()
+        assert not any(timer is not None and timer.active for timer in timers)
+
+    world.run(main)
+
+
+def test_a_failure_half_way_costs_nothing_while_one_socket_could_be_made(world: World, kernel: Kernel) -> None:
+    async def main() -> None:
+        pod = VisitedPod(world)
+        pod.take(1 + 2)
+        kernel.left = 3  # of four
+        pod.take(3)
+        with pytest.raises(OSError, match="too many open files"):
+            pod.take(1)
+        kernel.left = 1000
+        pod.take(1)
+        pod.close()
+        assert kernel.all_closed
+
+    world.run(main)
+
+
+def test_a_dial_that_no_socket_can_be_made_for_is_told_later_and_no_socket_is_left(world: World, kernel: Kernel) -> None:
+    async def main() -> None:
+        pod = VisitedPod(world)
+        kernel.left = 0
+        told: list[socket.socket | OSError] = []
+        pod.dial(V4, told.append)
+        assert told == []
+        await world.until(lambda: told)
+        (failure,) = told
+        assert isinstance(failure, OSError)
+        assert failure.errno == errno.EMFILE
+        pod.close()
+
+    world.run(main)
+
+
+def test_an_address_that_cannot_be_bound_costs_one_socket_and_not_the_others(
+    world: World, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(sock: socket.socket, source: object) -> None:
+        raise OSError(errno.EADDRNOTAVAIL, "cannot assign requested address")
+
+    async def main() -> None:
+        pod = VisitedPod(world)
+        pod.take(2)
+        monkeypatch.setattr(pods, "bind_foreign", refuse)
+        with pytest.raises(OSError, match="cannot assign"):
+            pod._make_socket(V4, parse_ip("192.0.2.1"))
+        assert kernel.all_closed
+        pod.close()
+
+    world.run(main)
+
+
+def test_a_closed_pod_has_no_sockets_and_makes_none(world: World, kernel: Kernel) -> None:
+    async def main() -> None:
+        pod = VisitedPod(world)
+        pod.take(1 + 2 + 1)
+        assert pod.ahead() == 3
+        pod.close()
+        assert kernel.all_closed
+        with pytest.raises(OSError, match="no longer served"):
+            pod.take(1)
+        assert pod._trimmer is None or not pod._trimmer.active
+
+    world.run(main)
