@@ -165,7 +165,7 @@ async def _logs(client: ApiClient, node: str, lines: int | None, follow: bool) -
         async with aclosing(source) as chunks:
             found += b"".join([chunk async for chunk in chunks]).splitlines(keepends=True)
     found.sort(key=lambda line: line.partition(b"\t")[0])  # by the time that each begins with
-    sys.stdout.buffer.writelines(found if lines is None else found[-lines:] if lines else [])
+    sys.stdout.buffer.write(b"".join(found if lines is None else found[-lines:] if lines else []))
     sys.stdout.buffer.flush()
 
 
