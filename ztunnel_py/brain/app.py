@@ -37,7 +37,7 @@ from ztunnel_py.brain.cni import CNI_BACKLOG, PluginKeeper, cni_routes, has_list
 from ztunnel_py.brain.movers import Holding, Mover, Movers
 from ztunnel_py.brain.pages import Pages
 from ztunnel_py.brain.pods import PodKeeper
-from ztunnel_py.brain.transfer import transfer_state, unreadable_bodies
+from ztunnel_py.brain.transfer import Newcomers, transfer_state, unreadable_bodies
 from ztunnel_py.config import SPARE, AgentConfig, read_access, read_config
 from ztunnel_py.pods.departure import ClusterDepartures, Departures, DirectoryDepartures, settle
 from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
@@ -108,6 +108,7 @@ class Brain:
         self._movers_ready = self._readiness.register("movers")
         self._pods_ready = self._readiness.register("workload proxy manager")
         self._synced = trio.Event()
+        self._newcomers: Newcomers[Mover] = Newcomers()
         self._movers_started = trio.Event()
         self._stop = trio.Event()
         self._orphaned = False
@@ -299,6 +300,7 @@ class Brain:
             self._keep_unreadable(update)
         self._pods.mesh_changed()
         self._movers.post(messages.Resources(update.whole, update.raw))
+        self._newcomers.came()
 
     def _is_announced(self, pod: messages.PodInfo) -> bool:
         if self._leaving and self._ads_state.phase is not Phase.CONNECTED:
@@ -318,6 +320,8 @@ class Brain:
         self._pods.mesh_changed()
         if state.synced:
             self._state_ready.done()
+            for mover in self._newcomers.synced():
+                self._inform(mover)
             if not self._synced.is_set():
                 self._synced.set()
                 self._pods.serve_everywhere()
@@ -343,13 +347,16 @@ class Brain:
     # Movers
 
     def mover_joined(self, mover: Mover, holding: Sequence[Holding]) -> None:
-        if self._synced.is_set():
-            for message in transfer_state(self._state, self._unreadable):
-                mover.post(message)
+        if self._newcomers.joined(mover):
+            self._inform(mover)
         for state in self._certificates.states():
             if state.bundle is not None:
                 mover.post(certificate_message(state.bundle))
         self._pods.mover_joined(mover, holding, informed=self._synced.is_set())
+
+    def _inform(self, mover: Mover) -> None:
+        for message in transfer_state(self._state, self._unreadable):
+            mover.post(message)
 
     def mover_said(self, mover: Mover, message: messages.FromMover) -> None:
         if isinstance(message, messages.CertificateWanted):
@@ -358,6 +365,7 @@ class Brain:
             self._pods.mover_said(mover, message)
 
     def mover_left(self, mover: Mover) -> None:
+        self._newcomers.left(mover)
         self._totals.retire(mover.incarnation)
         self._pods.mover_left(mover)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Generic, TypeVar
 
 from mesh.state.store import MeshState
 from mesh.xds.encode import Resource, policy_resource, service_resource, workload_resource
 from mesh.xds.names import ADDRESS, AUTHORIZATION
 from mesh.xds.proto import discovery_pb2 as discovery
 from ztunnel_py import messages
+
+M = TypeVar("M")
 
 
 def transfer_state(state: MeshState, unreadable: Mapping[str, bytes]) -> Iterator[messages.Resources]:
@@ -20,6 +23,36 @@ def transfer_state(state: MeshState, unreadable: Mapping[str, bytes]) -> Iterato
     workloads = (workload_resource(workload) for workload in state.workloads())
     services = (service_resource(service) for service in state.services())
     yield messages.Resources(True, _response(ADDRESS, (*workloads, *services)))
+
+
+class Newcomers(Generic[M]):
+    """Which movers need the whole state. One that joins while the first configuration arrives has missed a part of it, and would wait for
+    that for ever: it is told all once all is there."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._synced = False
+        self._lacking: list[M] = []
+
+    def came(self) -> None:
+        """An update was passed on to the movers there are."""
+        self._begun = True
+
+    def joined(self, mover: M) -> bool:
+        """Whether it must be given the whole state now."""
+        if self._begun and not self._synced:
+            self._lacking.append(mover)
+        return self._synced
+
+    def left(self, mover: M) -> None:
+        if mover in self._lacking:
+            self._lacking.remove(mover)
+
+    def synced(self) -> list[M]:
+        """The first configuration is complete; who must be given it whole."""
+        self._synced = True
+        lacking, self._lacking = self._lacking, []
+        return lacking
 
 
 def unreadable_bodies(raw: bytes, names: Iterable[str]) -> dict[str, bytes]:
