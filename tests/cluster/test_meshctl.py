@@ -56,10 +56,12 @@ def snapshot(cluster: Cluster, pods: dict[str, Object]) -> dict[str, object]:
     columns = "custom-columns=KIND:.kind,NS:.metadata.namespace,NAME:.metadata.name"
     found: dict[str, object] = {"objects": set(cluster.kubectl("get", wanted, "-A", "--no-headers", "-o", columns).splitlines())}
     # Not the directories themselves: the kubelet makes the last for its mount, and a mount point can't be removed from inside.
-    files = "find /etc/cni/net.d /opt/cni/bin /run/ambient-mesh -mindepth 1 -exec ls -ld {} + 2>/dev/null | awk '{print $1, $5, $NF}'"
+    files = "find /etc/cni/net.d /opt/cni/bin /run/ambient-mesh -mindepth 1 -exec ls -ld {} + 2>/dev/null | awk '{print $1, $NF}'"
     routes = "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all"
     for node in cluster.nodes:
         found[f"files of {node.name}"] = node.run("sh", "-c", files)
+        # What it says, not how it is laid out: the plugin is taken out of the chain that it was put into.
+        found[f"CNI chain of {node.name}"] = json.loads(node.run("sh", "-c", "cat /etc/cni/net.d/*.conflist"))
         found[f"tables of {node.name}"] = node.run("nft", "list", "tables")
     for name, pod in pods.items():
         found[f"rules of {name}"] = cluster.in_pod(pod, "nft", "--stateless", "list", "ruleset")
