@@ -25,6 +25,7 @@ test: $(STAMP) system  ## everything but the real cluster: unit, property, wire,
 	@$(BIN)/python -m pytest
 
 test-cluster: $(STAMP) system  ## a real Kubernetes of two nodes, built once (ten minutes), up in seconds; needs root and Go
+	@$(BIN)/python -m tests.cluster.harness check
 	@$(BIN)/python -m tests.cluster.harness prepare
 	@$(BIN)/python -m pytest tests/cluster
 
