@@ -47,7 +47,7 @@ def test_an_agents_pod_that_is_deleted_serves_until_its_successor_does(mesh: Clu
 def agent_of_or_none(cluster: Cluster, node: str) -> str | None:
     try:
         return str(agent_of(cluster, node)["metadata"]["name"])
-    except StopIteration:
+    except AssertionError:
         return None
 
 

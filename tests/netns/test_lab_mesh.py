@@ -71,7 +71,7 @@ def test_the_agent_of_a_node_is_asked_as_on_a_cluster(lab: Lab) -> None:
             inbound = [item["connection"] for item in ask("n2", "connections", "--pod", "shop/server")]
             return (outbound, inbound) if len(inbound) == len(outbound) == 4 else None
 
-        outbound, inbound = wait_until(all_held, "both agents tell of the four")  # type: ignore[misc]
+        outbound, inbound = wait_until(all_held, "both agents tell of the four")
         assert {(living["direction"], living["protocol"], living["destinationWorkload"]) for living in outbound} == {
             ("outbound", "HBONE", "shop/server")
         }
