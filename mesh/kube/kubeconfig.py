@@ -68,7 +68,7 @@ class ClusterAccess:
     """Asked where there is no token."""
     namespace: str = "default"
     origin: str = ""
-    """Where all this was found, for people: ``context kind of /root/.kube/config``."""
+    """Where all this was found, for people: ``context kind of ~/.kube/config``."""
 
     @property
     def renewable(self) -> bool:
