@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
 
 from mesh.linux.netlink import BatchRefused, Message, NetfilterSocket, attribute, parse_attributes
@@ -61,7 +62,10 @@ def read_sets(table: Table) -> dict[IpAddress, str]:
     return found
 
 
-def change_sets(table: Table, *, remove: Iterable[IpAddress] = (), add: SetElements = {}) -> None:  # noqa: B006
+_NONE: Final[SetElements] = MappingProxyType({})
+
+
+def change_sets(table: Table, *, remove: Iterable[IpAddress] = (), add: SetElements = _NONE) -> None:
     """Change the sets' elements in one transaction. What is removed must be there; what is added may be there with the same comment:
     to change one, remove and add it. Raises NftRefused, OSError."""
     batch = _Batch()

@@ -116,11 +116,19 @@ class TunnelRelay:
 
     def read_into(self, view: memoryview, most: int) -> int | None:
         """For the link: bytes of the socket, straight into its send buffer."""
+        return self._received(lambda: self._sock.recv_into(view, most), most)
+
+    def read_into_many(self, views: list[memoryview]) -> int | None:
+        """The same for a peer that takes small frames."""
+        return self._received(lambda: self._sock.recvmsg_into(views)[0], sum(map(len, views)))
+
+    def _received(self, receive: Callable[[], int], most: int) -> int | None:
+        """How much ``receive`` took of at most so much; None where there is nothing now, or never again."""
         if self._sock_ended or self._on_close is None:
             self.readable = False
             return None
         try:
-            size = self._sock.recv_into(view, most)
+            size = receive()
         except BlockingIOError:
             self.readable = False
             return None
@@ -134,26 +142,6 @@ class TunnelRelay:
         # After a short read the socket is empty and anything later is a new edge, unless the event that brought us here announced
         # the end as well: then there is no further one.
         self.readable = size == most or self._hung_up
-        return size
-
-    def read_into_many(self, views: list[memoryview]) -> int | None:
-        """The same for a peer that takes small frames."""
-        if self._sock_ended or self._on_close is None:
-            self.readable = False
-            return None
-        try:
-            size = self._sock.recvmsg_into(views)[0]
-        except BlockingIOError:
-            self.readable = False
-            return None
-        except OSError as exc:
-            self._socket_failed(exc)
-            return None
-        if size == 0:
-            self._socket_ended()
-            return None
-        self.sent += size
-        self.readable = size == sum(map(len, views)) or self._hung_up
         return size
 
     def _socket_ended(self) -> None:
