@@ -44,6 +44,8 @@ from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
 
 _SPARE_SECONDS = 0.5
 """How long after SIGTERM it takes at most until we hear whether the mover that runs apart was told to end too."""
+_LISTEN_AGAIN = 5.0
+"""Seconds until we try again to listen for the CNI plugin."""
 _BELIEVED = 0.25
 """Of the drain time: how long the API server must say that what we belong to is gone before we let the pods go for it."""
 _FAREWELL = 0.4
@@ -240,9 +242,9 @@ class Brain:
                         await self._pods.yielded.wait()
                         await self._pods.began.wait()  # in charge again: our successor had put its socket in the place of ours
                         nursery.cancel_scope.cancel()
-            except BindError as exc:
+            except BindError as exc:  # a full disk, no descriptors: pods of the mesh wait until it is over
                 _log.error("cni.not_served", error=str(exc))
-                return
+                await trio.sleep(_LISTEN_AGAIN)
 
     async def _keep_plugin(self, plugin: PluginKeeper) -> None:
         """Until we are to stop. What is installed then stays, unless `_end` takes it away."""
