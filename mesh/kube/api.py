@@ -180,7 +180,7 @@ class ApiClient:
         connection, response = await self._open("GET", path, query, b"", "", fresh=True)
         try:
             if response.status_code != 200:
-                raise api_error(response.status_code, await connection.read_body(MAX_RESPONSE))
+                raise await _read_refusal(connection, response.status_code)
             while True:
                 with network_failures():
                     data = await connection.read_chunk()
@@ -207,7 +207,7 @@ class ApiClient:
         connection, response = await self._open("GET", path, {**query, "watch": "1"}, b"", "", fresh=True)
         try:
             if response.status_code != 200:
-                raise api_error(response.status_code, await connection.read_body(MAX_RESPONSE))
+                raise await _read_refusal(connection, response.status_code)
             on_open()
             buffer = bytearray()
             while True:
@@ -387,6 +387,12 @@ class _Connection:
             if event is not h11.NEED_DATA:
                 raise h11.RemoteProtocolError("unexpected data")
             self._http.receive_data(bytes(await self._stream.receive_some(_READ)))
+
+
+async def _read_refusal(connection: _Connection, status: int) -> ApiError:
+    """What the server answers instead of a stream. Raises ApiUnavailable: this answer too may be cut off, or never end."""
+    with network_failures(), trio.fail_after(REQUEST_TIMEOUT):
+        return api_error(status, await connection.read_body(MAX_RESPONSE))
 
 
 @contextmanager
