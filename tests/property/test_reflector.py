@@ -6,7 +6,7 @@ import random
 
 import trio
 from hypothesis import example, given, settings
-from hypothesis import example, strategies as st
+from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from mesh.kube import reflector
