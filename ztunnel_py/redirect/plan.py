@@ -1,10 +1,11 @@
 """What a pod's network namespace needs so that its TCP connections and its look-ups of names pass through the agent, as data. Pure.
 
-Tables, chains, order and marks are those of Istio's native nftables backend, with two differences, both so that enrolling and
+Tables, chains, order and marks are those of Istio's native nftables backend, with three differences, the first two so that enrolling and
 un-enrolling cost no living connection (docs/design/decisions/0004-capture-keeps-connections.md):
 
 - only the packet that opens a connection is redirected;
-- releasing a pod empties the nat chains first and removes them only when the last redirected connection has ended.
+- releasing a pod empties the nat chains first and removes them only when the last redirected connection has ended;
+- a connection that nat is not asked about, because conntrack takes it for an older one, is dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from mesh.linux.nft import (
     accept,
     counter,
     ct_mark,
+    ct_state,
     daddr,
+    drop,
+    iifname,
     l4proto,
     mark,
     oifname,
@@ -57,9 +61,12 @@ from mesh.model.ports import (
 NAT_TABLE: Final = "istio-ambient-nat"
 MANGLE_TABLE: Final = "istio-ambient-mangle"
 RAW_TABLE: Final = "istio-ambient-raw"
+FILTER_TABLE: Final = "istio-ambient-filter"
+"""Ours alone; Istio has none."""
 _DSTNAT: Final = -100
 _MANGLE: Final = -150
 _RAW: Final = -300
+_FILTER: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ class RedirectPlan:
     families: tuple[int, ...]
 
 
-OUR_TABLES: Final = (NAT_TABLE, MANGLE_TABLE, RAW_TABLE)
+OUR_TABLES: Final = (NAT_TABLE, MANGLE_TABLE, RAW_TABLE, FILTER_TABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +116,7 @@ def plan_capture(pod: PodCapture) -> RedirectPlan:
     )
     others = (_mangle(), _raw()) if pod.dns else (_mangle(),)
     return RedirectPlan(
-        tables=(_nat(inbound, outbound), *others),
+        tables=(_nat(inbound, outbound), *others, _filter(versions, bypass_inbound=pod.bypass_inbound)),
         # The raw table stays as long as a look-up's translation may: without it the agent's could be taken for the application's.
         releasing=(_nat((), ()), *others),
         families=(socket.AF_INET, socket.AF_INET6) if pod.ipv6 else (socket.AF_INET,),
@@ -155,6 +162,35 @@ def _raw() -> Table:
             Chain("output", (mine,), Hook(ChainType.FILTER, HookPoint.OUTPUT, _RAW)),
         ),
     )
+
+
+def _filter(versions: tuple[_IpVersion, ...], *, bypass_inbound: bool) -> Table:
+    """Nothing opens a connection past the agent. conntrack takes a SYN for part of the connection that the same addresses and ports had
+    before, when that one was ended by a reset of its server less than ten seconds ago (nf_conntrack_tcp_timeout_close) or still seems
+    to live; nat is then not asked again, and the new connection goes the way of the old one: in plaintext and without a policy, if
+    that was one of the agent's own or from before the capture. Its SYN is dropped until conntrack has forgotten; the application's
+    kernel sends it again. A SYN that is sent again in the middle of a capture is still a new connection, and passes."""
+    inbound = () if bypass_inbound else tuple(_past_the_agent_inwards(version) for version in versions)
+    return Table(
+        FILTER_TABLE,
+        (
+            Chain("input", inbound, Hook(ChainType.FILTER, HookPoint.INPUT, _FILTER)),
+            Chain("output", tuple(map(_past_the_agent_outwards, versions)), Hook(ChainType.FILTER, HookPoint.OUTPUT, _FILTER)),
+        ),
+    )
+
+
+def _past_the_agent_inwards(version: _IpVersion) -> Rule:
+    # What was redirected goes to the agent's port by now.
+    not_agents = (tcp_dport(INBOUND_HBONE, negate=True), tcp_dport(INBOUND_PLAINTEXT, negate=True))
+    ours = (iifname("lo", negate=True), saddr(version.probe, negate=True), *not_agents)
+    return Rule((*ours, _opens_connection(), ct_state("established"), counter(), drop()), "connections past the agent")
+
+
+def _past_the_agent_outwards(version: _IpVersion) -> Rule:
+    # What was redirected goes to this host by now.
+    ours = (oifname("lo", negate=True), daddr(version.loopback, negate=True), mark(PROXY_MARK, MARK_MASK, negate=True))
+    return Rule((*ours, _opens_connection(), ct_state("established"), counter(), drop()), "connections past the agent")
 
 
 def _lookups(versions: tuple[_IpVersion, ...]) -> Iterator[Rule]:

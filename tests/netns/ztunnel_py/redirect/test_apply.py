@@ -15,7 +15,7 @@ import pytest
 
 from mesh.linux.conntrack import original_udp_destination
 from mesh.linux.netns import run_in_netns
-from mesh.linux.nft import Chain, Rule, Table, jump, render
+from mesh.linux.nft import Chain, ChainType, Hook, HookPoint, Rule, Table, counter, ct_state, jump, render
 from mesh.linux.nft_apply import delete_tables, replace_tables
 from mesh.linux.sockets import (
     SO_MARK,
@@ -28,7 +28,7 @@ from mesh.linux.sockets import (
 )
 from mesh.model.address import SocketAddress
 from mesh.model.ports import DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
-from mesh.reactor.tcp import socket_address
+from mesh.reactor.tcp import reset, socket_address
 from mesh.testing.lab import wait_until
 from mesh.testing.netns import PATIENCE_SECONDS, EchoServer, Netns, echoes, namespaces, wire
 from ztunnel_py.redirect.apply import (
@@ -109,7 +109,9 @@ class StandInProxy:
         return sock
 
     def _forward(self, sock: socket.socket) -> None:
-        other = self._peer[sock]
+        other = self._peer.get(sock)
+        if other is None:
+            return  # closed by what the other end of it brought in the same turn
         try:
             data = sock.recv(65536)
             if data:
@@ -193,6 +195,62 @@ def test_outbound_connections_reach_the_proxy_which_learns_where_they_were_going
         target = SocketAddress(PEER_V4 if version == 4 else PEER_V6, REMOTE)
         assert proxy.went_to(OUTBOUND) == [target]
         assert world.remote.saw(POD_V4 if version == 4 else POD_V6) == 1
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_port_that_went_past_the_proxy_does_not_lead_past_it_again(world: World, version: int) -> None:
+    """A connection of the proxy's own, ended by a reset of its server: conntrack takes a SYN with its addresses and ports for its own."""
+    world.pod.output("sysctl", "-w", "net.netfilter.nf_conntrack_tcp_timeout_close=3")
+    with StandInProxy(world.pod) as proxy, world.peer.listen(7070) as resetting:
+        apply_capture(world.pod.fd, world.plan())
+        target = SocketAddress(PEER_V4 if version == 4 else PEER_V6, 7070)
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        with world.pod.run(lambda: make_upstream_socket(family, mark=PROXY_MARK)) as own:
+            own.settimeout(PATIENCE_SECONDS)
+            own.connect((str(target.ip), target.port))
+            port = local_address(own).port
+            reset(resetting.accept()[0])
+            with pytest.raises(ConnectionResetError):
+                own.recv(1)
+        resetting.settimeout(0.5)
+        with world.pod.run(lambda: socket.socket(family)) as sock:
+            sock.settimeout(PATIENCE_SECONDS)
+            sock.bind(("0.0.0.0" if version == 4 else "::", port))
+            opening = threading.Thread(target=sock.connect, args=((str(target.ip), target.port),))
+            opening.start()
+            with pytest.raises(TimeoutError):
+                resetting.accept()
+            opening.join()
+            wait_until(lambda: proxy.went_to(OUTBOUND) == [target], "once conntrack has forgotten the other, it is the proxy's")
+            resetting.settimeout(PATIENCE_SECONDS)
+            resetting.accept()[0].close()
+
+
+def test_a_client_from_before_the_capture_does_not_come_past_the_proxy_again(world: World) -> None:
+    with world.pod.listen(7070) as resetting:
+        # conntrack works in a namespace once a rule asks for it.
+        world.pod.run(
+            lambda: replace_tables(
+                (Table("tracking", (Chain("input", (Rule((ct_state("new"), counter())),), Hook(ChainType.FILTER, HookPoint.INPUT, 0)),)),)
+            )
+        )
+        target = SocketAddress(POD_V4, 7070)
+        with world.peer.connect(target) as sock:
+            port = local_address(sock).port
+            reset(resetting.accept()[0])
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+        with StandInProxy(world.pod) as proxy:
+            apply_capture(world.pod.fd, world.plan())
+            resetting.settimeout(0.5)
+            with world.peer.run(lambda: socket.socket()) as again:
+                again.settimeout(0.5)
+                again.bind(("0.0.0.0", port))
+                with pytest.raises(TimeoutError):
+                    again.connect((str(target.ip), target.port))
+            with pytest.raises(TimeoutError):
+                resetting.accept()
+            assert not proxy.seen
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -20,6 +20,21 @@ table inet istio-ambient-mangle {
 	}
 }
 """
+FILTER_V4 = """\
+table inet istio-ambient-filter {
+	chain input {
+		type filter hook input priority filter; policy accept;
+		iifname != "lo" ip saddr != 169.254.7.127 tcp dport != 15008 tcp dport != 15006 tcp flags syn / fin,syn,rst,ack \
+ct state established counter drop comment "connections past the agent"
+	}
+
+	chain output {
+		type filter hook output priority filter; policy accept;
+		oifname != "lo" ip daddr != 127.0.0.1 meta mark & 0x00000fff != 0x00000539 tcp flags syn / fin,syn,rst,ack \
+ct state established counter drop comment "connections past the agent"
+	}
+}
+"""
 CAPTURED_V4 = f"""\
 table inet istio-ambient-nat {{
 	chain prerouting {{
@@ -73,7 +88,7 @@ table inet istio-ambient-nat {{
 
 def test_an_ipv4_pod_gets_istios_rules_with_a_test_for_new_connections() -> None:
     plan = plan_capture(PodCapture(ipv6=False))
-    assert render(plan.tables) == CAPTURED_V4
+    assert render(plan.tables) == CAPTURED_V4 + FILTER_V4
     assert plan.families == (socket.AF_INET,)
 
 
@@ -85,7 +100,7 @@ def test_a_dual_stack_pod_gets_every_rule_for_both_families() -> None:
         line.replace("169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff").replace("127.0.0.1", "::1").replace("ip ", "ip6 ")
         for line in v4
     }
-    assert len(v4) == 5
+    assert len(v4) == 7
     assert v6 == translated
     assert plan_capture(PodCapture(ipv6=True)).families == (socket.AF_INET, socket.AF_INET6)
 
@@ -94,6 +109,7 @@ def test_bypass_leaves_inbound_connections_alone_and_keeps_the_way_back() -> Non
     plan = plan_capture(PodCapture(ipv6=True, bypass_inbound=True))
     text = render(plan.tables)
     assert "15006" not in text
+    assert text.count(" drop ") == 2, "outbound, IPv4 and IPv6"
     assert text.count("redirect to :15001") == 2
     assert MANGLE in text
 
@@ -106,14 +122,14 @@ def test_releasing_keeps_empty_nat_chains_and_the_way_back() -> None:
 def test_look_ups_are_redirected_before_all_other_connections_and_tracked_apart_from_the_agents() -> None:
     plan = plan_capture(PodCapture(ipv6=False, dns=True))
     after = 'comment "replies to probes"\n'
-    assert render(plan.tables) == CAPTURED_V4.replace(after, after + LOOKUPS_V4) + RAW
+    assert render(plan.tables) == CAPTURED_V4.replace(after, after + LOOKUPS_V4) + RAW + FILTER_V4
 
 
 def test_look_ups_of_a_dual_stack_pod_are_redirected_in_both_families() -> None:
     text = render(plan_capture(PodCapture(ipv6=True, dns=True)).tables)
     assert text.count("redirect to :15053") == 3  # over UDP one rule is for both
     assert text.count("ip6 daddr != ::1 tcp dport 53 ") == 1
-    assert text.endswith(RAW)
+    assert RAW in text
 
 
 def test_look_ups_under_way_are_told_apart_while_a_pod_is_released() -> None:
