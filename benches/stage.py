@@ -44,6 +44,8 @@ SERVICE: Final = "server.captured.svc.cluster.local"
 """A name that proxies answer for."""
 WARM_UP: Final = 200
 _PATIENCE: Final = 60.0
+_FORGOTTEN: Final = 11.0
+"""Seconds until conntrack has forgotten a connection that was reset (nf_conntrack_tcp_timeout_close is ten)."""
 _ESTABLISHED: Final = "01"
 _LOAD: Final = str(Path(load.__file__).resolve())
 _NAMESPACES: Final = {NO_PROXY: "plain", OURS: "captured", OURS_TWO: "captured", ENVOY: "envoy", ZTUNNEL: "ztunnel"}
@@ -142,6 +144,7 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
     agents = TUNNEL_EACH if tunnel_each else {}
     with ExitStack() as stack:
         made: dict[str, Subject] = {}
+        refused = 0.0
         lab = stack.enter_context(_two_nodes(say, [name for name in wanted if name != OURS_TWO], movers=1, agents=agents))
         outsider = _ip(lab, _NAMESPACES[NO_PROXY], "server")
         for name in wanted:
@@ -156,7 +159,9 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
             there = outsider if where is lab else _ip(where, _NAMESPACES[NO_PROXY], "server")
             server = _ip(where, _NAMESPACES[name], "server")
             made[name] = subject = Subject(name, stack.enter_context(_load_client(where, _NAMESPACES[name])), server, there, pids)
-            _warm(subject)
+            refused = max(refused, _warm(subject))
+        # The agent of the server would be given the port of a refused client for one of its own connections, and be refused as well.
+        time.sleep(max(refused + _FORGOTTEN - time.monotonic(), 0))
         yield tuple(made[name] for name in wanted)
 
 
@@ -307,9 +312,11 @@ def _wait_for_port(process: Popen, port: int, log: Path) -> None:
     wait_until(listens, f"somebody listens on port {port}; {log.name}: {log.read_text(errors='replace')[-2000:]}")
 
 
-def _warm(subject: Subject) -> None:
-    """Pods are captured before everybody has heard that they are; until then policy refuses the client, which has no identity yet."""
+def _warm(subject: Subject) -> float:
+    """Pods are captured before everybody has heard that they are; until then policy refuses the client, which has no identity yet.
+    Returns when that was the last time, by the monotonic clock."""
     deadline = time.monotonic() + _PATIENCE
+    refused = 0.0
     while True:
         try:
             subject.do("connect", count=1, parallel=1)
@@ -317,10 +324,12 @@ def _warm(subject: Subject) -> None:
         except Broken:
             if time.monotonic() > deadline:
                 raise
+            refused = time.monotonic()
             time.sleep(0.05)
     for way in (subject, subject.beyond()):
         way.do("connect", count=WARM_UP, parallel=4)
         way.do("bulk", connections=2, up=10_000_000, down=10_000_000)
+    return refused
 
 
 def _ip(lab: Lab, namespace: str, name: str) -> str:

@@ -60,6 +60,7 @@ class Attacker:
         self.server = lab.pod("shop/server")["ips"]
         self.other = lab.pod("shop/database")["ips"][0]
         self._directory = directory
+        self._begun = 0
 
     def connect(self, port: int = 15008, ip: str | None = None) -> socket.socket:
         return self.place.connect(SocketAddress.parse(f"{ip or self.server[0]}:{port}"))
@@ -90,9 +91,16 @@ class Attacker:
             link.send(PREFACE + SettingsFrame(0).serialize())
             yield link
 
+    def begin(self) -> None:
+        """What is logged from now on counts; ports that earlier tests had are used again."""
+        self._begun = len(self._log())
+
     def records(self, name: str) -> list[str]:
         """What node n2's access log says of the connection from ``name``, this pod's end of it."""
-        return [line for line in (self.lab.home / "logs/ztunnel-n2.log").read_text().splitlines() if f"src.addr={name} " in line]
+        return [line for line in self._log()[self._begun :].splitlines() if f"src.addr={name} " in line]
+
+    def _log(self) -> str:
+        return (self.lab.home / "logs/ztunnel-n2.log").read_text()
 
 
 class Link:
@@ -165,6 +173,7 @@ def caller(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attac
 def attacker(lab: Lab, caller: Attacker) -> Iterator[Attacker]:
     """The movers of the attacked node are the same after the test, and hold not a descriptor more."""
     before, movers = quiet_descriptors(lab), lab.agent("n2", "mover")
+    caller.begin()
     yield caller
     assert lab.agent("n2", "mover") == movers
     wait_until(lambda: not lab.descriptors("n2") - before, f"no descriptor is left over (before: {before})")
