@@ -58,7 +58,7 @@ def _measure(figures: Mapping[str, Measure]) -> None:
         say(f"{name} ({number + 1} of {len(figures)})")
         try:
             of_figure = measure(lambda text, name=name: say(f"{name}: {text}"))  # type: ignore[misc]
-        except Broken as exc:
+        except (Broken, OSError) as exc:
             broken.append(f"{name}: {exc}")
             say(f"BROKEN {broken[-1]}")
             continue

@@ -139,7 +139,8 @@ def _is_ready(netns: Netns) -> bool:
 
 
 def _parts(run_dir: Path) -> dict[str, int]:
-    mover = int((run_dir / "mover-0.pid").read_text())
+    (path,) = run_dir.glob("*/mover-0.pid")  # an agent has a part of its own in the run directory
+    mover = int(path.read_text())
     stat = Path(f"/proc/{mover}/stat").read_text()
     return {"brain": int(stat.rpartition(")")[2].split()[1]), "mover": mover}
 
