@@ -1,4 +1,5 @@
-"""The L7 proxy: waypoint, ingress and egress gateway. Its place in the house; nothing of it is built yet (docs/design/ARCHITECTURE.md).
+"""The L7 proxy: waypoint, later ingress and egress gateway. It imports no program.
 
-It will stand on `mesh.reactor` for bytes, `mesh.wire.hbone` towards the node agents and `mesh.authz` for policy. It imports no program.
+Three kinds of code, as everywhere in the mesh. Pure: `http` (messages, codecs, paths), `routing`, `policy` verdicts, `upstream` choice.
+On the reactor: `listener`, `exchange`, connections. In trio: what waits (keys fetched, authorizers asked, configuration, certificates).
 """

@@ -1,0 +1,95 @@
+"""The resources a waypoint is pushed, one per service, destination and policy: a change is one small message.
+
+Each belongs to a waypoint (its Gateway's namespace and name); the control plane sends a waypoint its own alone.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TypeAlias
+
+import msgspec
+
+from mesh.model.l7.destination import DestinationConfig
+from mesh.model.l7.policy import AuthorizationPolicy, RequestAuthentication
+from mesh.model.l7.routing import Route, TcpRoute
+
+
+class Protocol(Enum):
+    HTTP = "http"
+    HTTP2 = "http2"
+    """HTTP/2 without negotiation (h2c)."""
+    GRPC = "grpc"
+    TCP = "tcp"
+    """Also TLS and everything else whose bytes mean nothing to a waypoint."""
+    AUTO = "auto"
+    """Not declared: by the client's first bytes."""
+
+
+class PortConfig(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One service port. ``routes`` in order, never empty for a port that takes HTTP: with no resource that routes, the last is the default
+    route to the service itself; where one does and nothing matches, there is none and the answer is 404. ``tcp``: None for the service
+    itself."""
+
+    port: int
+    protocol: Protocol = Protocol.AUTO
+    name: str = ""
+    routes: tuple[Route, ...] = ()
+    tcp: TcpRoute | None = None
+
+
+class ServiceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A service that this waypoint stands before. Its addresses and endpoints come with the workload API."""
+
+    namespace: str
+    hostname: str
+    ports: tuple[PortConfig, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.hostname}"
+
+
+class PathNormalization(Enum):
+    NONE = "none"
+    BASE = "base"
+    MERGE_SLASHES = "merge-slashes"
+    DECODE_AND_MERGE_SLASHES = "decode-and-merge-slashes"
+
+
+class Tracing(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``percent`` of requests without a decision upstream; ``endpoint``: where spans go by OTLP over HTTP (``http://host:port/v1/traces``)."""
+
+    endpoint: str = ""
+    percent: float = 1.0
+    tags: tuple[tuple[str, str], ...] = ()
+
+
+class AccessLogging(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``format``: Envoy's text format, empty: Istio's default; ``json`` instead: keys and operators."""
+
+    enabled: bool = True
+    format: str = ""
+    as_json: bool = False
+    json: tuple[tuple[str, str], ...] = ()
+
+
+class WaypointSettings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What holds for the waypoint as a whole. ``trust_domains``: whose certificates may come in, the mesh's own and its aliases."""
+
+    namespace: str
+    name: str
+    waypoint_for: str = "service"
+    trust_domains: tuple[str, ...] = ()
+    path_normalization: PathNormalization = PathNormalization.BASE
+    include_client_identity: bool = False
+    """Overwrite ``x-forwarded-client-cert`` with the caller's identity."""
+    access_log: AccessLogging = AccessLogging()
+    tracing: Tracing = Tracing()
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+L7Resource: TypeAlias = WaypointSettings | ServiceConfig | DestinationConfig | AuthorizationPolicy | RequestAuthentication

@@ -1,0 +1,35 @@
+"""Facts about a connection to the waypoint: made of TLS and CONNECT alone. No header of a request can change them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh.model.address import SocketAddress
+from mesh.model.identity import SpiffeId
+from mesh.model.service import Service
+from mesh.model.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One client connection, carried in one CONNECT stream.
+
+    ``peer``: whom the client's certificate proves. ``peer_address``: the client's, as its agent kept it. ``destination``: as the client
+    dialled it (a service's virtual address, or a pod's). ``service``: what is fronted there; None for traffic to a workload.
+    ``workload``: the client's, if it is known.
+    """
+
+    peer: SpiffeId
+    peer_address: SocketAddress
+    destination: SocketAddress
+    service: Service | None
+    target: Workload | None
+    """The destination, when it was a pod's address."""
+    workload: Workload | None
+    traceparent: str | None = None
+    """What the client's agent sent with CONNECT: of the connection, not of any request in it."""
+
+    @property
+    def service_key(self) -> str:
+        """``namespace/hostname``; empty for traffic to a workload."""
+        return "" if self.service is None else str(self.service.key)

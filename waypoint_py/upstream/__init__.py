@@ -1,0 +1,1 @@
+"""Where a request goes: which endpoint, over which connection, and what its failures teach about it."""
