@@ -48,7 +48,7 @@ class ByteStream(Protocol):
         (a connection that sniffed, then became HTTP)."""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send, after all that was written before. Copied if it cannot go at once. What is written in one turn of the loop leaves together."""
+        """Send, after all that was written before. Copied if it cannot go at once. What one turn of the loop writes leaves together."""
 
     def end(self) -> None:
         """No more from us, after what was written. Idempotent."""
