@@ -16,6 +16,7 @@ from meshctl_py.cluster.manifests import IMAGE, Manifests, Object, plain
 from meshctl_py.cluster.objects import AGENT, CONTROL_PLANE
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
+CNI_CONF_DIR: Final = "/etc/cni/net.d"
 SHORTEST_GRACE: Final = 6
 """Seconds. With less an agent could neither hand over nor let connections end."""
 _MAX_FILE: Final = 1 << 20
@@ -54,6 +55,8 @@ class Agent(Workload, frozen=True):
     max_surge: int | str = 1
     termination_grace_period_seconds: Annotated[int, msgspec.Meta(ge=SHORTEST_GRACE)] = 30
     se_linux_options: dict[str, Any] = {}
+    cni_bin_dir: Annotated[str, msgspec.Meta(pattern="^/")] = "/opt/cni/bin"
+    cni_conf_dir: Annotated[str, msgspec.Meta(pattern="^/")] = CNI_CONF_DIR
 
 
 class Values(_Struct, frozen=True):
@@ -185,11 +188,17 @@ def _configure_agent(obj: Object, values: Values, tag: str) -> None:
         environment["TRUST_DOMAIN"] = values.trust_domain
     if values.cluster_id != "Kubernetes":
         environment["CLUSTER_ID"] = values.cluster_id
+    if values.ztunnel.cni_conf_dir != CNI_CONF_DIR:
+        environment["CNI_NET_DIR_ON_NODE"] = values.ztunnel.cni_conf_dir
     _configure(obj, values.ztunnel, values, tag, environment)
     surge = str(values.ztunnel.max_surge)
     obj["spec"]["updateStrategy"]["rollingUpdate"]["maxSurge"] = int(surge) if surge.isdecimal() else surge
     pod = obj["spec"]["template"]["spec"]
     pod["terminationGracePeriodSeconds"] = grace
+    directories = {"cni-bin": values.ztunnel.cni_bin_dir, "cni-net": values.ztunnel.cni_conf_dir}
+    for volume in pod["volumes"]:
+        if volume["name"] in directories:
+            volume["hostPath"]["path"] = directories[volume["name"]]
     if values.ztunnel.se_linux_options:
         for container in pod["containers"]:
             container["securityContext"]["seLinuxOptions"] = values.ztunnel.se_linux_options

@@ -59,6 +59,7 @@ def test_values_of_the_chart_reach_what_they_are_for(helm: Path) -> None:
         *("--set", "ztunnel.maxSurge=10%", "--set", "ztunnel.terminationGracePeriodSeconds=120", "--set-string", "ztunnel.env.MOVERS=8"),
         *("--set", "ztunnel.seLinuxOptions.type=spc_t", "--set", "ztunnel.nodeSelector.pool=a", "--set", "ztunnel.podLabels.team=net"),
         *("--set", "istiod.resources.requests.memory=1Gi", "--set", "istiod.podAnnotations.a=b"),
+        *("--set", "ztunnel.cniBinDir=/k3s/cni", "--set", "ztunnel.cniConfDir=/k3s/net.d"),
     )
     found = rendered(helm, *values)
     istiod, ztunnel = (found[kind, SYSTEM, name]["spec"] for kind, name in (("Deployment", "istiod"), ("DaemonSet", "ztunnel")))
@@ -74,12 +75,15 @@ def test_values_of_the_chart_reach_what_they_are_for(helm: Path) -> None:
     assert istiod["template"]["metadata"]["annotations"]["a"] == "b"
     assert {"--trust-domain=example.org", "--cluster-id=west"} <= set(istiod["template"]["spec"]["containers"][0]["args"])
     wanted = {"TRUST_DOMAIN": "example.org", "CLUSTER_ID": "west", "MOVERS": "8", "TERMINATION_GRACE_PERIOD_SECONDS": "120"}
+    wanted["CNI_NET_DIR_ON_NODE"] = "/k3s/net.d"
     assert wanted.items() <= environment(ztunnel).items()
     assert ztunnel["updateStrategy"]["rollingUpdate"]["maxSurge"] == "10%"
     assert ztunnel["template"]["metadata"]["labels"] == {"app": "ztunnel", "istio.io/dataplane-mode": "none", "team": "net"}
     pod = ztunnel["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] == 120
     assert pod["nodeSelector"] == {"kubernetes.io/os": "linux", "pool": "a"}
+    paths = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
+    assert (paths["cni-bin"], paths["cni-net"]) == ("/k3s/cni", "/k3s/net.d")
     agent, mover = pod["containers"]
     assert agent["securityContext"]["seLinuxOptions"] == mover["securityContext"]["seLinuxOptions"] == {"type": "spc_t"}
     assert mover["env"] == agent["env"], "they meet in one directory"

@@ -57,6 +57,13 @@ def test_images_of_all_containers_are_replaced() -> None:
         }
 
 
+def test_the_directories_of_cni_plugins_are_where_the_node_has_them() -> None:
+    agent = configured("ztunnel.cniBinDir=/k3s/cni", "ztunnel.cniConfDir=/k3s/net.d")["DaemonSet"]
+    paths = {volume["name"]: volume["hostPath"]["path"] for volume in agent["spec"]["template"]["spec"]["volumes"] if "hostPath" in volume}
+    assert (paths["cni-bin"], paths["cni-net"]) == ("/k3s/cni", "/k3s/net.d")
+    assert environment(agent)["CNI_NET_DIR_ON_NODE"] == "/k3s/net.d"
+
+
 @pytest.mark.parametrize(
     ("image", "parts", "whole"),
     [
