@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import h11
 import trio
 
-from mesh.linux.unix_sockets import listen_privately
+from mesh.linux.unix_sockets import listen_privately, unix_address
 from mesh.telemetry.log import get_logger
 
 HEADER_TIMEOUT: Final = 2.0
@@ -135,6 +135,17 @@ def unix_listener(path: Path, backlog: int = 16) -> Iterator[trio.SocketListener
         with suppress(OSError):
             if os.path.samestat(path.stat(), ours):
                 path.unlink()
+
+
+async def has_listener(path: Path) -> bool:
+    """Whether somebody listens at a socket file now."""
+    try:
+        with unix_address(path) as address:
+            stream = await trio.open_unix_socket(address)
+    except OSError:
+        return False
+    await stream.aclose()
+    return True
 
 
 def bound_addresses(listeners: Sequence[trio.SocketListener]) -> list[str]:

@@ -115,6 +115,12 @@ class Agent:
             kill(self.supervisor(), number=signal.SIGTERM)
 
 
+def answers_at_the_socket(lab: Lab) -> bool:
+    path = lab.home / "run" / NODE / "admin.sock"
+    done = subprocess.run(["curl", "-sf", "-o", "/dev/null", "--unix-socket", path, "http://agent/debug/status"], check=False)
+    return done.returncode == 0
+
+
 @contextmanager
 def agent(lab: Lab, number: int, drain: float = 60.0) -> Iterator[Agent]:
     running = Agent(lab, number, drain)
@@ -279,6 +285,7 @@ def test_a_new_agent_killed_at_any_moment_of_the_hand_over_costs_nothing_of_the_
                     kills.append(new.kill())
                 traffic.goes_on()
             wait_until(lambda: old.ready, "the old one is in charge again")
+            wait_until(lambda: answers_at_the_socket(lab), "it answers where the youngest had put its own socket")
             traffic.goes_on()
             assert (traffic.lost, traffic.refused_but(*kills)) == ([], [])
     assert lab.pods_in_mesh() == SHOP

@@ -9,6 +9,7 @@ import ssl
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import trio
 
@@ -18,7 +19,7 @@ from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.workload import TunnelProtocol
 from mesh.rpc.tls import client_tls
 from mesh.runtime.env import InvalidEnvironment
-from mesh.runtime.http import BindError, Routes, open_listeners, serve_admin, unix_listener
+from mesh.runtime.http import BindError, Routes, has_listener, open_listeners, serve_admin, unix_listener
 from mesh.runtime.inspection import ADMIN_SOCKET
 from mesh.runtime.readiness import Readiness
 from mesh.runtime.signals import watch_signals
@@ -33,7 +34,7 @@ from ztunnel_py import messages
 from ztunnel_py.brain.admin import Admin
 from ztunnel_py.brain.authority import fetch_certificate
 from ztunnel_py.brain.charge import Charge, certificate_message
-from ztunnel_py.brain.cni import CNI_BACKLOG, PluginKeeper, cni_routes, has_listener
+from ztunnel_py.brain.cni import CNI_BACKLOG, PluginKeeper, cni_routes
 from ztunnel_py.brain.movers import Holding, Mover, Movers
 from ztunnel_py.brain.pages import Pages
 from ztunnel_py.brain.pods import PodKeeper
@@ -45,7 +46,7 @@ from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
 _SPARE_SECONDS = 0.5
 """How long after SIGTERM it takes at most until we hear whether the mover that runs apart was told to end too."""
 _LISTEN_AGAIN = 5.0
-"""Seconds until we try again to listen for the CNI plugin."""
+"""Seconds until we try again to listen at a socket file."""
 _BELIEVED = 0.25
 """Of the drain time: how long the API server must say that what we belong to is gone before we let the pods go for it."""
 _FAREWELL = 0.4
@@ -136,14 +137,10 @@ class Brain:
             (admin.metrics_routes(), await open_listeners(config.stats_address)),
             (admin.readiness_routes(self._readiness), await open_listeners(config.readiness_address)),
         ]
-        with unix_listener(config.run_dir / ADMIN_SOCKET) as admin_socket:
-            await self._run_serving([*ports, (admin.routes(), [admin_socket])])
-
-    async def _run_serving(self, ports: Sequence[tuple[Routes, Sequence[trio.SocketListener]]]) -> None:
-        config = self._config
         async with trio.open_nursery() as nursery:
             for routes, listeners in ports:
                 nursery.start_soon(serve_admin, routes, listeners)
+            nursery.start_soon(self._listen_at, config.run_dir / ADMIN_SOCKET, admin.routes())
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self._watch_lifeline)
             async with trio.open_nursery() as working:
@@ -230,20 +227,23 @@ class Brain:
             nursery.cancel_scope.cancel()
 
     async def _listen_for_cni(self) -> None:
-        config = self._config
+        await self._listen_at(self._config.cni_socket, cni_routes(self._pods), CNI_BACKLOG)
+
+    async def _listen_at(self, path: Path, routes: Routes, backlog: int = 16) -> None:
+        """Serve at a socket file that the node's agents share: the one in charge has it, and its elder again when that one has died."""
+        if await has_listener(path):
+            await self._pods.began.wait()  # the agent we succeed answers better until then
         while True:
-            if await has_listener(config):
-                await self._pods.began.wait()  # the agent we succeed answers better until then
             try:
-                with unix_listener(config.cni_socket, CNI_BACKLOG) as listener:
+                with unix_listener(path, backlog) as listener:
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(serve_admin, cni_routes(self._pods), [listener])
+                        nursery.start_soon(serve_admin, routes, [listener])
                         await self._pods.began.wait()
                         await self._pods.yielded.wait()
                         await self._pods.began.wait()  # in charge again: our successor had put its socket in the place of ours
                         nursery.cancel_scope.cancel()
-            except BindError as exc:  # a full disk, no descriptors: pods of the mesh wait until it is over
-                _log.error("cni.not_served", error=str(exc))
+            except BindError as exc:  # a full disk, no descriptors: who would ask here waits until it is over
+                _log.error("socket.not_served", error=str(exc))
                 await trio.sleep(_LISTEN_AGAIN)
 
     async def _keep_plugin(self, plugin: PluginKeeper) -> None:

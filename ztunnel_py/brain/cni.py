@@ -11,7 +11,6 @@ import trio
 
 from mesh.kube.api import ApiClient
 from mesh.linux.netns import NotANetworkNamespace, open_netns
-from mesh.linux.unix_sockets import unix_address
 from mesh.model.enrolment import EXCLUDED_NAMESPACES
 from mesh.runtime.http import Request, Response, Route, Routes
 from mesh.telemetry.log import get_logger
@@ -49,17 +48,6 @@ def cni_routes(pods: PodKeeper) -> Routes:
         return Response.text(because)
 
     return {"/cmdadd": Route(add, frozenset({"POST"}))}
-
-
-async def has_listener(config: AgentConfig) -> bool:
-    """Whether somebody, the agent before us, answers plugins now."""
-    try:
-        with unix_address(config.cni_socket) as address:
-            stream = await trio.open_unix_socket(address)
-    except OSError:
-        return False
-    await stream.aclose()
-    return True
 
 
 class PluginKeeper:
