@@ -22,7 +22,7 @@ from tests.cluster.workloads import addresses, apply_pods, attempt, echo_pod, lo
 
 NAMESPACE = "meshctl"
 PASSING = ("events", "endpoints", "leases", "controllerrevisions", "apiservices", "pods.metrics.k8s.io", "nodes.metrics.k8s.io")
-"""Kinds whose objects come and go by themselves: the API server's own record of its groups, too, follows the definitions some time later."""
+"""Kinds whose objects come and go by themselves: the API server's own record of its groups follows definitions some time later."""
 
 
 @dataclass(frozen=True)
