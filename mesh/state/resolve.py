@@ -66,7 +66,7 @@ class _Attempt:
         workload = candidate.workload
         if workload.network != self._source.network:
             return self._across_networks(workload)
-        ip = _choose_ip(workload, self._service, self._target.ip, like=self._target.ip)
+        ip = choose_ip(workload, self._service, self._target.ip, like=self._target.ip)
         if ip is None:
             return self._no_address(workload)
         if workload.tunnel_protocol is TunnelProtocol.NONE:
@@ -91,7 +91,7 @@ class _Attempt:
         if workload.network != self._source.network:
             return self._across_networks(workload)
         wanted = gateway.destination.ip if isinstance(gateway.destination, NetworkAddress) else self._target.ip
-        ip = _choose_ip(workload, waypoint_service, wanted, like=self._target.ip)
+        ip = choose_ip(workload, waypoint_service, wanted, like=self._target.ip)
         if ip is None:
             return self._no_address(workload)
         return Tunnel(
@@ -157,7 +157,7 @@ def _choose_waypoint(service: Service, rng: random.Random) -> GatewayAddress | N
 _ALLOWED = {IpFamilies.IPV4_ONLY: (4,), IpFamilies.IPV6_ONLY: (6,)}
 
 
-def _choose_ip(workload: Workload, service: Service | None, wanted: IpAddress, like: IpAddress) -> IpAddress | None:
+def choose_ip(workload: Workload, service: Service | None, wanted: IpAddress, like: IpAddress) -> IpAddress | None:
     """The wanted address if it is the workload's, else one that the service allows, if possible of the family of ``like``."""
     if wanted in workload.addresses:
         return wanted
