@@ -13,7 +13,7 @@ from typing import Final, Protocol, TypeAlias
 from mesh.model.address import SocketAddress
 from mesh.model.l7.destination import ConnectionPool
 from mesh.reactor.loop import Reactor, Timer
-from mesh.wire.errors import ErrorCode, RemoteProtocolError
+from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from waypoint_py.http.codec import BodyData, BodyEnd, ClientCodec, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
 from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.stream import HIGH_WATER, ByteStream
@@ -190,6 +190,7 @@ class HttpSession:
         "_calls",
         "_closing",
         "_codec",
+        "_cut",
         "_dispatching",
         "_eof",
         "_freed",
@@ -224,6 +225,7 @@ class HttpSession:
         self._dispatching = False
         self._freed = False  # a call has ended and the owner does not know
         self._took_back = False  # what is still unsent may be sent on another connection
+        self._cut = False  # what is unsent of a request is not wanted any more
         self._eof = False
         self._closing = False
         self._broken = False
@@ -264,17 +266,21 @@ class HttpSession:
 
     # --- what the owner does
 
-    def begin(self, call: Call) -> None:
-        """Send the head of its request; `available` must not be 0. The call is told soon."""
+    def begin(self, call: Call) -> str | None:
+        """Send the head of its request; `available` must not be 0. The call is told soon. Returns why it cannot be sent, if so."""
+        try:
+            call.stream = self._codec.send_request(call.request, ended=call.head_ended)
+        except LocalProtocolError as exc:
+            return str(exc)
         call.session = self
         call.local_address = self.local_address
         call.began_at = self._written
         call.sent_all = call.head_ended and call.request.upgrade is None
         self._served += 1
-        call.stream = self._codec.send_request(call.request, ended=call.head_ended)
         self._calls[call.stream] = call
         self._flush()
         self._reactor.call_soon(call.tell_open)
+        return None
 
     def expire(self) -> None:
         """Take no more calls; close when the last one is over. Idempotent."""
@@ -305,7 +311,11 @@ class HttpSession:
     def send_data(self, call: Call, data: bytes | memoryview) -> None:
         if call.sent_all:
             return
-        self._codec.send_data(call.stream, data)
+        try:
+            self._codec.send_data(call.stream, data)
+        except LocalProtocolError as exc:
+            self._cut_short_soon(call, str(exc))
+            return
         self._flush()
         call.room_seen -= len(data)
         if call.room_seen <= 0:
@@ -319,6 +329,25 @@ class HttpSession:
             call.sent_all = True
             self._codec.send_end(call.stream, trailers)
             self._flush()
+            if self._codec.finished:
+                self._cut_short_soon(call, "the request's body is shorter than it was said to be")
+
+    def _cut_short_soon(self, call: Call, because: str) -> None:
+        """By what we said ourselves the connection is of no more use."""
+        self._reactor.call_soon(lambda: self._cut_short(call, because))
+
+    def _cut_short(self, call: Call, because: str) -> None:
+        if call.over or self._broken:
+            return
+        if not call.upgraded:
+            self._break(FailureKind.PROTOCOL, because)
+            return
+        # A byte stream in HTTP/1.1 has ended with our direction: what we have said may still arrive.
+        self._forget(call)
+        self._freed = True
+        call.finish()
+        self._settle()
+        call.sink.complete([])
 
     def consumed(self, call: Call, size: int) -> None:
         self._codec.consumed(call.stream, size)
@@ -427,7 +456,9 @@ class HttpSession:
         call.responded = True
         if call.request.upgrade is not None:
             call.upgraded = status == SWITCHING_PROTOCOLS or (status < 300 and not ended)
-            call.sent_all = call.head_ended and not call.upgraded
+            if not call.upgraded and not call.sent_all:  # the offer was not taken: there is nothing to send
+                call.sent_all = True
+                self._codec.send_end(call.stream, None)
         if ended:
             self._complete(call)
         call.sink.response(response, ended)
@@ -440,6 +471,7 @@ class HttpSession:
             self._codec.send_end(call.stream, None)  # the peer has ended its direction; what we have said may still arrive
         elif not call.sent_all:
             self._codec.reset(call.stream, ErrorCode.CANCEL)  # it has answered without hearing all, and need not hear the rest
+            self._cut = self._codec.finished
         call.finish()
 
     def _on_reset(self, call: Call, event: StreamReset) -> None:
@@ -494,7 +526,9 @@ class HttpSession:
         if not self._calls and freed:
             self.idle_since = self._reactor.now()
             self._watch_idleness()
-        if self._closing:
+        if self._cut:
+            self._break(FailureKind.TERMINATED, "answered before the request was complete")
+        elif self._closing:
             if not self._calls:
                 self._end()
         elif freed or self._owner.waits:

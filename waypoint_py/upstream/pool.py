@@ -173,7 +173,9 @@ class Shelf:
             return
         breaker.requests += 1
         call.place = Place.SESSION
-        session.begin(call)
+        unsendable = session.begin(call)
+        if unsendable is not None:
+            self._pool.fail_soon(call, UpstreamFailure(FailureKind.PROTOCOL, f"request cannot be sent: {unsendable}"))
 
     def _serve_waiting(self) -> None:
         while self._waiting:
