@@ -71,6 +71,7 @@ class Call:
         "_pending_end",
         "began_at",
         "body_begun",
+        "body_left",
         "head_ended",
         "local_address",
         "opened",
@@ -105,6 +106,8 @@ class Call:
         self.over = False
         self.opened = False
         self.body_begun = False
+        self.body_left = -1 if request.content_length is None or request.upgrade is not None else request.content_length
+        """Bytes that the head promises; below 0: it promises nothing."""
         self.sent_all = False
         self.responded = False
         self.upgraded = False
@@ -224,7 +227,7 @@ class HttpSession:
         self._paused = False
         self._dispatching = False
         self._freed = False  # a call has ended and the owner does not know
-        self._took_back = False  # what is still unsent may be sent on another connection
+        self._took_back = False  # what is still unsent here will be sent on another connection
         self._cut = False  # what is unsent of a request is not wanted any more
         self._eof = False
         self._closing = False
@@ -285,7 +288,7 @@ class HttpSession:
     def expire(self) -> None:
         """Take no more calls; close when the last one is over. Idempotent."""
         self._leave_owner()
-        if not self._calls:
+        if not (self._calls or self._broken):
             self._end()
 
     def discard(self, reason: str) -> None:
@@ -311,13 +314,15 @@ class HttpSession:
     def send_data(self, call: Call, data: bytes | memoryview) -> None:
         if call.sent_all:
             return
-        try:
-            self._codec.send_data(call.stream, data)
-        except LocalProtocolError as exc:
-            self._cut_short_soon(call, str(exc))
-            return
+        size = len(data)
+        if call.body_left >= 0:
+            call.body_left -= size
+            if call.body_left < 0:
+                self._cut_short_soon(call, "the request's body is longer than it was said to be")
+                return
+        self._codec.send_data(call.stream, data)
         self._flush()
-        call.room_seen -= len(data)
+        call.room_seen -= size
         if call.room_seen <= 0:
             call.room_seen = 0
             self._limited.add(call)
@@ -325,29 +330,37 @@ class HttpSession:
                 self._reactor.call_soon(self._tell_of_room)
 
     def send_end(self, call: Call, trailers: Headers | None) -> None:
-        if not call.sent_all:
-            call.sent_all = True
-            self._codec.send_end(call.stream, trailers)
-            self._flush()
-            if self._codec.finished:
-                self._cut_short_soon(call, "the request's body is shorter than it was said to be")
+        if call.sent_all:
+            return
+        if call.body_left > 0:
+            self._cut_short_soon(call, "the request's body is shorter than it was said to be")
+            return
+        call.sent_all = True
+        self._codec.send_end(call.stream, trailers)
+        self._flush()
+        if self._codec.finished:
+            self._cut_short_soon(call, "the request ended its connection")
 
     def _cut_short_soon(self, call: Call, because: str) -> None:
-        """By what we said ourselves the connection is of no more use."""
+        """By what we said ourselves there will be no more of it."""
+        call.sent_all = True
         self._reactor.call_soon(lambda: self._cut_short(call, because))
 
     def _cut_short(self, call: Call, because: str) -> None:
         if call.over or self._broken:
             return
-        if not call.upgraded:
-            self._break(FailureKind.PROTOCOL, because)
-            return
-        # A byte stream in HTTP/1.1 has ended with our direction: what we have said may still arrive.
         self._forget(call)
         self._freed = True
-        call.finish()
+        if call.upgraded:  # a byte stream in HTTP/1.1 has ended with our direction; what we have said may still arrive
+            call.finish()
+            self._settle()
+            call.sink.complete([])
+            return
+        self._codec.reset(call.stream, ErrorCode.INTERNAL_ERROR)
+        self._cut = self._codec.finished
+        self._flush()
+        call.fail(UpstreamFailure(FailureKind.PROTOCOL, because))
         self._settle()
-        call.sink.complete([])
 
     def consumed(self, call: Call, size: int) -> None:
         self._codec.consumed(call.stream, size)
@@ -369,15 +382,19 @@ class HttpSession:
     # --- what the stream says
 
     def data(self, data: memoryview) -> None:
+        if self._broken:
+            return
         self._heard = True
         try:
             events = self._codec.receive(data)
         except RemoteProtocolError as exc:
-            self._break(FailureKind.PROTOCOL, exc.reason)
+            self._break(FailureKind.PROTOCOL, exc.reason, explained=True)
             return
         self._dispatch(events)
 
     def ended(self) -> None:
+        if self._broken:
+            return
         self._eof = True
         try:
             events = self._codec.receive_eof()
@@ -559,8 +576,9 @@ class HttpSession:
     def _fail_call(self, call: Call, failure: UpstreamFailure, *, untouched: bool) -> None:
         call.session = None
         fresh = not (call.over or call.retried or call.body_begun or call.responded)
-        if fresh and (untouched or self._is_untouched(call)) and self._owner.take_back(call):
-            self._took_back = True
+        unseen = fresh and not untouched and self._is_untouched(call)
+        if fresh and (untouched or unseen) and self._owner.take_back(call):
+            self._took_back = self._took_back or unseen
             return
         call.fail(failure)
 
@@ -573,15 +591,18 @@ class HttpSession:
             except Exception as exc:  # the others must hear of it too
                 self._reactor.report(exc, f"failure of {call.request.method!r} {call.request.path!r}")
 
-    def _break(self, kind: FailureKind, because: str) -> None:
-        """The connection is of no use any more, by the peer's fault or our will."""
+    def _break(self, kind: FailureKind, because: str, *, explained: bool = False) -> None:
+        """The connection is of no use any more, by the peer's fault or our will. ``explained``: the codec says why, which should arrive."""
         if self._broken:
             return
         self._broken = True
         self._flush()
         self._leave_owner()
         self._fail_calls(kind, because)
-        self._stream.abort(because)  # after the calls: what is unsent shows which of them nobody has seen
+        if explained:
+            self._end()
+        else:  # and after the calls: what is unsent shows which of them nobody has seen
+            self._stream.abort(because)
 
     def _leave_owner(self) -> None:
         if not self._closing:
@@ -590,7 +611,10 @@ class HttpSession:
 
     def _end(self) -> None:
         """Nobody is served any more: say so, and wait a little for the peer's end."""
-        if self._broken or self._linger is not None:
+        if self._linger is not None:
+            return
+        if self._took_back:
+            self._stream.abort("the request goes another way")
             return
         stream = self._stream
         if self._paused:
