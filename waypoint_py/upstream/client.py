@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from itertools import count
 from typing import Final, Protocol, TypeAlias
 
 from mesh.model.address import SocketAddress
@@ -186,7 +187,7 @@ class Call:
 
 
 class HttpSession:
-    """The sink of one connection. It keeps to those of its owner's bounds that concern one connection."""
+    """The sink of one connection. It keeps to those of its owner's bounds that concern one connection. ``pings``: the codec has them."""
 
     __slots__ = (
         "_broken",
@@ -204,6 +205,8 @@ class HttpSession:
         "_linger",
         "_owner",
         "_paused",
+        "_pinger",
+        "_postponed",
         "_reactor",
         "_served",
         "_stream",
@@ -213,7 +216,7 @@ class HttpSession:
         "local_address",
     )
 
-    def __init__(self, reactor: Reactor, stream: ByteStream, codec: ClientCodec, owner: Owner) -> None:
+    def __init__(self, reactor: Reactor, stream: ByteStream, codec: ClientCodec, owner: Owner, *, pings: bool = False) -> None:
         self._reactor = reactor
         self._stream = stream
         self._codec = codec
@@ -230,6 +233,7 @@ class HttpSession:
         self._took_back = False  # what is still unsent here will be sent on another connection
         self._cut = False  # what is unsent of a request is not wanted any more
         self._eof = False
+        self._postponed = False
         self._closing = False
         self._broken = False
         self._linger: Timer | None = None
@@ -241,6 +245,9 @@ class HttpSession:
         stream.attach(self)
         self._flush()
         self._watch_idleness()
+        self._pinger: Timer | None = None
+        if pings and owner.limits.h2_keepalive_interval:
+            self._pinger = reactor.call_later(owner.limits.h2_keepalive_interval, self._ping)
         duration = owner.limits.max_connection_duration
         if duration:
             self._lifetime = reactor.call_later(duration, self.expire)
@@ -271,19 +278,42 @@ class HttpSession:
 
     def begin(self, call: Call) -> str | None:
         """Send the head of its request; `available` must not be 0. The call is told soon. Returns why it cannot be sent, if so."""
+        upgrades = call.request.upgrade is None or self._codec.upgrades
+        if upgrades is None:
+            self._postpone(call)
+            return None
+        if not upgrades:
+            return "the server takes no upgrades"
+        began_at = self._written
         try:
-            call.stream = self._codec.send_request(call.request, ended=call.head_ended)
+            stream = self._codec.send_request(call.request, ended=call.head_ended)
         except LocalProtocolError as exc:
             return str(exc)
-        call.session = self
-        call.local_address = self.local_address
-        call.began_at = self._written
-        call.sent_all = call.head_ended and call.request.upgrade is None
         self._served += 1
-        self._calls[call.stream] = call
+        self._enter(call, stream)
+        call.began_at = began_at
+        call.sent_all = call.head_ended and call.request.upgrade is None
         self._flush()
         self._reactor.call_soon(call.tell_open)
         return None
+
+    def _enter(self, call: Call, stream: int) -> None:
+        call.session, call.stream = self, stream
+        call.local_address = self.local_address
+        self._calls[stream] = call
+
+    def _postpone(self, call: Call) -> None:
+        """HTTP/2's SETTINGS say whether an upgrade may be asked for. Until they come the call has a number that no stream has."""
+        self._postponed = True
+        self._enter(call, next(number for number in count(-1, -1) if number not in self._calls))
+
+    def _begin_postponed(self) -> None:
+        for stream in [stream for stream in self._calls if stream < 0]:
+            call = self._calls.pop(stream)
+            unsendable = self.begin(call)
+            if unsendable is not None:
+                call.fail(UpstreamFailure(FailureKind.PROTOCOL, f"request cannot be sent: {unsendable}"))
+                self._freed = True
 
     def expire(self) -> None:
         """Take no more calls; close when the last one is over. Idempotent."""
@@ -372,7 +402,8 @@ class HttpSession:
         """Nobody wants its response any more."""
         self._forget(call)
         self._freed = True
-        self._codec.reset(call.stream, ErrorCode.CANCEL)
+        if call.stream > 0:
+            self._codec.reset(call.stream, ErrorCode.CANCEL)
         if self._codec.finished and not self._calls:
             self._break(FailureKind.TERMINATED, "the request was given up")  # so that the peer need not go on with it
         else:
@@ -414,7 +445,7 @@ class HttpSession:
         self._tell_of_room()
 
     def closed(self, reason: str | None) -> None:
-        for timer in (self._linger, self._idle_timer, self._lifetime):
+        for timer in (self._linger, self._idle_timer, self._lifetime, self._pinger):
             if timer is not None:
                 timer.cancel()
         kind = FailureKind.TLS if not self._heard and reason is not None and reason.startswith("tls ") else FailureKind.TERMINATED
@@ -437,6 +468,9 @@ class HttpSession:
             self._dispatching = False
         if self._broken:
             return
+        if self._postponed and self._codec.upgrades is not None:
+            self._postponed = False
+            self._begin_postponed()
         self._flush()
         if self._limited:
             self._tell_of_room()
@@ -567,6 +601,20 @@ class HttpSession:
         else:
             self._watch_idleness()
 
+    def _ping(self) -> None:
+        """A peer that is gone without a word is noticed though nothing is under way (http2KeepAlive)."""
+        limits = self._owner.limits
+        self._codec.ping()
+        self._flush()
+        self._pinger = self._reactor.call_later(limits.h2_keepalive_timeout or limits.h2_keepalive_interval or 1.0, self._look_for_life)
+
+    def _look_for_life(self) -> None:
+        interval = self._owner.limits.h2_keepalive_interval
+        if self._codec.pings:
+            self._break(FailureKind.TERMINATED, "keepalive: no answer to a ping")
+        elif interval:
+            self._pinger = self._reactor.call_later(interval, self._ping)
+
     # --- ends
 
     def _is_untouched(self, call: Call) -> bool:
@@ -587,7 +635,8 @@ class HttpSession:
         self._limited.clear()
         for call in calls.values():
             try:
-                self._fail_call(call, UpstreamFailure(kind, because, because if kind is FailureKind.TLS else ""), untouched=False)
+                failure = UpstreamFailure(kind, because, because if kind is FailureKind.TLS else "")
+                self._fail_call(call, failure, untouched=call.stream < 0)
             except Exception as exc:  # the others must hear of it too
                 self._reactor.report(exc, f"failure of {call.request.method!r} {call.request.path!r}")
 

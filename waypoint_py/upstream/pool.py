@@ -284,7 +284,9 @@ class Shelf:
             return
         del self._dialling[dialling]
         result.on_gone = self._breaker.connection_gone
-        session = HttpSession(self._pool.reactor, result, self._pool.make_codec(self._key.protocol), self)
+        protocol = self._key.protocol
+        pings = protocol is UpstreamProtocol.HTTP2
+        session = HttpSession(self._pool.reactor, result, self._pool.make_codec(protocol), self, pings=pings)
         self._sessions.append(session)
         self._open[session] = None
         self.session_free(session)

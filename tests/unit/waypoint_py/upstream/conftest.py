@@ -60,6 +60,12 @@ class FrameCodec:
         self._unconsumed = 0
         self.going_away = False
         self.finished = False
+        self.upgrades: bool | None = True
+        self.pings = 0
+
+    def ping(self) -> None:
+        self.pings += 1
+        self._frame("P", 0)
 
     @property
     def wants_data(self) -> bool:
@@ -140,6 +146,12 @@ class FrameCodec:
             case b"R":
                 self._active.discard(stream)
                 return StreamReset(stream, 8, "reset by peer", untouched=payload == b"untouched")
+            case b"P":
+                self.pings = 0
+                return StreamReset(0, 0, "an answer to a ping")
+            case b"S":
+                self.upgrades = payload == b"1"
+                return StreamReset(0, 0, "settings")
             case b"G":
                 self.going_away = True
                 return GoingAway()
