@@ -58,9 +58,7 @@ class Known:
         return dict(reversed(self.response_trailers or [])).get(name)
 
 
-def asked(
-    path: str = "/", *headers: tuple[str, str], method: str = "GET", authority: str = "b", scheme: str = "http"
-) -> Request:
+def asked(path: str = "/", *headers: tuple[str, str], method: str = "GET", authority: str = "b", scheme: str = "http") -> Request:
     """A request, of texts."""
     pairs = [(name.encode(), value.encode()) for name, value in headers]
     return Request(method.encode(), scheme.encode(), authority.encode(), path.encode(), pairs)

@@ -84,7 +84,11 @@ NOTHING = Known()
         ("%UPSTREAM_CLUSTER% %UPSTREAM_CLUSTER_RAW%", " ".join(["outbound|80|v1|reviews.shop.svc.cluster.local"] * 2), "- -"),
         ("%UPSTREAM_LOCAL_ADDRESS% %UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %UPSTREAM_LOCAL_PORT%", "[fd00::7]:41000 fd00::7 41000", "- - -"),
         ("%UPSTREAM_REQUEST_ATTEMPT_COUNT%", "3", "0"),
-        ("%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_LOCAL_PORT%", "10.96.0.9:80 10.96.0.9 80", "- - -"),
+        (
+            "%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_LOCAL_PORT%",
+            "10.96.0.9:80 10.96.0.9 80",
+            "- - -",
+        ),
         ("%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%", "[fd00::1]:40000 fd00::1", "- -"),
         ("%DOWNSTREAM_REMOTE_PORT%", "40000", "-"),
         (

@@ -30,7 +30,9 @@ def route(name: str, *matches: RouteMatch) -> Route:
 
 def found(routes: tuple[Route, ...], request: Request) -> str | None:
     """The name of the route, looked up with files and without."""
-    names = {None if (m := table.find(request)) is None else m.route.route.name for table in (RouteTable(routes, 0), RouteTable(routes, 99))}
+    names = {
+        None if (m := table.find(request)) is None else m.route.route.name for table in (RouteTable(routes, 0), RouteTable(routes, 99))
+    }
     (name,) = names
     return name
 
@@ -57,7 +59,10 @@ def one(match: RouteMatch, request: Request) -> bool:
 
 # Gateway API: routes in the order of precedence, as the control plane sorts them.
 
-MATCHING = (route("v2", RouteMatch(path=below("/v2")), RouteMatch(path=below("/"), headers=(header("version", "two"),))), route("v1", RouteMatch(path=below("/"))))
+MATCHING = (
+    route("v2", RouteMatch(path=below("/v2")), RouteMatch(path=below("/"), headers=(header("version", "two"),))),
+    route("v1", RouteMatch(path=below("/"))),
+)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,8 @@ def test_http_route_matching(path: str, headers: tuple[tuple[str, str], ...], to
 
 
 @pytest.mark.parametrize(
-    ("path", "to"), [("/one", "v1"), ("/two", "v2"), ("/", None), ("/one/example", None), ("/two/", None), ("/Two", None), ("/one?a=b", "v1")]
+    ("path", "to"),
+    [("/one", "v1"), ("/two", "v2"), ("/", None), ("/one/example", None), ("/two/", None), ("/Two", None), ("/one?a=b", "v1")],
 )
 def test_http_route_exact_path_matching(path: str, to: str | None) -> None:
     routes = (route("v1", RouteMatch(path=exactly("/one"))), route("v2", RouteMatch(path=exactly("/two"))))
@@ -357,7 +363,14 @@ def test_nothing_matches_and_there_is_no_other_route() -> None:
 
 
 def test_a_match_says_why_and_what_matched() -> None:
-    routes = (Route(Origin("VirtualService", "shop", "reviews", 2), DirectResponse(200), name="r", matches=(RouteMatch("m", path=below("/a"), headers=(header("x", "1"),)),)),)
+    routes = (
+        Route(
+            Origin("VirtualService", "shop", "reviews", 2),
+            DirectResponse(200),
+            name="r",
+            matches=(RouteMatch("m", path=below("/a"), headers=(header("x", "1"),)),),
+        ),
+    )
     matched = compile_routes(routes).find(asked("/a/b", ("x", "1")))
     assert matched is not None
     assert matched.because == "VirtualService shop/reviews rule 2: match 'm', path below /a, header x exactly 1"
