@@ -7,7 +7,7 @@ import re
 from urllib.parse import urlsplit
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.model.l7.matching import (
@@ -51,7 +51,9 @@ paths = st.one_of(
     st.builds(PathMatch, st.just(PathKind.REGEX), st.sampled_from(REGEXES)),
 )
 headers = st.builds(HeaderMatch, st.sampled_from(NAMES), texts, st.booleans(), st.booleans())
-plain_headers = st.builds(HeaderMatch, st.sampled_from(["x", "y"]), st.builds(Exact, st.sampled_from(TEXTS)))
+plain_headers = st.builds(
+    HeaderMatch, st.sampled_from(["x", "y"]), st.builds(Exact, st.sampled_from(TEXTS)), st.sampled_from([False, False, True])
+)
 queries = st.builds(QueryMatch, st.sampled_from(["q", "r"]), texts)
 matches = st.builds(
     RouteMatch,
@@ -77,6 +79,7 @@ requests = st.builds(
 )
 
 
+@settings(max_examples=300)
 @given(routes, st.lists(requests, min_size=1, max_size=4))
 def test_the_route_found_is_the_first_that_matches(table: tuple[Route, ...], some: list[Request]) -> None:
     filed, tried = RouteTable(table, 0), RouteTable(table, 10_000)

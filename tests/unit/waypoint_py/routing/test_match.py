@@ -400,3 +400,41 @@ def test_a_match_that_cannot_be_compiled_lets_no_later_route_have_its_requests(m
     other = table.find(asked("/"))
     assert other is not None
     assert other.route.route.name == "open"
+
+
+def crowd(*matches: RouteMatch) -> tuple[Route, ...]:
+    """So many routes of one path that they are looked up by something else; the last is for everything."""
+    return (*(route(str(number), match) for number, match in enumerate(matches)), route("rest"))
+
+
+@pytest.mark.parametrize("path", [None, exactly("/a"), below("/a"), PathMatch(PathKind.EXACT, "/A", ignore_case=True)])
+def test_among_many_routes_of_one_path_the_header_decides(path: PathMatch | None) -> None:
+    routes = crowd(*[RouteMatch(path=path, headers=(header("tenant", str(number)),)) for number in range(30)])
+    assert found(routes, asked("/a", ("tenant", "17"))) == "17"
+    assert found(routes, asked("/a", ("tenant", "17"), ("tenant", "3"))) == "3"
+    assert found(routes, asked("/a", ("tenant", "30"))) == "rest"
+    assert found(routes, asked("/a")) == "rest"
+
+
+def test_among_many_routes_of_one_path_the_query_or_authority_decides() -> None:
+    routes = crowd(
+        *[RouteMatch(query=query(q=str(number))) for number in range(30)],
+        *[RouteMatch(authority=Exact(f"h{number}")) for number in range(30)],
+    )
+    assert found(routes, asked("/?q=17")) == "17"
+    assert found(routes, asked("/", authority="h17")) == "47"
+    assert found(routes, asked("/?q=30", authority="h17")) == "47"
+    assert found(routes, asked("/?q=30")) == "rest"
+
+
+def test_among_many_routes_of_one_path_what_must_not_be_is_no_key() -> None:
+    unwanted = [RouteMatch(headers=(HeaderMatch("tenant", Exact(str(number)), invert=True), header("also", "1"))) for number in range(30)]
+    assert found(crowd(*unwanted), asked("/", ("tenant", "0"), ("also", "1"))) == "1"
+    assert found(crowd(*unwanted), asked("/", ("also", "1"))) == "0"
+    folded = [RouteMatch(headers=(HeaderMatch("tenant", Exact(f"T{number}", ignore_case=True)),)) for number in range(30)]
+    assert found(crowd(*folded), asked("/", ("tenant", "t7"))) == "7"
+
+
+def test_more_headers_than_are_looked_up_change_nothing() -> None:
+    routes = crowd(*[RouteMatch(headers=(header(f"h{number % 20}", str(number)),)) for number in range(200)])
+    assert [found(routes, asked("/", (f"h{number % 20}", str(number)))) for number in range(200)] == [str(number) for number in range(200)]
