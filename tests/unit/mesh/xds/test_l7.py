@@ -159,7 +159,7 @@ class _Plane:
 
 class _Waypoint:
     def __init__(self, plane: _Plane, name: str) -> None:
-        self.held: dict[str, Assigned] = {}
+        self.held: dict[tuple[str, str], Assigned] = {}
         self.order: list[str] = []
         self.rejected: list[str] = []
         self.state: AdsState | None = None
@@ -173,9 +173,9 @@ class _Waypoint:
 
     def on_update(self, update: AdsUpdate) -> None:
         for assigned in update.delta.l7:
-            self.held[resource_name(assigned)] = assigned
-        for _, name in update.delta.removed_l7:
-            self.held.pop(name, None)
+            self.held[type_url_of(assigned.resource), resource_name(assigned)] = assigned
+        for key in update.delta.removed_l7:
+            self.held.pop(key, None)
         self.order.append(update.type_url)
         self.rejected += [bad.reason for bad in update.rejected]
         self._notify()
