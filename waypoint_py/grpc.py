@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class MessageCounter:
-    """Counts messages by their 5-byte prefixes, in whatever pieces the body comes. A body that is no gRPC gives a number without meaning."""
+    """Counts messages by their 5-byte prefixes, in whatever pieces the body comes. Of a body that is no gRPC the number means nothing."""
 
     __slots__ = ("_left", "_prefix", "count")
 

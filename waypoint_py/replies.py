@@ -8,17 +8,12 @@ from __future__ import annotations
 from typing import Final
 
 from waypoint_py.http.message import Headers, Request, Response
+from waypoint_py.routing.grpc import trailers_only
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure
 from waypoint_py.verdict import Flag, LocalReply
 
 SERVER: Final = b"istio-envoy"
 """What every answer says of its server, ours and the applications'."""
-MAX_MESSAGE: Final = 4096
-"""Bytes of a text that a gRPC client gets in a header."""
-
-_GRPC_CONTENT: Final = b"application/grpc"
-_GRPC_OF_STATUS: Final = {400: 13, 401: 16, 403: 7, 404: 12, 429: 14, 502: 14, 503: 14, 504: 14}
-_GRPC_UNKNOWN: Final = 2
 
 _RESET: Final = "upstream connect error or disconnect/reset before headers. "
 _REASONS: Final = {
@@ -136,30 +131,16 @@ def flag_of_failure(failure: UpstreamFailure) -> Flag:
 # What goes out
 
 
-def grpc_status_of(status: int) -> int:
-    """Envoy's mapping of an HTTP status of ours to a gRPC status."""
-    return _GRPC_OF_STATUS.get(status, _GRPC_UNKNOWN)
-
-
 def render(reply: LocalReply, request: Request | None) -> tuple[Response, bytes]:
     """The response that a client of ``request`` gets, and its body. Headers of the reply itself go before those we would give."""
     if request is not None and request.is_grpc and request.method != b"HEAD":
-        return _render_grpc(reply), b""
+        return trailers_only(reply), b""
     headers = list(reply.headers)
     if reply.body:
         _default(headers, b"content-type", b"text/plain")
     # A HEAD is told the length that a GET would have got; the codec leaves the body out.
     response = Response(reply.status, headers, content_length=None if _bodiless(reply.status) else len(reply.body))
     return response, b"" if _bodiless(reply.status) else reply.body
-
-
-def _render_grpc(reply: LocalReply) -> Response:
-    status = reply.grpc_status if reply.grpc_status is not None else grpc_status_of(reply.status)
-    headers = [(name, value) for name, value in reply.headers if name not in (b"content-type", b"grpc-status", b"grpc-message")]
-    headers += [(b"content-type", _GRPC_CONTENT), (b"grpc-status", b"%d" % status)]
-    if reply.body:
-        headers.append((b"grpc-message", _percent_encoded(reply.body[:MAX_MESSAGE])))
-    return Response(200, headers)
 
 
 def _bodiless(status: int) -> bool:
@@ -170,7 +151,3 @@ def _default(headers: Headers, name: bytes, value: bytes) -> None:
     if all(key != name for key, _ in headers):
         headers.append((name, value))
 
-
-def _percent_encoded(text: bytes) -> bytes:
-    """gRPC over HTTP/2, "Status-Message": printable ASCII but for ``%`` stays."""
-    return b"".join([b"%c" % byte if 0x20 <= byte < 0x7F and byte != 0x25 else b"%%%02X" % byte for byte in text])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from mesh.reactor.loop import CONNECTION, OUT, PEER_CLOSED, Reactor, Timer
-from mesh.reactor.tcp import enable_keepalive
+from mesh.reactor.tcp import enable_keepalive, socket_address
 from mesh.reactor.tls import PLAIN_OUT_SIZE, READ_SIZE, TlsEngine, TlsError, scratch, tls_engine
 from mesh.wire.authority import Authority
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
@@ -37,6 +37,7 @@ from mesh.wire.hbone import (
 if TYPE_CHECKING:
     from OpenSSL import SSL
 
+    from mesh.model.address import SocketAddress
     from mesh.wire.hbone.streams import Stream
 
 HANDSHAKE_TIMEOUT: Final = 10.0
@@ -349,6 +350,7 @@ class HboneLink:
         self._heard_since_tick = False
         self._ping_sent_at: float | None = None
         self._timer: Timer | None = None
+        self._local_address: SocketAddress | None = None
         self.peer_certificate: bytes | None = None
         """DER, once `ready`; verified up to a root of ours and by the caller's judgement."""
         self.pooled = False
@@ -376,6 +378,16 @@ class HboneLink:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def local_address(self) -> SocketAddress | None:
+        """Our end of the connection; None once it is closed, if nobody asked before."""
+        if self._local_address is None and not self._closed:
+            try:
+                self._local_address = socket_address(self._sock.getsockname())
+            except OSError:
+                return None
+        return self._local_address
 
     @property
     def tls_parameters(self) -> tuple[str | None, str | None]:

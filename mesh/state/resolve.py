@@ -75,7 +75,7 @@ class _Attempt:
         return Tunnel(
             SocketAddress(ip, INBOUND_HBONE),
             str(SocketAddress(ip, candidate.target_port)),
-            identities_of(workload, self._service),
+            expected_identities(workload, self._service),
             workload,
             self._service,
             f"{because}; HBONE, as the workload is in the mesh",
@@ -97,7 +97,7 @@ class _Attempt:
         return Tunnel(
             SocketAddress(ip, candidate.target_port),
             str(self._target),
-            identities_of(workload, waypoint_service),
+            expected_identities(workload, waypoint_service),
             workload,
             self._service,
             f"{because} {gateway.destination}: {how}",
@@ -167,7 +167,7 @@ def choose_ip(workload: Workload, service: Service | None, wanted: IpAddress, li
     return next((ip for ip in allowed if ip.version == like.version), allowed[0] if allowed else None)
 
 
-def identities_of(workload: Workload, service: Service | None) -> frozenset[SpiffeId]:
+def expected_identities(workload: Workload, service: Service | None) -> frozenset[SpiffeId]:
     """Whom the peer may prove to be: the workload, or one that the service vouches for. Names that are no SPIFFE ID prove nothing."""
     identities = {workload.identity}
     for name in service.subject_alt_names if service is not None else ():
