@@ -60,6 +60,10 @@ class RequestBody:
         self.complete = True
         self.trailers = trailers
 
+    def pieces(self) -> tuple[bytes, ...]:
+        """All that is at hand."""
+        return tuple(self._pieces)
+
     def take(self, most: int) -> memoryview | None:
         """The next bytes of the present try, at most so many; None if there are none now."""
         if self._at >= len(self._pieces) or most <= 0:

@@ -150,4 +150,3 @@ def _bodiless(status: int) -> bool:
 def _default(headers: Headers, name: bytes, value: bytes) -> None:
     if all(key != name for key, _ in headers):
         headers.append((name, value))
-
