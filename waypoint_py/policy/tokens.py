@@ -386,6 +386,10 @@ class TokenChecker:
             tokens.append(_Found(place, name, verdicts))
         return self._accept(tokens) or Refused(self._refuse(request, *self._reason(tokens)), tuple(unknown))
 
+    def refuse_unfetched(self, request: Request, rule: JwtRule) -> LocalReply:
+        """The keys of a rule could not be had."""
+        return self._refuse(request, FETCH_FAILED, f"keys of {rule.issuer} from {rule.jwks_uri} could not be fetched")
+
     def _accept(self, tokens: Sequence[_Found]) -> Passed | None:
         """By the first rule that verifies a token of its own, if no token at one of its places is bad: the application might take that
         one for the one that was verified."""
