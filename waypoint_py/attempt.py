@@ -41,7 +41,15 @@ class Attempt:
     __slots__ = ("_cancel", "_ended", "_listener", "_plane", "_stream", "endpoint", "sent")
 
     def __init__(
-        self, listener: Listener, plane: Plane, endpoint: Endpoint, kind: UpstreamProtocol, request: Request, *, ended: bool
+        self,
+        listener: Listener,
+        plane: Plane,
+        endpoint: Endpoint,
+        kind: UpstreamProtocol,
+        request: Request,
+        facts: Connection,
+        *,
+        ended: bool,
     ) -> None:
         self._listener = listener
         self._plane = plane
@@ -51,7 +59,7 @@ class Attempt:
         self._ended = False
         self._stream: UpstreamStream | None = None
         plane.balancer.began(endpoint)
-        self._cancel: Cancel | None = plane.connections.request(endpoint, kind, request, ended, self, self._opened)
+        self._cancel: Cancel | None = plane.connections.request(endpoint, kind, request, ended, self, self._opened, client=facts)
 
     # --- what the exchange does
 

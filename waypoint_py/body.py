@@ -18,7 +18,7 @@ class RequestBody:
     What waits is bounded by whoever fills it: a client gets credit only for what `take` gave out for the first time.
     """
 
-    __slots__ = ("_at", "_cut", "_furthest", "_kept", "_pieces", "_position", "complete", "replayable", "trailers")
+    __slots__ = ("_at", "_cut", "_furthest", "_granted", "_kept", "_pieces", "_position", "complete", "replayable", "trailers")
 
     def __init__(self, *, replayable: bool = False) -> None:
         self._pieces: list[bytes] = []
@@ -27,6 +27,7 @@ class RequestBody:
         self._cut = 0  # how much of it has been given out
         self._position = 0  # in the body, of the present try
         self._furthest = 0  # of any try
+        self._granted = 0  # credit given ahead
         self.replayable = replayable
         """Whether the whole body is still at hand."""
         self.complete = False
@@ -83,8 +84,14 @@ class RequestBody:
     def credit(self) -> int:
         """Bytes that were given out for the first time since this was asked last: the client may send as many more."""
         fresh = max(0, self._position - self._furthest)
-        self._furthest = max(self._furthest, self._position)
-        return fresh
+        self._furthest += fresh
+        granted = min(fresh, self._granted)
+        self._granted -= granted
+        return fresh - granted
+
+    def grant(self, size: int) -> None:
+        """The client has got credit for so many bytes before they were given out."""
+        self._granted += size
 
     def rewind(self) -> None:
         """From the beginning, for another try. Only while `replayable`."""

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from mesh.model.l7.destination import TrafficPolicy
 from mesh.model.l7.routing import Destination
 from mesh.reactor.loop import Timer
@@ -27,6 +29,8 @@ from waypoint_py.http.path import BadPath, normalise
 from waypoint_py.mirroring import MirrorCopy
 from waypoint_py.observer import RequestRecord
 from waypoint_py.plane import Load
+from waypoint_py.policy.authorize import Judgement
+from waypoint_py.policy.consult import Buffered, ResponseHeaders
 from waypoint_py.policy.facts import TokenFacts
 from waypoint_py.preparation import date_of, finish_response, prepare
 from waypoint_py.routing.actions import Chosen, answer, change_reply, change_request, change_response, choose
@@ -65,10 +69,10 @@ class Exchange:
     """Driven by its client's connection, by its tries and by timers; each may be the one that ends it."""
 
     __slots__ = (
-        "_affinity", "_attempt", "_body", "_chosen", "_claims", "_conn", "_counter", "_destination", "_discarding", "_grpc_in", "_load",
-        "_matched", "_mirrors", "_origin", "_out", "_over", "_parked", "_per_try", "_plane", "_policy", "_port", "_response",
-        "_response_complete", "_retry", "_retrying", "_settings", "_step", "_stream", "_timeouts", "_timer", "_total", "_trailers",
-        "_upgraded", "_upstream_request", "record", "request",
+        "_additions", "_affinity", "_arrived", "_attempt", "_body", "_buffering", "_chosen", "_claims", "_conn", "_counter",
+        "_destination", "_discarding", "_grpc_in", "_load", "_matched", "_mirrors", "_origin", "_out", "_over", "_parked", "_per_try",
+        "_plane", "_policy", "_port", "_response", "_response_complete", "_retry", "_retrying", "_settings", "_step", "_stream",
+        "_timeouts", "_timer", "_total", "_trailers", "_upgraded", "_upstream_request", "record", "request",
     )  # fmt: skip
 
     def __init__(self, conn: HttpConnection, stream: int, request: Request | None, *, ended: bool) -> None:
@@ -90,6 +94,9 @@ class Exchange:
         self._over = False
         self._discarding = False  # answered: what still comes of the body is for nobody
         self._parked: Cancel | None = None
+        self._buffering = 0  # bytes that an authorizer still wants to see
+        self._arrived: trio.Event | None = None
+        self._additions = ResponseHeaders()
         self._timer: Timer | None = None  # of a delay, or a back-off
         self._total: Timer | None = None
         self._per_try: Timer | None = None
@@ -138,11 +145,17 @@ class Exchange:
         for mirror in self._mirrors:
             mirror.push(data)
         self._body.push(data)
+        if self._buffering:
+            self._grant(len(data))
+        if self._arrived is not None:
+            self._arrived.set()
         self._pump_request()
 
     def body_ended(self, trailers: Headers) -> None:
         self.record.request_complete = self._plane.reactor.now()
         self._body.finish(trailers)
+        if self._arrived is not None:
+            self._arrived.set()
         for mirror in self._mirrors:
             mirror.finish(trailers)
         if self._discarding:
@@ -178,6 +191,24 @@ class Exchange:
         except Exception as exc:
             self._plane.reactor.report(exc, "an exchange that had failed")
             self._finish()
+
+    async def buffer(self, limit: int) -> Buffered:
+        """The beginning of the body, for an authorizer (`waypoint_py.policy.ext_authz.BodySource`): until it ends or is longer."""
+        self._buffering = limit
+        self._grant(self.record.bytes_received)
+        while not self._body.complete and self.record.bytes_received <= limit:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        self._buffering = 0
+        data = b"".join(self._body.pieces())
+        return Buffered(data[:limit], self._body.complete and len(data) <= limit)
+
+    def _grant(self, size: int) -> None:
+        """Let the client send on though nothing has moved, so that what is to be buffered can come."""
+        granted = min(size, self._buffering)
+        self._buffering -= granted
+        self._body.grant(granted)
+        self._conn.consumed(self._stream, granted)
 
     # --- steps before the request goes out
 
@@ -237,21 +268,41 @@ class Exchange:
 
     def _consult(self) -> Verdict:
         """CUSTOM policies: an authorizer of the user's decides first."""
-        return self._plane.store.policies.consult(self.request, self._conn.facts, self._body)
+        facts = self._conn.facts
+        found = self._plane.store.judge_of(facts.service_key).find_authorizer(self.request, facts)
+        if found is None:
+            return None
+        if isinstance(found, Judgement):
+            self._note(found)
+            return found.reply
+        body = None if self._body.empty else self
+        return self._plane.ext_authz.ask(found, self.request, facts, body, self._allowed)
+
+    def _allowed(self, additions: ResponseHeaders) -> None:
+        self._additions = additions
 
     def _authenticate(self) -> Verdict:
-        return None
+        """RequestAuthentication: a token that is there must be a good one."""
+        checker = self._plane.store.checker_of(self._conn.facts.service_key)
+        return self._plane.authenticator.check(checker, self.request, self._proved)
+
+    def _proved(self, claims: TokenFacts | None) -> None:
+        self._claims = claims
 
     def _authorize(self) -> LocalReply | None:
         """DENY, ALLOW, AUDIT."""
-        judgement = self._plane.store.judge_of(self._conn.facts.service_key).judge(self.request, self._conn.facts, self._claims)
+        facts = self._conn.facts
+        judgement = self._plane.store.judge_of(facts.service_key).judge(self.request, facts, self._claims)
+        self._note(judgement)
+        return judgement.reply
+
+    def _note(self, judgement: Judgement) -> None:
         record = self.record
         record.because, record.policy = judgement.because, judgement.policy
         for verdict in judgement.dry_run:
             record.tags["dry_run"] = verdict.because
         if judgement.audited:
             record.tags["audit"] = ",".join(judgement.audited)
-        return judgement.reply
 
     def _route(self) -> LocalReply | None:
         if self._port is None:
@@ -362,7 +413,7 @@ class Exchange:
         request = self._upstream_request.copy()
         tell_upstream(request, self._timeouts, now - record.started)
         self._body.rewind()
-        self._attempt = Attempt(self, plane, endpoint, kind, request, ended=self._body.empty)
+        self._attempt = Attempt(self, plane, endpoint, kind, request, facts, ended=self._body.empty)
 
     def _protocol_towards(self, endpoint: Endpoint) -> UpstreamProtocol:
         declared = None
@@ -579,6 +630,7 @@ class Exchange:
             change_response(response, matched.route, self._chosen.destination if self._chosen is not None else None, self.record)
             if self._origin is not None and matched.route.cors is not None:
                 allow_response(response, matched.route.cors, self._origin)
+        self._additions.apply(response)
         if self._affinity.set_cookie is not None:
             response.append(b"set-cookie", self._affinity.set_cookie)
 

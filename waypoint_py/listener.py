@@ -14,7 +14,6 @@ from typing import Final
 from mesh.model.address import NetworkAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import TcpRoute
-from mesh.model.l7.waypoint import Protocol
 from mesh.model.service import Service
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import PROTOCOL_ERROR, HboneLink, TunnelRequest, serve_hbone
@@ -32,7 +31,7 @@ from waypoint_py.http.h1_server import H1ServerCodec
 from waypoint_py.http.h2_server import H2ServerCodec
 from waypoint_py.observer import RefusalRecord
 from waypoint_py.plane import Plane
-from waypoint_py.sniff import Carries, sniff
+from waypoint_py.sniff import PREFACE, Carries, sniff
 from waypoint_py.store import PortRuntime, speaks_http
 from waypoint_py.stream import ByteStream
 from waypoint_py.streams.tunnel import TunnelStream
@@ -43,8 +42,8 @@ CONFIG_GRACE_SECONDS: Final = 1.0
 """How long what the mesh already calls ours may be without its configuration: the agents hear of a service and we of its routes in separate
 messages. Until then nobody is let through, and then refused."""
 STALL_SECONDS: Final = 5.0
-"""Silence on a port without a declared protocol after which it is counted: perhaps both ends wait for the other to speak. It is not cut off:
-nobody knows how long a client may think."""
+"""Silence on a port without a declared protocol after which it is counted: perhaps both ends wait for the other to speak. It is not cut
+off: nobody knows how long a client may think."""
 DRAINED: Final = "the waypoint ends"
 
 _log = get_logger("listener")
@@ -53,7 +52,7 @@ _log = get_logger("listener")
 def open_sockets(address: str) -> list[socket.socket]:
     """Listen on ``host:port``; the wildcard takes both families where the host has both. Raises OSError, ValueError."""
     host, port = host_and_port(address)
-    if host in ("::", "0.0.0.0") and host == "::" and socket.has_dualstack_ipv6():
+    if host == "::" and socket.has_dualstack_ipv6():
         return [socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)]
     if host == "::":
         host = "0.0.0.0"
@@ -216,9 +215,7 @@ class Opening:
         plane, peer = self._plane, self._peer
         address = NetworkAddress(plane.us().network, peer.address.ip)
         workload = plane.state.find_workload_of_peer(address.ip, address.network, self._identity)
-        facts = Connection(
-            self._identity, peer.address, destination, service, target, workload, self._request.headers.get("traceparent")
-        )
+        facts = Connection(self._identity, peer.address, destination, service, target, workload, self._request.headers.get("traceparent"))
         stream = TunnelStream(plane.reactor, self._request.accept({}))
         Carried(self._listener, stream, facts).start(port)
 
@@ -340,7 +337,4 @@ class Carried:
 
 
 def _may_be_preface(data: bytes | bytearray) -> bool:
-    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".startswith(bytes(data))
-
-
-_TAKES_HTTP: Final = frozenset((Protocol.HTTP, Protocol.HTTP2, Protocol.GRPC))
+    return PREFACE.startswith(bytes(data))

@@ -40,7 +40,7 @@ class MirrorCopy:
             _log.debug("not_sent", because=endpoint.because)
             return
         self._timer = plane.reactor.call_later(PATIENCE_SECONDS, self.cut_off)
-        self._attempt = Attempt(self, plane, endpoint, protocol_towards(endpoint, None, request), request, ended=ended)
+        self._attempt = Attempt(self, plane, endpoint, protocol_towards(endpoint, None, request), request, facts, ended=ended)
 
     # --- the request's body
 

@@ -13,6 +13,8 @@ from mesh.reactor.loop import Reactor
 from mesh.state.store import MeshState
 from waypoint_py.admission import Ourselves
 from waypoint_py.observer import Local, Observer
+from waypoint_py.policy.ext_authz import ExtAuthz
+from waypoint_py.policy.jwks import Authenticator
 from waypoint_py.routing.retry import Room
 from waypoint_py.store import Store
 from waypoint_py.upstream.balancer import Balancer
@@ -83,6 +85,8 @@ class Plane:
     balancer: Balancer
     observer: Observer
     waits: Waits
+    authenticator: Authenticator
+    ext_authz: ExtAuthz
     us: Callable[[], Ourselves]
     local: Local
     rng: random.Random

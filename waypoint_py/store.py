@@ -8,22 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from mesh.model.address import NamespacedHostname
 from mesh.model.l7.destination import DestinationConfig
-from mesh.model.l7.policy import AuthorizationPolicy
+from mesh.model.l7.policy import AuthorizationPolicy, JwtRule, RequestAuthentication
 from mesh.model.l7.routing import Destination, Origin, TcpRoute, WeightedDestination
 from mesh.model.l7.waypoint import L7Resource, PortConfig, Protocol, ServiceConfig, WaypointSettings
 from mesh.state.store import Delta
-from mesh.telemetry.log import get_logger
 from mesh.xds.l7 import resource_name, type_url_of
 from waypoint_py.policy.authorize import Judge, Judges
+from waypoint_py.policy.keys import KeySet
+from waypoint_py.policy.tokens import FindKeys, KeysFailed, TokenChecker, TokenCheckers
 from waypoint_py.routing.match import RouteTable, compile_routes
 
-_log = get_logger("config")
-_DEFAULT_ROUTE: Final = Origin("Service", "", "")
 T = TypeVar("T")
+
+
+def nothing_fetched(rule: JwtRule) -> KeySet | KeysFailed | None:
+    """For a store that nobody fetches for."""
+    return KeysFailed("nothing fetches key sets here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +48,17 @@ class ServiceRuntime:
 
 
 class Store:
-    """Resources and what was made of them. ``default``: settings until ours have come."""
+    """Resources and what was made of them. ``default``: settings until ours have come; ``find_keys``: key sets that are not in a policy."""
 
-    def __init__(self, default: WaypointSettings) -> None:
+    def __init__(self, default: WaypointSettings, find_keys: FindKeys = nothing_fetched) -> None:
         self._default = default
+        self._find_keys = find_keys
         self._held: dict[tuple[str, str], L7Resource] = {}
         """By type URL and name on the wire."""
         self._services: dict[str, ServiceRuntime] = {}
         self._destinations: dict[str, DestinationConfig] = {}
         self._judges = Judges(())
+        self._checkers = TokenCheckers((), find_keys)
         self._settings = default
         self._waiting: list[Callable[[], None]] = []
         self.version = 0
@@ -72,8 +78,10 @@ class Store:
         if not changed and not gone:
             return False
         kinds = {type(resource) for resource in (*changed, *gone)}
-        if kinds & {AuthorizationPolicy}:
+        if AuthorizationPolicy in kinds:
             self._judges = Judges(self._all(AuthorizationPolicy))
+        if RequestAuthentication in kinds:
+            self._checkers = TokenCheckers(self._all(RequestAuthentication), self._find_keys)
         if WaypointSettings in kinds:
             self._settings = next(iter(self._all(WaypointSettings)), self._default)
         self._take_services(changed, gone)
@@ -124,6 +132,14 @@ class Store:
     def judge_of(self, service: str) -> Judge:
         """``service``: ``namespace/hostname``; empty for traffic to a workload."""
         return self._judges.judge_of(service)
+
+    def policies_for(self, service: str) -> list[AuthorizationPolicy]:
+        """What `judge_of` is made of, for explanations."""
+        return [policy for policy in self._all(AuthorizationPolicy) if not policy.targets or service in policy.targets]
+
+    def checker_of(self, service: str) -> TokenChecker:
+        """What proves tokens for a service, named as in `judge_of`."""
+        return self._checkers.checker_of(service)
 
     def resources(self) -> list[tuple[str, L7Resource]]:
         """Everything that is held, with its name, for operators."""

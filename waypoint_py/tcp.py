@@ -93,7 +93,7 @@ class TcpProxy:
         self._endpoint = self._record.upstream = endpoint
         self._tried.append(endpoint.key)
         plane.balancer.began(endpoint)
-        self._dialling = plane.connections.connect(endpoint, self._dialled)
+        self._dialling = plane.connections.connect(endpoint, self._dialled, client=facts)
 
     def _dialled(self, upstream: ByteStream | UpstreamFailure) -> None:
         self._dialling = None
