@@ -44,7 +44,9 @@ from waypoint_py.admin import Admin
 from waypoint_py.admission import Ourselves
 from waypoint_py.config import WaypointConfig, read_config
 from waypoint_py.credentials import Credentials
-from waypoint_py.http.make import make_client_codec
+from waypoint_py.http.codec import ClientCodec
+from waypoint_py.http.h1 import Http1Client
+from waypoint_py.http.h2 import Http2Client
 from waypoint_py.listener import DRAINED, HboneListener, open_sockets
 from waypoint_py.observer import Lines, Local
 from waypoint_py.plane import Plane
@@ -56,7 +58,7 @@ from waypoint_py.upstream.announce import announce
 from waypoint_py.upstream.balancer import Balancer, NoEndpoint, Wish
 from waypoint_py.upstream.dial import Dialler
 from waypoint_py.upstream.pool import Pool
-from waypoint_py.upstream.session import Endpoint, UpstreamFailure
+from waypoint_py.upstream.session import Endpoint, UpstreamFailure, UpstreamProtocol
 from waypoint_py.waiting import NurseryWaits, TaskStream
 
 EXIT_CONFIG: Final = 2
@@ -101,6 +103,11 @@ def _raise_descriptor_limit() -> None:
     """As many descriptors as we are allowed: connections need them."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def make_client_codec(kind: UpstreamProtocol) -> ClientCodec:
+    """What speaks to an application."""
+    return Http2Client() if kind is UpstreamProtocol.HTTP2 else Http1Client()
 
 
 class Whereabouts:

@@ -7,8 +7,6 @@ keeps it as long as another try may follow, the response's as it comes.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -52,9 +50,6 @@ if TYPE_CHECKING:
     from waypoint_py.downstream import HttpConnection
 
 WEBSOCKET: Final = b"websocket"
-DISCARDED_AT_MOST: Final = 64 * 1024
-"""Bytes of a request's body that are read for nothing, so that an HTTP/1.1 connection can go on after an early answer."""
-_WEBSOCKET_GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 _NO_TIMEOUTS: Final = Timeouts(None, None, "")
 
 
@@ -70,7 +65,7 @@ class Exchange:
 
     __slots__ = (
         "_additions", "_affinity", "_arrived", "_attempt", "_body", "_buffering", "_chosen", "_claims", "_conn", "_counter",
-        "_destination", "_discarding", "_grpc_in", "_load", "_matched", "_mirrors", "_origin", "_out", "_over", "_parked", "_per_try",
+        "_destination", "_grpc_in", "_load", "_matched", "_mirrors", "_origin", "_out", "_over", "_parked", "_per_try",
         "_plane", "_policy", "_port", "_response", "_response_complete", "_retry", "_retrying", "_settings", "_step", "_stream",
         "_timeouts", "_timer", "_total", "_trailers", "_upgraded", "_upstream_request", "record", "request",
     )  # fmt: skip
@@ -92,7 +87,6 @@ class Exchange:
         self._counter = MessageCounter() if self.record.is_grpc else None
         self._step = 0
         self._over = False
-        self._discarding = False  # answered: what still comes of the body is for nobody
         self._parked: Cancel | None = None
         self._buffering = 0  # bytes that an authorizer still wants to see
         self._arrived: trio.Event | None = None
@@ -135,10 +129,8 @@ class Exchange:
     def body(self, data: bytes | memoryview) -> None:
         record = self.record
         record.bytes_received += len(data)
-        if self._over or self._discarding:
+        if self._over:
             self._conn.consumed(self._stream, len(data))
-            if self._discarding and record.bytes_received > DISCARDED_AT_MOST + (self.request.content_length or 0):
-                self._give_up_stream()
             return
         if self._grpc_in is not None:
             self._grpc_in.feed(data)
@@ -158,9 +150,7 @@ class Exchange:
             self._arrived.set()
         for mirror in self._mirrors:
             mirror.finish(trailers)
-        if self._discarding:
-            self._finish()
-        elif not self._over:
+        if not self._over:
             self._start_clock()
             self._pump_request()
 
@@ -650,9 +640,6 @@ class Exchange:
             response.status = 200
             return
         response.status = 101
-        key = self.request.first(b"sec-websocket-key")
-        if key is not None and response.first(b"sec-websocket-accept") is None:
-            response.append(b"sec-websocket-accept", base64.b64encode(hashlib.sha1(key + _WEBSOCKET_GUID).digest()))
 
     def _note_grpc_status(self, message: Message) -> None:
         if self.record.is_grpc:
@@ -670,7 +657,7 @@ class Exchange:
 
     def reply(self, reply: LocalReply) -> None:
         """Answer it ourselves; where an answer has begun, break that off."""
-        if self._over or self._discarding:
+        if self._over:
             return
         record = self.record
         record.add_flags(*reply.flags)
@@ -691,7 +678,7 @@ class Exchange:
         self._response = record.response = response
         self._response_complete = True
         self._body.clear()
-        if reply.close or not self._worth_reading_on():
+        if reply.close:
             self._conn.last_answer()
         if not body or self.request.method == b"HEAD":
             self._conn.send_response(self._stream, response, ended=True)
@@ -701,36 +688,14 @@ class Exchange:
         self._out.append(body)
         self._pump_response()
 
-    def _worth_reading_on(self) -> bool:
-        """Whether a connection on which requests follow one another can go on after this answer: what is left of the body is known and
-        little, and the client is about to send it."""
-        if self._body.complete:
-            return True
-        length = self.request.content_length
-        if length is None or self.request.expect_continue or self.request.upgrade is not None:
-            return False
-        return length - self.record.bytes_received <= DISCARDED_AT_MOST
-
     def _answered(self) -> None:
         """The client has been given all of the answer."""
         if self._over:
             return
-        if self._body.complete or self._upgraded:
-            if self._upgraded and not self._body.complete:
-                self._conn.reset(self._stream, ErrorCode.NO_ERROR)
-            self._finish()
-            return
-        self._body.clear()
-        if self._conn.serial and self._worth_reading_on():
-            waiting = self._body.credit()
-            self._conn.consumed(self._stream, waiting)
-            self._discarding = True
-            return
-        # RFC 9113 section 8.1: NO_ERROR tells the client to stop, and that the answer holds.
-        self._give_up_stream()
-
-    def _give_up_stream(self) -> None:
-        self._conn.reset(self._stream, ErrorCode.NO_ERROR)
+        # What is left of the request is for nobody. HTTP/1.1's codec reads it for nothing if it is little, and closes otherwise; by HTTP/2
+        # the client is told to stop, and that the answer holds (RFC 9113 section 8.1).
+        if not self._body.complete and (self._upgraded or not self._conn.serial):
+            self._conn.reset(self._stream, ErrorCode.NO_ERROR)
         self._finish()
 
     def _break_off(self) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 from mesh.model.address import NetworkAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import TcpRoute
+from mesh.model.l7.waypoint import PathNormalization
 from mesh.model.service import Service
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import PROTOCOL_ERROR, HboneLink, TunnelRequest, serve_hbone
@@ -27,8 +28,9 @@ from waypoint_py.admission import Refused, ToService, ToWorkload, admit
 from waypoint_py.context import Connection
 from waypoint_py.credentials import Credentials
 from waypoint_py.downstream import HEAD_SECONDS, HttpConnection
-from waypoint_py.http.h1_server import H1ServerCodec
-from waypoint_py.http.h2_server import H2ServerCodec
+from waypoint_py.http.h1 import Http1Server
+from waypoint_py.http.h2 import Http2Server
+from waypoint_py.http.options import ServerOptions
 from waypoint_py.observer import RefusalRecord
 from waypoint_py.plane import Plane
 from waypoint_py.sniff import PREFACE, Carries, sniff
@@ -45,6 +47,8 @@ STALL_SECONDS: Final = 5.0
 """Silence on a port without a declared protocol after which it is counted: perhaps both ends wait for the other to speak. It is not cut
 off: nobody knows how long a client may think."""
 DRAINED: Final = "the waypoint ends"
+SERVER_OPTIONS: Final = ServerOptions(paths=PathNormalization.NONE)
+"""Of connections within tunnels. Each request's path is normalised as is configured when it comes, not when its connection was made."""
 
 _log = get_logger("listener")
 
@@ -323,7 +327,7 @@ class Carried:
             proxy.start()
             return
         serial = carries is Carries.HTTP1
-        codec = H1ServerCodec() if serial else H2ServerCodec()
+        codec = Http1Server(SERVER_OPTIONS) if serial else Http2Server(SERVER_OPTIONS)
         connection = self._taken = HttpConnection(plane, self._stream, codec, facts, serial=serial, on_gone=self._forget)
         connection.start(early)
 
