@@ -107,7 +107,7 @@ def _raise_descriptor_limit() -> None:
 
 def make_client_codec(kind: UpstreamProtocol) -> ClientCodec:
     """What speaks to an application."""
-    return Http2Client() if kind is UpstreamProtocol.HTTP2 else Http1Client()
+    return Http2Client(now=time.monotonic) if kind is UpstreamProtocol.HTTP2 else Http1Client()
 
 
 class Whereabouts:

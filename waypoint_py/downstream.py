@@ -185,7 +185,7 @@ class HttpConnection:
             return
         # After everything that came with them: a request whose body is here already is a whole one.
         for exchange in begun:
-            self._guard(exchange, exchange.begin)
+            self.guard(exchange, exchange.begin)
         self._handling = False
         self._tell_blocked()
         self._settle()
@@ -199,7 +199,7 @@ class HttpConnection:
                     if exchange is None:
                         self._codec.consumed(event.stream, len(event.data))
                     else:
-                        self._guard(exchange, lambda e=exchange, d=event.data: e.body(d))  # type: ignore[misc]
+                        self.guard(exchange, lambda e=exchange, d=event.data: e.body(d))  # type: ignore[misc]
                 case RequestHead():
                     self._head_came()
                     exchange = Exchange(self, event.stream, event.request, ended=event.ended)
@@ -208,18 +208,18 @@ class HttpConnection:
                 case BodyEnd():
                     exchange = exchanges.get(event.stream)
                     if exchange is not None:
-                        self._guard(exchange, lambda e=exchange, t=event.trailers: e.body_ended(t))  # type: ignore[misc]
+                        self.guard(exchange, lambda e=exchange, t=event.trailers: e.body_ended(t))  # type: ignore[misc]
                 case StreamReset():
                     exchange = exchanges.get(event.stream)
                     if exchange is not None:
-                        self._guard(exchange, lambda e=exchange, r=event.reason: e.gone("http2.remote_reset", r))  # type: ignore[misc]
+                        self.guard(exchange, lambda e=exchange, r=event.reason: e.gone("http2.remote_reset", r))  # type: ignore[misc]
                         if exchange in begun:
                             begun.remove(exchange)
                 case RefusedHead():
                     self._head_came()
                     exchange = Exchange(self, event.stream, event.request, ended=True)
                     exchanges[event.stream] = exchange
-                    self._guard(exchange, lambda e=exchange, r=event: e.refuse(r.status, r.reason))  # type: ignore[misc]
+                    self.guard(exchange, lambda e=exchange, r=event: e.refuse(r.status, r.reason))  # type: ignore[misc]
                 case GoingAway():
                     pass  # what is under way goes on, and the client closes after it
                 case ResponseHead():
@@ -232,7 +232,7 @@ class HttpConnection:
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _guard(self, exchange: Exchange, call: Callable[[], None]) -> None:
+    def guard(self, exchange: Exchange, call: Callable[[], None]) -> None:
         """A defect in one exchange must not cost the others."""
         try:
             call()
@@ -244,7 +244,7 @@ class HttpConnection:
         if self._blocked:
             blocked, self._blocked = self._blocked, {}
             for exchange in blocked:
-                self._guard(exchange, exchange.writable)
+                self.guard(exchange, exchange.writable)
 
     # --- after anything happened
 
@@ -285,7 +285,7 @@ class HttpConnection:
     def _fail(self, reason: str) -> None:
         """The client broke the protocol for the connection as a whole."""
         for exchange in list(self._exchanges.values()):
-            self._guard(exchange, lambda e=exchange: e.gone("downstream_protocol_error", reason, broken=True))  # type: ignore[misc]
+            self.guard(exchange, lambda e=exchange: e.gone("downstream_protocol_error", reason, broken=True))  # type: ignore[misc]
         outgoing = self._codec.take_outgoing()
         if outgoing:
             self._stream.write(outgoing)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from waypoint_py.downstream import HttpConnection
 
 WEBSOCKET: Final = b"websocket"
+PREFLIGHT: Final = "cors_response"
 _NO_TIMEOUTS: Final = Timeouts(None, None, "")
 
 
@@ -225,7 +226,7 @@ class Exchange:
 
     def _unparked(self, reply: LocalReply | None) -> None:
         self._parked = None
-        self._conn._guard(self, lambda: self._go_on(reply))
+        self._conn.guard(self, lambda: self._go_on(reply))
 
     def _prepare(self) -> LocalReply | None:
         """One spelling of the path, no headers that only a proxy may set, and those that every request has."""
@@ -315,7 +316,7 @@ class Exchange:
         if injection.delay > 0:
             self.record.add_flags(Flag.DELAY_INJECTED)
             self._timer = self._plane.reactor.call_later(
-                injection.delay, lambda: self._conn._guard(self, lambda: self._go_on(injection.reply))
+                injection.delay, lambda: self._conn.guard(self, lambda: self._go_on(injection.reply))
             )
             return _WAIT
         return injection.reply
@@ -340,7 +341,7 @@ class Exchange:
             return None
         own = answer(matched.route, request, matched.path, self._conn.facts.destination.port)
         if own is not None:
-            return change_reply(own, matched.route, self.record)
+            return own
         chosen = choose(matched.route, self._plane.rng)
         if isinstance(chosen, LocalReply):
             return chosen
@@ -498,7 +499,7 @@ class Exchange:
     def _retry_now(self) -> None:
         self._timer = None
         if not self._over:
-            self._conn._guard(self, self._try)
+            self._conn.guard(self, self._try)
 
     def failed(self, attempt: Attempt, failure: UpstreamFailure) -> None:
         """A try is over without, or within, its response."""
@@ -547,11 +548,14 @@ class Exchange:
         self._end_retrying()
         record.details = "via_upstream"
         began = record.upstream_began
-        self._upgraded = self._is_upgrade(response)
+        self._upgraded = response.status == 101
         self._change_response(response)
         finish_response(response, date_of(plane.wall()), now - began if began is not None else 0.0)
         if self._upgraded:
-            self._upgrade(response)
+            # From now on the stream carries bytes, and no time is set for them.
+            response.content_length = None
+            for timer in (self._total, self._per_try):
+                self._cancel(timer)
         self._response = record.response = response
         if ended and not self._upgraded:
             self._note_grpc_status(response)
@@ -624,23 +628,6 @@ class Exchange:
         if self._affinity.set_cookie is not None:
             response.append(b"set-cookie", self._affinity.set_cookie)
 
-    def _is_upgrade(self, response: Response) -> bool:
-        if self._upstream_request.upgrade is None:
-            return False
-        if self.record.upstream_kind is UpstreamProtocol.HTTP2:
-            return 200 <= response.status < 300
-        return response.status == 101
-
-    def _upgrade(self, response: Response) -> None:
-        """From now on the stream carries bytes. What says so in one version of HTTP is not what says it in the other (RFC 8441)."""
-        for timer in (self._total, self._per_try):
-            self._cancel(timer)
-        response.content_length = None
-        if self.request.version is Version.HTTP_2:
-            response.status = 200
-            return
-        response.status = 101
-
     def _note_grpc_status(self, message: Message) -> None:
         if self.record.is_grpc:
             status = find_status(message)
@@ -668,10 +655,12 @@ class Exchange:
         if self._response is not None:
             self._break_off()
             return
+        matched = self._matched
+        if matched is not None and reply.details != PREFLIGHT:
+            reply = change_reply(reply, matched.route, self._chosen.destination if self._chosen is not None else None, record)
         response, body = replies.render(reply, self.request if record.request is not None else None)
         if record.is_grpc:
             record.grpc_status = reply_status(reply)
-        matched = self._matched
         if self._origin is not None and matched is not None and matched.route.cors is not None:
             allow_response(response, matched.route.cors, self._origin)
         finish_response(response, date_of(self._plane.wall()), None)

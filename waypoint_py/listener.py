@@ -327,7 +327,7 @@ class Carried:
             proxy.start()
             return
         serial = carries is Carries.HTTP1
-        codec = Http1Server(SERVER_OPTIONS) if serial else Http2Server(SERVER_OPTIONS)
+        codec = Http1Server(SERVER_OPTIONS) if serial else Http2Server(SERVER_OPTIONS, now=plane.reactor.now)
         connection = self._taken = HttpConnection(plane, self._stream, codec, facts, serial=serial, on_gone=self._forget)
         connection.start(early)
 

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
@@ -197,7 +197,9 @@ class World:
         """As the control plane does."""
         self.store.apply(Delta(l7=tuple(Assigned("shop/waypoint", resource) for resource in resources)))
 
-    def describe(self, *endpoints: Workload, protocol: Protocol = Protocol.HTTP, routes: Sequence[Route] | None = None, **port: object) -> None:
+    def describe(
+        self, *endpoints: Workload, protocol: Protocol = Protocol.HTTP, routes: Sequence[Route] | None = None, **port: object
+    ) -> None:
         """The service ``web`` with these endpoints."""
         service = Service(
             "web", "shop", HOST, (NetworkAddress("", VIP.ip),), ports=(ServicePort(80, 8080), ServicePort(81, 8081)), waypoint=GATEWAY
@@ -240,9 +242,7 @@ class World:
         context = server_context(CA.issue(SERVER))
 
         def accepted(sock: socket.socket, peer: SocketAddress) -> None:
-            serve_hbone(
-                self.reactor, sock, context, on_handshake=lambda der: None, on_request=requested, on_close=lambda reason: None
-            )
+            serve_hbone(self.reactor, sock, context, on_handshake=lambda der: None, on_request=requested, on_close=lambda reason: None)
 
         listening = socket.create_server((str(ip), 15008))
         self._agents.append(listening)
@@ -346,15 +346,15 @@ class H1Client:
         self.stream = stream
         self.http = h11.Connection(h11.CLIENT)
 
-    async def get(self, path: str = "/", method: str = "GET", body: bytes = b"", **headers: str) -> Answer:
-        """A whole exchange. Header names with ``_`` for ``-``."""
-        await self.send(path, method, body, **headers)
+    async def get(self, path: str = "/", method: str = "GET", body: bytes = b"", headers: Mapping[str, str] | None = None) -> Answer:
+        """A whole exchange."""
+        await self.send(path, method, body, headers)
         return await self.answer()
 
-    async def send(self, path: str = "/", method: str = "GET", body: bytes = b"", **headers: str) -> None:
+    async def send(self, path: str = "/", method: str = "GET", body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         if self.http.our_state is h11.DONE:
             self.http.start_next_cycle()
-        fields = {"host": HOST, **{name.replace("_", "-"): value for name, value in headers.items()}}
+        fields = {"host": HOST, **(headers or {})}
         if body and "transfer-encoding" not in fields:
             fields.setdefault("content-length", str(len(body)))
         data = self.http.send(h11.Request(method=method, target=path, headers=list(fields.items())))
@@ -370,10 +370,11 @@ class H1Client:
             try:
                 event = self.http.next_event()
                 if event is h11.NEED_DATA:
-                    self.http.receive_data(await self.stream.receive_some())
+                    self.http.receive_data(bytes(await self.stream.receive_some()))
                     continue
             except (h11.RemoteProtocolError, trio.BrokenResourceError) as exc:
-                assert answer is not None, f"no response: {exc}"
+                if answer is None:
+                    raise AssertionError("no response") from exc
                 answer.broken = str(exc) or "broken"
                 return answer
             if isinstance(event, h11.InformationalResponse):
@@ -495,10 +496,10 @@ class H2Client:
                     self._take(event)
                 await self.flush()
         self.closed.set()
-        for stream, event in self.done.items():
-            if not event.is_set():
+        for stream, done in self.done.items():
+            if not done.is_set():
                 self.answers.setdefault(stream, Answer(0, {})).broken = "connection closed"
-                event.set()
+                done.set()
 
     def _take(self, event: h2.events.Event) -> None:
         match event:
@@ -537,14 +538,22 @@ class H2Client:
             await self.stream.send_all(data)
 
     async def send(
-        self, path: str = "/", method: str = "GET", body: bytes = b"", *, ended: bool = True, trailers: dict[str, str] | None = None, **headers: str
+        self,
+        path: str = "/",
+        method: str = "GET",
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        *,
+        ended: bool = True,
+        trailers: Mapping[str, str] | None = None,
+        protocol: str = "",
     ) -> int:
         stream = self.http.get_next_available_stream_id()
         self.done[stream] = trio.Event()
         fields = [(":method", method), (":scheme", "http"), (":authority", HOST), (":path", path)]
-        if "protocol" in headers:
-            fields.insert(1, (":protocol", headers.pop("protocol")))
-        fields += [(name.replace("_", "-"), value) for name, value in headers.items()]
+        if protocol:
+            fields.insert(1, (":protocol", protocol))
+        fields += list((headers or {}).items())
         over = ended and not body and trailers is None
         self.http.send_headers(stream, fields, end_stream=over)
         await self.flush()
@@ -574,8 +583,8 @@ class H2Client:
         await self.done[stream].wait()
         return self.answers[stream]
 
-    async def get(self, path: str = "/", method: str = "GET", body: bytes = b"", **headers: str) -> Answer:
-        return await self.answer(await self.send(path, method, body, **headers))
+    async def get(self, path: str = "/", method: str = "GET", body: bytes = b"", headers: Mapping[str, str] | None = None) -> Answer:
+        return await self.answer(await self.send(path, method, body, headers))
 
     async def reset(self, stream: int) -> None:
         self.http.reset_stream(stream, 8)
@@ -587,7 +596,7 @@ Respond2 = Callable[[Seen], "tuple[int, dict[str, str], bytes, dict[str, str] | 
 
 
 class Echo2:
-    """An HTTP/2 application (prior knowledge). ``respond`` may give trailers; None ends with the body, and a body of None is a head alone."""
+    """An HTTP/2 application (prior knowledge). ``respond`` may give trailers; without a body and trailers the head is all."""
 
     def __init__(self, respond: Respond2 | None = None, *, extended_connect: bool = False) -> None:
         self.seen: list[Seen] = []
