@@ -209,8 +209,8 @@ def test_the_path_is_normalised_before_anybody_looks_at_it() -> None:
             world.describe(world.endpoint(address), routes=[admin, default_route()])
             client = await world.client()
             assert (await client.get("/app/%2E./admin?a=%2E.")).status == 299
-            assert (await client.get("/app//x#y")).status == 400
-            client = await world.client()
+            await client.get("/app//x#y")
+            assert echo.seen[-1].target == "/app//x"
             await client.get("/app//x?y=//")
             assert echo.seen[-1].target == "/app//x?y=//"
             world.push(WaypointSettings("shop", "waypoint", "all", path_normalization=PathNormalization.DECODE_AND_MERGE_SLASHES))
@@ -475,7 +475,8 @@ def test_a_websocket_of_http2_is_carried(upstream: int) -> None:
             await world.until(lambda: client.answers[stream].body == b"frame")
             await client.data(stream, b"", ended=True)
             await client.answer(stream)
-            assert (await client.get("/")).status in (200, 503)
+            await world.until(lambda: world.log.requests)
+            assert world.log.requests[0].status == 101
 
     world.run(main)
 
@@ -758,7 +759,7 @@ def test_a_mirror_gets_a_copy_and_holds_nobody_up() -> None:
         await trio.sleep_forever()
 
     async def main() -> None:
-        echo, copy = Echo(), Echo()
+        echo, copy = (Echo(lambda seen: (200, {}, b"")) for _ in range(2))
         from mesh.model.address import NamespacedHostname, NetworkAddress, parse_ip
         from mesh.model.service import Service, ServicePort
 
@@ -772,11 +773,11 @@ def test_a_mirror_gets_a_copy_and_holds_nobody_up() -> None:
                 )
                 world.state.apply(Delta(services=(service,), workloads=(world.endpoint(where, name, services={key: ()}),)))
             client = await world.client()
-            body = b"x" * 5_000_000
+            body = b"x" * 15_000_000
             assert (await client.get("/m", "POST", body)).status == 200
             await world.until(lambda: copy.seen)
             assert (copy.seen[0].target, len(copy.seen[0].body)) == ("/m", len(body))
-            assert copy.seen[0].headers["host"].startswith("web-shadow")
+            assert copy.seen[0].headers["host"] == f"{HOST}-shadow"
             assert world.plane.counts.mirrors_dropped == 1
             assert len(world.log.requests) == 1
 
@@ -975,9 +976,11 @@ def test_a_client_that_goes_takes_its_request_with_it(downstream: int) -> None:
     ended = trio.Event()
 
     async def application(stream: trio.SocketStream) -> None:
-        while await stream.receive_some(65536):
-            pass
-        ended.set()
+        try:
+            while await stream.receive_some(65536):
+                pass
+        finally:
+            ended.set()
 
     async def main() -> None:
         async with world.application(application) as address:
@@ -1065,7 +1068,6 @@ def test_an_application_that_does_not_read_stops_the_client() -> None:
                     await trio.sleep(0.2)
                 assert sent < 30_000_000
                 nursery.cancel_scope.cancel()
-            assert (await client.get("/x", "HEAD", headers={"x": "y"})) if False else True
 
     world.run(main)
 
