@@ -224,16 +224,18 @@ class Waypoint:
                 self._serving.done()
                 _log.info("serving", gateway=self._config.key, addresses=", ".join(str(sock.getsockname()[:2]) for sock in sockets))
                 await self._stop.wait()
-                await self._drain()
+                await self._drain(sockets)
                 working.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 
-    async def _drain(self) -> None:
+    async def _drain(self, sockets: Sequence[socket.socket]) -> None:
         """Take nothing new; what lives goes on until it has ended or its time is over."""
         self._serving.pending("draining")
         seconds = float(self._config.drain)
         _log.info("draining", seconds=seconds, connections=self._plane.counts.connections)
         self.listener.drain()
+        for sock in sockets:
+            sock.close()
         with trio.move_on_after(seconds):
             while self.listener.links or self._plane.counts.connections:  # noqa: ASYNC110 - one look at two numbers, while ending
                 await trio.sleep(_DRAIN_LOOKS)

@@ -268,8 +268,10 @@ class Carried:
         self._stream.attach(self)
 
     def go_away(self) -> None:
-        """No further requests; a connection without requests goes on."""
-        if isinstance(self._taken, HttpConnection):
+        """No further requests; a connection that is none of HTTP goes on."""
+        if self._taken is None and self._only_http and not self._early:
+            self._take_over(Carries.HTTP1)
+        elif isinstance(self._taken, HttpConnection):
             self._taken.go_away()
 
     def abort(self, reason: str) -> None:

@@ -147,6 +147,8 @@ class TcpProxy:
 
     def side_closed(self, side: _Side, reason: str | None) -> None:
         """One stream is gone. Properly: when it is the second, all is well."""
+        if self._over:
+            return
         if reason is not None:
             if side is self._down:
                 self._record.add_flags(Flag.DOWNSTREAM_CONNECTION_TERMINATION)
