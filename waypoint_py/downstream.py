@@ -120,7 +120,7 @@ class HttpConnection:
     # --- exchanges
 
     def room(self, stream: int) -> int:
-        """Bytes of body that may be sent to the client now. None above `HIGH_WATER`: then, and only then, the stream tells when it drained."""
+        """Bytes of body that may be sent to the client now. None above `HIGH_WATER`: then alone the stream tells when it has drained."""
         unsent = self._stream.unsent + self._codec.unsent()
         return min(self._codec.room(stream), HIGH_WATER + _BEYOND - unsent) if unsent <= HIGH_WATER else 0
 

@@ -290,8 +290,8 @@ class Exchange:
     def _note(self, judgement: Judgement) -> None:
         record = self.record
         record.because, record.policy = judgement.because, judgement.policy
-        for verdict in judgement.dry_run:
-            record.tags["dry_run"] = verdict.because
+        if judgement.dry_run:
+            record.tags["dry_run"] = "; ".join(verdict.because for verdict in judgement.dry_run)
         if judgement.audited:
             record.tags["audit"] = ",".join(judgement.audited)
 

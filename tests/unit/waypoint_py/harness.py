@@ -43,6 +43,7 @@ from waypoint_py.observer import ConnectionRecord, Local, RefusalRecord, Request
 from waypoint_py.plane import Plane
 from waypoint_py.policy.ext_authz import ExtAuthz
 from waypoint_py.policy.jwks import Authenticator, KeyStore
+from waypoint_py.reach import reach
 from waypoint_py.store import Store
 from waypoint_py.streams.tunnel import TunnelStream
 from waypoint_py.upstream.announce import announce
@@ -328,7 +329,7 @@ class World:
         return client
 
     async def _reach(self, namespace: str, hostname: str, port: int) -> trio.abc.Stream:
-        raise OSError("no authorizer is here")
+        return await reach(self.plane.balancer, self.pool, self.reactor.now, Destination(namespace, hostname, port))
 
 
 # HTTP/1.1, by h11
