@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, assert_never
 
 from mesh.reactor.loop import Timer
-from mesh.wire.errors import RemoteProtocolError
+from mesh.wire.errors import ErrorCode, RemoteProtocolError
 from waypoint_py.context import Connection
 from waypoint_py.exchange import Exchange
 from waypoint_py.http.codec import (
@@ -215,7 +215,7 @@ class HttpConnection:
                 case StreamReset():
                     exchange = exchanges.get(event.stream)
                     if exchange is not None:
-                        self.guard(exchange, lambda e=exchange, r=event.reason: e.gone("http2.remote_reset", r))  # type: ignore[misc]
+                        self.guard(exchange, lambda e=exchange, r=event: self._reset_came(e, r))  # type: ignore[misc]
                         if exchange in begun:
                             begun.remove(exchange)
                 case RefusedHead():
@@ -229,6 +229,15 @@ class HttpConnection:
                     raise AssertionError("a client does not answer")
                 case _:
                     assert_never(event)
+
+    def _reset_came(self, exchange: Exchange, reset: StreamReset) -> None:
+        broken = reset.code == ErrorCode.PROTOCOL_ERROR
+        if not self._serial:
+            exchange.gone("http2.remote_reset", reset.reason, broken=broken)
+        elif broken:
+            exchange.gone(f"http1.codec_error.{reset.reason.replace(' ', '_')[:100]}", reset.reason, broken=True)
+        else:
+            exchange.gone("downstream_remote_disconnect", reset.reason)
 
     def _head_came(self) -> None:
         if self._head_timer is not None:
