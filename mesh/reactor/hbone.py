@@ -18,10 +18,12 @@ from mesh.reactor.tls import PLAIN_OUT_SIZE, READ_SIZE, TlsEngine, TlsError, scr
 from mesh.wire.authority import Authority
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.hbone import (
+    SERVER_LIMITS,
     GoingAway,
     HboneClient,
     HboneConnection,
     HboneServer,
+    Limits,
     PingAcknowledged,
     RequestRefused,
     TunnelData,
@@ -1016,15 +1018,18 @@ def serve_hbone(
     on_request: OnRequest,
     on_close: OnClose,
     on_refused: OnRefused | None = None,
+    limits: Limits = SERVER_LIMITS,
+    wrong_method: int = 400,
 ) -> HboneLink:
     """Serve HBONE on an accepted socket, which is the link's from now on.
 
     ``on_handshake(peer_der)`` is asked within the TLS handshake, once the chain is verified: None takes the peer, text refuses it (the
-    peer gets an alert). ``on_request`` gets each valid CONNECT; ``on_refused`` is told of each request that was answered 400.
+    peer gets an alert). ``on_request`` gets each valid CONNECT; ``on_refused`` is told of each other request, which has been answered
+    400, or ``wrong_method`` where that was what was wrong.
     ``on_close(reason)`` is the last call: a reason when something was cut off or refused, None for an orderly end.
     """
     engine = tls_engine(context, server_side=True, verify_peer=on_handshake)
-    link = HboneLink(reactor, sock, engine, HboneServer(now=reactor.now), on_close)
+    link = HboneLink(reactor, sock, engine, HboneServer(now=reactor.now, limits=limits, wrong_method=wrong_method), on_close)
     link._on_request = on_request
     link._on_refused = on_refused
     link._start()

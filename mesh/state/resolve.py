@@ -158,7 +158,8 @@ _ALLOWED = {IpFamilies.IPV4_ONLY: (4,), IpFamilies.IPV6_ONLY: (6,)}
 
 
 def choose_ip(workload: Workload, service: Service | None, wanted: IpAddress, like: IpAddress) -> IpAddress | None:
-    """The wanted address if it is the workload's, else one that the service allows, if possible of the family of ``like``."""
+    """An address to dial a workload at: the wanted one if it is the workload's, else one that the service allows, if possible of the family
+    of ``like``; None if there is none."""
     if wanted in workload.addresses:
         return wanted
     versions = _ALLOWED.get(service.ip_families, (4, 6)) if service is not None else (4, 6)
