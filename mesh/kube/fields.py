@@ -209,6 +209,18 @@ class Fields:
                 self.complain(key, f"expected a string, found {describe(item)}{quote}", index)
         return tuple(result)
 
+    def integers(self, key: str, *, low: int, high: int) -> tuple[int, ...]:
+        """The list of whole numbers under ``key``; items that are none, or out of range, are problems and left out."""
+        result: list[int] = []
+        for index, item in enumerate(self._take_list(key, False, "", None)):
+            if not isinstance(item, int) or isinstance(item, bool):
+                self.complain(key, f"expected a whole number, found {describe(item)}", index)
+            elif not low <= item <= high:
+                self.complain(key, f"expected a number from {low} to {high}, found {item}", index)
+            else:
+                result.append(item)
+        return tuple(result)
+
     def string_map(self, key: str) -> dict[str, str]:
         """The mapping of strings to strings under ``key``, as labels and selectors are."""
         value = self._take(key, dict, "a mapping", False)

@@ -106,6 +106,10 @@ class Outline(Fields):
         self._note(key, lambda: _array(_string(text), empty, most), required)
         return ()
 
+    def integers(self, key: str, *, low: int, high: int) -> tuple[int, ...]:
+        self._note(key, lambda: _array(_integer(low, high), "", None))
+        return ()
+
     def string_map(self, key: str) -> dict[str, str]:
         self._note(key, lambda: {"type": "object", "additionalProperties": {"type": "string"}})
         return {}
