@@ -16,6 +16,7 @@ from typing import Final, TypeAlias
 from ruamel.yaml import YAML
 
 from mesh.kube.fields import Fields
+from mesh.kube.gatewayapi.gateway import parse_gateway, parse_gateway_class
 from mesh.kube.gatewayapi.routes import parse_grpc_route, parse_http_route, parse_tcp_route, parse_tls_route
 from mesh.kube.kinds import KINDS
 from mesh.kube.objects import mapping_at
@@ -50,9 +51,33 @@ class _Custom:
     columns: tuple[Column, ...]
     older: tuple[str, ...] = ("v1beta1",)
     """Versions beside the one that is read and stored; all have one schema, so that conversion changes the name alone."""
+    lists: tuple[tuple[str, str], ...] = ()
+    """Of status: lists that several write to, each item its writer's own, and the field that tells items apart."""
 
 
 _CUSTOM: Final[Mapping[str, _Custom]] = {
+    "Gateway": _Custom(
+        parse_gateway,
+        "A waypoint, or another gateway of the mesh.",
+        "gtw",
+        (
+            ("Class", ".spec.gatewayClassName", "string"),
+            ("Address", ".status.addresses[*].value", "string"),
+            ("Programmed", '.status.conditions[?(@.type=="Programmed")].status', "string"),
+            _AGE,
+        ),
+        lists=(("listeners", "name"),),
+    ),
+    "GatewayClass": _Custom(
+        parse_gateway_class,
+        "Who looks after Gateways of this class.",
+        "gc",
+        (
+            ("Controller", ".spec.controllerName", "string"),
+            ("Accepted", '.status.conditions[?(@.type=="Accepted")].status', "string"),
+            _AGE,
+        ),
+    ),
     "AuthorizationPolicy": _Custom(
         parse_authorization_policy,
         "Who may talk to the workloads of a namespace, or to some of them.",
@@ -162,10 +187,15 @@ def find_schema(kind: str) -> Schema:
             "status": {
                 "type": "object",
                 "x-kubernetes-preserve-unknown-fields": True,
-                "properties": {"conditions": _CONDITIONS, **status},
+                "properties": {"conditions": _CONDITIONS, **{name: _list_by(key) for name, key in custom.lists}, **status},
             },
         },
     }
+
+
+def _list_by(key: str) -> Schema:
+    item = {"type": "object", "required": [key], "properties": {key: {"type": "string"}}, "x-kubernetes-preserve-unknown-fields": True}
+    return {"type": "array", "items": item, "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
 
 def make_definition(kind: str) -> Schema:

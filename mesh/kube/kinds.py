@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mesh.kube.endpointslice import read_endpoint_slice
 from mesh.kube.fields import Fields
+from mesh.kube.gatewayapi.gateway import read_gateway, read_gateway_class
 from mesh.kube.gatewayapi.routes import read_grpc_route, read_http_route, read_tcp_route, read_tls_route
 from mesh.kube.objects import KubeObject, SourceProblem
 from mesh.kube.pod import read_pod
@@ -59,6 +60,8 @@ KINDS: Mapping[str, Kind] = {
     "TCPRoute": Kind("gateway.networking.k8s.io", True, lambda obj: read_tcp_route(obj)[1], reports=True),
     "TLSRoute": Kind("gateway.networking.k8s.io", True, lambda obj: read_tls_route(obj)[1], reports=True),
     "VirtualService": Kind("networking.istio.io", True, lambda obj: read_virtual_service(obj)[1], reports=True),
+    "Gateway": Kind("gateway.networking.k8s.io", True, lambda obj: read_gateway(obj)[1]),
+    "GatewayClass": Kind("gateway.networking.k8s.io", False, lambda obj: read_gateway_class(obj)[1]),
     "ServiceEntry": Kind("networking.istio.io", True, lambda obj: read_service_entry(obj)[1]),
     "WorkloadEntry": Kind("networking.istio.io", True, lambda obj: read_workload_entry(obj)[1]),
     "AuthorizationPolicy": Kind("security.istio.io", True, lambda obj: read_authorization_policy(obj)[1], fails_closed=True),

@@ -39,7 +39,6 @@ class Resource:
     def __str__(self) -> str:
         return f"{self.plural}.{self.group}" if self.group else self.plural
 
-
     def at(self, version: str) -> Resource:
         return replace(self, version=version)
 
@@ -62,6 +61,8 @@ RESOURCES: Final[Mapping[str, Resource]] = {
         _read("TCPRoute", "tcproutes", older=("v1alpha2",)),
         _read("TLSRoute", "tlsroutes", older=("v1alpha3", "v1alpha2")),
         _read("VirtualService", "virtualservices"),
+        _read("Gateway", "gateways"),
+        _read("GatewayClass", "gatewayclasses"),
         _read("ServiceEntry", "serviceentries"),
         _read("WorkloadEntry", "workloadentries"),
         _read("AuthorizationPolicy", "authorizationpolicies"),
@@ -74,6 +75,8 @@ SECRETS: Final = Resource("", "v1", "secrets", "Secret")
 CONFIG_MAPS: Final = Resource("", "v1", "configmaps", "ConfigMap")
 LEASES: Final = Resource("coordination.k8s.io", "v1", "leases", "Lease")
 DEPLOYMENTS: Final = Resource("apps", "v1", "deployments", "Deployment")
+AUTOSCALERS: Final = Resource("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler")
+DISRUPTION_BUDGETS: Final = Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget")
 DAEMON_SETS: Final = Resource("apps", "v1", "daemonsets", "DaemonSet")
 EVENTS: Final = Resource("", "v1", "events", "Event")
 TOKEN_REVIEWS: Final = Resource("authentication.k8s.io", "v1", "tokenreviews", "TokenReview", namespaced=False)

@@ -54,6 +54,11 @@ def test_definitions_in_groups_of_kubernetes_say_that_nobody_approved_them() -> 
         assert approval.startswith("unapproved") == definition["spec"]["group"].endswith(".k8s.io")
 
 
+def test_a_gateway_class_belongs_to_no_namespace() -> None:
+    scopes = {definition["spec"]["names"]["kind"]: definition["spec"]["scope"] for definition in make_definitions().values()}
+    assert (scopes["Gateway"], scopes["GatewayClass"]) == ("Namespaced", "Cluster")
+
+
 def test_only_what_the_parser_leaves_open_keeps_unknown_fields() -> None:
     open_at: list[str] = []
 
