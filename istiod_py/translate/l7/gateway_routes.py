@@ -6,7 +6,7 @@ but keeps routes for one port apart from those for all, and objects of the waypo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -145,7 +145,8 @@ def find_unsupported(rule: RequestRule) -> Iterator[tuple[FieldPath, str]]:
 
 def find_broken(route: RequestRoute | ConnectionRoute, known: KnownServices, defaults: RouteDefaults) -> Iterator[tuple[FieldPath, Broken]]:
     """References, from ``spec``, that lead to nothing. What has no weight counts too."""
-    for number, rule in enumerate(route.rules):
+    rules: Sequence[RequestRule | ConnectionRule] = route.rules
+    for number, rule in enumerate(rules):
         for path, ref in _references(rule):
             found = resolve_backend(ref, route.namespace, known, defaults)
             if isinstance(found, Broken):

@@ -72,6 +72,7 @@ class _Router:
         self._place = Place(service, 0, waypoint_namespace, gathered.known, default_retry, defaults)
         self._notes: list[Note] = []
         self._used: set[ObjectKey] = set()
+        self._yielding: set[ObjectKey] = set()
         self._rules: dict[ObjectKey, list[PlacedRule]] = {}
         for root in gathered.virtual_services:
             rules, notes = settle_rules(root, gathered.delegates, defaults)
@@ -98,7 +99,8 @@ class _Router:
         routes: list[Route] = []
         last: Route | None = None
         for unit in units:
-            self._used |= unit.keys
+            self._yielding |= unit.keys
+            self._used |= unit.keys if last is None else frozenset()
             for route in unit.routes:
                 if last is not None:
                     self._note_hidden(route, last, place.port)
@@ -145,7 +147,7 @@ class _Router:
             vs, key = root.value, root.obj.key
             if vs.http and not takes_requests:
                 self._notes.append(Note(key, ("spec", "http"), f"no port of {self._service.hostname} takes HTTP"))
-            elif vs.http and key not in self._used:
+            elif vs.http and key not in self._yielding:
                 message = f"yields no route for {self._service.hostname}: requests go on as if it were not there"
                 self._notes.append(Note(key, ("spec", "http"), message))
             for field in ("tls", "tcp"):
