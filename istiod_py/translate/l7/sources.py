@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar
 from istiod_py.translate.l7.known import KnownServices, L7Service
 from mesh.kube.gatewayapi.references import BackendRef, ParentRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, RequestRoute
-from mesh.kube.objects import FieldPath, KubeObject, ObjectKey
+from mesh.kube.objects import FieldPath, KubeObject, ObjectKey, SourceProblem
 from mesh.kube.virtualservice import VirtualService, hosts_meet
 
 _T = TypeVar("_T")
@@ -17,10 +17,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Sourced(Generic[_T]):
-    """An object and what it says: ``value`` may be that of an earlier version, the last good one."""
+    """An object and what it says. ``mistake``: the first in the object as it is now; ``value`` is then its last good version, or, of an
+    object that never had one, what could be read of it."""
 
     obj: KubeObject
     value: _T
+    mistake: SourceProblem | None = None
 
     @property
     def age(self) -> tuple[bool, str, str, str]:
@@ -47,11 +49,12 @@ class RouteDefaults:
 
 @dataclass(frozen=True, slots=True)
 class RouteSources:
-    """All route objects that are good for use."""
+    """All route objects that are good for use, and those that are not and never were: of these only the status says something."""
 
     virtual_services: tuple[Sourced[VirtualService], ...] = ()
     requests: tuple[Sourced[RequestRoute], ...] = ()
     connections: tuple[Sourced[ConnectionRoute], ...] = ()
+    refused: tuple[Sourced[VirtualService] | Sourced[RequestRoute] | Sourced[ConnectionRoute], ...] = ()
 
 
 _NOTHING: Final = KnownServices()
