@@ -63,7 +63,8 @@ def test_without_gateways_it_is_for_the_mesh(gateways: str, for_mesh: bool) -> N
     ("uri: {}", HttpMatch(uri=Present())),
     ("scheme: {exact: http}, method: {regex: GET|HEAD}, authority: {prefix: a.}",
      HttpMatch(scheme=Exact("http"), method=Regex("GET|HEAD"), authority=Prefix("a."))),
-    ("headers: {x-a: {exact: '1'}, x-b: {prefix: b}, x-c: {regex: c+}, x-d: {}, x-e: {regex: '*'}, ':method': {exact: PUT}, x-f: {exact: ''}}",
+    ("headers: {x-a: {exact: '1'}, x-b: {prefix: b}, x-c: {regex: c+}, x-d: {}, x-e: {regex: '*'}, ':method': {exact: PUT},"
+     " x-f: {exact: ''}}",
      HttpMatch(headers={
          "x-a": Exact("1"), "x-b": Prefix("b"), "x-c": Regex("c+"), "x-d": Present(), "x-e": Present(), ":method": Exact("PUT"),
          "x-f": Exact(""),
@@ -186,7 +187,9 @@ def test_the_share_that_is_mirrored_in_all_its_spellings(text: str, percent: flo
 
 
 def test_several_mirrors() -> None:
-    found = rule(f"mirrors: [{{destination: {{host: b}}}}, {{destination: {{host: c, port: {{number: 1}}}}, percentage: {{value: 7}}}}], {TO}")
+    found = rule(
+        f"mirrors: [{{destination: {{host: b}}}}, {{destination: {{host: c, port: {{number: 1}}}}, percentage: {{value: 7}}}}], {TO}"
+    )
     assert found.mirrors == (MirrorTarget(Target("b")), MirrorTarget(Target("c", port=1), 7.0))
 
 
@@ -245,14 +248,14 @@ HTTP = "spec.http[0]"
     # Connections.
     (f"{{hosts: [a.b], tls: [{{{TO}}}]}}", "spec.tls[0]", "'match' is required"),
     (f"{{hosts: [a.b], tls: [{{match: [{{port: 1}}], {TO}}}]}}", "spec.tls[0].match[0]", "'sniHosts' is required"),
-    (f"{{hosts: [a.b], tls: [{{match: [{{sniHosts: [c.d]}}], {TO}}}]}}", "spec.tls[0].match[0].sniHosts[0]", "none of the VirtualService's"),
+    (f"{{hosts: [a.b], tls: [{{match: [{{sniHosts: [c.d]}}], {TO}}}]}}", "spec.tls[0].match[0].sniHosts[0]", "none of the Virtual"),
     (f"{{hosts: [a.b], tls: [{{match: [{{sniHosts: ['*.b']}}], {TO}}}]}}", "spec.tls[0].match[0].sniHosts[0]", "none of the Virtual"),
     ("{hosts: [a.b], tcp: [{}]}", "spec.tcp[0]", "'route' is required"),
     ("{hosts: [a.b], tcp: [{route: []}]}", "spec.tcp[0].route", "needs a destination"),
     (f"{{hosts: [a.b], tcp: [{{match: [{{sourceSubnet: 10.0.0.0/8}}], {TO}}}]}}", "spec.tcp[0].match[0].sourceSubnet", "not supported"),
     (f"{{hosts: [a.b], tcp: [{{match: [{{destinationSubnets: [x]}}], {TO}}}]}}", "spec.tcp[0].match[0].destinationSubnets[0]", "not an IP"),
     (f"{{hosts: [a.b], tcp: [{{match: [{{sniHosts: [a.b]}}], {TO}}}]}}", "spec.tcp[0].match[0].sniHosts", "unknown field"),
-    ("{hosts: [a.b], tcp: [{route: [{destination: {host: a}, weight: 0}, {destination: {host: b}}]}]}", "spec.tcp[0].route", "no destination"),
+    ("{hosts: [a.b], tcp: [{route: [{destination: {host: a}, weight: 0}, {destination: {host: b}}]}]}", "spec.tcp[0].route", "no dest"),
 ])  # fmt: skip
 def test_a_mistake_in_the_whole_names_its_field(spec: str, field: str, message: str) -> None:
     check(spec, field, message)
