@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from mesh.kube.directory import DirectoryStore
 from mesh.kube.headeredits import HeaderEdits
 from mesh.kube.routeactions import GRPC_STATUSES, MirrorTarget, Target, WeightedTarget
 from mesh.kube.virtualservice import (
@@ -399,3 +402,21 @@ def check(spec: str, field: str, message: str) -> None:
 ])  # fmt: skip
 def test_wildcards_cover_any_depth_but_not_the_domain_itself(pattern: str, host: str, covered: bool, meet: bool) -> None:
     assert (covers(pattern, host), hosts_meet(pattern, host)) == (covered, meet)
+
+
+def test_a_file_gone_bad_keeps_the_last_good_version_and_names_line_and_field(tmp_path: Path) -> None:
+    file = tmp_path / "v.yaml"
+    good = f"{HEAD}spec:\n  hosts: [a]\n  http:\n  - timeout: 1s\n    {TO}\n"
+    (tmp_path / "n.yaml").write_text("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n")
+    file.write_text(good)
+    store = DirectoryStore([tmp_path])
+    store.load()
+    before = store.find("VirtualService", "shop", "v")
+    file.write_text(good.replace("1s", "soon") + "# longer\n")
+    store.load()
+    assert store.find("VirtualService", "shop", "v") is before
+    assert [(str(problem.file), problem.line, problem.field) for problem in store.problems] == [("v.yaml", 7, "spec.http[0].timeout")]
+    file.write_text(good.replace("1s", "25ms") + "# longer still\n")
+    store.load()
+    assert store.problems == ()
+    assert store.find("VirtualService", "shop", "v") is not before
