@@ -36,6 +36,12 @@ def _check_metadata_only(obj: KubeObject) -> tuple[SourceProblem, ...]:
     return tuple(fields.problems)
 
 
+def _check_config_map(obj: KubeObject) -> tuple[SourceProblem, ...]:
+    fields = Fields(obj)
+    fields.string_map("data")
+    return tuple(fields.problems)
+
+
 def _check_service_account(obj: KubeObject) -> tuple[SourceProblem, ...]:
     return ()
 
@@ -46,6 +52,7 @@ KINDS: Mapping[str, Kind] = {
     "Pod": Kind("", True, lambda obj: read_pod(obj)[1]),
     "Service": Kind("", True, lambda obj: read_service(obj)[1]),
     "ServiceAccount": Kind("", True, _check_service_account),
+    "ConfigMap": Kind("", True, _check_config_map),
     "EndpointSlice": Kind("discovery.k8s.io", True, lambda obj: read_endpoint_slice(obj)[1]),
     "Gateway": Kind("gateway.networking.k8s.io", True, lambda obj: read_gateway(obj)[1]),
     "GatewayClass": Kind("gateway.networking.k8s.io", False, lambda obj: read_gateway_class(obj)[1]),
