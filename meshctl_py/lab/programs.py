@@ -85,7 +85,7 @@ def equip_waypoints(cluster: Cluster, home: LabHome, directory: str) -> Cluster:
 
 
 def _is_waypoint(pod: PodSpec) -> bool:
-    return pod.labels.get(GATEWAY_MANAGED) == MESH_CONTROLLER and any(container.argv == (WAYPOINT,) for container in pod.containers)
+    return pod.labels.get(GATEWAY_MANAGED) == MESH_CONTROLLER
 
 
 def _equip(pod: PodSpec, home: LabHome, directory: str) -> PodSpec:
@@ -96,13 +96,14 @@ def _equip(pod: PodSpec, home: LabHome, directory: str) -> PodSpec:
     }
 
     def equip(container: Container) -> Container:
-        if container.argv != (WAYPOINT,):
-            return container
         kept = tuple(variable for variable in container.environment if variable.name not in told)
         # Kubernetes may take a minute to notice; here somebody is watching.
         probe = replace(container.readiness, period=1, failure_threshold=3) if container.readiness is not None else None
         environment = kept + tuple(EnvVar(name, value) for name, value in told.items())
-        return replace(container, argv=(sys.executable, "-m", "waypoint_py"), environment=environment, directory=directory, readiness=probe)
+        told_all = replace(container, environment=environment, readiness=probe)
+        if container.argv != (WAYPOINT,):
+            return told_all  # somebody's own, by an overlay
+        return replace(told_all, argv=(sys.executable, "-m", "waypoint_py"), directory=directory)
 
     return replace(pod, containers=tuple(map(equip, pod.containers)), grace=DEFAULT_GRACE)
 
