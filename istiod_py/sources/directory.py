@@ -13,7 +13,7 @@ from istiod_py.ca import CertificateAuthority
 from istiod_py.config import Config
 from istiod_py.pods import AssignedPods
 from istiod_py.tokens import TokenStore
-from istiod_py.translate import Condition
+from istiod_py.translate import StatusEntry
 from mesh.kube.directory import IMPLICIT_NAMESPACES, DirectoryStore
 from mesh.kube.objects import ObjectKey
 from mesh.telemetry.log import get_logger
@@ -54,7 +54,7 @@ class DirectorySource:
         except OSError as exc:
             _log.error("tokens.failed", directory=str(self._directory), error=str(exc))
 
-    def report(self, statuses: Mapping[ObjectKey, tuple[Condition, ...]]) -> None:
+    def report(self, statuses: Mapping[ObjectKey, tuple[StatusEntry, ...]]) -> None:
         """The user's files are not ours to write to; ``/debug/config_dump`` has the conditions."""
 
     async def renew_root(self, now: datetime) -> bool:

@@ -16,7 +16,7 @@ from istiod_py.review import ReviewAuthenticator
 from istiod_py.rootmap import RootMaps
 from istiod_py.secret import RootSecret
 from istiod_py.status import StatusWriter
-from istiod_py.translate import Condition
+from istiod_py.translate import Condition, StatusEntry
 from istiod_py.untaint import NodeUntainter
 from mesh.kube.api import ApiClient, ApiUnavailable, Connect
 from mesh.kube.cluster import ClusterStore
@@ -84,7 +84,7 @@ class KubernetesSource:
         if not {"Node", "Pod"}.isdisjoint(kinds):
             self._untainter.notify()
 
-    def report(self, statuses: Mapping[ObjectKey, tuple[Condition, ...]]) -> None:
+    def report(self, statuses: Mapping[ObjectKey, tuple[StatusEntry, ...]]) -> None:
         self._statuses.want(note_stale(statuses, self.store.problems))
 
     async def renew_root(self, now: datetime) -> bool:
@@ -110,8 +110,8 @@ class KubernetesSource:
 
 
 def note_stale(
-    statuses: Mapping[ObjectKey, tuple[Condition, ...]], problems: Iterable[SourceProblem]
-) -> dict[ObjectKey, tuple[Condition, ...]]:
+    statuses: Mapping[ObjectKey, tuple[StatusEntry, ...]], problems: Iterable[SourceProblem]
+) -> dict[ObjectKey, tuple[StatusEntry, ...]]:
     """The conditions, with those of unreadable policies said to be out of date: translation sees the last good version."""
     first: dict[str, SourceProblem] = {}
     for problem in problems:
@@ -121,5 +121,7 @@ def note_stale(
         found = first.get(str(key))
         if found is not None:
             stale = f"the last good version stays in force: {found}"
-            told[key] = tuple(Condition(c.type, False, "Invalid", stale) if c.reason != "Invalid" else c for c in conditions)
+            told[key] = tuple(
+                Condition(c.type, False, "Invalid", stale) if isinstance(c, Condition) and c.reason != "Invalid" else c for c in conditions
+            )
     return told

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mesh.kube.endpointslice import read_endpoint_slice
 from mesh.kube.fields import Fields
+from mesh.kube.gatewayapi.gateway import read_gateway, read_gateway_class
 from mesh.kube.objects import KubeObject, SourceProblem
 from mesh.kube.pod import read_pod
 from mesh.kube.policies import read_authorization_policy, read_peer_authentication
@@ -46,6 +47,8 @@ KINDS: Mapping[str, Kind] = {
     "Service": Kind("", True, lambda obj: read_service(obj)[1]),
     "ServiceAccount": Kind("", True, _check_service_account),
     "EndpointSlice": Kind("discovery.k8s.io", True, lambda obj: read_endpoint_slice(obj)[1]),
+    "Gateway": Kind("gateway.networking.k8s.io", True, lambda obj: read_gateway(obj)[1]),
+    "GatewayClass": Kind("gateway.networking.k8s.io", False, lambda obj: read_gateway_class(obj)[1]),
     "ServiceEntry": Kind("networking.istio.io", True, lambda obj: read_service_entry(obj)[1]),
     "WorkloadEntry": Kind("networking.istio.io", True, lambda obj: read_workload_entry(obj)[1]),
     "AuthorizationPolicy": Kind("security.istio.io", True, lambda obj: read_authorization_policy(obj)[1], fails_closed=True),

@@ -18,7 +18,7 @@ _CONDITION: Final = ("type", "status")
 _OURS: Final = ("istio.io/", "ambient.mesh/")
 """Annotations of these domains (and their subdomains) are kept; what others write there is long and changes often."""
 _WITHOUT_SPEC: Final = frozenset({"Namespace", "Node", "ServiceAccount"})
-_WITH_STATUS: Final = frozenset({"ServiceEntry", "AuthorizationPolicy"})
+_WITH_STATUS: Final = frozenset({"ServiceEntry", "WorkloadEntry", "AuthorizationPolicy", "Gateway", "GatewayClass"})
 
 
 def prune(kind: str, raw: Mapping[str, object]) -> dict[str, object]:
@@ -28,6 +28,9 @@ def prune(kind: str, raw: Mapping[str, object]) -> dict[str, object]:
         kept["spec"] = _prune_pod_spec(raw.get("spec"))
         kept["status"] = _prune_pod_status(raw.get("status"))
         return kept
+    status = raw.get("status")
+    if kind == "Service" and isinstance(status, Mapping) and "conditions" in status:
+        kept["status"] = {"conditions": status["conditions"]}
     spec = raw.get("spec")
     if kind == "Node" and isinstance(spec, Mapping) and spec.get("taints"):
         kept["spec"] = {"taints": spec["taints"]}

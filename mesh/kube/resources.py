@@ -51,6 +51,8 @@ RESOURCES: Final[Mapping[str, Resource]] = {
         _read("Service", "services"),
         _read("ServiceAccount", "serviceaccounts"),
         _read("EndpointSlice", "endpointslices"),
+        _read("Gateway", "gateways"),
+        _read("GatewayClass", "gatewayclasses"),
         _read("ServiceEntry", "serviceentries"),
         _read("WorkloadEntry", "workloadentries"),
         _read("AuthorizationPolicy", "authorizationpolicies"),
@@ -63,6 +65,8 @@ SECRETS: Final = Resource("", "v1", "secrets", "Secret")
 CONFIG_MAPS: Final = Resource("", "v1", "configmaps", "ConfigMap")
 LEASES: Final = Resource("coordination.k8s.io", "v1", "leases", "Lease")
 DEPLOYMENTS: Final = Resource("apps", "v1", "deployments", "Deployment")
+AUTOSCALERS: Final = Resource("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler")
+DISRUPTION_BUDGETS: Final = Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget")
 DAEMON_SETS: Final = Resource("apps", "v1", "daemonsets", "DaemonSet")
 EVENTS: Final = Resource("", "v1", "events", "Event")
 TOKEN_REVIEWS: Final = Resource("authentication.k8s.io", "v1", "tokenreviews", "TokenReview", namespaced=False)

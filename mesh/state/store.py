@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mesh.authz.evaluate import AppliedPolicies
 from mesh.model.address import GatewayAddress, InvalidAddress, IpAddress, NamespacedHostname, NetworkAddress
 from mesh.model.identity import SpiffeId
+from mesh.model.l7.waypoint import Assigned
 from mesh.model.policy import Policy, Scope
 from mesh.model.service import Service, Visibility
 from mesh.model.workload import NetworkMode, TunnelProtocol, Workload
@@ -29,6 +30,10 @@ class Delta:
     removed_addresses: tuple[str, ...] = ()
     """xDS names: the uid of a workload, or ``namespace/hostname`` of a service. Unknown ones are passed over."""
     removed_policies: tuple[str, ...] = ()
+    l7: tuple[Assigned, ...] = ()
+    """What waypoints are told besides. `MeshState` keeps none of it: it passes through."""
+    removed_l7: tuple[tuple[str, str], ...] = ()
+    """Type URL and name (`mesh.xds.l7`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Final, Protocol, TypeAlias
 
 from mesh.state.store import Delta
 from mesh.xds.encode import Resource, policy_resource, service_resource, workload_resource
+from mesh.xds.l7 import L7_TYPES, l7_resource, type_url_of
 from mesh.xds.names import ADDRESS, AUTHORIZATION
 
 Changes: TypeAlias = Mapping[str, Collection[str]]
@@ -40,7 +41,7 @@ class ResourceCache:
     """A ResourceSource fed with model values. `apply` is synchronous and returns what to publish."""
 
     def __init__(self) -> None:
-        self._types: dict[str, dict[str, Resource]] = {ADDRESS: {}, AUTHORIZATION: {}}
+        self._types: dict[str, dict[str, Resource]] = {type_url: {} for type_url in (ADDRESS, AUTHORIZATION, *L7_TYPES)}
         self._by_key: dict[str, dict[str, None]] = {}
         """Alias, service or node to names, of addresses."""
         self._changes = 0
@@ -73,10 +74,15 @@ class ResourceCache:
         policy, before anything is changed."""
         policies = [policy_resource(policy) for policy in delta.policies]
         addresses = [*map(workload_resource, delta.workloads), *map(service_resource, delta.services)]
+        l7: dict[str, list[Resource]] = {type_url: [] for type_url in L7_TYPES}
+        for assigned in delta.l7:
+            l7[type_url_of(assigned.resource)].append(l7_resource(assigned))
         changed: dict[str, list[str]] = {
             ADDRESS: self._update(ADDRESS, addresses, delta.removed_addresses),
             AUTHORIZATION: self._update(AUTHORIZATION, policies, delta.removed_policies),
         }
+        for type_url, resources in l7.items():
+            changed[type_url] = self._update(type_url, resources, [name for url, name in delta.removed_l7 if url == type_url])
         self._changes += any(changed.values())
         return {type_url: names for type_url, names in changed.items() if names}
 

@@ -1,4 +1,4 @@
-"""Delta ADS client of a node proxy: connects, keeps what it was given, reconnects with the versions it holds, and never in a hot loop.
+"""Delta ADS client of a proxy: connects, keeps what it was given, reconnects with the versions it holds, and never in a hot loop.
 
 Behaviour: ztunnel's; but here a clean end or a local failure (an unreadable root certificate) waits as well.
 """
@@ -82,6 +82,8 @@ class AdsClientConfig:
     node_id: str
     node_metadata: Mapping[str, Any] = field(default_factory=dict)
     on_demand: bool = False
+    types: tuple[str, ...] = (ADDRESS, AUTHORIZATION)
+    """What to ask for, in this order. ``on_demand`` is about ADDRESS alone."""
 
 
 def connect_tls(host: str, port: int, tls: Callable[[], ssl.SSLContext | None], *, server_hostname: str | None = None) -> Connect:
@@ -130,7 +132,7 @@ async def run_ads_client(
 ) -> None:
     """Until cancelled. ``on_update`` is called once for every response, before it is acknowledged; ``on_state`` at every change. ``demand``
     brings names to ask for when ``config.on_demand``. Neither callback may wait; what they raise ends the client."""
-    machine = DeltaClient((Interest(ADDRESS, config.on_demand), Interest(AUTHORIZATION)))
+    machine = DeltaClient([Interest(type_url, config.on_demand and type_url == ADDRESS) for type_url in config.types])
     session = _Session(config, machine, on_update, on_state)
     backoff = _Backoff(rng or random.Random())
     async with trio.open_nursery() as nursery:
@@ -191,7 +193,7 @@ class _Session:
     async def _take(self, raw: bytes) -> Request:
         decoded = await decode(raw)
         whole, was_synced = self._machine.is_whole(decoded.type_url), self._machine.synced
-        if decoded.type_url not in (ADDRESS, AUTHORIZATION):
+        if decoded.type_url not in self._config.types:
             log.error("xds.unknown_type", type=decoded.type_url)
         else:
             self._on_update(AdsUpdate(decoded.type_url, raw, decoded.delta, whole, decoded.rejected))

@@ -26,6 +26,7 @@ from mesh.model.address import (
     ip_from_bytes,
 )
 from mesh.model.identity import DEFAULT_TRUST_DOMAIN
+from mesh.model.l7.waypoint import Assigned
 from mesh.model.policy import Action, Clause, Exact, Match, Policy, Prefix, Presence, Rule, Scope, ServiceAccountMatch, StringMatch, Suffix
 from mesh.model.service import (
     AppProtocol,
@@ -54,6 +55,7 @@ from mesh.model.workload import (
 from mesh.state.store import Delta
 from mesh.wire.errors import RemoteProtocolError
 from mesh.xds import names
+from mesh.xds.l7 import L7_TYPES, UnreadableL7, decode_l7, unreadable_reason
 from mesh.xds.proto import authorization_pb2 as authz
 from mesh.xds.proto import discovery_pb2 as discovery
 from mesh.xds.proto import workload_pb2 as wds
@@ -99,6 +101,8 @@ def decode_response(raw: bytes) -> DecodedResponse:
             return _decode_addresses(response)
         case names.AUTHORIZATION:
             return _decode_policies(response)
+        case type_url if type_url in L7_TYPES:
+            return _decode_l7(response)
         case _:
             return DecodedResponse(response.type_url, response.nonce, Delta(), {}, (), ())
 
@@ -140,6 +144,27 @@ def _decode_policies(response: discovery.DeltaDiscoveryResponse) -> DecodedRespo
     removed = tuple(response.removed_resources)
     delta = Delta(policies=tuple(policies), removed_policies=removed)
     return DecodedResponse(response.type_url, response.nonce, delta, versions, removed, tuple(rejected))
+
+
+def _decode_l7(response: discovery.DeltaDiscoveryResponse) -> DecodedResponse:
+    type_url = response.type_url
+    assigned: list[Assigned] = []
+    versions: dict[str, str] = {}
+    rejected: list[InvalidResource] = []
+    for resource in response.resources:
+        try:
+            decoded = decode_l7(type_url, resource.name, _body(resource, type_url))
+        except UnreadableL7 as exc:
+            rejected.append(InvalidResource(resource.name, str(exc)))
+            continue
+        assigned.append(decoded)
+        reason = unreadable_reason(decoded.resource)
+        versions[resource.name] = "" if reason else resource.version
+        if reason:
+            rejected.append(InvalidResource(resource.name, reason))
+    removed = tuple(response.removed_resources)
+    delta = Delta(l7=tuple(assigned), removed_l7=tuple((type_url, name) for name in removed))
+    return DecodedResponse(type_url, response.nonce, delta, versions, removed, tuple(rejected))
 
 
 def _body(resource: discovery.Resource, type_url: str) -> bytes:

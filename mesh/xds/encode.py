@@ -30,6 +30,8 @@ class Resource:
     """Services it is an endpoint of: whoever asks for one on demand gets this too."""
     node: str = ""
     """The node it runs on: that node's agent gets it without asking."""
+    audience: str = ""
+    """The waypoint that alone may have it; empty: everybody."""
 
 
 def version_of(body: bytes) -> str:

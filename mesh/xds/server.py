@@ -25,7 +25,8 @@ from mesh.wire.errors import RemoteProtocolError
 from mesh.wire.grpc import Status
 from mesh.xds.cache import ResourceSource
 from mesh.xds.encode import Resource
-from mesh.xds.names import ADS_METHOD, AUTHORIZATION
+from mesh.xds.l7 import AUTHORIZATION_POLICY, L7_TYPES, REQUEST_AUTHENTICATION, waypoint_of_name
+from mesh.xds.names import ADDRESS, ADS_METHOD, AUTHORIZATION, GATEWAY_NAME
 from mesh.xds.proto import discovery_pb2 as discovery
 
 MAX_REQUEST: Final = 64 * 1024 * 1024
@@ -36,6 +37,30 @@ MAX_UNANSWERED: Final = 64
 Authenticator: TypeAlias = Callable[[Call], Awaitable[object]]
 """Who calls, from the call's metadata and peer certificate; raises RpcError UNAUTHENTICATED. The result is shown as the caller."""
 
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What a client says of itself with its first request. ``caller`` alone is proved (`Authenticator`)."""
+
+    caller: object
+    node_id: str
+    node_name: str
+    gateway: str
+    """Metadata GATEWAY_NAME, of a waypoint."""
+
+
+Assign: TypeAlias = Callable[[Introduction], str]
+"""Which waypoint (``namespace/name`` of its Gateway) a client is, whose resources it gets then; empty: none. Raises RpcError to refuse."""
+
+
+def nobody_is_a_waypoint(_: Introduction) -> str:
+    """The default: no waypoint's resources for anybody, since there may be keys in them."""
+    return ""
+
+
+_ANSWER_FIRST: Final = (AUTHORIZATION, AUTHORIZATION_POLICY, REQUEST_AUTHENTICATION)
+"""Types whose absence lets something through, or denies: new ones go out before, those that are gone after everything else."""
+_ORDER: Final = (*L7_TYPES, ADDRESS)
 _REFUSALS: Final = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED)
 
 log = structlog.get_logger("xds.server")
@@ -72,13 +97,15 @@ class AdsServer:
         authenticate: Authenticator | None = None,
         confirm: Authenticator | None = None,
         confirm_every: float = math.inf,
+        assign: Assign = nobody_is_a_waypoint,
     ) -> None:
-        """``confirm`` is asked again and again, ``confirm_every`` seconds apart: what was revoked ends a living stream too. A status
-        other than UNAUTHENTICATED and PERMISSION_DENIED ends none: the caller is then who it was."""
+        """``assign`` says who is which waypoint. ``confirm`` is asked again and again, ``confirm_every`` seconds apart: what was revoked
+        ends a living stream too. A status other than UNAUTHENTICATED and PERMISSION_DENIED ends none: the caller is then who it was."""
         self._source = source
         self._authenticate = authenticate
         self._confirm = confirm
         self._confirm_every = confirm_every
+        self._assign = assign
         self._connections: set[_Connection] = set()
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -96,7 +123,7 @@ class AdsServer:
 
     async def _serve_stream(self, stream: ServerStream) -> None:
         caller = await self._authenticate(stream.call) if self._authenticate is not None else None
-        connection = _Connection(self._source, stream, caller, partial(self._run_confirming, stream.call))
+        connection = _Connection(self._source, stream, caller, partial(self._run_confirming, stream.call), self._assign)
         self._connections.add(connection)
         try:
             await connection.run()
@@ -118,9 +145,13 @@ class AdsServer:
 class _Connection:
     """One client's stream: the reader files requests, the sender makes every response from the state of that moment."""
 
-    def __init__(self, source: ResourceSource, stream: ServerStream, caller: object, guardian: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, source: ResourceSource, stream: ServerStream, caller: object, guardian: Callable[[], Awaitable[None]], assign: Assign
+    ) -> None:
         """``guardian`` runs as long as the stream and ends it by raising RpcError."""
         self.node_id = ""
+        self._assign = assign
+        self._waypoint = ""
         self._guardian = guardian
         self._node_name = ""
         self._source = source
@@ -141,7 +172,9 @@ class _Connection:
         """Changes for the types the client has asked for; a type it asks for later is built from the state of then."""
         for type_url, names in changes.items():
             if type_url in self._machine.watches:
-                self._changed.setdefault(type_url, set()).update(names)
+                ours = names if type_url not in L7_TYPES else [name for name in names if waypoint_of_name(name) == self._waypoint]
+                if ours:
+                    self._changed.setdefault(type_url, set()).update(ours)
         self._work.unpark_all()
 
     def status(self) -> ConnectionStatus:
@@ -192,8 +225,10 @@ class _Connection:
         if message.node.id.count("~") != 3:
             raise RpcError(Status.INVALID_ARGUMENT, f"invalid node id {message.node.id[:100]!r}")
         self.node_id = message.node.id[:512]
-        node_name = message.node.metadata.fields.get("NODE_NAME")
-        self._node_name = node_name.string_value if node_name is not None else ""
+        metadata = message.node.metadata.fields
+        self._node_name = metadata["NODE_NAME"].string_value if "NODE_NAME" in metadata else ""
+        gateway = metadata[GATEWAY_NAME].string_value if GATEWAY_NAME in metadata else ""
+        self._waypoint = self._assign(Introduction(self._caller, self.node_id, self._node_name, gateway))
         log.info("xds.connected", node=self.node_id, peer=self._stream.call.peer.address)
 
     # --- responses ---
@@ -210,14 +245,18 @@ class _Connection:
                 await self._work.park()
 
     async def _push_changes(self) -> None:
-        """New policies before the workloads that name them, policies that are gone after: a policy that is named but not there denies."""
+        """New policies before what they are about, policies that are gone after: a policy that is named but not there denies, and what
+        a waypoint's policy is about would go unguarded."""
         changed, self._changed = self._changed, {}
-        policies = changed.pop(AUTHORIZATION, set())
-        gone = {name for name in policies if self._source.get(AUTHORIZATION, name) is None}
-        for type_url, names in ((AUTHORIZATION, policies - gone), *changed.items(), (AUTHORIZATION, gone)):
-            resources, removed = self._push(type_url, names)
-            if resources or removed:
-                await self._respond(type_url, resources, removed)
+        gone: dict[str, set[str]] = {}
+        for type_url in _ANSWER_FIRST:
+            names = changed.pop(type_url, set())
+            gone[type_url] = {name for name in names if self._source.get(type_url, name) is None}
+            await self._push(type_url, names - gone[type_url])
+        for type_url in sorted(changed, key=_rank):
+            await self._push(type_url, changed[type_url])
+        for type_url, names in gone.items():
+            await self._push(type_url, names)
 
     async def _respond(self, type_url: str, resources: Iterable[Resource], removed: Iterable[str]) -> None:
         self._responses += 1
@@ -240,8 +279,11 @@ class _Connection:
 
     def _whole(self, type_url: str, known: Mapping[str, str]) -> tuple[list[Resource], list[str]]:
         self._changed.pop(type_url, None)  # all of it goes out now
-        resources = [each for each in self._source.all(type_url) if known.get(each.name) != each.version]
-        return resources, [name for name in known if self._source.get(type_url, name) is None]
+        resources = [each for each in self._source.all(type_url) if known.get(each.name) != each.version and self._may_have(each)]
+        return resources, [name for name in known if (found := self._source.get(type_url, name)) is None or not self._may_have(found)]
+
+    def _may_have(self, resource: Resource) -> bool:
+        return not resource.audience or resource.audience == self._waypoint
 
     def _named(self, type_url: str, names: Iterable[str], known: Mapping[str, str]) -> tuple[list[Resource], list[str]]:
         """What the names find. A name that finds nothing is named as removed: it does not exist."""
@@ -249,16 +291,19 @@ class _Connection:
         found = {each.name: each for each in (self._source.on_node(type_url, self._node_name) if first else ())}
         missing: list[str] = []
         for name in names:
-            resources = list(self._source.find(type_url, name))
+            resources = [each for each in self._source.find(type_url, name) if self._may_have(each)]
             found.update((each.name, each) for each in resources)
             if not resources:
                 missing.append(name)
         self._given.setdefault(type_url, set()).update(found)
         return [each for each in found.values() if known.get(each.name) != each.version], missing
 
-    def _push(self, type_url: str, names: Collection[str]) -> tuple[list[Resource], list[str]]:
-        if not names:
-            return [], []
+    async def _push(self, type_url: str, names: Collection[str]) -> None:
+        resources, removed = self._find_changed(type_url, names) if names else ([], [])
+        if resources or removed:
+            await self._respond(type_url, resources, removed)
+
+    def _find_changed(self, type_url: str, names: Collection[str]) -> tuple[list[Resource], list[str]]:
         watch = self._machine.watches[type_url]
         resources: list[Resource] = []
         removed: list[str] = []
@@ -284,6 +329,10 @@ class _Connection:
             or any(group in watch.names or group in given for group in resource.groups)
             or (bool(resource.node) and resource.node == self._node_name)
         )
+
+
+def _rank(type_url: str) -> int:
+    return _ORDER.index(type_url) if type_url in _ORDER else len(_ORDER)
 
 
 def _parse(raw: bytes) -> discovery.DeltaDiscoveryRequest:

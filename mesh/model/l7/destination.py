@@ -23,11 +23,11 @@ class Balance(Enum):
     """The address as dialled."""
 
 
-class HashHeader(msgspec.Struct, frozen=True, tag="header"):
+class HashHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="header"):
     name: str
 
 
-class HashCookie(msgspec.Struct, frozen=True, tag="cookie", omit_defaults=True):
+class HashCookie(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cookie", omit_defaults=True):
     """``ttl`` None: only a cookie the client sends; 0: a session cookie is made where there is none."""
 
     name: str
@@ -36,18 +36,18 @@ class HashCookie(msgspec.Struct, frozen=True, tag="cookie", omit_defaults=True):
     attributes: tuple[tuple[str, str], ...] = ()
 
 
-class HashQuery(msgspec.Struct, frozen=True, tag="query"):
+class HashQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="query"):
     name: str
 
 
-class HashSource(msgspec.Struct, frozen=True, tag="source"):
+class HashSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="source"):
     """The client's IP address."""
 
 
 HashKey: TypeAlias = HashHeader | HashCookie | HashQuery | HashSource
 
 
-class ConsistentHash(msgspec.Struct, frozen=True, omit_defaults=True):
+class ConsistentHash(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``table_size`` for Maglev (a prime); None: a ring of at least ``minimum_ring_size``."""
 
     key: HashKey
@@ -55,14 +55,14 @@ class ConsistentHash(msgspec.Struct, frozen=True, omit_defaults=True):
     table_size: int | None = None
 
 
-class Distribute(msgspec.Struct, frozen=True):
+class Distribute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """From a locality pattern (``region/zone/*``) to others, with percentages that sum to 100."""
 
     source: str
     to: Mapping[str, int]
 
 
-class Locality(msgspec.Struct, frozen=True, omit_defaults=True):
+class Locality(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``distribute``, or else ``priority`` (labels, ``key`` or ``key=value``, in order), or else ``failover`` (region to region). Beside
     ``priority``, ``failover`` orders what has the same priority."""
 
@@ -74,13 +74,13 @@ class Locality(msgspec.Struct, frozen=True, omit_defaults=True):
     """Priorities hold though no outlier detection is on (a Service's trafficDistribution)."""
 
 
-class Warmup(msgspec.Struct, frozen=True, omit_defaults=True):
+class Warmup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     duration: float
     minimum_percent: float = 10.0
     aggression: float = 1.0
 
 
-class LoadBalancer(msgspec.Struct, frozen=True, omit_defaults=True):
+class LoadBalancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     simple: Balance = Balance.LEAST_REQUEST
     hash: ConsistentHash | None = None
     locality: Locality | None = None
@@ -94,7 +94,7 @@ class H2Upgrade(Enum):
     """What the client speaks (useClientProtocol)."""
 
 
-class Keepalive(msgspec.Struct, frozen=True, omit_defaults=True):
+class Keepalive(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """TCP keepalive; None: the system's."""
 
     probes: int | None = None
@@ -102,7 +102,7 @@ class Keepalive(msgspec.Struct, frozen=True, omit_defaults=True):
     interval: float | None = None
 
 
-class ConnectionPool(msgspec.Struct, frozen=True, omit_defaults=True):
+class ConnectionPool(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Bounds of one waypoint process for one destination. 0 for a time or number of requests: no bound."""
 
     max_connections: int = UNLIMITED
@@ -121,13 +121,13 @@ class ConnectionPool(msgspec.Struct, frozen=True, omit_defaults=True):
     h2_keepalive_timeout: float = 0.0
 
 
-class RetryBudget(msgspec.Struct, frozen=True, omit_defaults=True):
+class RetryBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     percent: float = 20.0
     min_concurrency: int = 3
     interval: float = 0.0
 
 
-class OutlierDetection(msgspec.Struct, frozen=True, omit_defaults=True):
+class OutlierDetection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """0 switches a count off. ``error_statuses``: what counts as an error instead of 5xx; none: 5xx. Source: Istio's defaults for Envoy's
     detector."""
 
@@ -147,7 +147,7 @@ class TlsMode(Enum):
     MUTUAL = "mutual"
 
 
-class UpstreamTls(msgspec.Struct, frozen=True, omit_defaults=True):
+class UpstreamTls(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """TLS towards the application, inside HBONE where the endpoint takes that. ``sni`` empty: the request's host, which the certificate
     must then name. ``names`` (DNS) and ``uris``: one of these it must have instead. ``roots``, ``certificate`` and ``key``: PEM; no roots:
     the system's. ``broken``: why it cannot be used; requests fail then and never go in plaintext."""
@@ -163,7 +163,7 @@ class UpstreamTls(msgspec.Struct, frozen=True, omit_defaults=True):
     broken: str = ""
 
 
-class TrafficPolicy(msgspec.Struct, frozen=True, omit_defaults=True):
+class TrafficPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     load_balancer: LoadBalancer = LoadBalancer()
     pool: ConnectionPool = ConnectionPool()
     outlier: OutlierDetection | None = None
@@ -173,7 +173,7 @@ class TrafficPolicy(msgspec.Struct, frozen=True, omit_defaults=True):
     """1 or 2: send a PROXY header of that version first."""
 
 
-class Subset(msgspec.Struct, frozen=True, omit_defaults=True):
+class Subset(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Endpoints with all of ``labels``. ``policy`` and ``ports`` are whole: what the rule's own policy gives is merged in already."""
 
     name: str
@@ -182,7 +182,7 @@ class Subset(msgspec.Struct, frozen=True, omit_defaults=True):
     ports: Mapping[int, TrafficPolicy] = {}
 
 
-class DestinationConfig(msgspec.Struct, frozen=True, omit_defaults=True):
+class DestinationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Everything about one service as destination. ``policy`` for every port that ``ports`` does not name; ``labels`` of endpoints that
     subsets and priorities ask for, by workload uid (the workload API has no labels)."""
 

@@ -15,30 +15,30 @@ MAX_REGEX: int = 1024
 """Characters of a regular expression (Istio's bound)."""
 
 
-class Exact(msgspec.Struct, frozen=True, tag="exact", omit_defaults=True):
+class Exact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="exact", omit_defaults=True):
     value: str
     ignore_case: bool = False
 
 
-class Prefix(msgspec.Struct, frozen=True, tag="prefix", omit_defaults=True):
+class Prefix(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="prefix", omit_defaults=True):
     """A prefix of the text, wherever it ends (VirtualService, AuthorizationPolicy)."""
 
     value: str
     ignore_case: bool = False
 
 
-class Suffix(msgspec.Struct, frozen=True, tag="suffix", omit_defaults=True):
+class Suffix(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="suffix", omit_defaults=True):
     value: str
     ignore_case: bool = False
 
 
-class Regex(msgspec.Struct, frozen=True, tag="regex"):
+class Regex(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="regex"):
     """RE2, the whole text."""
 
     value: str
 
 
-class Present(msgspec.Struct, frozen=True, tag="present", omit_defaults=True):
+class Present(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="present", omit_defaults=True):
     """The attribute is there. ``non_empty``: and has at least one character (an AuthorizationPolicy's ``*``)."""
 
     non_empty: bool = False
@@ -58,7 +58,7 @@ class PathKind(Enum):
     """AuthorizationPolicy's ``{*}`` and ``{**}``."""
 
 
-class PathMatch(msgspec.Struct, frozen=True, omit_defaults=True):
+class PathMatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Against the normalised path, without query and fragment."""
 
     kind: PathKind
@@ -67,7 +67,7 @@ class PathMatch(msgspec.Struct, frozen=True, omit_defaults=True):
     """EXACT, PREFIX: ASCII letters in either case."""
 
 
-class HeaderMatch(msgspec.Struct, frozen=True, omit_defaults=True):
+class HeaderMatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``name`` in lower case; ``:method``, ``:authority``, ``:scheme`` and ``:path`` stand for what they say. Several values of one header
     are compared joined by ``,``. A header that is absent matches nothing, and so makes an inverted match true, except with
     ``absent_fails``: then it makes the inverted match false as well (VirtualService's ``withoutHeaders`` with a regex)."""
@@ -78,14 +78,14 @@ class HeaderMatch(msgspec.Struct, frozen=True, omit_defaults=True):
     absent_fails: bool = False
 
 
-class QueryMatch(msgspec.Struct, frozen=True):
+class QueryMatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Against the first value of the parameter; names are case-sensitive."""
 
     name: str
     match: TextMatch
 
 
-class RouteMatch(msgspec.Struct, frozen=True, omit_defaults=True):
+class RouteMatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """All of it must hold; what is None or empty does not restrict. ``authority`` is as the client wrote it, with its port."""
 
     name: str = ""

@@ -44,7 +44,7 @@ class Attribute(Enum):
     """A key that we do not know. It restricts nothing in a DENY and matches nothing in an ALLOW: neither opens anything."""
 
 
-class Predicate(msgspec.Struct, frozen=True, omit_defaults=True):
+class Predicate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One attribute: ``negated`` inverts. True when any value hits. An attribute that is absent hits nothing, so a negated predicate on it
     is true. Which field holds the values depends on the attribute: ``texts`` for most, ``paths`` for PATH, ``cidrs`` for addresses,
     ``ports`` for DESTINATION_PORT; SERVICE_ACCOUNT has ``namespace/name`` in `Exact` texts. ``key``: the header's name (lower case), or
@@ -59,7 +59,7 @@ class Predicate(msgspec.Struct, frozen=True, omit_defaults=True):
     ports: tuple[int, ...] = ()
 
 
-class PolicyRule(msgspec.Struct, frozen=True, omit_defaults=True):
+class PolicyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """AND of three parts; within ``sources`` and ``operations`` OR of conjunctions; an empty part does not restrict."""
 
     sources: tuple[tuple[Predicate, ...], ...] = ()
@@ -67,7 +67,7 @@ class PolicyRule(msgspec.Struct, frozen=True, omit_defaults=True):
     conditions: tuple[Predicate, ...] = ()
 
 
-class ExtAuthzHttp(msgspec.Struct, frozen=True, tag="http", omit_defaults=True):
+class ExtAuthzHttp(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="http", omit_defaults=True):
     """An authorizer asked over HTTP: 200 allows, anything else is the answer. Header patterns are exact, ``prefix*`` or ``*suffix``."""
 
     namespace: str
@@ -86,7 +86,7 @@ class ExtAuthzHttp(msgspec.Struct, frozen=True, tag="http", omit_defaults=True):
     headers_downstream_on_allow: tuple[str, ...] = ()
 
 
-class ExtAuthzGrpc(msgspec.Struct, frozen=True, tag="grpc", omit_defaults=True):
+class ExtAuthzGrpc(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="grpc", omit_defaults=True):
     """An authorizer asked by ``envoy.service.auth.v3.Authorization/Check``."""
 
     namespace: str
@@ -100,7 +100,7 @@ class ExtAuthzGrpc(msgspec.Struct, frozen=True, tag="grpc", omit_defaults=True):
     pack_as_bytes: bool = False
 
 
-class AuthorizationPolicy(msgspec.Struct, frozen=True, omit_defaults=True):
+class AuthorizationPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """OR over ``rules``; none never matches. ``targets``: the services (``namespace/hostname``) it is for; empty: all of this waypoint.
     ``provider`` of a CUSTOM policy; None there: it is unknown, and what the rules match is denied."""
 
@@ -118,14 +118,14 @@ class AuthorizationPolicy(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"{self.origin.kind}/{self.origin.namespace}/{self.origin.name}"
 
 
-class JwtHeader(msgspec.Struct, frozen=True, omit_defaults=True):
+class JwtHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A header that may carry the token, after ``prefix`` (compared exactly, a trailing space included)."""
 
     name: str
     prefix: str = ""
 
 
-class JwtRule(msgspec.Struct, frozen=True, omit_defaults=True):
+class JwtRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Tokens of one issuer. ``jwks``: the key set, JSON; empty: ``jwks_uri`` is fetched by the waypoint. Locations all empty: the header
     ``Authorization: Bearer`` and the query parameter ``access_token``. ``audiences`` empty: any."""
 
@@ -144,7 +144,7 @@ class JwtRule(msgspec.Struct, frozen=True, omit_defaults=True):
     space_delimited: tuple[str, ...] = ()
 
 
-class RequestAuthentication(msgspec.Struct, frozen=True, omit_defaults=True):
+class RequestAuthentication(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``targets`` as of AuthorizationPolicy."""
 
     origin: Origin

@@ -13,7 +13,7 @@ import msgspec
 from mesh.model.l7.matching import RouteMatch, TextMatch
 
 
-class Origin(msgspec.Struct, frozen=True, omit_defaults=True):
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The resource that a value was made of, for reasons and logs: ``HTTPRoute shop/reviews``, and which rule of it (from 0)."""
 
     kind: str
@@ -26,7 +26,7 @@ class Origin(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"{self.kind} {self.namespace}/{self.name}{rule}"
 
 
-class Destination(msgspec.Struct, frozen=True, omit_defaults=True):
+class Destination(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A service by namespace and hostname (``namespace`` empty: no such service is known to the mesh), its service port, and a subset
     of its endpoints."""
 
@@ -36,7 +36,7 @@ class Destination(msgspec.Struct, frozen=True, omit_defaults=True):
     subset: str = ""
 
 
-class HeaderChanges(msgspec.Struct, frozen=True, omit_defaults=True):
+class HeaderChanges(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """In this order: ``remove``, then ``set`` (replace or add), then ``add`` (append a value). Names in lower case. Values may hold
     Envoy's substitutions (``%REQ(x)%``, ``%DOWNSTREAM_REMOTE_ADDRESS%`` ...; ``%%`` is a percent sign); the control plane checked them."""
 
@@ -45,7 +45,7 @@ class HeaderChanges(msgspec.Struct, frozen=True, omit_defaults=True):
     remove: tuple[str, ...] = ()
 
 
-class WeightedDestination(msgspec.Struct, frozen=True, omit_defaults=True):
+class WeightedDestination(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One of a route's destinations and its share. ``fails_with``: the destination cannot be used (Gateway API: unknown, not granted, of an
     unknown kind), and its share of requests gets this status; ``because`` says why."""
 
@@ -59,7 +59,7 @@ class WeightedDestination(msgspec.Struct, frozen=True, omit_defaults=True):
     because: str = ""
 
 
-class Rewrite(msgspec.Struct, frozen=True, omit_defaults=True):
+class Rewrite(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """At most one of the path's kinds. ``prefix`` replaces what the route's path match matched (a segment prefix as a segment prefix: no
     double slash, no lost one); ``full`` the whole path; ``regex`` every match of a RE2 expression by ``substitution`` with ``\\1``. The
     query stays."""
@@ -71,7 +71,7 @@ class Rewrite(msgspec.Struct, frozen=True, omit_defaults=True):
     authority: str | None = None
 
 
-class Forward(msgspec.Struct, frozen=True, tag="forward", omit_defaults=True):
+class Forward(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="forward", omit_defaults=True):
     """To one of ``destinations`` by weight. All weights 0 or none at all: ``empty_status``."""
 
     destinations: tuple[WeightedDestination, ...]
@@ -79,7 +79,7 @@ class Forward(msgspec.Struct, frozen=True, tag="forward", omit_defaults=True):
     empty_status: int = 500
 
 
-class Redirect(msgspec.Struct, frozen=True, tag="redirect", omit_defaults=True):
+class Redirect(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="redirect", omit_defaults=True):
     """``path`` replaces the whole path, ``prefix`` what the route's path match matched; the query stays. ``port`` None: by ``request_port``
     the service's port (elided where it is the scheme's own, unless the client wrote it), else the scheme's (elided)."""
 
@@ -92,7 +92,7 @@ class Redirect(msgspec.Struct, frozen=True, tag="redirect", omit_defaults=True):
     prefix: str | None = None
 
 
-class DirectResponse(msgspec.Struct, frozen=True, tag="direct", omit_defaults=True):
+class DirectResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="direct", omit_defaults=True):
     """``body`` of at most 1 MiB."""
 
     status: int
@@ -102,7 +102,7 @@ class DirectResponse(msgspec.Struct, frozen=True, tag="direct", omit_defaults=Tr
 Action: TypeAlias = Forward | Redirect | DirectResponse
 
 
-class Retry(msgspec.Struct, frozen=True, omit_defaults=True):
+class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``attempts``: retries, not tries. ``on``: Envoy's names of conditions. Times in seconds; ``per_try_timeout`` None: the route's."""
 
     attempts: int = 2
@@ -116,7 +116,7 @@ class Retry(msgspec.Struct, frozen=True, omit_defaults=True):
     remote_localities: bool = False
 
 
-class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
+class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Percentages 0-100, each drawn by itself; ``delay`` in seconds, first. ``grpc_status`` (a number) instead of ``status``."""
 
     delay: float = 0.0
@@ -126,14 +126,14 @@ class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
     abort_percent: float = 0.0
 
 
-class Mirror(msgspec.Struct, frozen=True, omit_defaults=True):
+class Mirror(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A copy of the request, whose answer nobody sees."""
 
     destination: Destination
     percent: float = 100.0
 
 
-class Cors(msgspec.Struct, frozen=True, omit_defaults=True):
+class Cors(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``origins`` that are allowed; ``max_age`` in seconds. ``forward_unmatched``: a preflight of another origin goes to the application
     (VirtualService's default), else it is answered without CORS headers. ``expand_wildcards``: ``*`` among methods or headers echoes
     what was asked when credentials are allowed (Gateway API)."""
@@ -148,7 +148,7 @@ class Cors(msgspec.Struct, frozen=True, omit_defaults=True):
     expand_wildcards: bool = False
 
 
-class Route(msgspec.Struct, frozen=True, omit_defaults=True):
+class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``matches``: any of them; none: every request. ``timeout`` in seconds for the whole exchange with all retries; None: none.
     ``name`` is the access log's route name. ``request_authority`` is in the action's rewrite or its destinations."""
 
@@ -165,7 +165,7 @@ class Route(msgspec.Struct, frozen=True, omit_defaults=True):
     cors: Cors | None = None
 
 
-class TcpRoute(msgspec.Struct, frozen=True, omit_defaults=True):
+class TcpRoute(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Connections are shared out by weight; all 0 or none: the connection is reset."""
 
     origin: Origin

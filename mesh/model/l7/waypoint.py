@@ -6,7 +6,7 @@ Each belongs to a waypoint (its Gateway's namespace and name); the control plane
 from __future__ import annotations
 
 from enum import Enum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -26,7 +26,7 @@ class Protocol(Enum):
     """Not declared: by the client's first bytes."""
 
 
-class PortConfig(msgspec.Struct, frozen=True, omit_defaults=True):
+class PortConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One service port. ``routes`` in order, never empty for a port that takes HTTP: with no resource that routes, the last is the default
     route to the service itself; where one does and nothing matches, there is none and the answer is 404. ``tcp``: None for the service
     itself."""
@@ -38,7 +38,7 @@ class PortConfig(msgspec.Struct, frozen=True, omit_defaults=True):
     tcp: TcpRoute | None = None
 
 
-class ServiceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
+class ServiceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A service that this waypoint stands before. Its addresses and endpoints come with the workload API."""
 
     namespace: str
@@ -57,7 +57,7 @@ class PathNormalization(Enum):
     DECODE_AND_MERGE_SLASHES = "decode-and-merge-slashes"
 
 
-class Tracing(msgspec.Struct, frozen=True, omit_defaults=True):
+class Tracing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``percent`` of requests without a decision upstream; ``endpoint``: where spans go by OTLP over HTTP (``http://host:port/v1/traces``)."""
 
     endpoint: str = ""
@@ -65,7 +65,7 @@ class Tracing(msgspec.Struct, frozen=True, omit_defaults=True):
     tags: tuple[tuple[str, str], ...] = ()
 
 
-class AccessLogging(msgspec.Struct, frozen=True, omit_defaults=True):
+class AccessLogging(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``format``: Envoy's text format, empty: Istio's default; ``json`` instead: keys and operators."""
 
     enabled: bool = True
@@ -74,7 +74,7 @@ class AccessLogging(msgspec.Struct, frozen=True, omit_defaults=True):
     json: tuple[tuple[str, str], ...] = ()
 
 
-class WaypointSettings(msgspec.Struct, frozen=True, omit_defaults=True):
+class WaypointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What holds for the waypoint as a whole. ``trust_domains``: whose certificates may come in, the mesh's own and its aliases."""
 
     namespace: str
@@ -93,3 +93,10 @@ class WaypointSettings(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 L7Resource: TypeAlias = WaypointSettings | ServiceConfig | DestinationConfig | AuthorizationPolicy | RequestAuthentication
+
+
+class Assigned(NamedTuple):
+    """A resource and the waypoint it is for: ``namespace/name`` of its Gateway. What several waypoints need is there once for each."""
+
+    waypoint: str
+    resource: L7Resource

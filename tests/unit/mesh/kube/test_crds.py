@@ -26,8 +26,9 @@ def test_every_file_is_the_definition_it_was_made_from() -> None:
         assert YAML(typ="safe", pure=True).load((DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8")) == definition
 
 
-def test_every_kind_of_istio_has_one_that_stores_the_version_we_read() -> None:
-    custom = {str(resource): resource for resource in RESOURCES.values() if resource.group.endswith("istio.io")}
+def test_every_custom_kind_has_one_that_stores_the_version_we_read() -> None:
+    groups = (".istio.io", "gateway.networking.k8s.io")
+    custom = {str(resource): resource for resource in RESOURCES.values() if resource.group.endswith(groups)}
     made = make_definitions()
     assert made.keys() == custom.keys()
     for name, definition in made.items():
@@ -45,6 +46,17 @@ def test_a_schema_knows_every_attribute_and_choice() -> None:
     assert (entry["location"]["enum"], entry["resolution"]["enum"]) == (list(LOCATIONS), list(RESOLUTIONS))
     assert entry["hosts"]["minItems"] == 1
     assert "address" in entry["endpoints"]["items"]["properties"]
+
+
+def test_definitions_in_groups_of_kubernetes_say_that_nobody_approved_them() -> None:
+    for definition in make_definitions().values():
+        approval = definition["metadata"].get("annotations", {}).get("api-approved.kubernetes.io", "")
+        assert approval.startswith("unapproved") == definition["spec"]["group"].endswith(".k8s.io")
+
+
+def test_a_gateway_class_belongs_to_no_namespace() -> None:
+    scopes = {definition["spec"]["names"]["kind"]: definition["spec"]["scope"] for definition in make_definitions().values()}
+    assert (scopes["Gateway"], scopes["GatewayClass"]) == ("Namespaced", "Cluster")
 
 
 def test_only_what_the_parser_leaves_open_keeps_unknown_fields() -> None:
