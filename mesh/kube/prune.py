@@ -18,7 +18,8 @@ _CONDITION: Final = ("type", "status")
 _OURS: Final = ("istio.io/", "ambient.mesh/")
 """Annotations of these domains (and their subdomains) are kept; what others write there is long and changes often."""
 _WITHOUT_SPEC: Final = frozenset({"Namespace", "Node", "ServiceAccount"})
-_WITH_STATUS: Final = frozenset({"ServiceEntry", "WorkloadEntry", "AuthorizationPolicy", "Gateway", "GatewayClass"})
+_ROUTES: Final = frozenset({"HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute", "VirtualService"})
+_WITH_STATUS: Final = frozenset({"ServiceEntry", "WorkloadEntry", "AuthorizationPolicy", "Gateway", "GatewayClass"}) | _ROUTES
 
 
 def prune(kind: str, raw: Mapping[str, object]) -> dict[str, object]:

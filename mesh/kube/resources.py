@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mesh.kube.kinds import KINDS
@@ -19,6 +19,8 @@ class Resource:
     plural: str
     kind: str
     namespaced: bool = True
+    older: tuple[str, ...] = ()
+    """Versions that say the same, in order of preference, for API servers that do not serve ``version`` yet."""
 
     @property
     def api_version(self) -> str:
@@ -38,8 +40,12 @@ class Resource:
         return f"{self.plural}.{self.group}" if self.group else self.plural
 
 
-def _read(kind: str, plural: str, version: str = "v1") -> Resource:
-    return Resource(KINDS[kind].group, version, plural, kind, KINDS[kind].namespaced)
+    def at(self, version: str) -> Resource:
+        return replace(self, version=version)
+
+
+def _read(kind: str, plural: str, version: str = "v1", older: tuple[str, ...] = ()) -> Resource:
+    return Resource(KINDS[kind].group, version, plural, kind, KINDS[kind].namespaced, older)
 
 
 RESOURCES: Final[Mapping[str, Resource]] = {
@@ -53,6 +59,11 @@ RESOURCES: Final[Mapping[str, Resource]] = {
         _read("EndpointSlice", "endpointslices"),
         _read("Gateway", "gateways"),
         _read("GatewayClass", "gatewayclasses"),
+        _read("HTTPRoute", "httproutes", older=("v1beta1",)),
+        _read("GRPCRoute", "grpcroutes", older=("v1alpha2",)),
+        _read("TCPRoute", "tcproutes", older=("v1alpha2",)),
+        _read("TLSRoute", "tlsroutes", older=("v1alpha3", "v1alpha2")),
+        _read("VirtualService", "virtualservices"),
         _read("ServiceEntry", "serviceentries"),
         _read("WorkloadEntry", "workloadentries"),
         _read("AuthorizationPolicy", "authorizationpolicies"),
