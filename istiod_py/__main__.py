@@ -49,6 +49,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
     default=("istio-system/ztunnel",),
     help="Service account of node agents on Kubernetes; repeat.",
 )
+@click.option("--read-secrets", is_flag=True, help="On Kubernetes, read Secrets: DestinationRules may then name credentials.")
 def main(
     source: Path | None,
     kubeconfig: str | None,
@@ -63,6 +64,7 @@ def main(
     root_namespace: str,
     debounce_ms: int,
     trusted: tuple[str, ...],
+    read_secrets: bool,
 ) -> None:
     """The control plane: reads Kubernetes objects, tells node agents what they need, and signs their certificates.
 
@@ -86,6 +88,7 @@ def main(
         debounce=debounce_ms / 1000,
         kubeconfig=kubeconfig or "",
         trusted_node_accounts=frozenset(trusted),
+        read_secrets=read_secrets,
         replica=os.environ.get("POD_NAME") or socket.gethostname(),
     )
     try:

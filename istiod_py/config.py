@@ -32,6 +32,8 @@ class Config:
     """``in-cluster``, or the path of a kubeconfig; instead of ``source``."""
     trusted_node_accounts: frozenset[str] = frozenset({"istio-system/ztunnel"})
     """``namespace/serviceaccount`` of node agents on Kubernetes: these may ask for identities of the pods on their node."""
+    read_secrets: bool = False
+    """On Kubernetes: Secrets of all namespaces are read, for the credentials that DestinationRules name."""
     replica: str = "istiod-py"
     """This replica's name, for the leader's Lease."""
 

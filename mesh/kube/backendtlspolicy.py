@@ -65,12 +65,12 @@ class KubeBackendTlsPolicy:
 
 def read_backend_tls_policy(obj: KubeObject) -> tuple[KubeBackendTlsPolicy, tuple[SourceProblem, ...]]:
     """The policy and every mistake in it; with a mistake, what it targets must not be spoken to in plaintext."""
-    fields = Fields(obj)
+    fields = Fields(obj, strict=True)
     return parse_backend_tls_policy(fields), tuple(fields.problems)
 
 
 def parse_backend_tls_policy(fields: Fields) -> KubeBackendTlsPolicy:
-    """``fields`` of the whole object."""
+    """``fields`` of the whole object, strict."""
     obj = fields.whole
     spec = fields.mapping("spec", required=True) or Fields(obj, ("spec",), {}, fields.problems)
     spec.refuse_unknown("targetRefs", "validation", "options")
@@ -81,7 +81,7 @@ def parse_backend_tls_policy(fields: Fields) -> KubeBackendTlsPolicy:
     validation = spec.mapping("validation", required=True) or Fields(obj, ("spec", "validation"), {}, [])
     validation.refuse_unknown("hostname", "caCertificateRefs", "wellKnownCACertificates", "subjectAltNames")
     authorities = tuple(_read_authority(item) for item in validation.mappings("caCertificateRefs", most=MAX_AUTHORITIES))
-    well_known = validation.string("wellKnownCACertificates", text=_WELL_KNOWN)
+    well_known = validation.string("wellKnownCACertificates", text=_AT_MOST)
     validation.demand(_NOT_BOTH, [("wellKnownCACertificates",)] if authorities and well_known else ())
     validation.demand(_SOME, [("caCertificateRefs",)] if not authorities and not well_known else ())
     names = [_read_name(item) for item in validation.mappings("subjectAltNames", most=MAX_NAMES)]
@@ -101,10 +101,10 @@ def parse_backend_tls_policy(fields: Fields) -> KubeBackendTlsPolicy:
 def _read_target(item: Fields) -> BackendTarget:
     item.refuse_unknown("group", "kind", "name", "sectionName")
     return BackendTarget(
-        group=item.string("group", required=True),
+        group=item.string("group", required=True, text=_AT_MOST),
         kind=item.string("kind", required=True, text=_SOMETHING),
         name=item.string("name", required=True, text=_SOMETHING),
-        section=item.string("sectionName"),
+        section=item.string("sectionName", text=_AT_MOST),
     )
 
 
@@ -155,7 +155,7 @@ def _find_uri_mistake(uri: str) -> str | None:
 
 _URI_PATTERN: Final = r"[A-Za-z][A-Za-z0-9+.-]*:[!-~]+"
 _SOMETHING: Final = Text(lambda text: None if text else "is empty", {"minLength": 1, "maxLength": 253})
-_WELL_KNOWN: Final = Text(lambda text: None, {"maxLength": 253})
+_AT_MOST: Final = Text(lambda text: None if len(text) <= 253 else f"has {len(text)} characters, of at most 253", {"maxLength": 253})
 _HOSTNAME: Final = Text(_find_hostname_mistake, {"pattern": f"^{HOSTNAME_PATTERN}$", "maxLength": MAX_LENGTH})
 _SAN_HOSTNAME: Final = Text(_find_san_mistake, {"pattern": rf"^((\*\.)?{HOSTNAME_PATTERN})?$", "maxLength": MAX_LENGTH + 2})
 _URI: Final = Text(_find_uri_mistake, {"pattern": f"^({_URI_PATTERN})?$", "maxLength": 253})

@@ -55,7 +55,7 @@ def read_attachment(spec: Fields) -> Attachment:
 def _read_target(item: Fields) -> TargetRef | None:
     """None where it does not say what it is."""
     item.refuse_unknown("group", "kind", "name", "namespace", hints={"sectionName": "; policies are for all ports of a target"})
-    group = item.string("group")
+    group = item.string("group", text=_GROUP)
     kind = item.string("kind", required=True, choices=tuple(GROUPS))
     name = item.string("name", required=True, text=_NAME)
     item.string("namespace", text=_NOWHERE_ELSE)
@@ -75,6 +75,7 @@ def _find_namespace_mistake(namespace: str) -> str | None:
 
 
 _NAME: Final = Text(_find_name_mistake, {"minLength": 1, "maxLength": MAX_NAME})
+_GROUP: Final = Text(lambda group: None, {"maxLength": 253})
 _NOWHERE_ELSE: Final = Text(_find_namespace_mistake, {"maxLength": 0})
 _GROUP_OF_KIND: Final = Rule(
     "the group of a Service is empty, of a ServiceEntry networking.istio.io, of a Gateway or GatewayClass gateway.networking.k8s.io",
