@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from istiod_py.translate.authorization import L4Policy, close, translate_authorization
 from istiod_py.translate.config import Condition, Config, StatusEntry
@@ -18,6 +18,7 @@ from istiod_py.translate.hosts import Hosts, settle_hosts
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
 from istiod_py.translate.pods import locality_of_node, translate_pod
+from istiod_py.translate.reading import Read, read_objects
 from istiod_py.translate.services import translate_service
 from istiod_py.translate.slices import ListedPods, translate_slice
 from istiod_py.translate.surroundings import SelectingEntry, Surroundings
@@ -46,18 +47,6 @@ from mesh.model.service import Service, Visibility, WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, Locality, Workload
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Read(Generic[_T]):
-    """An object and its reading."""
-
-    obj: KubeObject
-    value: _T
-    """As the object is now, or its last good version where it has mistakes now."""
-    problems: tuple[SourceProblem, ...]
-    good: bool
-    """Whether ``value`` is free of mistakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +182,8 @@ class _Translator:
         self, kind: str, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], before: Mapping[ObjectKey, Read[_T]]
     ) -> dict[ObjectKey, Read[_T]]:
         """Read all objects of a kind; one with mistakes keeps its last good version."""
-        # By identity, since making and hashing ten thousand keys is most of what an unchanged object would cost.
-        known = {read.obj: (key, read) for key, read in before.items()}
-        result: dict[ObjectKey, Read[_T]] = {}
-        for obj in self._of(kind):
-            same = known.get(obj)
-            key, read = same if same is not None else (obj.key, _read(obj, reader, before.get(obj.key)))
-            result[key] = read
+        result = read_objects(self._of(kind), reader, before)
+        for read in result.values():
             if read.problems:
                 self._problems.extend(read.problems)
         return result
@@ -497,16 +481,10 @@ def _has_condition(obj: KubeObject, kind: str) -> bool:
     return isinstance(found, list) and any(isinstance(item, Mapping) and item.get("type") == kind for item in found)
 
 
-_REVISIONED = frozenset({"AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry"})
+_REVISIONED = frozenset(
+    {"AuthorizationPolicy", "DestinationRule", "PeerAuthentication", "RequestAuthentication", "ServiceEntry", "WorkloadEntry"}
+)
 _NOWHERE = Locality()
-
-
-def _read(obj: KubeObject, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], last: Read[_T] | None) -> Read[_T]:
-    value, problems = reader(obj)
-    problems = tuple(dict.fromkeys((*obj.problems, *problems)))
-    if problems and last is not None and last.good:
-        return Read(obj, last.value, problems, True)
-    return Read(obj, value, problems, not problems)
 
 
 def _good(reads: Mapping[ObjectKey, Read[_T]]) -> list[_T]:

@@ -1,0 +1,1 @@
+"""What waypoints are told: pure functions from objects to the values of `mesh.model.l7`."""
