@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 import trio
 
-from istiod_py.authenticate import CONFIRM_EVERY, NodeAuthorizer
+from istiod_py.authenticate import CONFIRM_EVERY, Caller, NodeAuthorizer
 from istiod_py.ca import CaError, CertificateAuthority
 from istiod_py.config import LONGEST_DEBOUNCE, Config
 from istiod_py.debounce import Debounce
@@ -30,15 +30,15 @@ from istiod_py.sources.kubernetes import KubernetesSource
 from istiod_py.translate import Config as TranslateConfig
 from istiod_py.translate import Translation, translate
 from mesh.kube.kubeconfig import KubeconfigError
-from mesh.rpc import Handler, Unary, serve
+from mesh.rpc import Handler, RpcError, Status, Unary, serve
 from mesh.runtime import inspection
 from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound_addresses, open_listeners, serve_admin
 from mesh.runtime.readiness import Readiness
 from mesh.telemetry.log import get_logger
 from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, add_build, add_process, content_type, render
 from mesh.xds.cache import ResourceCache
-from mesh.xds.names import CREATE_CERTIFICATE_METHOD, pod_of_node_id
-from mesh.xds.server import AdsServer, ConnectionStatus
+from mesh.xds.names import CREATE_CERTIFICATE_METHOD, WAYPOINT, pod_of_node_id, role_of_node_id
+from mesh.xds.server import AdsServer, ConnectionStatus, Introduction
 
 UPKEEP_INTERVAL: Final = 60.0
 """Seconds between looks at our own certificates, by the wall clock."""
@@ -124,7 +124,11 @@ class Istiod:
         self._cache = ResourceCache()
         confirm = partial(require_caller, self._authenticator, fresh=True)
         self._ads = AdsServer(
-            self._cache, authenticate=partial(require_caller, self._authenticator), confirm=confirm, confirm_every=CONFIRM_EVERY
+            self._cache,
+            authenticate=partial(require_caller, self._authenticator),
+            confirm=confirm,
+            confirm_every=CONFIRM_EVERY,
+            assign=assign_waypoint,
         )
         self._signing = SigningMetrics(self._registry)
         self._failures = self._registry.counter("pilot_push_failures", "Translations or pushes that ended in a defect").labelled()
@@ -236,9 +240,14 @@ class Istiod:
             policies=len(self._translation.policies),
             problems=len(self._problems.current),
             authority_expires=self._ca.expires.timestamp(),
-            agents=sorted(map(describe_agent, self._ads.connections()), key=lambda agent: (agent.namespace, agent.pod)),
+            agents=self._describe_clients(waypoints=False),
+            waypoints=self._describe_clients(waypoints=True),
         )
         return Response(200, msgspec.json.encode(page), "application/json")
+
+    def _describe_clients(self, *, waypoints: bool) -> list[inspection.ConnectedAgent]:
+        found = (each for each in self._ads.connections() if (isinstance(each.caller, Caller) and bool(each.caller.gateway)) == waypoints)
+        return sorted(map(describe_agent, found), key=lambda agent: (agent.namespace, agent.pod))
 
     def _add_metrics(self) -> None:
         add_build(self._registry, "pilot", version("ambient-mesh"))
@@ -257,6 +266,19 @@ class Istiod:
         return [FamilySnapshot(name, "gauge", help, (), (Sample((), value),)) for name, help, value in gauges]
 
 
+def assign_waypoint(client: Introduction) -> str:
+    """Which waypoint's resources a client gets: those of the Gateway that it was proved to be a waypoint of. What it says of itself may
+    only agree. Raises RpcError."""
+    caller = client.caller
+    proved = caller.waypoint if isinstance(caller, Caller) else ""
+    claims_to_be_one = role_of_node_id(client.node_id) == WAYPOINT
+    namespace, _ = pod_of_node_id(client.node_id)
+    if claims_to_be_one and (not proved or proved != f"{namespace}/{client.gateway or proved.partition('/')[2]}"):
+        _log.warning("waypoint.refused", node=client.node_id, gateway=client.gateway, caller=str(caller))
+        raise RpcError(Status.PERMISSION_DENIED, "not a waypoint of this Gateway")
+    return proved
+
+
 async def open_source(config: Config, at: datetime) -> Source:
     """Where objects, identities and the authority come from. Raises CaError, KubeconfigError, OSError."""
     make_private_directory(config.state_dir)
@@ -273,12 +295,32 @@ def describe_agent(connection: ConnectionStatus) -> inspection.ConnectedAgent:
     return inspection.ConnectedAgent(pod, namespace, str(connection.peer), stale)
 
 
+def describe_waypoints(translation: Translation) -> dict[str, dict[str, object]]:
+    """By Gateway and kind what each waypoint is told. Keys of upstream TLS are left out."""
+    found: dict[str, dict[str, object]] = {}
+    for key, resource in sorted(translation.l7.items()):
+        kinds = found.setdefault(key.waypoint, {})
+        listed = kinds.setdefault(key.kind, [])
+        assert isinstance(listed, list)
+        listed.append(without_secrets(msgspec.to_builtins(resource, str_keys=True)))
+    return dict(found)
+
+
+def without_secrets(value: object) -> object:
+    """JSON without what is under ``key`` beside ``certificate``."""
+    if isinstance(value, dict):
+        secret = "key" if "certificate" in value else None
+        return {name: "..." if name == secret and item else without_secrets(item) for name, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list) else value
+
+
 def describe_state(translation: Translation, ca: CertificateAuthority, agents: Sequence[ConnectionStatus]) -> dict[str, object]:
     """JSON of ``/debug/config_dump``: what agents are told, who they are, and what objects' status would say. No secret is in it."""
     return {
         "workloads": [describe(workload) for _, workload in sorted(translation.workloads.items())],
         "services": [describe(service) for _, service in sorted(translation.services.items())],
         "policies": [describe(policy) for _, policy in sorted(translation.policies.items())],
+        "waypoints": describe_waypoints(translation),
         "statuses": {str(key): describe(conditions) for key, conditions in sorted(translation.statuses.items())},
         "agents": [describe(agent) for agent in sorted(agents, key=lambda agent: agent.node_id)],
         "certificateAuthority": {

@@ -12,10 +12,11 @@ from istiod_py.authenticate import TokenAuthenticator
 from istiod_py.ca import CertificateAuthority
 from istiod_py.config import Config
 from istiod_py.pods import AssignedPods
-from istiod_py.tokens import TokenStore
+from istiod_py.tokens import PodName, TokenStore
 from istiod_py.translate import StatusEntry
 from mesh.kube.directory import IMPLICIT_NAMESPACES, DirectoryStore
 from mesh.kube.objects import ObjectKey
+from mesh.model.labels import GATEWAY_MANAGED, MESH_CONTROLLER
 from mesh.telemetry.log import get_logger
 
 _log = get_logger("istiod")
@@ -32,12 +33,12 @@ class DirectorySource:
         self.ca = open_authority(config, now)
         self.pods = AssignedPods()
         self._tokens = TokenStore(config.tokens)
-        self.authenticator = TokenAuthenticator(self._tokens, config.root_namespace)
         # The root namespace needs no Namespace object: without one, policies of the whole mesh would be passed over.
         implicit = IMPLICIT_NAMESPACES | {config.root_namespace}
         self.store = DirectoryStore([directory, *config.overlays], implicit_namespaces=implicit)
         self.store.load()
-        self._tokens.reconcile(node.name for node in self.store.objects("Node"))
+        self.authenticator = TokenAuthenticator(self._tokens, config.root_namespace, self.store)
+        self._reconcile_tokens()
 
     async def run(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -46,13 +47,17 @@ class DirectorySource:
         await trio.lowlevel.checkpoint()
 
     def follow(self, kinds: Collection[str]) -> None:
-        """A Node that comes gets a token, one that goes takes its own with it."""
-        if "Node" not in kinds:
+        """A Node or waypoint that comes gets a token, one that goes takes its own with it."""
+        if {"Node", "Pod"}.isdisjoint(kinds):
             return
         try:
-            self._tokens.reconcile(node.name for node in self.store.objects("Node"))
+            self._reconcile_tokens()
         except OSError as exc:
             _log.error("tokens.failed", directory=str(self._directory), error=str(exc))
+
+    def _reconcile_tokens(self) -> None:
+        waypoints = (pod for pod in self.store.objects("Pod") if pod.labels.get(GATEWAY_MANAGED) == MESH_CONTROLLER)
+        self._tokens.reconcile((node.name for node in self.store.objects("Node")), (PodName(pod.namespace, pod.name) for pod in waypoints))
 
     def report(self, statuses: Mapping[ObjectKey, tuple[StatusEntry, ...]]) -> None:
         """The user's files are not ours to write to; ``/debug/config_dump`` has the conditions."""

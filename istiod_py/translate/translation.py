@@ -15,6 +15,7 @@ from istiod_py.translate.authorization import L4Policy, close, translate_authori
 from istiod_py.translate.config import Condition, Config, StatusEntry
 from istiod_py.translate.entries import misses_out, translate_host, translate_service_entry, translate_workload_entry, visibility
 from istiod_py.translate.hosts import Hosts, settle_hosts
+from istiod_py.translate.l7.assemble import Assembler, L7Key, Named, NoRules
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
 from istiod_py.translate.pods import locality_of_node, translate_pod
@@ -41,6 +42,7 @@ from mesh.kube.service import KubeService, read_service
 from mesh.kube.serviceentry import KubeServiceEntry, read_service_entry
 from mesh.kube.workloadentry import KubeWorkloadEntry, read_workload_entry
 from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname
+from mesh.model.l7.waypoint import L7Resource
 from mesh.model.labels import GATEWAY_NAME, NETWORK, REVISION
 from mesh.model.policy import Policy
 from mesh.model.service import Service, Visibility, WeightedWaypoint
@@ -70,6 +72,7 @@ class Memory:
     settled: Memo[None, Hosts] = field(default_factory=Memo)
     waypoints: Memo[None, Waypoints] = field(default_factory=Memo)
     bindings: Memo[ObjectKey, Binding] = field(default_factory=Memo)
+    named: Memo[str, Named] = field(default_factory=Memo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class Translation:
     """Mistakes in the objects. A source that checks objects itself reports some of them too."""
     statuses: Mapping[ObjectKey, tuple[StatusEntry, ...]] = field(default_factory=dict)
     """An empty tuple: what the status says of us is out of date."""
+    l7: Mapping[L7Key, L7Resource] = field(default_factory=dict)
+    """What each waypoint is told besides."""
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
 
 
@@ -115,6 +120,7 @@ class _Translator:
         self._settled: Memo[None, Hosts] = Memo(memory.settled if same else None)
         self._waypoints_found: Memo[None, Waypoints] = Memo(memory.waypoints if same else None)
         self._bindings: Memo[ObjectKey, Binding] = Memo(memory.bindings if same else None)
+        self._named: Memo[str, Named] = Memo(memory.named if same else None)
         self._waypoints: Waypoints = {}
         self._fronted: dict[str, list[str]] = {}
         """By waypoint: the services it stands before."""
@@ -146,7 +152,9 @@ class _Translator:
             *self._translate_slices(slices, services),
         )
         translated_services = {**self._translate_services(services), **self._translate_hosts(service_entries, hosts)}
-        for memo in (self._workloads, self._services, self._hosts_made, self._settled, self._waypoints_found, self._bindings):
+        l7 = self._assemble(translated_services)
+        memos = (self._workloads, self._services, self._hosts_made, self._settled, self._waypoints_found, self._bindings, self._named)
+        for memo in memos:
             memo.seal()
         return Translation(
             workloads={workload.uid: workload for workload in workloads},
@@ -154,6 +162,7 @@ class _Translator:
             policies=self._policies,
             problems=tuple(sorted(set(self._problems))),
             statuses=self._statuses,
+            l7=l7,
             memory=Memory(
                 self._config,
                 pods,
@@ -172,6 +181,7 @@ class _Translator:
                 self._settled,
                 self._waypoints_found,
                 self._bindings,
+                self._named,
             ),
         )
 
@@ -286,6 +296,9 @@ class _Translator:
         return result
 
     # Waypoints
+
+    def _assemble(self, services: Mapping[str, Service]) -> dict[L7Key, L7Resource]:
+        return Assembler(NoRules(), self._config, self._named).assemble(self._waypoints.values(), self._fronted, services)
 
     def _find_waypoints(
         self, gateways: Mapping[ObjectKey, Read[KubeGateway]], classes: Mapping[ObjectKey, Read[KubeGatewayClass]]

@@ -9,7 +9,7 @@ and connections are refused with it, by any node proxy.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from istiod_py.translate.config import Condition, Config
@@ -73,7 +73,7 @@ Waypoints = Mapping[str, Waypoint]
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """Of one object. ``keys``: the waypoints that may get its traffic, which therefore must know it."""
+    """Of one object. ``keys``: the waypoints that get its traffic, or will once they are ready, and therefore must know it."""
 
     address: GatewayAddress | None = None
     weighted: tuple[WeightedWaypoint, ...] = ()
@@ -189,7 +189,10 @@ def bind_service(
         return UNBOUND
     waypoint = _judge(waypoints.get(named), named, namespace, around, "service", namespace_only=namespace_only)
     if isinstance(waypoint, Condition):
-        return _refuse(waypoint, named, waypoints, config) if _is_required(own, around) else Binding(condition=waypoint)
+        refused = _refuse(waypoint, named, waypoints, config) if _is_required(own, around) else Binding(condition=waypoint)
+        awaited = waypoints.get(named) if waypoint.reason == "WaypointIsNotReady" else None
+        will_do = awaited is not None and _find_mistake(awaited, namespace, around, "service", namespace_only=namespace_only) is None
+        return replace(refused, keys=(named,)) if will_do else refused
     message = f"Successfully attached to waypoint {named}{_ingress_message(own, around)}"
     canary, weight = _find_canary(namespace, own, around, named, waypoints, namespace_only=namespace_only)
     if isinstance(canary, Condition):
@@ -258,6 +261,12 @@ def _judge(
     """The waypoint, or why it can't be used."""
     if waypoint is None or waypoint.address is None:
         return Condition(BOUND, False, "WaypointIsNotReady", f'waypoint "{named}" is not ready')
+    return _find_mistake(waypoint, namespace, around, traffic, namespace_only=namespace_only) or Ready(named, waypoint.address)
+
+
+def _find_mistake(waypoint: Waypoint, namespace: str, around: Asking, traffic: str, *, namespace_only: bool) -> Condition | None:
+    """Why it may not be used, ready or not."""
+    named = waypoint.key
     if not waypoint.allowed.admits(waypoint.namespace, namespace, around.labels):
         message = f'we are not permitted to attach to waypoint "{named}" (missing allowedRoutes?)'
         return Condition(BOUND, False, "AttachmentDenied", message)
@@ -270,7 +279,7 @@ def _judge(
             "ServiceEntry with NAMESPACE visibility"
         )
         return Condition(BOUND, False, "CrossNamespaceWaypointForbidden", message)
-    return Ready(named, waypoint.address)
+    return None
 
 
 def _find_canary(

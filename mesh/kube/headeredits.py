@@ -9,11 +9,11 @@ from typing import Final
 
 from mesh.kube.fields import Fields, Text
 from mesh.model.l7.routing import HeaderChanges
+from mesh.telemetry.operators import InvalidFormat, compile_header_value
 
 _TOKEN: Final = r"[A-Za-z0-9!#$%&'*+\-.^_`|~]+"
 _NAME: Final = re.compile(_TOKEN)
 _VALUE: Final = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
-_FORMAT: Final = re.compile(r"(?:[^%]|%%|%[A-Z][A-Z0-9_]*(?:\([^()]*\))?(?::[0-9]+)?%)*")
 MAX_NAMES: Final = 512
 
 
@@ -92,8 +92,10 @@ def find_value_mistake(value: str) -> str | None:
 
 
 def find_format_mistake(value: str) -> str | None:
-    if _FORMAT.fullmatch(value) is None:
-        return "'%' begins a substitution such as %REQ(x-name)%; a percent sign is written '%%'"
+    try:
+        compile_header_value(value)
+    except InvalidFormat as exc:
+        return f"{exc}; a percent sign is written '%%'"
     return None
 
 

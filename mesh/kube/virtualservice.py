@@ -261,7 +261,7 @@ def _read_gateways(fields: Fields) -> tuple[str, ...]:
 
 def _check_actions(rule: HttpRule, fields: Fields) -> None:
     if rule.delegate is not None:
-        for key in ("redirect", "directResponse", "route"):
+        for key in ("redirect", "route"):
             if key in fields:
                 fields.complain(key, "beside 'delegate': what happens to requests is the delegate's matter")
         return

@@ -1,1 +1,1 @@
-"""What waypoints are told: pure functions from objects to the values of `mesh.model.l7`."""
+"""What waypoints are told, made of the objects that route, rule and attach: pure functions, as the rest of translation."""
