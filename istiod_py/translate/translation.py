@@ -14,6 +14,7 @@ from typing import TypeVar
 from istiod_py.translate.authorization import L4Policy, close, translate_authorization
 from istiod_py.translate.config import Condition, Config, StatusEntry
 from istiod_py.translate.entries import misses_out, translate_host, translate_service_entry, translate_workload_entry, visibility
+from istiod_py.translate.gateways import CLASS_ACCEPTED
 from istiod_py.translate.hosts import Hosts, settle_hosts
 from istiod_py.translate.l7.assemble import Assembler, L7Key, Named, NoRules
 from istiod_py.translate.memo import Memo
@@ -34,7 +35,7 @@ from istiod_py.translate.waypoints import (
     find_waypoints,
 )
 from mesh.kube.endpointslice import KubeEndpointSlice, read_endpoint_slice
-from mesh.kube.gatewayapi.gateway import KubeGateway, KubeGatewayClass, read_gateway, read_gateway_class
+from mesh.kube.gatewayapi.gateway import WAYPOINT_CONTROLLER, KubeGateway, KubeGatewayClass, read_gateway, read_gateway_class
 from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem, by_age
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.policies import AuthorizationPolicy, PeerAuthentication, read_authorization_policy, read_peer_authentication
@@ -139,6 +140,7 @@ class _Translator:
         gateways = self._read("Gateway", read_gateway, self._memory.gateways)
         classes = self._read("GatewayClass", read_gateway_class, self._memory.gateway_classes)
         self._waypoints = self._find_waypoints(gateways, classes)
+        self._statuses.update({key: (CLASS_ACCEPTED,) for key, read in classes.items() if read.value.controller == WAYPOINT_CONTROLLER})
         selectors = self._translate_authorizations(authorizations)
         mtls = self._resolve_mtls(peers)
         self._policies.update(mtls.policies)
