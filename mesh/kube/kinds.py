@@ -50,12 +50,6 @@ def _check_metadata_only(obj: KubeObject) -> tuple[SourceProblem, ...]:
     return tuple(fields.problems)
 
 
-def _check_config_map(obj: KubeObject) -> tuple[SourceProblem, ...]:
-    fields = Fields(obj)
-    fields.string_map("data")
-    return tuple(fields.problems)
-
-
 def _check_service_account(obj: KubeObject) -> tuple[SourceProblem, ...]:
     return ()
 
@@ -66,7 +60,6 @@ KINDS: Mapping[str, Kind] = {
     "Pod": Kind("", True, lambda obj: read_pod(obj)[1]),
     "Service": Kind("", True, lambda obj: read_service(obj)[1]),
     "ServiceAccount": Kind("", True, _check_service_account),
-    "ConfigMap": Kind("", True, _check_config_map),
     "EndpointSlice": Kind("discovery.k8s.io", True, lambda obj: read_endpoint_slice(obj)[1]),
     "HTTPRoute": Kind("gateway.networking.k8s.io", True, lambda obj: read_http_route(obj)[1], reports=True),
     "GRPCRoute": Kind("gateway.networking.k8s.io", True, lambda obj: read_grpc_route(obj)[1], reports=True),
