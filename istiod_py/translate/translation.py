@@ -17,6 +17,7 @@ from istiod_py.translate.entries import misses_out, translate_host, translate_se
 from istiod_py.translate.gateways import CLASS_ACCEPTED
 from istiod_py.translate.hosts import Hosts, settle_hosts
 from istiod_py.translate.l7.assemble import Assembler, L7Key, Named, NoRules
+from istiod_py.translate.l7.blind import find_blind
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
 from istiod_py.translate.pods import locality_of_node, translate_pod
@@ -154,12 +155,14 @@ class _Translator:
             *self._translate_slices(slices, services),
         )
         translated_services = {**self._translate_services(services), **self._translate_hosts(service_entries, hosts)}
+        translated_workloads = {workload.uid: workload for workload in workloads}
+        self._report_blind(authorizations, translated_workloads, translated_services)
         l7 = self._assemble(translated_services)
         memos = (self._workloads, self._services, self._hosts_made, self._settled, self._waypoints_found, self._bindings, self._named)
         for memo in memos:
             memo.seal()
         return Translation(
-            workloads={workload.uid: workload for workload in workloads},
+            workloads=translated_workloads,
             services=translated_services,
             policies=self._policies,
             problems=tuple(sorted(set(self._problems))),
@@ -226,6 +229,17 @@ class _Translator:
             stays = Condition("ZtunnelAccepted", False, "Invalid", f"the last good version stays in force: {read.problems[0]}")
             return L4Policy(l4.policy, l4.selector, stays)
         return l4
+
+    def _report_blind(
+        self, reads: Mapping[ObjectKey, Read[AuthorizationPolicy]], workloads: Mapping[str, Workload], services: Mapping[str, Service]
+    ) -> None:
+        """Policies that name clients and see a waypoint instead."""
+        if not self._waypoints:
+            return
+        by_key = {f"{key.namespace}/{key.name}": read.obj for key, read in reads.items() if read.good}
+        made = [self._policies[key] for key in by_key if key in self._policies]
+        for key, message in find_blind(made, workloads, services).items():
+            self._problems.append(by_key[key].problem(("spec", "rules"), message))
 
     def _resolve_mtls(self, reads: Mapping[ObjectKey, Read[PeerAuthentication]]) -> MeshMtls:
         ordered = by_age([read.obj for read in reads.values()])

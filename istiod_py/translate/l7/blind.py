@@ -55,7 +55,9 @@ def _find_behind(workloads: Iterable[Workload], services: Mapping[str, Service])
     listed = list(workloads)
     if not fronts and all(workload.waypoint is None for workload in listed):
         return
-    callers = _find_callers({*fronts.values(), *(workload.waypoint for workload in listed if workload.waypoint is not None)}, listed)
+    callers = _find_callers(
+        {*fronts.values(), *(workload.waypoint for workload in listed if workload.waypoint is not None)}, listed, services
+    )
     for workload in listed:
         waypoint = workload.waypoint or next((fronts[key] for key in workload.services if key in fronts), None)
         caller = callers.get(waypoint) if waypoint is not None else None
@@ -63,7 +65,10 @@ def _find_behind(workloads: Iterable[Workload], services: Mapping[str, Service])
             yield workload, caller
 
 
-def _find_callers(waypoints: Iterable[GatewayAddress], workloads: Iterable[Workload]) -> dict[GatewayAddress, _Caller]:
+def _find_callers(
+    waypoints: Iterable[GatewayAddress], workloads: Iterable[Workload], services: Mapping[str, Service]
+) -> dict[GatewayAddress, _Caller]:
+    """An instance of each: of the service whose name or address it has, or the workload whose address it has."""
     by_service: dict[NamespacedHostname, GatewayAddress] = {}
     by_address: dict[NetworkAddress, GatewayAddress] = {}
     for waypoint in waypoints:
@@ -71,6 +76,10 @@ def _find_callers(waypoints: Iterable[GatewayAddress], workloads: Iterable[Workl
             by_service[waypoint.destination] = waypoint
         else:
             by_address[waypoint.destination] = waypoint
+    for service in services.values() if by_address else ():
+        for address in service.addresses:
+            if address in by_address:
+                by_service[service.key] = by_address[address]
     found: dict[GatewayAddress, _Caller] = {}
     for workload in workloads:
         for key in workload.services.keys() & by_service.keys() if by_service else ():
