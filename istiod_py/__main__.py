@@ -52,6 +52,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
     default=("istio-system/ztunnel",),
     help="Service account of node agents on Kubernetes; repeat.",
 )
+@click.option("--read-secrets", is_flag=True, help="On Kubernetes, read Secrets: DestinationRules may then name credentials.")
 def main(
     source: Path | None,
     kubeconfig: str | None,
@@ -69,6 +70,7 @@ def main(
     waypoint_image: str,
     debounce_ms: int,
     trusted: tuple[str, ...],
+    read_secrets: bool,
 ) -> None:
     """The control plane: reads Kubernetes objects, tells node agents what they need, and signs their certificates.
 
@@ -94,6 +96,7 @@ def main(
         debounce=debounce_ms / 1000,
         kubeconfig=kubeconfig or "",
         trusted_node_accounts=frozenset(trusted),
+        read_secrets=read_secrets,
         deploy_dir=deploy_dir,
         status_dir=status_dir,
         waypoint_image=waypoint_image,

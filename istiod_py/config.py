@@ -33,6 +33,8 @@ class Config:
     """``in-cluster``, or the path of a kubeconfig; instead of ``source``."""
     trusted_node_accounts: frozenset[str] = frozenset({"istio-system/ztunnel"})
     """``namespace/serviceaccount`` of node agents on Kubernetes: these may ask for identities of the pods on their node."""
+    read_secrets: bool = False
+    """On Kubernetes: Secrets of all namespaces are read, for the credentials that DestinationRules name."""
     deploy_dir: Path | None = None
     """Beside a directory: where what is deployed for Gateways goes, for whoever runs pods there. None: nothing is deployed."""
     status_dir: Path | None = None

@@ -30,6 +30,7 @@ from mesh.kube.cluster import ClusterStore
 from mesh.kube.kubeconfig import find_access
 from mesh.kube.lease import LeaderElection
 from mesh.kube.objects import ObjectKey, SourceProblem
+from mesh.kube.resources import RESOURCES
 from mesh.model.labels import NETWORK
 from mesh.telemetry.log import get_logger
 
@@ -46,7 +47,7 @@ class KubernetesSource:
     def __init__(self, config: Config, client: ApiClient, ca: CertificateAuthority, secret: RootSecret | None) -> None:
         self.ca = ca
         self.pods = AssignedPods()
-        self.store = ClusterStore(client)
+        self.store = ClusterStore(client, [kind for kind in RESOURCES if kind != "Secret" or config.read_secrets])
         self.authenticator = ReviewAuthenticator(client, self.store, self.pods, config.trusted_node_accounts)
         self._secret = secret
         self._maps = RootMaps(client)

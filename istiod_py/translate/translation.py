@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from istiod_py.translate.authorization import L4Policy, close, translate_authorization
 from istiod_py.translate.config import Condition, Config, StatusEntry
@@ -17,9 +17,11 @@ from istiod_py.translate.entries import misses_out, translate_host, translate_se
 from istiod_py.translate.gateways import CLASS_ACCEPTED
 from istiod_py.translate.hosts import Hosts, settle_hosts
 from istiod_py.translate.l7.assemble import Assembler, L7Key, Named, NoRules
+from istiod_py.translate.l7.blind import find_blind
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
 from istiod_py.translate.pods import locality_of_node, translate_pod
+from istiod_py.translate.reading import Read, read_objects
 from istiod_py.translate.services import translate_service
 from istiod_py.translate.slices import ListedPods, translate_slice
 from istiod_py.translate.surroundings import SelectingEntry, Surroundings
@@ -49,18 +51,6 @@ from mesh.model.service import Service, Visibility, WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, Locality, Workload
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Read(Generic[_T]):
-    """An object and its reading."""
-
-    obj: KubeObject
-    value: _T
-    """As the object is now, or its last good version where it has mistakes now."""
-    problems: tuple[SourceProblem, ...]
-    good: bool
-    """Whether ``value`` is free of mistakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +155,14 @@ class _Translator:
             *self._translate_slices(slices, services),
         )
         translated_services = {**self._translate_services(services), **self._translate_hosts(service_entries, hosts)}
+        translated_workloads = {workload.uid: workload for workload in workloads}
+        self._report_blind(authorizations, translated_workloads, translated_services)
         l7 = self._assemble(translated_services)
         memos = (self._workloads, self._services, self._hosts_made, self._settled, self._waypoints_found, self._bindings, self._named)
         for memo in memos:
             memo.seal()
         return Translation(
-            workloads={workload.uid: workload for workload in workloads},
+            workloads=translated_workloads,
             services=translated_services,
             policies=self._policies,
             problems=tuple(sorted(set(self._problems))),
@@ -205,13 +197,8 @@ class _Translator:
         self, kind: str, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], before: Mapping[ObjectKey, Read[_T]]
     ) -> dict[ObjectKey, Read[_T]]:
         """Read all objects of a kind; one with mistakes keeps its last good version."""
-        # By identity, since making and hashing ten thousand keys is most of what an unchanged object would cost.
-        known = {read.obj: (key, read) for key, read in before.items()}
-        result: dict[ObjectKey, Read[_T]] = {}
-        for obj in self._of(kind):
-            same = known.get(obj)
-            key, read = same if same is not None else (obj.key, _read(obj, reader, before.get(obj.key)))
-            result[key] = read
+        result = read_objects(self._of(kind), reader, before)
+        for read in result.values():
             if read.problems:
                 self._problems.extend(read.problems)
         return result
@@ -242,6 +229,17 @@ class _Translator:
             stays = Condition("ZtunnelAccepted", False, "Invalid", f"the last good version stays in force: {read.problems[0]}")
             return L4Policy(l4.policy, l4.selector, stays)
         return l4
+
+    def _report_blind(
+        self, reads: Mapping[ObjectKey, Read[AuthorizationPolicy]], workloads: Mapping[str, Workload], services: Mapping[str, Service]
+    ) -> None:
+        """Policies that name clients and see a waypoint instead."""
+        if not self._waypoints:
+            return
+        by_key = {f"{key.namespace}/{key.name}": read.obj for key, read in reads.items() if read.good}
+        made = [self._policies[key] for key in by_key if key in self._policies]
+        for key, message in find_blind(made, workloads, services).items():
+            self._problems.append(by_key[key].problem(("spec", "rules"), message))
 
     def _resolve_mtls(self, reads: Mapping[ObjectKey, Read[PeerAuthentication]]) -> MeshMtls:
         ordered = by_age([read.obj for read in reads.values()])
@@ -512,16 +510,10 @@ def _has_condition(obj: KubeObject, kind: str) -> bool:
     return isinstance(found, list) and any(isinstance(item, Mapping) and item.get("type") == kind for item in found)
 
 
-_REVISIONED = frozenset({"AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry"})
+_REVISIONED = frozenset(
+    {"AuthorizationPolicy", "DestinationRule", "PeerAuthentication", "RequestAuthentication", "ServiceEntry", "WorkloadEntry"}
+)
 _NOWHERE = Locality()
-
-
-def _read(obj: KubeObject, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], last: Read[_T] | None) -> Read[_T]:
-    value, problems = reader(obj)
-    problems = tuple(dict.fromkeys((*obj.problems, *problems)))
-    if problems and last is not None and last.good:
-        return Read(obj, last.value, problems, True)
-    return Read(obj, value, problems, not problems)
 
 
 def _good(reads: Mapping[ObjectKey, Read[_T]]) -> list[_T]:

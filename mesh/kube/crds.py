@@ -15,14 +15,20 @@ from typing import Final, TypeAlias
 
 from ruamel.yaml import YAML
 
+from mesh.kube.backendtlspolicy import parse_backend_tls_policy
+from mesh.kube.destinationrule import parse_destination_rule
 from mesh.kube.fields import Fields
 from mesh.kube.gatewayapi.gateway import parse_gateway, parse_gateway_class
+from mesh.kube.gatewayapi.routes import parse_grpc_route, parse_http_route, parse_tcp_route, parse_tls_route
 from mesh.kube.kinds import KINDS
 from mesh.kube.objects import mapping_at
 from mesh.kube.outline import Outline, Schema
 from mesh.kube.policies import parse_authorization_policy, parse_peer_authentication
+from mesh.kube.referencegrant import parse_reference_grant
+from mesh.kube.requestauthentication import parse_request_authentication
 from mesh.kube.resources import RESOURCES
 from mesh.kube.serviceentry import parse_service_entry
+from mesh.kube.virtualservice import parse_virtual_service
 from mesh.kube.workloadentry import parse_workload_entry
 
 MANAGED_BY: Final = "app.kubernetes.io/managed-by"
@@ -45,6 +51,7 @@ class _Custom:
     """Asks for all fields of the whole object."""
     description: str
     short: str
+    """``""``: none."""
     columns: tuple[Column, ...]
     older: tuple[str, ...] = ("v1beta1",)
     """Versions beside the one that is read and stored; all have one schema, so that conversion changes the name alone."""
@@ -81,6 +88,33 @@ _CUSTOM: Final[Mapping[str, _Custom]] = {
         "ap",
         (("Action", ".spec.action", "string"), _AGE),
     ),
+    "GRPCRoute": _Custom(
+        parse_grpc_route,
+        "How gRPC calls to a service are routed.",
+        "",
+        (("Hostnames", ".spec.hostnames", "string"), _AGE),
+        older=("v1alpha2",),
+    ),
+    "HTTPRoute": _Custom(
+        parse_http_route,
+        "How HTTP requests to a service are routed.",
+        "",
+        (("Hostnames", ".spec.hostnames", "string"), _AGE),
+    ),
+    "RequestAuthentication": _Custom(parse_request_authentication, "Which tokens of requests are believed.", "ra", (_AGE,)),
+    "DestinationRule": _Custom(
+        parse_destination_rule,
+        "How endpoints of a host are chosen and reached.",
+        "dr",
+        (("Host", ".spec.host", "string"), _AGE),
+        older=("v1alpha3", "v1beta1"),
+    ),
+    "BackendTLSPolicy": _Custom(
+        parse_backend_tls_policy, "How to speak TLS with the endpoints of a service.", "btlspolicy", (_AGE,), older=("v1alpha3",)
+    ),
+    "ReferenceGrant": _Custom(
+        parse_reference_grant, "What objects of other namespaces may refer to in this one.", "refgrant", (_AGE,), older=("v1alpha2",)
+    ),
     "PeerAuthentication": _Custom(
         parse_peer_authentication,
         "Whether workloads take connections without mutual TLS.",
@@ -97,6 +131,27 @@ _CUSTOM: Final[Mapping[str, _Custom]] = {
             ("Resolution", ".spec.resolution", "string"),
             _AGE,
         ),
+        older=("v1alpha3", "v1beta1"),
+    ),
+    "TCPRoute": _Custom(
+        parse_tcp_route,
+        "How TCP connections to a service are routed.",
+        "",
+        (_AGE,),
+        older=("v1alpha2",),
+    ),
+    "TLSRoute": _Custom(
+        parse_tls_route,
+        "How TLS connections to a service are routed, still encrypted.",
+        "",
+        (_AGE,),
+        older=("v1alpha3", "v1alpha2"),
+    ),
+    "VirtualService": _Custom(
+        parse_virtual_service,
+        "How requests and connections to hosts are routed.",
+        "vs",
+        (("Gateways", ".spec.gateways", "string"), ("Hosts", ".spec.hosts", "string"), _AGE),
         older=("v1alpha3", "v1beta1"),
     ),
     "WorkloadEntry": _Custom(
@@ -181,7 +236,7 @@ def make_definition(kind: str) -> Schema:
                 "listKind": f"{kind}List",
                 "plural": resource.plural,
                 "singular": kind.lower(),
-                "shortNames": [custom.short],
+                **({"shortNames": [custom.short]} if custom.short else {}),
                 "categories": _categories(resource.group),
             },
             "conversion": {"strategy": "None"},

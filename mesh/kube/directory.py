@@ -419,7 +419,7 @@ class _Assembly:
             raw = merge_patch(raw, overlay.tree)
         assert isinstance(raw, Mapping)
         built = check_object(base.api_version, base.key, raw, layers)
-        return _Verdict(layers, built if not built.problems or KINDS[base.key.kind].fails_closed else None, built.problems)
+        return _Verdict(layers, built if not built.problems or KINDS[base.key.kind].hands_on_mistakes else None, built.problems)
 
     def _choose(self, key: ObjectKey, verdict: _Verdict) -> KubeObject | None:
         """The object as it is now, if it is good, else the last good one, else whatever may stand in for it."""
