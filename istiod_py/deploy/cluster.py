@@ -10,13 +10,13 @@ import msgspec
 
 from istiod_py.deploy.controller import NotDeployed, Unreachable, refuse_foreign
 from istiod_py.status import StatusPatch, apply_status
-from istiod_py.translate.deployment import CONTROLLER_VERSION, BadParameters, Object, Overlay, Template
+from istiod_py.translate.deployment import CONTROLLER_VERSION, Object, Template
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.gatewayapi.gateway import WAYPOINT_CLASS, WAYPOINT_CONTROLLER, KubeGateway
 from mesh.kube.objects import KubeObject, ObjectKey, mapping_at
-from mesh.kube.resources import AUTOSCALERS, CONFIG_MAPS, DEPLOYMENTS, DISRUPTION_BUDGETS, RESOURCES, Resource
+from mesh.kube.resources import AUTOSCALERS, DEPLOYMENTS, DISRUPTION_BUDGETS, RESOURCES, Resource
 from mesh.kube.store import ObjectStore
-from mesh.model.labels import GATEWAY_CLASS_DEFAULTS, GATEWAY_CONTROLLER_VERSION, GATEWAY_MANAGED, GATEWAY_NAME, MESH_CONTROLLER
+from mesh.model.labels import GATEWAY_CONTROLLER_VERSION, GATEWAY_MANAGED, GATEWAY_NAME, MESH_CONTROLLER
 from mesh.telemetry.log import get_logger
 
 MANAGER: Final = WAYPOINT_CONTROLLER
@@ -33,10 +33,9 @@ _log = get_logger("deploy")
 class ClusterPlace:
     """Applies, one object after the other. Every object is read before it is written, and written only as it was read."""
 
-    def __init__(self, client: ApiClient, store: ObjectStore, root_namespace: str) -> None:
+    def __init__(self, client: ApiClient, store: ObjectStore) -> None:
         self._client = client
         self._store = store
-        self._root_namespace = root_namespace
 
     async def prepare(self) -> None:
         """The class, if there is a Gateway API and nobody has made it; what users changed in it stays."""
@@ -53,24 +52,6 @@ class ClusterPlace:
                 raise Unreachable(str(exc)) from exc
         except ApiUnavailable as exc:
             raise Unreachable(str(exc)) from exc
-
-    async def find_overlays(self, gateway: KubeGateway) -> tuple[Overlay, ...]:
-        overlays: list[Overlay] = []
-        try:
-            selector = {"labelSelector": f"{GATEWAY_CLASS_DEFAULTS}={gateway.class_name}"}
-            page = await self._client.list_page(CONFIG_MAPS.collection(self._root_namespace), selector, _PAGE)
-            defaults = [msgspec.json.decode(item, type=dict[str, object]) for item in page.items]
-            if defaults:
-                overlays.append(_data(min(defaults, key=_age)))
-            name = parameters_of(gateway)
-            if name:
-                found = await self._client.find(CONFIG_MAPS.path(gateway.namespace, name))
-                if found is None:
-                    raise BadParameters(f'parametersRef targeting configmap "{gateway.namespace}/{name}", but configmap does not exist')
-                overlays.append(_data(found))
-        except (ApiError, ApiUnavailable) as exc:
-            raise Unreachable(str(exc)) from exc
-        return tuple(overlays)
 
     async def stamp(self, gateway: KubeGateway) -> None:
         patch = {"metadata": {"annotations": {GATEWAY_CONTROLLER_VERSION: str(CONTROLLER_VERSION)}}}
@@ -129,16 +110,6 @@ class ClusterPlace:
         """The garbage collector does it: all that we made is owned by its Gateway."""
 
 
-def parameters_of(gateway: KubeGateway) -> str:
-    """The ConfigMap that the Gateway names, or empty. Raises BadParameters."""
-    reference = gateway.infrastructure.parameters if gateway.infrastructure else None
-    if reference is None:
-        return ""
-    if (reference.group, reference.kind) != ("", "ConfigMap"):
-        raise BadParameters(f"unknown infrastructure parameters type {reference.group}/{reference.kind}")
-    return reference.name
-
-
 async def make_template(client: ApiClient, template: Template, namespace: str, pod: str) -> Template:
     """With the image that this control plane runs itself, and how it is pulled, where that can be found out. Raises Unreachable."""
     try:
@@ -156,15 +127,6 @@ async def make_template(client: ApiClient, template: Template, namespace: str, p
     if not image:
         return template
     return replace(template, image=str(image), pull_policy=str(container.get("imagePullPolicy") or ""), pull_secrets=names)
-
-
-def _data(config_map: Mapping[str, object]) -> Overlay:
-    return {key: value for key, value in mapping_at(config_map, "data").items() if isinstance(value, str)}
-
-
-def _age(config_map: Mapping[str, object]) -> tuple[str, str]:
-    metadata = mapping_at(config_map, "metadata")
-    return str(metadata.get("creationTimestamp")), str(metadata.get("name"))
 
 
 def _is_owned(metadata: Mapping[str, object], uid: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import trio
@@ -23,10 +23,10 @@ from istiod_py.translate.deployment import (
 from istiod_py.translate.gateways import Facts, GatewayStatus, describe_gateway, takes_hbone
 from istiod_py.translate.waypoints import deployed_name, hostname_of
 from mesh.kube.gatewayapi.gateway import WAYPOINT_CLASS, WAYPOINT_CONTROLLER, KubeGateway, read_gateway, read_gateway_class
-from mesh.kube.objects import KubeObject, ObjectKey
+from mesh.kube.objects import KubeObject, ObjectKey, by_age
 from mesh.kube.service import KubeService, read_service
 from mesh.kube.store import ObjectStore
-from mesh.model.labels import GATEWAY_MANAGED, GATEWAY_NAME, REVISION
+from mesh.model.labels import GATEWAY_CLASS_DEFAULTS, GATEWAY_MANAGED, GATEWAY_NAME, REVISION
 from mesh.telemetry.log import get_logger
 
 RESYNC: Final = 60.0
@@ -48,9 +48,6 @@ class Unreachable(Exception):
 
 class Place(Protocol):
     """Where waypoints run."""
-
-    async def find_overlays(self, gateway: KubeGateway) -> tuple[Overlay, ...]:
-        """What to merge onto the deployment, in order. Raises BadParameters, Unreachable."""
 
     async def put(self, gateway: KubeGateway, objects: tuple[Object, ...]) -> None:
         """Have these and no others for this Gateway. Raises NotDeployed, Unreachable."""
@@ -74,12 +71,14 @@ class _Settled:
 
     gateway: KubeGateway
     template: Template
+    overlays: tuple[Overlay, ...]
 
 
 class GatewayController:
     """`run` while leading; `notify` of changes."""
 
     def __init__(self, store: ObjectStore, place: Place, template: Callable[[], Template], config: TranslateConfig) -> None:
+        """``store`` has the ConfigMaps that overlays are in, too."""
         self._store = store
         self._place = place
         self._template = template
@@ -92,8 +91,6 @@ class GatewayController:
         """Objects of these kinds changed."""
         if KINDS.isdisjoint(kinds):
             return
-        if "ConfigMap" in kinds:
-            self._settled.clear()
         self._changed.set()
         self._changed = trio.Event()
 
@@ -161,15 +158,15 @@ class GatewayController:
 
     async def _deploy(self, key: tuple[str, str], gateway: KubeGateway) -> None:
         template, settled = self._template(), self._settled.get(key)
-        same = settled is not None and _without_status(settled.gateway) == _without_status(gateway) and settled.template == template
-        if same and settled is not None and self._is_there(gateway):
+        overlays = find_overlays(self._store, gateway, self._config.root_namespace)
+        now = _Settled(replace(gateway, assigned=()), template, overlays)
+        if settled == now and self._is_there(gateway):
             return
-        overlays = await self._place.find_overlays(gateway)
         objects = plan_waypoint(gateway, template, overlays)
         if version_to_stamp(gateway):
             await self._place.stamp(gateway)
         await self._place.put(gateway, objects)
-        self._settled[key] = _Settled(gateway, template)
+        self._settled[key] = now
 
     def _is_there(self, gateway: KubeGateway) -> bool:
         """What of it we see all the time; the rest is looked after with every `RESYNC`."""
@@ -256,8 +253,27 @@ def _covers(found: object, wanted: object) -> bool:
     return len(found) == len(wanted) and all(_covers(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def _without_status(gateway: KubeGateway) -> tuple[object, ...]:
-    return tuple(getattr(gateway, name) for name in gateway.__dataclass_fields__ if name != "assigned")
+def find_overlays(store: ObjectStore, gateway: KubeGateway, root_namespace: str) -> tuple[Overlay, ...]:
+    """What to merge onto the deployment: the defaults of its class (of several the oldest), then the Gateway's own. Raises
+    BadParameters."""
+    maps = [each for each in store.objects("ConfigMap") if each.labels.get(GATEWAY_CLASS_DEFAULTS) == gateway.class_name]
+    found = [_data(each) for each in by_age([each for each in maps if each.namespace == root_namespace])[:1]]
+    reference = gateway.infrastructure.parameters if gateway.infrastructure else None
+    if reference is not None:
+        if (reference.group, reference.kind) != ("", "ConfigMap"):
+            raise BadParameters(f"unknown infrastructure parameters type {reference.group}/{reference.kind}")
+        own = store.find("ConfigMap", gateway.namespace, reference.name)
+        if own is None:
+            name = f"{gateway.namespace}/{reference.name}"
+            raise BadParameters(f'parametersRef targeting configmap "{name}", but configmap does not exist')
+        found.append(_data(own))
+    return tuple(found)
+
+
+def _data(config_map: KubeObject) -> Overlay:
+    """Of the keys that a source leaves out none is an overlay's."""
+    data = config_map.raw.get("data")
+    return {str(key): value for key, value in data.items() if isinstance(value, str)} if isinstance(data, Mapping) else {}
 
 
 def _is_ready(pod: KubeObject) -> bool:

@@ -13,14 +13,12 @@ from typing import Final
 
 import trio
 
-from istiod_py.deploy.cluster import parameters_of
 from istiod_py.deploy.controller import Unreachable, refuse_foreign
-from istiod_py.translate.deployment import BadParameters, Object, Overlay, make_pods
+from istiod_py.translate.deployment import Object, make_pods
 from mesh.kube.gatewayapi.gateway import KubeGateway
 from mesh.kube.objects import KubeObject, ObjectKey
 from mesh.kube.overlay import replace_file, write_overlay
 from mesh.kube.store import ObjectStore
-from mesh.model.labels import GATEWAY_CLASS_DEFAULTS
 from mesh.telemetry.log import get_logger
 
 _KINDS: Final = frozenset({"ServiceAccount", "Service", "Pod"})
@@ -32,11 +30,10 @@ _log = get_logger("deploy")
 class DirectoryPlace:
     """``deployed``: where objects go; ``status``: the overlays of their Gateways."""
 
-    def __init__(self, store: ObjectStore, deployed: Path, status: Path, root_namespace: str) -> None:
+    def __init__(self, store: ObjectStore, deployed: Path, status: Path) -> None:
         self._store = store
         self._deployed = deployed
         self._status = status
-        self._root_namespace = root_namespace
 
     async def prepare(self) -> None:
         try:
@@ -44,23 +41,6 @@ class DirectoryPlace:
                 await trio.to_thread.run_sync(partial(directory.mkdir, parents=True, exist_ok=True))
         except OSError as exc:
             raise Unreachable(str(exc)) from exc
-
-    async def find_overlays(self, gateway: KubeGateway) -> tuple[Overlay, ...]:
-        await trio.lowlevel.checkpoint()
-        maps = self._store.objects("ConfigMap")
-        defaults = [
-            each
-            for each in maps
-            if each.namespace == self._root_namespace and each.labels.get(GATEWAY_CLASS_DEFAULTS) == gateway.class_name
-        ]
-        found = [_data(each) for each in defaults[:1]]
-        name = parameters_of(gateway)
-        if name:
-            own = self._store.find("ConfigMap", gateway.namespace, name)
-            if own is None:
-                raise BadParameters(f'parametersRef targeting configmap "{gateway.namespace}/{name}", but configmap does not exist')
-            found.append(_data(own))
-        return tuple(found)
 
     async def put(self, gateway: KubeGateway, objects: tuple[Object, ...]) -> None:
         planned = [pod for obj in objects if obj["kind"] == "Deployment" for pod in make_pods(obj)]
@@ -124,8 +104,3 @@ def _prefix(namespace: str, name: str) -> str:
 
 def _file(namespace: str, gateway: str, key: ObjectKey) -> str:
     return f"{_prefix(namespace, gateway)}{key.kind.lower()}_{key.name}.json"
-
-
-def _data(config_map: KubeObject) -> Overlay:
-    data = config_map.raw.get("data")
-    return {str(key): value for key, value in data.items() if isinstance(value, str)} if isinstance(data, Mapping) else {}

@@ -82,7 +82,7 @@ def _make_controller(config: Config, store: DirectoryStore) -> GatewayController
         return None
     # Where to find us, and what proves it, is told by whoever runs the pods: nobody else knows.
     template = Template(image="", discovery="", trust_domain=config.trust_domain, cluster_id=config.cluster_id)
-    place = DirectoryPlace(store, config.deploy_dir, config.status_dir, config.root_namespace)
+    place = DirectoryPlace(store, config.deploy_dir, config.status_dir)
     return GatewayController(store, place, lambda: template, TranslateConfig(config.trust_domain, config.cluster_id, config.root_namespace))
 
 

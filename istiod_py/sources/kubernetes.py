@@ -56,7 +56,7 @@ class KubernetesSource:
         self._client = client
         self._config = config
         self._template = _make_template(config)
-        place = ClusterPlace(client, self.store, config.root_namespace)
+        place = ClusterPlace(client, self.store)
         translating = TranslateConfig(config.trust_domain, config.cluster_id, config.root_namespace)
         self._waypoints = GatewayController(self.store, place, self._make_template, translating)
         # Of each start: a replica that restarts must not take itself for the one before, whose writes may still be under way.

@@ -22,7 +22,7 @@ _ROUTES: Final = frozenset({"HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute", "V
 _RULES: Final = frozenset({"AuthorizationPolicy", "RequestAuthentication", "DestinationRule", "BackendTLSPolicy"})
 _WITH_STATUS: Final = frozenset({"ServiceEntry", "WorkloadEntry", "Gateway", "GatewayClass"}) | _ROUTES | _RULES
 _TEXTS: Final[Mapping[str, frozenset[str]]] = {
-    "ConfigMap": frozenset({"ca.crt", "mesh"}),
+    "ConfigMap": frozenset({"ca.crt", "mesh", "deployment", "service", "serviceAccount", "horizontalPodAutoscaler", "podDisruptionBudget"}),
     "Secret": frozenset({"tls.crt", "tls.key", "ca.crt", "ca.crl", "cert", "key", "cacert", "crl"}),
 }
 """The keys of ``data`` that are kept: what else is in there, of other programs, can be long and is nobody's business here."""

@@ -37,7 +37,7 @@ class World:
 
     async def start(self, template: Template = TEMPLATE) -> None:
         store = ClusterStore(self.client)
-        controller = GatewayController(store, ClusterPlace(self.client, store, "istio-system"), lambda: template, Config())
+        controller = GatewayController(store, ClusterPlace(self.client, store), lambda: template, Config())
         self._nursery.start_soon(store.run)
         await store.wait_synced()
         self._nursery.start_soon(self._follow, store, controller)

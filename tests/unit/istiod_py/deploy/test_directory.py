@@ -57,7 +57,7 @@ class World:
 @asynccontextmanager
 async def running(world: World) -> AsyncIterator[None]:
     controller = GatewayController(
-        world.store, DirectoryPlace(world.store, world.deployed, world.status, "istio-system"), lambda: Template("", ""), Config()
+        world.store, DirectoryPlace(world.store, world.deployed, world.status), lambda: Template("", ""), Config()
     )
 
     async def follow() -> None:

@@ -174,7 +174,8 @@ def test_other_actions_are_not_sent(action: str) -> None:
 def test_a_policy_for_waypoints_is_not_sent() -> None:
     translation = translation_of(f"{HEAD}spec: {{targetRefs: [{{kind: Service, name: x}}], rules: [{{}}]}}\n")
     assert translation.policies == {}
-    assert translation.statuses == {}
+    (condition,) = translation.statuses.values()
+    assert condition == (Condition("WaypointAccepted", False, "TargetNotFound", "Service shop/x was not found"),)
 
 
 def test_a_dry_run_is_sent_as_one() -> None:

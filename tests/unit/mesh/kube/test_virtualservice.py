@@ -186,7 +186,9 @@ def test_the_share_that_is_mirrored_in_all_its_spellings(text: str, percent: flo
 
 
 def test_several_mirrors() -> None:
-    found = rule(f"mirrors: [{{destination: {{host: b}}}}, {{destination: {{host: c, port: {{number: 1}}}}, percentage: {{value: 7}}}}], {TO}")
+    found = rule(
+        f"mirrors: [{{destination: {{host: b}}}}, {{destination: {{host: c, port: {{number: 1}}}}, percentage: {{value: 7}}}}], {TO}"
+    )
     assert found.mirrors == (MirrorTarget(Target("b")), MirrorTarget(Target("c", port=1), 7.0))
 
 
