@@ -40,7 +40,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--root-namespace", default="istio-system", help="Policies here are for the whole mesh.")
 @click.option("--deploy-dir", type=_DIRECTORY, help="With --source: where pods and services of waypoints are written.")
 @click.option("--status-dir", type=_DIRECTORY, help="With --source: where the status of Gateways is written; below an --overlay.")
-@click.option("--waypoint-image", default="", metavar="IMAGE", help="With --kubeconfig: of waypoints.  [default: that of our own pod]")
+@click.option("--waypoint-image", metavar="IMAGE", help="With --kubeconfig: of waypoints.  [default: that of our own pod]")
 @click.option(
     "--debounce-ms", default=100, type=click.IntRange(0, 10_000), help="Changes that come within so many milliseconds are one push."
 )
@@ -67,7 +67,7 @@ def main(
     root_namespace: str,
     deploy_dir: Path | None,
     status_dir: Path | None,
-    waypoint_image: str,
+    waypoint_image: str | None,
     debounce_ms: int,
     trusted: tuple[str, ...],
     read_secrets: bool,
@@ -99,7 +99,7 @@ def main(
         read_secrets=read_secrets,
         deploy_dir=deploy_dir,
         status_dir=status_dir,
-        waypoint_image=waypoint_image,
+        waypoint_image=waypoint_image or "",
         waypoint_environment={name: os.environ[name] for name in ("LOG_FORMAT", "RUST_LOG") if name in os.environ},
         replica=os.environ.get("POD_NAME") or socket.gethostname(),
     )
