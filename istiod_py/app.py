@@ -20,6 +20,7 @@ from istiod_py.config import LONGEST_DEBOUNCE, Config
 from istiod_py.debounce import Debounce
 from istiod_py.dump import describe
 from istiod_py.files import PUBLIC_MODE, make_private_directory, write_atomically
+from istiod_py.jwks import KeySetKeeper
 from istiod_py.problems import ProblemLog
 from istiod_py.serving import ServingTls
 from istiod_py.signing import SigningMetrics, SigningService, require_caller
@@ -29,20 +30,25 @@ from istiod_py.sources.directory import DirectorySource
 from istiod_py.sources.kubernetes import KubernetesSource
 from istiod_py.translate import Config as TranslateConfig
 from istiod_py.translate import Translation, translate
+from istiod_py.translate.l7.authentication import KeySets
 from mesh.kube.kubeconfig import KubeconfigError
+from mesh.kube.objects import SourceProblem
 from mesh.rpc import Handler, RpcError, Status, Unary, serve
 from mesh.runtime import inspection
 from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound_addresses, open_listeners, serve_admin
 from mesh.runtime.readiness import Readiness
 from mesh.telemetry.log import get_logger
 from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, add_build, add_process, content_type, render
-from mesh.xds.cache import ResourceCache
+from mesh.xds.cache import Changes, ResourceCache
+from mesh.xds.l7 import L7_TYPES
 from mesh.xds.names import CREATE_CERTIFICATE_METHOD, WAYPOINT, pod_of_node_id, role_of_node_id
 from mesh.xds.server import AdsServer, ConnectionStatus, Introduction
 
 UPKEEP_INTERVAL: Final = 60.0
 """Seconds between looks at our own certificates, by the wall clock."""
 UPKEEP_SPREAD: Final = 10.0
+PRECEDENCE: Final = 0.5
+"""Seconds at most that agents wait for waypoints to take what they have to know first, and waypoints for agents to let go of them."""
 
 _log = get_logger("istiod")
 
@@ -81,6 +87,8 @@ async def run_istiod(config: Config, *, task_status: trio.TaskStatus[Started] = 
         await nursery.start(partial(serve, agents, istiod.handlers(), tls=istiod.serving.context))
         nursery.start_soon(istiod.watch_source)
         nursery.start_soon(istiod.run_pushes)
+        nursery.start_soon(istiod.run_key_sets)
+        nursery.start_soon(istiod.follow_key_sets)
         nursery.start_soon(istiod.run_upkeep)
         istiod.ready.done()
         started = Started(tuple(bound_addresses(agents)), tuple(bound_addresses(monitoring)))
@@ -135,24 +143,56 @@ class Istiod:
         self._pushed = self._registry.counter("pilot_xds_pushes", "Pushes that changed a type", ("type",))
         self._add_metrics()
         self._translation = Translation()
+        self._keys = KeySetKeeper()
 
     # Source to push
 
     async def push_first(self) -> None:
         """Have something to serve: agents take what a control plane that just started does not name as removed."""
         self._pods.update(self._store.objects("Pod"))
-        self._publish(await trio.to_thread.run_sync(translate, self._store.objects(), None, self._translating))
+        await self._publish(await trio.to_thread.run_sync(translate, self._store.objects(), None, self._translating))
 
-    def _publish(self, translation: Translation) -> None:
-        """Hand what changed to the agents and report what is wrong with the source."""
+    async def _publish(self, translation: Translation) -> None:
+        """Hand what changed to agents and waypoints and report what is wrong with the source."""
         changes = self._cache.apply(diff(self._translation, translation))
         self._translation = translation
-        self._ads.publish(changes)
+        self._keys.want(translation.wanted_keys)
+        await self._tell(changes)
         for type_url, names in changes.items():
             self._pushed.labelled(type_url).value += 1
             _log.info("pushed", type=type_url, resources=len(names), agents=len(self._ads.connections()))
         self._source.report(translation.statuses)
         self._report_problems()
+
+    async def _tell(self, changes: Changes) -> None:
+        """A waypoint knows a service before agents send to it, and until they no longer do: connections would be refused in between."""
+        gone = {url: [name for name in names if self._cache.get(url, name) is None] for url, names in changes.items() if url in L7_TYPES}
+        first = {url: [name for name in names if name not in gone.get(url, ())] for url, names in changes.items()}
+        for_agents = {url: names for url, names in first.items() if url not in L7_TYPES}
+        self._ads.publish(first, waypoints=True)
+        if any(for_agents.values()):
+            if any(names for url, names in first.items() if url in L7_TYPES):
+                await self._wait_taken(waypoints=True)
+            self._ads.publish(for_agents, waypoints=False)
+            if any(gone.values()):
+                await self._wait_taken(waypoints=False)
+        self._ads.publish(gone, waypoints=True)
+
+    async def _wait_taken(self, *, waypoints: bool) -> None:
+        with trio.move_on_after(PRECEDENCE) as waiting:
+            await self._ads.wait_taken(waypoints=waypoints)
+        if waiting.cancelled_caught:
+            _log.warning("push.not_taken_in_time", by="waypoints" if waypoints else "agents")
+
+    async def run_key_sets(self) -> None:
+        """Fetch what waypoints verify tokens with."""
+        await self._keys.run()
+
+    async def follow_key_sets(self) -> None:
+        """Translate anew when a key set was fetched, or could not be."""
+        while True:
+            await self._keys.wait_changed()
+            self._debounce.notify()
 
     async def watch_source(self) -> None:
         """Follow the source. Tokens and assignments follow at once, what is translated after the debounce."""
@@ -171,13 +211,15 @@ class Istiod:
             objects, before = self._store.objects(), self._translation
             try:
                 # In a thread: a large mesh takes seconds to translate, and agents' connections must stay alive meanwhile.
-                self._publish(await trio.to_thread.run_sync(translate, objects, before, self._translating))
+                key_sets = KeySets(self._keys.key_sets)
+                await self._publish(await trio.to_thread.run_sync(translate, objects, before, self._translating, key_sets))
             except Exception:  # supervisor: a defect that one object sets off must not take the mesh's control plane down
                 _log.exception("push.failed")
                 self._failures.value += 1
 
     def _report_problems(self) -> None:
-        self._problems.update((*self._store.problems, *self._translation.problems))
+        fetching = (SourceProblem(f"key set {source.uri or source.issuer}", 0, "", text) for source, text in self._keys.problems.items())
+        self._problems.update((*self._store.problems, *self._translation.problems, *fetching))
         for kind, origin in self._store.ignored_kinds.items():
             if kind not in self._ignored:
                 self._ignored.add(kind)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
-from istiod_py.translate import Condition, ParentStatus, StatusEntry
+from istiod_py.translate import AncestorStatus, Condition, ParentStatus, StatusEntry
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
+from mesh.kube.gatewayapi.gateway import WAYPOINT_CONTROLLER
 from mesh.kube.objects import KubeObject, ObjectKey
 from mesh.kube.resources import RESOURCES
 from mesh.kube.store import ObjectStore
@@ -55,11 +56,21 @@ def plan_status(obj: KubeObject, wanted: Sequence[StatusEntry], now: str) -> lis
             # What an owner no longer names goes, so all of it is named.
             whole = planned if planned is not None else plan_conditions(obj, conditions, now, always=True)
             patches.append(StatusPatch(owner, {"conditions": whole or []}))
-    parents = [entry for entry in wanted if isinstance(entry, ParentStatus)]
-    listed = _plan_parents(obj, parents, now)
-    if listed is not None:
-        patches.append(StatusPatch(OTHERS, {"parents": listed}))
+    parents = [_Listed(entry.parent, entry.controller, entry.conditions) for entry in wanted if isinstance(entry, ParentStatus)]
+    ancestors = [_Listed(entry.ancestor, entry.controller, entry.conditions) for entry in wanted if isinstance(entry, AncestorStatus)]
+    for name, reference, listed in (("parents", "parentRef", parents), ("ancestors", "ancestorRef", ancestors)):
+        whole_list = _plan_list(obj, name, reference, listed, now)
+        if whole_list is not None:
+            patches.append(StatusPatch(OTHERS, {name: whole_list}))
     return patches
+
+
+class _Listed(NamedTuple):
+    """What a controller says of an object that this one refers to."""
+
+    reference: Mapping[str, object]
+    controller: str
+    conditions: tuple[Condition, ...]
 
 
 def plan_conditions(
@@ -82,25 +93,27 @@ def plan_conditions(
     return None if same and not always else planned
 
 
-def _plan_parents(obj: KubeObject, wanted: Sequence[ParentStatus], now: str) -> list[object] | None:
+def _plan_list(obj: KubeObject, name: str, reference: str, wanted: Sequence[_Listed], now: str) -> list[object] | None:
     """The whole list, None if it stands there already. It has no owners of its items: what other controllers say is kept by writing it
     again."""
-    listed = obj.status.get("parents")
+    listed = obj.status.get(name)
     found = [item for item in listed if isinstance(item, Mapping)] if isinstance(listed, list) else []
-    ours = {entry.controller for entry in wanted} | {_CONTROLLER}
+    ours = {entry.controller for entry in wanted} | _CONTROLLERS
     result: list[object] = [item for item in found if item.get("controllerName") not in ours]
     same = len(found) == len(result) + len(wanted)
     for entry in wanted:
-        old = next((item for item in found if item.get("controllerName") == entry.controller and item.get("parentRef") == entry.parent), {})
+        old = next(
+            (item for item in found if item.get("controllerName") == entry.controller and item.get(reference) == entry.reference), {}
+        )
         conditions = plan_conditions(obj, entry.conditions, now, found=old.get("conditions", []))
         same &= bool(old) and conditions is None and _types(old.get("conditions")) == {each.type for each in entry.conditions}
         whole = plan_conditions(obj, entry.conditions, now, found=old.get("conditions", []), always=True)
-        result.append({"parentRef": dict(entry.parent), "controllerName": entry.controller, "conditions": whole})
+        result.append({reference: dict(entry.reference), "controllerName": entry.controller, "conditions": whole})
     return None if same else result
 
 
-_CONTROLLER: Final = "istio.io/gateway-controller"
-"""Who speaks of routes, as Istio calls it; with nothing left to say its items go."""
+_CONTROLLERS: Final = frozenset({"istio.io/gateway-controller", WAYPOINT_CONTROLLER})
+"""Who speaks of routes and of waypoints, as Istio calls us; with nothing left to say their items go."""
 
 
 def _stale(obj: KubeObject, wanted: Sequence[Condition]) -> set[str]:

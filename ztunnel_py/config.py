@@ -6,17 +6,18 @@ Brain and movers read the same environment, so a mover needs no configuration me
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from mesh.runtime.env import (
+    ControlPlaneAddress,
     EnvProblem,
     InvalidEnvironment,
     boolean,
+    control_plane,
+    domain,
     duration,
     from_environment,
     integer,
@@ -33,39 +34,11 @@ if TYPE_CHECKING:
     from mesh.kube.kubeconfig import ClusterAccess
 
 
-@dataclass(frozen=True, slots=True)
-class ControlPlaneAddress:
-    """Where a gRPC service of the control plane is reached, always over TLS."""
-
-    host: str
-    port: int
-
-
-def control_plane(value: str) -> ControlPlaneAddress:
-    """``https://host:port``; the scheme may be left out, as Istio allows."""
-    parsed = urlsplit(value if "://" in value else f"https://{value}")
-    try:
-        host, port = parsed.hostname, parsed.port
-    except ValueError:
-        host, port = None, None
-    if parsed.scheme != "https" or not host or parsed.path not in ("", "/"):
-        raise ValueError("https://HOST:PORT")
-    return ControlPlaneAddress(host, port or 15012)
-
-
 def mover_count(value: str) -> int:
     """A number of processes, or ``auto``: one per CPU, at most 4."""
     if value == "auto":
         return max(1, min(4, len(os.sched_getaffinity(0))))
     return integer(1, 64)(value)
-
-
-def domain(value: str) -> str:
-    """A DNS name, without the final dot, in lower case."""
-    name = value.removesuffix(".").lower()
-    if not re.fullmatch(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*", name):
-        raise ValueError("a domain such as cluster.local")
-    return name
 
 
 DEFAULT_DRAIN = 5.0

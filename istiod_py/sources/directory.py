@@ -11,9 +11,13 @@ import trio
 from istiod_py.authenticate import TokenAuthenticator
 from istiod_py.ca import CertificateAuthority
 from istiod_py.config import Config
+from istiod_py.deploy import GatewayController
+from istiod_py.deploy.directory import DirectoryPlace
 from istiod_py.pods import AssignedPods
 from istiod_py.tokens import PodName, TokenStore
+from istiod_py.translate import Config as TranslateConfig
 from istiod_py.translate import StatusEntry
+from istiod_py.translate.deployment import Template
 from mesh.kube.directory import IMPLICIT_NAMESPACES, DirectoryStore
 from mesh.kube.objects import ObjectKey
 from mesh.model.labels import GATEWAY_MANAGED, MESH_CONTROLLER
@@ -35,12 +39,16 @@ class DirectorySource:
         self._tokens = TokenStore(config.tokens)
         # The root namespace needs no Namespace object: without one, policies of the whole mesh would be passed over.
         implicit = IMPLICIT_NAMESPACES | {config.root_namespace}
-        self.store = DirectoryStore([directory, *config.overlays], implicit_namespaces=implicit)
+        bases = [directory] if config.deploy_dir is None else [directory, config.deploy_dir]
+        self.store = DirectoryStore([*bases, *config.overlays], bases=len(bases), implicit_namespaces=implicit)
         self.store.load()
         self.authenticator = TokenAuthenticator(self._tokens, config.root_namespace, self.store)
         self._reconcile_tokens()
+        self._controller = _make_controller(config, self.store)
 
     async def run(self) -> None:
+        if self._controller is not None:
+            await self._controller.run()
         await trio.lowlevel.checkpoint()
 
     async def wait_synced(self) -> None:
@@ -48,6 +56,8 @@ class DirectorySource:
 
     def follow(self, kinds: Collection[str]) -> None:
         """A Node or waypoint that comes gets a token, one that goes takes its own with it."""
+        if self._controller is not None:
+            self._controller.notify(kinds)
         if {"Node", "Pod"}.isdisjoint(kinds):
             return
         try:
@@ -65,6 +75,15 @@ class DirectorySource:
     async def renew_root(self, now: datetime) -> bool:
         await trio.lowlevel.checkpoint()
         return self.ca.refresh(now)
+
+
+def _make_controller(config: Config, store: DirectoryStore) -> GatewayController | None:
+    if config.deploy_dir is None or config.status_dir is None:
+        return None
+    # Where to find us, and what proves it, is told by whoever runs the pods: nobody else knows.
+    template = Template(image="", discovery="", trust_domain=config.trust_domain, cluster_id=config.cluster_id)
+    place = DirectoryPlace(store, config.deploy_dir, config.status_dir)
+    return GatewayController(store, place, lambda: template, TranslateConfig(config.trust_domain, config.cluster_id, config.root_namespace))
 
 
 def open_authority(config: Config, at: datetime) -> CertificateAuthority:

@@ -41,5 +41,14 @@ class ParentStatus:
     conditions: tuple[Condition, ...]
 
 
-StatusEntry: TypeAlias = Condition | ParentStatus
+@dataclass(frozen=True, slots=True)
+class AncestorStatus:
+    """What a policy's status says of one object that it has to do with (Gateway API's ``status.ancestors[]``)."""
+
+    ancestor: Mapping[str, object]
+    controller: str
+    conditions: tuple[Condition, ...]
+
+
+StatusEntry: TypeAlias = Condition | ParentStatus | AncestorStatus
 """All that is said in an object's status. An empty tuple of them for an object: what was said before is withdrawn."""

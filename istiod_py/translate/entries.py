@@ -20,6 +20,14 @@ _GROUP = "networking.istio.io"
 _AS_DIALLED = LoadBalancing(mode=LoadBalancingMode.PASSTHROUGH, health_policy=HealthPolicy.ALLOW_ALL)
 
 
+def endpoint_uid(entry: KubeServiceEntry, endpoint: EntryEndpoint, config: Config) -> str:
+    return f"{config.cluster_id}/{_GROUP}/ServiceEntry/{entry.namespace}/{entry.name}/{endpoint.address}"
+
+
+def workload_entry_uid(entry: KubeWorkloadEntry, config: Config) -> str:
+    return f"{config.cluster_id}/{_GROUP}/WorkloadEntry/{entry.namespace}/{entry.name}"
+
+
 def visibility(entry: KubeServiceEntry) -> Visibility | None:
     """Who sees its hosts; None: nobody. (Istio decides this by a setting of the mesh alone.)
 
@@ -114,7 +122,7 @@ def _endpoint_of(
 ) -> Workload:
     return _workload(
         waypoint=waypoint,
-        uid=f"{config.cluster_id}/{_GROUP}/ServiceEntry/{entry.namespace}/{entry.name}/{endpoint.address}",
+        uid=endpoint_uid(entry, endpoint, config),
         name=entry.name,
         workload_name=entry.name,
         namespace=entry.namespace,
@@ -138,7 +146,7 @@ def translate_workload_entry(
             services |= {_key(selecting.entry, host): ports for host in selecting.hosts}
     return _workload(
         waypoint=waypoint,
-        uid=f"{config.cluster_id}/{_GROUP}/WorkloadEntry/{entry.namespace}/{entry.name}",
+        uid=workload_entry_uid(entry, config),
         name=entry.name,
         workload_name=entry.annotations.get(AUTO_REGISTRATION_GROUP) or entry.labels.get(WORKLOAD_NAME) or entry.name,
         namespace=entry.namespace,

@@ -9,16 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from istiod_py.translate.authorization import L4Policy, close, translate_authorization
 from istiod_py.translate.config import Condition, Config, StatusEntry
-from istiod_py.translate.entries import misses_out, translate_host, translate_service_entry, translate_workload_entry, visibility
+from istiod_py.translate.entries import (
+    endpoint_uid,
+    misses_out,
+    translate_host,
+    translate_service_entry,
+    translate_workload_entry,
+    visibility,
+    workload_entry_uid,
+)
+from istiod_py.translate.gateways import CLASS_ACCEPTED
 from istiod_py.translate.hosts import Hosts, settle_hosts
-from istiod_py.translate.l7.assemble import Assembler, L7Key, Named, NoRules
+from istiod_py.translate.l7.assemble import L7Key
+from istiod_py.translate.l7.authentication import KeySets, KeySource
+from istiod_py.translate.l7.blind import find_blind
+from istiod_py.translate.l7.rules import read_rules
+from istiod_py.translate.l7.translation import L7Memory, MeshFacts, read_routes, translate_l7
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
-from istiod_py.translate.pods import locality_of_node, translate_pod
+from istiod_py.translate.pods import locality_of_node, pod_uid, translate_pod
+from istiod_py.translate.reading import Read, read_objects
 from istiod_py.translate.services import translate_service
 from istiod_py.translate.slices import ListedPods, translate_slice
 from istiod_py.translate.surroundings import SelectingEntry, Surroundings
@@ -33,7 +47,7 @@ from istiod_py.translate.waypoints import (
     find_waypoints,
 )
 from mesh.kube.endpointslice import KubeEndpointSlice, read_endpoint_slice
-from mesh.kube.gatewayapi.gateway import KubeGateway, KubeGatewayClass, read_gateway, read_gateway_class
+from mesh.kube.gatewayapi.gateway import WAYPOINT_CONTROLLER, KubeGateway, KubeGatewayClass, read_gateway, read_gateway_class
 from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem, by_age
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.policies import AuthorizationPolicy, PeerAuthentication, read_authorization_policy, read_peer_authentication
@@ -48,18 +62,7 @@ from mesh.model.service import Service, Visibility, WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, Locality, Workload
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Read(Generic[_T]):
-    """An object and its reading."""
-
-    obj: KubeObject
-    value: _T
-    """As the object is now, or its last good version where it has mistakes now."""
-    problems: tuple[SourceProblem, ...]
-    good: bool
-    """Whether ``value`` is free of mistakes."""
+_NO_KEY_SETS = KeySets()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class Memory:
     settled: Memo[None, Hosts] = field(default_factory=Memo)
     waypoints: Memo[None, Waypoints] = field(default_factory=Memo)
     bindings: Memo[ObjectKey, Binding] = field(default_factory=Memo)
-    named: Memo[str, Named] = field(default_factory=Memo)
+    l7: L7Memory = field(default_factory=L7Memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +103,22 @@ class Translation:
     """An empty tuple: what the status says of us is out of date."""
     l7: Mapping[L7Key, L7Resource] = field(default_factory=dict)
     """What each waypoint is told besides."""
+    wanted_keys: Mapping[KeySource, float] = field(default_factory=dict)
+    """The key sets to fetch for waypoints, and how many seconds each may take."""
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
 
 
-def translate(objects: Iterable[KubeObject], previous: Translation | None, config: Config) -> Translation:
+def translate(objects: Iterable[KubeObject], previous: Translation | None, config: Config, key_sets: KeySets = _NO_KEY_SETS) -> Translation:
     """Translate all ``objects``. ``previous`` (None the first time) saves work, and provides the last good version of objects that have
-    mistakes now."""
-    return _Translator(objects, previous.memory if previous else Memory(), config).translate()
+    mistakes now. ``key_sets``: those that were fetched of what earlier translations wanted."""
+    return _Translator(objects, previous.memory if previous else Memory(), config, key_sets).translate()
 
 
 class _Translator:
-    def __init__(self, objects: Iterable[KubeObject], memory: Memory, config: Config) -> None:
+    def __init__(self, objects: Iterable[KubeObject], memory: Memory, config: Config, key_sets: KeySets) -> None:
         self._memory = memory
         self._config = config
+        self._key_sets = key_sets
         self._problems: list[SourceProblem] = []
         self._statuses: dict[ObjectKey, tuple[StatusEntry, ...]] = {}
         self._policies: dict[str, Policy] = {}
@@ -131,10 +137,12 @@ class _Translator:
         self._settled: Memo[None, Hosts] = Memo(memory.settled if same else None)
         self._waypoints_found: Memo[None, Waypoints] = Memo(memory.waypoints if same else None)
         self._bindings: Memo[ObjectKey, Binding] = Memo(memory.bindings if same else None)
-        self._named: Memo[str, Named] = Memo(memory.named if same else None)
+        routes, rules = read_routes(self._of, memory.l7.routes), read_rules(self._of, memory.l7.rules, config)
+        self._l7 = memory.l7.next(routes, rules, same=same)
         self._waypoints: Waypoints = {}
         self._fronted: dict[str, list[str]] = {}
         """By waypoint: the services it stands before."""
+        self._bound: dict[ObjectKey, str] = {}
         self._asking: dict[str, Asking] = {}
         self._inherited: dict[tuple[str, str], Binding] = {}
         """By namespace and kind of traffic: of all that say nothing themselves."""
@@ -150,6 +158,7 @@ class _Translator:
         gateways = self._read("Gateway", read_gateway, self._memory.gateways)
         classes = self._read("GatewayClass", read_gateway_class, self._memory.gateway_classes)
         self._waypoints = self._find_waypoints(gateways, classes)
+        self._statuses.update({key: (CLASS_ACCEPTED,) for key, read in classes.items() if read.value.controller == WAYPOINT_CONTROLLER})
         selectors = self._translate_authorizations(authorizations)
         mtls = self._resolve_mtls(peers)
         self._policies.update(mtls.policies)
@@ -163,17 +172,35 @@ class _Translator:
             *self._translate_slices(slices, services),
         )
         translated_services = {**self._translate_services(services), **self._translate_hosts(service_entries, hosts)}
-        l7 = self._assemble(translated_services)
-        memos = (self._workloads, self._services, self._hosts_made, self._settled, self._waypoints_found, self._bindings, self._named)
-        for memo in memos:
+        translated_workloads = {workload.uid: workload for workload in workloads}
+        self._report_blind(authorizations, translated_workloads, translated_services)
+        facts = MeshFacts(
+            services=services,
+            entries=service_entries,
+            hosts=hosts,
+            authorizations=authorizations,
+            classes={key.name: read.value.controller for key, read in classes.items() if read.good},
+            waypoints=self._waypoints,
+            fronted=self._fronted,
+            bound=self._bound,
+            translated=translated_services,
+            workloads=translated_workloads,
+            labels=lambda: self._label_workloads(pods, workload_entries, service_entries),
+        )
+        l7 = translate_l7(self._l7, facts, self._config, self._key_sets)
+        self._problems.extend(l7.problems)
+        for key, entries in l7.statuses.items():
+            self._statuses[key] = (*self._statuses.get(key, ()), *entries)
+        for memo in (self._workloads, self._services, self._hosts_made, self._settled, self._waypoints_found, self._bindings, self._l7):
             memo.seal()
         return Translation(
-            workloads={workload.uid: workload for workload in workloads},
+            workloads=translated_workloads,
             services=translated_services,
             policies=self._policies,
             problems=tuple(sorted(set(self._problems))),
             statuses=self._statuses,
-            l7=l7,
+            l7=l7.resources,
+            wanted_keys=l7.wanted_keys,
             memory=Memory(
                 self._config,
                 pods,
@@ -192,7 +219,7 @@ class _Translator:
                 self._settled,
                 self._waypoints_found,
                 self._bindings,
-                self._named,
+                self._l7,
             ),
         )
 
@@ -203,13 +230,8 @@ class _Translator:
         self, kind: str, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], before: Mapping[ObjectKey, Read[_T]]
     ) -> dict[ObjectKey, Read[_T]]:
         """Read all objects of a kind; one with mistakes keeps its last good version."""
-        # By identity, since making and hashing ten thousand keys is most of what an unchanged object would cost.
-        known = {read.obj: (key, read) for key, read in before.items()}
-        result: dict[ObjectKey, Read[_T]] = {}
-        for obj in self._of(kind):
-            same = known.get(obj)
-            key, read = same if same is not None else (obj.key, _read(obj, reader, before.get(obj.key)))
-            result[key] = read
+        result = read_objects(self._of(kind), reader, before)
+        for read in result.values():
             if read.problems:
                 self._problems.extend(read.problems)
         return result
@@ -240,6 +262,17 @@ class _Translator:
             stays = Condition("ZtunnelAccepted", False, "Invalid", f"the last good version stays in force: {read.problems[0]}")
             return L4Policy(l4.policy, l4.selector, stays)
         return l4
+
+    def _report_blind(
+        self, reads: Mapping[ObjectKey, Read[AuthorizationPolicy]], workloads: Mapping[str, Workload], services: Mapping[str, Service]
+    ) -> None:
+        """Policies that name clients and see a waypoint instead."""
+        if not self._waypoints:
+            return
+        by_key = {f"{key.namespace}/{key.name}": read.obj for key, read in reads.items() if read.good}
+        made = [self._policies[key] for key in by_key if key in self._policies]
+        for key, message in find_blind(made, workloads, services).items():
+            self._problems.append(by_key[key].problem(("spec", "rules"), message))
 
     def _resolve_mtls(self, reads: Mapping[ObjectKey, Read[PeerAuthentication]]) -> MeshMtls:
         ordered = by_age([read.obj for read in reads.values()])
@@ -313,8 +346,20 @@ class _Translator:
 
     # Waypoints
 
-    def _assemble(self, services: Mapping[str, Service]) -> dict[L7Key, L7Resource]:
-        return Assembler(NoRules(), self._config, self._named).assemble(self._waypoints.values(), self._fronted, services)
+    def _label_workloads(
+        self,
+        pods: Mapping[ObjectKey, Read[KubePod]],
+        workload_entries: Mapping[ObjectKey, Read[KubeWorkloadEntry]],
+        service_entries: Mapping[ObjectKey, Read[KubeServiceEntry]],
+    ) -> dict[str, Mapping[str, str]]:
+        """By uid."""
+        found = {pod_uid(read.value, self._config): read.value.labels for read in pods.values() if read.good}
+        for read in workload_entries.values():
+            found[workload_entry_uid(read.value, self._config)] = read.value.labels
+        for entry in service_entries.values():
+            for endpoint in entry.value.endpoints:
+                found[endpoint_uid(entry.value, endpoint, self._config)] = endpoint.labels
+        return found
 
     def _find_waypoints(
         self, gateways: Mapping[ObjectKey, Read[KubeGateway]], classes: Mapping[ObjectKey, Read[KubeGatewayClass]]
@@ -359,6 +404,8 @@ class _Translator:
 
     def _note_front(self, service: str, obj: KubeObject, binding: Binding) -> None:
         self._report_binding(obj, binding)
+        if binding.keys and binding.condition is not None and binding.condition.status:
+            self._bound[obj.key] = binding.keys[0]
         for key in binding.keys:
             self._fronted.setdefault(key, []).append(service)
 
@@ -510,16 +557,13 @@ def _has_condition(obj: KubeObject, kind: str) -> bool:
     return isinstance(found, list) and any(isinstance(item, Mapping) and item.get("type") == kind for item in found)
 
 
-_REVISIONED = frozenset({"AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry"})
+_REVISIONED = frozenset(
+    {
+        *("AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication"),
+        *("DestinationRule", "ServiceEntry", "VirtualService", "WorkloadEntry"),
+    }
+)
 _NOWHERE = Locality()
-
-
-def _read(obj: KubeObject, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], last: Read[_T] | None) -> Read[_T]:
-    value, problems = reader(obj)
-    problems = tuple(dict.fromkeys((*obj.problems, *problems)))
-    if problems and last is not None and last.good:
-        return Read(obj, last.value, problems, True)
-    return Read(obj, value, problems, not problems)
 
 
 def _good(reads: Mapping[ObjectKey, Read[_T]]) -> list[_T]:

@@ -61,6 +61,7 @@ class Waypoint:
     tunnel: ApplicationTunnel | None
     """How its own pods are handed what a node proxy has terminated for them."""
     include_client_identity: bool = False
+    class_name: str = ""
 
     @property
     def key(self) -> str:
@@ -132,6 +133,7 @@ def _as_waypoint(gateway: KubeGateway, kind: KubeGatewayClass | None, network: s
         allowed=_allowed_by(gateway.listeners, tunnel),
         tunnel=tunnel,
         include_client_identity=gateway.annotations.get(INCLUDE_CLIENT_IDENTITY) == "true",
+        class_name=gateway.class_name,
     )
 
 

@@ -126,12 +126,12 @@ def _principal_test(names: tuple[StringMatch, ...]) -> _Hits:
 
 
 def _source_ip_test(cidrs: tuple[Cidr, ...]) -> _Hits:
-    among = _Networks(cidrs)
+    among = Networks(cidrs)
     return lambda facts: among.hit(facts.source_ip)
 
 
 def _destination_ip_test(cidrs: tuple[Cidr, ...]) -> _Hits:
-    among = _Networks(cidrs)
+    among = Networks(cidrs)
     return lambda facts: among.hit(facts.destination_ip)
 
 
@@ -156,7 +156,7 @@ _MAPPED_IPV4 = 0xFFFF
 """The 96 leading bits of ``::ffff:0:0/96`` (RFC 4291 2.5.5.2)."""
 
 
-class _Networks:
+class Networks:
     """Any of several address ranges; an address of the other family is in none of them.
 
     A range of IPv4-mapped IPv6 addresses stands for the IPv4 range: addresses come here unmapped, and a DENY that was written in

@@ -15,6 +15,8 @@ from typing import Final, TypeAlias
 
 from ruamel.yaml import YAML
 
+from mesh.kube.backendtlspolicy import parse_backend_tls_policy
+from mesh.kube.destinationrule import parse_destination_rule
 from mesh.kube.fields import Fields
 from mesh.kube.gatewayapi.gateway import parse_gateway, parse_gateway_class
 from mesh.kube.gatewayapi.routes import parse_grpc_route, parse_http_route, parse_tcp_route, parse_tls_route
@@ -22,6 +24,8 @@ from mesh.kube.kinds import KINDS
 from mesh.kube.objects import mapping_at
 from mesh.kube.outline import Outline, Schema
 from mesh.kube.policies import parse_authorization_policy, parse_peer_authentication
+from mesh.kube.referencegrant import parse_reference_grant
+from mesh.kube.requestauthentication import parse_request_authentication
 from mesh.kube.resources import RESOURCES
 from mesh.kube.serviceentry import parse_service_entry
 from mesh.kube.virtualservice import parse_virtual_service
@@ -96,6 +100,20 @@ _CUSTOM: Final[Mapping[str, _Custom]] = {
         "How HTTP requests to a service are routed.",
         "",
         (("Hostnames", ".spec.hostnames", "string"), _AGE),
+    ),
+    "RequestAuthentication": _Custom(parse_request_authentication, "Which tokens of requests are believed.", "ra", (_AGE,)),
+    "DestinationRule": _Custom(
+        parse_destination_rule,
+        "How endpoints of a host are chosen and reached.",
+        "dr",
+        (("Host", ".spec.host", "string"), _AGE),
+        older=("v1alpha3", "v1beta1"),
+    ),
+    "BackendTLSPolicy": _Custom(
+        parse_backend_tls_policy, "How to speak TLS with the endpoints of a service.", "btlspolicy", (_AGE,), older=("v1alpha3",)
+    ),
+    "ReferenceGrant": _Custom(
+        parse_reference_grant, "What objects of other namespaces may refer to in this one.", "refgrant", (_AGE,), older=("v1alpha2",)
     ),
     "PeerAuthentication": _Custom(
         parse_peer_authentication,

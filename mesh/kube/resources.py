@@ -66,13 +66,19 @@ RESOURCES: Final[Mapping[str, Resource]] = {
         _read("ServiceEntry", "serviceentries"),
         _read("WorkloadEntry", "workloadentries"),
         _read("AuthorizationPolicy", "authorizationpolicies"),
+        _read("RequestAuthentication", "requestauthentications"),
+        _read("BackendTLSPolicy", "backendtlspolicies", older=("v1alpha3",)),
+        _read("DestinationRule", "destinationrules"),
+        _read("ReferenceGrant", "referencegrants", "v1beta1"),
+        _read("ConfigMap", "configmaps"),
+        _read("Secret", "secrets"),
         _read("PeerAuthentication", "peerauthentications"),
     )
 }
 """Of every kind that is read as configuration (`mesh.kube.kinds`)."""
 
-SECRETS: Final = Resource("", "v1", "secrets", "Secret")
-CONFIG_MAPS: Final = Resource("", "v1", "configmaps", "ConfigMap")
+SECRETS: Final = RESOURCES["Secret"]
+CONFIG_MAPS: Final = RESOURCES["ConfigMap"]
 LEASES: Final = Resource("coordination.k8s.io", "v1", "leases", "Lease")
 DEPLOYMENTS: Final = Resource("apps", "v1", "deployments", "Deployment")
 AUTOSCALERS: Final = Resource("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler")

@@ -13,15 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from mesh.reactor.loop import CONNECTION, OUT, PEER_CLOSED, Reactor, Timer
-from mesh.reactor.tcp import enable_keepalive
+from mesh.reactor.tcp import enable_keepalive, socket_address
 from mesh.reactor.tls import PLAIN_OUT_SIZE, READ_SIZE, TlsEngine, TlsError, scratch, tls_engine
 from mesh.wire.authority import Authority
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.hbone import (
+    SERVER_LIMITS,
     GoingAway,
     HboneClient,
     HboneConnection,
     HboneServer,
+    Limits,
     PingAcknowledged,
     RequestRefused,
     TunnelData,
@@ -35,6 +37,7 @@ from mesh.wire.hbone import (
 if TYPE_CHECKING:
     from OpenSSL import SSL
 
+    from mesh.model.address import SocketAddress
     from mesh.wire.hbone.streams import Stream
 
 HANDSHAKE_TIMEOUT: Final = 10.0
@@ -347,6 +350,7 @@ class HboneLink:
         self._heard_since_tick = False
         self._ping_sent_at: float | None = None
         self._timer: Timer | None = None
+        self._local_address: SocketAddress | None = None
         self.peer_certificate: bytes | None = None
         """DER, once `ready`; verified up to a root of ours and by the caller's judgement."""
         self.pooled = False
@@ -374,6 +378,16 @@ class HboneLink:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def local_address(self) -> SocketAddress | None:
+        """Our end of the connection; None once it is closed, if nobody asked before."""
+        if self._local_address is None and not self._closed:
+            try:
+                self._local_address = socket_address(self._sock.getsockname())
+            except OSError:
+                return None
+        return self._local_address
 
     @property
     def tls_parameters(self) -> tuple[str | None, str | None]:
@@ -1004,15 +1018,18 @@ def serve_hbone(
     on_request: OnRequest,
     on_close: OnClose,
     on_refused: OnRefused | None = None,
+    limits: Limits = SERVER_LIMITS,
+    wrong_method: int = 400,
 ) -> HboneLink:
     """Serve HBONE on an accepted socket, which is the link's from now on.
 
     ``on_handshake(peer_der)`` is asked within the TLS handshake, once the chain is verified: None takes the peer, text refuses it (the
-    peer gets an alert). ``on_request`` gets each valid CONNECT; ``on_refused`` is told of each request that was answered 400.
+    peer gets an alert). ``on_request`` gets each valid CONNECT; ``on_refused`` is told of each other request, which has been answered
+    400, or ``wrong_method`` where that was what was wrong.
     ``on_close(reason)`` is the last call: a reason when something was cut off or refused, None for an orderly end.
     """
     engine = tls_engine(context, server_side=True, verify_peer=on_handshake)
-    link = HboneLink(reactor, sock, engine, HboneServer(now=reactor.now), on_close)
+    link = HboneLink(reactor, sock, engine, HboneServer(now=reactor.now, limits=limits, wrong_method=wrong_method), on_close)
     link._on_request = on_request
     link._on_refused = on_refused
     link._start()

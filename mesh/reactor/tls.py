@@ -81,6 +81,15 @@ def scratch() -> Scratch:
     return found
 
 
+def inner_scratch() -> Scratch:
+    """This thread's other buffers: for TLS within what another engine has decrypted, and others still read from that engine's buffer."""
+    try:
+        found: Scratch = _local.inner
+    except AttributeError:
+        found = _local.inner = Scratch()
+    return found
+
+
 def verify_chain(connection: Any, certificate: crypto.X509, error: int, depth: int, ok: int) -> bool:
     """OpenSSL's verification callback for contexts whose connections are engines: notes the reason of a refusal."""
     engine: TlsEngine | None = connection.get_app_data()
@@ -105,14 +114,24 @@ class TlsEngine:
 
     __slots__ = ("_connection", "_scratch", "established", "peer_closed", "refusal", "verify_peer")
 
-    def __init__(self, context: SSL.Context, *, server_side: bool, verify_peer: VerifyPeer | None = None) -> None:
+    def __init__(
+        self,
+        context: SSL.Context,
+        *,
+        server_side: bool,
+        verify_peer: VerifyPeer | None = None,
+        server_name: str = "",
+        buffers: Scratch | None = None,
+    ) -> None:
         self._connection: Any = SSL.Connection(context, None)
         self._connection.set_app_data(self)
+        if server_name:
+            self._connection.set_tlsext_host_name(server_name.encode("ascii"))
         if server_side:
             self._connection.set_accept_state()
         else:
             self._connection.set_connect_state()
-        self._scratch = scratch()
+        self._scratch = buffers or scratch()
         self.verify_peer = verify_peer
         """Judges the peer's verified certificate (DER) within the handshake; text refuses it."""
         self.refusal: str | None = None
@@ -218,8 +237,16 @@ class BindingEngine(TlsEngine):
 
     __slots__ = ("_at_boundary", "_cipher_in", "_cipher_out", "_most_taken", "_plain_in", "_plain_out", "_read_bio", "_ssl", "_write_bio")
 
-    def __init__(self, context: SSL.Context, *, server_side: bool, verify_peer: VerifyPeer | None = None) -> None:
-        super().__init__(context, server_side=server_side, verify_peer=verify_peer)
+    def __init__(
+        self,
+        context: SSL.Context,
+        *,
+        server_side: bool,
+        verify_peer: VerifyPeer | None = None,
+        server_name: str = "",
+        buffers: Scratch | None = None,
+    ) -> None:
+        super().__init__(context, server_side=server_side, verify_peer=verify_peer, server_name=server_name, buffers=buffers)
         self._ssl = self._connection._ssl
         self._write_bio = self._connection._from_ssl
         self._read_bio = self._connection._into_ssl
@@ -345,7 +372,17 @@ if BINDING is not None:
     _WANT_READ, _ZERO_RETURN = _lib.SSL_ERROR_WANT_READ, _lib.SSL_ERROR_ZERO_RETURN
 
 
-def tls_engine(context: SSL.Context, *, server_side: bool, verify_peer: VerifyPeer | None = None) -> TlsEngine:
-    """A TLS connection about to shake hands, on the faster of the engines this installation allows."""
+def tls_engine(
+    context: SSL.Context,
+    *,
+    server_side: bool,
+    verify_peer: VerifyPeer | None = None,
+    server_name: str = "",
+    buffers: Scratch | None = None,
+) -> TlsEngine:
+    """A TLS connection about to shake hands, on the faster of the engines this installation allows.
+
+    ``server_name``: a client's SNI, ASCII. ``buffers``: what its driver uses instead of `scratch`.
+    """
     kind = TlsEngine if BINDING is None else BindingEngine
-    return kind(context, server_side=server_side, verify_peer=verify_peer)
+    return kind(context, server_side=server_side, verify_peer=verify_peer, server_name=server_name, buffers=buffers)

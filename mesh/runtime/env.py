@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
+from urllib.parse import urlsplit
 
 T = TypeVar("T")
 
@@ -201,3 +202,31 @@ def host_and_port(value: str) -> tuple[str, int]:
         return host[1:-1] if bracketed else host, port(number)
     except ValueError:
         raise ValueError("HOST:PORT, an IPv6 address in brackets") from None
+
+
+def domain(value: str) -> str:
+    """A DNS name, without the final dot, in lower case."""
+    name = value.removesuffix(".").lower()
+    if not re.fullmatch(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*", name):
+        raise ValueError("a domain such as cluster.local")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlaneAddress:
+    """Where a gRPC service of the control plane is reached, always over TLS."""
+
+    host: str
+    port: int
+
+
+def control_plane(value: str) -> ControlPlaneAddress:
+    """``https://host:port``; the scheme may be left out, as Istio allows."""
+    parsed = urlsplit(value if "://" in value else f"https://{value}")
+    try:
+        host, port = parsed.hostname, parsed.port
+    except ValueError:
+        host, port = None, None
+    if parsed.scheme != "https" or not host or parsed.path not in ("", "/"):
+        raise ValueError("https://HOST:PORT")
+    return ControlPlaneAddress(host, port or 15012)

@@ -66,7 +66,7 @@ class _Attempt:
         workload = candidate.workload
         if workload.network != self._source.network:
             return self._across_networks(workload)
-        ip = _choose_ip(workload, self._service, self._target.ip, like=self._target.ip)
+        ip = choose_ip(workload, self._service, self._target.ip, like=self._target.ip)
         if ip is None:
             return self._no_address(workload)
         if workload.tunnel_protocol is TunnelProtocol.NONE:
@@ -75,7 +75,7 @@ class _Attempt:
         return Tunnel(
             SocketAddress(ip, INBOUND_HBONE),
             str(SocketAddress(ip, candidate.target_port)),
-            _identities(workload, self._service),
+            expected_identities(workload, self._service),
             workload,
             self._service,
             f"{because}; HBONE, as the workload is in the mesh",
@@ -91,13 +91,13 @@ class _Attempt:
         if workload.network != self._source.network:
             return self._across_networks(workload)
         wanted = gateway.destination.ip if isinstance(gateway.destination, NetworkAddress) else self._target.ip
-        ip = _choose_ip(workload, waypoint_service, wanted, like=self._target.ip)
+        ip = choose_ip(workload, waypoint_service, wanted, like=self._target.ip)
         if ip is None:
             return self._no_address(workload)
         return Tunnel(
             SocketAddress(ip, candidate.target_port),
             str(self._target),
-            _identities(workload, waypoint_service),
+            expected_identities(workload, waypoint_service),
             workload,
             self._service,
             f"{because} {gateway.destination}: {how}",
@@ -157,8 +157,9 @@ def _choose_waypoint(service: Service, rng: random.Random) -> GatewayAddress | N
 _ALLOWED = {IpFamilies.IPV4_ONLY: (4,), IpFamilies.IPV6_ONLY: (6,)}
 
 
-def _choose_ip(workload: Workload, service: Service | None, wanted: IpAddress, like: IpAddress) -> IpAddress | None:
-    """The wanted address if it is the workload's, else one that the service allows, if possible of the family of ``like``."""
+def choose_ip(workload: Workload, service: Service | None, wanted: IpAddress, like: IpAddress) -> IpAddress | None:
+    """An address to dial a workload at: the wanted one if it is the workload's, else one that the service allows, if possible of the family
+    of ``like``; None if there is none."""
     if wanted in workload.addresses:
         return wanted
     versions = _ALLOWED.get(service.ip_families, (4, 6)) if service is not None else (4, 6)
@@ -166,7 +167,7 @@ def _choose_ip(workload: Workload, service: Service | None, wanted: IpAddress, l
     return next((ip for ip in allowed if ip.version == like.version), allowed[0] if allowed else None)
 
 
-def _identities(workload: Workload, service: Service | None) -> frozenset[SpiffeId]:
+def expected_identities(workload: Workload, service: Service | None) -> frozenset[SpiffeId]:
     """Whom the peer may prove to be: the workload, or one that the service vouches for. Names that are no SPIFFE ID prove nothing."""
     identities = {workload.identity}
     for name in service.subject_alt_names if service is not None else ():

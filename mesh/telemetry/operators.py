@@ -351,7 +351,7 @@ def _parse_command(text: str, position: int) -> _Command:
     if found is None:
         raise InvalidFormat("a % begins neither %% nor an operator like %REQ(NAME)%", position)
     length = None if found[3] is None else int(found[3])
-    return _Command(found[1], found[2], length, position, found.end())
+    return _Command(found[1], found[2] or None, length, position, found.end())
 
 
 def _reader(command: _Command, warnings: list[str]) -> _Reader:
@@ -361,6 +361,8 @@ def _reader(command: _Command, warnings: list[str]) -> _Reader:
     if (make := _WITH_ARGUMENT.get(command.name)) is not None:
         return make(command)
     if command.name in _SILENT or command.name.startswith(_SILENT_PREFIXES):
+        if command.name in _SILENT_WITH_ARGUMENT and command.argument is None:
+            raise InvalidFormat(f"%{command.name}% needs an argument", command.position)
         warnings.append(f"%{command.name}% says nothing here: rendered as missing")
         return _nothing
     raise InvalidFormat(f"unknown operator %{command.name}%", command.position)
@@ -391,6 +393,9 @@ def _header_names(command: _Command) -> tuple[bytes, bytes | None]:
     names = command.argument.lower().split("?")
     if len(names) > 2:
         raise InvalidFormat(f"%{command.name}% takes one alternative header, not {len(names) - 1}", command.position)
+    names = [name for name in names if name]
+    if not names:
+        raise InvalidFormat(f"%{command.name}% needs the name of a header", command.position)
     for name in names:
         if not _HEADER_NAME.fullmatch(name):
             raise InvalidFormat(f"not a header's name: {name!r}", command.position)
@@ -463,7 +468,7 @@ _MONTHS: Final = ["January", "February", "March", "April", "May", "June", "July"
 _DAYS: Final = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 # In English whatever the locale, in UTC.
-_DIRECTIVES: Final[Mapping[str, Callable[[datetime], str]]] = {
+_DIRECTIVES: dict[str, Callable[[datetime], str]] = {
     "Y": lambda t: str(t.year),
     "y": lambda t: f"{t.year % 100:02}",
     "C": lambda t: f"{t.year // 100:02}",
@@ -490,11 +495,34 @@ _DIRECTIVES: Final[Mapping[str, Callable[[datetime], str]]] = {
     "z": lambda t: "+0000",
     "Ez": lambda t: "+00:00",
     "Z": lambda t: "UTC",
-    "n": lambda t: "\n",
-    "t": lambda t: "\t",
+    "k": lambda t: f"{t.hour:2}",
+    "l": lambda t: f"{(t.hour - 1) % 12 + 1:2}",
+    "r": lambda t: f"{(t.hour - 1) % 12 + 1:02}:{t.minute:02}:{t.second:02} {'AM' if t.hour < 12 else 'PM'}",
+    "c": lambda t: f"{_DAYS[t.weekday()][:3]} {_MONTHS[t.month - 1][:3]} {t.day:2} {t.hour:02}:{t.minute:02}:{t.second:02} {t.year}",
+    "x": lambda t: f"{t.month:02}/{t.day:02}/{t.year % 100:02}",
+    "X": lambda t: f"{t.hour:02}:{t.minute:02}:{t.second:02}",
+    "G": lambda t: str(t.isocalendar().year),
+    "g": lambda t: f"{t.isocalendar().year % 100:02}",
+    "V": lambda t: f"{t.isocalendar().week:02}",
+    "U": lambda t: t.strftime("%U"),
+    "W": lambda t: t.strftime("%W"),
     "%": lambda t: "%",
+    "E4Y": lambda t: f"{t.year:04}",
+    "E*S": lambda t: f"{t.second:02}.{t.microsecond:06}".rstrip("0").rstrip("."),
+    "E*f": lambda t: f"{t.microsecond:06}".rstrip("0") or "0",
 }
-_DIRECTIVE: Final = re.compile(r"%(?:([1-9])?f|(s)|(Ez|[A-Za-z%]))")
+
+
+def _fraction(digits: int, seconds: bool) -> Callable[[datetime], str]:
+    def render(moment: datetime) -> str:
+        fraction = f"{moment.microsecond:06}000"[:digits]
+        return f"{moment.second:02}.{fraction}" if seconds else fraction
+
+    return render
+
+
+_DIRECTIVES |= {f"E{digits}{'S' if seconds else 'f'}": _fraction(digits, seconds) for digits in range(1, 10) for seconds in (True, False)}
+_DIRECTIVE: Final = re.compile(r"%(?:([1-9])?f|(s)|(Ez|E4Y|E[1-9*][Sf]|[A-Za-z%]))")
 
 _TimePart: TypeAlias = str | int | Callable[[datetime], str]
 """A text, the digits of a fraction (0: Unix seconds), or a directive."""
@@ -523,7 +551,7 @@ def _compile_time(argument: str, position: int) -> tuple[_TimePart, ...]:
 
 def _render_time(parts: tuple[_TimePart, ...], seconds: float) -> str:
     nanos = int(seconds * 1_000_000) * 1000  # a float has no nanoseconds
-    moment = datetime.fromtimestamp(nanos // 1_000_000_000, UTC)
+    moment = datetime.fromtimestamp(nanos // 1_000_000_000, UTC).replace(microsecond=nanos // 1000 % 1_000_000)
     texts: list[str] = []
     for part in parts:
         if isinstance(part, str):
@@ -705,6 +733,9 @@ _SILENT: Final = frozenset(
     ]
 )
 """Operators of Envoy's for which a waypoint has no value."""
+_SILENT_WITH_ARGUMENT: Final = frozenset(
+    ("FILTER_STATE", "UPSTREAM_FILTER_STATE", "DYNAMIC_METADATA", "CLUSTER_METADATA", "UPSTREAM_METADATA", "ENVIRONMENT")
+)
 _SILENT_PREFIXES: Final = (
     "DOWNSTREAM_PEER_",
     "DOWNSTREAM_LOCAL_DNS_SAN",

@@ -21,9 +21,24 @@ from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Mess
 
 from mesh.kube.kubeconfig import ClusterAccess
 from mesh.kube.overlay import merge_patch
-from mesh.kube.resources import CONFIG_MAPS, DAEMON_SETS, DEPLOYMENTS, EVENTS, LEASES, RESOURCES, SECRETS, TOKEN_REVIEWS, Resource
+from mesh.kube.resources import (
+    AUTOSCALERS,
+    CONFIG_MAPS,
+    DAEMON_SETS,
+    DEPLOYMENTS,
+    DISRUPTION_BUDGETS,
+    EVENTS,
+    LEASES,
+    RESOURCES,
+    SECRETS,
+    TOKEN_REVIEWS,
+    Resource,
+)
 
-_SERVED: Final = (*RESOURCES.values(), SECRETS, CONFIG_MAPS, LEASES, EVENTS, TOKEN_REVIEWS, DEPLOYMENTS, DAEMON_SETS)
+_SERVED: Final = (
+    *RESOURCES.values(),
+    *(SECRETS, CONFIG_MAPS, LEASES, EVENTS, TOKEN_REVIEWS, DEPLOYMENTS, DAEMON_SETS, AUTOSCALERS, DISRUPTION_BUDGETS),
+)
 _MAX_HEADER: Final = 64 << 10
 
 Object = dict[str, Any]

@@ -5,7 +5,7 @@ The chain has been verified by OpenSSL before any of this is asked (`mesh.tls.co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 
 from cryptography import x509
@@ -60,3 +60,29 @@ def verify_client(der: bytes, trust_domain: str) -> SpiffeId | str:
     if not presented:
         return "client certificate holds no SPIFFE identity"
     return f"client identity {presented[0]} is not of trust domain {trust_domain}"
+
+
+def verify_sole_client(der: bytes, trust_domains: Collection[str]) -> SpiffeId | str:
+    """The client's identity, which must be of one of ``trust_domains`` and the only URI in its certificate; else why it is refused.
+
+    Stricter than `verify_client`: whoever is let through here is acted for, so nothing about who it is may be left to choose.
+    """
+    identity = _sole_identity(der)
+    if isinstance(identity, SpiffeId) and identity.trust_domain not in trust_domains:
+        return f"client identity {identity} is of no trust domain of the mesh ({', '.join(sorted(trust_domains))})"
+    return identity
+
+
+@lru_cache(maxsize=4096)
+def _sole_identity(der: bytes) -> SpiffeId | str:
+    try:
+        names = x509.load_der_x509_certificate(der).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        uris = []
+    if len(uris) != 1:
+        return f"client certificate holds {len(uris)} URIs instead of one SPIFFE identity"
+    try:
+        return SpiffeId.parse(uris[0])
+    except InvalidSpiffeId as exc:
+        return f"client certificate: {exc}"

@@ -1,6 +1,6 @@
-"""PROXY protocol version 2 (haproxy's proxy-protocol.txt): the header before a connection's bytes, with Istio's identity TLV.
+"""PROXY protocol (haproxy's proxy-protocol.txt): the header before a connection's bytes; in version 2 with Istio's identity TLV.
 
-So a waypoint behind an application tunnel learns who the client is.
+So a waypoint behind an application tunnel learns who the client is, and so does an application that asks for it by a DestinationRule.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from mesh.model.address import SocketAddress, ip_from_bytes
+from mesh.model.address import SocketAddress, ip_from_bytes, ip_text
 from mesh.wire.errors import RemoteProtocolError
 
 SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
@@ -45,6 +45,19 @@ def encode_header(source: SocketAddress, destination: SocketAddress, identity: s
         value = identity.encode()
         body += bytes((IDENTITY_TLV,)) + len(value).to_bytes(2, "big") + value
     return SIGNATURE + bytes((_PROXY, family)) + len(body).to_bytes(2, "big") + body
+
+
+def encode_local() -> bytes:
+    """A header that says nothing of a client: the sender speaks for itself."""
+    return SIGNATURE + bytes((_LOCAL, _UNSPECIFIED, 0, 0))
+
+
+def encode_text(source: SocketAddress | None, destination: SocketAddress | None) -> bytes:
+    """A header of version 1, one line. Without addresses, or with such of different families, it says UNKNOWN."""
+    if source is None or destination is None or source.ip.version != destination.ip.version:
+        return b"PROXY UNKNOWN\r\n"
+    ends = f"{ip_text(source.ip)} {ip_text(destination.ip)} {source.port} {destination.port}"
+    return f"PROXY TCP{source.ip.version} {ends}\r\n".encode()
 
 
 def parse_header(data: bytes) -> ProxyHeader | None:

@@ -81,7 +81,9 @@ async def apply_plan(client: ApiClient, plan: Plan, tell: Tell, *, dry_run: bool
     entries: list[Entry] = []
     for obj in plan.objects:
         if obj["kind"] == CRD_KIND and not await _is_our_crd(client, discovery, obj):
-            tell(f"{obj['kind'].lower()}/{obj['metadata']['name']}", f"left alone: it is {_OWNERS.get(obj['spec']['group'], 'Istio')}'s own")
+            tell(
+                f"{obj['kind'].lower()}/{obj['metadata']['name']}", f"left alone: it is {_OWNERS.get(obj['spec']['group'], 'Istio')}'s own"
+            )
             continue
         resource = await discovery.resource_of(obj)
         entry = Entry.of(resource, obj)

@@ -1,4 +1,4 @@
-"""PROXY protocol version 2 as Istio's node proxy writes it."""
+"""The PROXY protocol as Istio's node proxy writes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from mesh.model.address import SocketAddress
 from mesh.wire.errors import RemoteProtocolError
-from mesh.wire.proxy_protocol import MAX_HEADER, SIGNATURE, ProxyHeader, encode_header, parse_header
+from mesh.wire.proxy_protocol import MAX_HEADER, SIGNATURE, ProxyHeader, encode_header, encode_local, encode_text, parse_header
 
 IDENTITY = "spiffe://cluster.local/ns/default/sa/client"
 SOURCE, DESTINATION = SocketAddress.parse("10.0.0.1:1234"), SocketAddress.parse("10.0.0.2:8080")
@@ -63,3 +63,25 @@ def test_malformed_headers_are_refused(data: bytes, reason: str) -> None:
 
 def test_no_header_makes_us_wait_for_more_than_the_limit() -> None:
     assert parse_header(SIGNATURE + b"\x21\x11" + (MAX_HEADER - 16).to_bytes(2, "big")) is None
+
+
+def test_a_connection_of_our_own_says_local() -> None:
+    assert encode_local() == SIGNATURE + bytes.fromhex("20000000")
+    assert parse_header(encode_local()) == ProxyHeader(None, None, None, 16)
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "line"),
+    [
+        ("192.168.0.1:56324", "192.168.0.11:443", b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n"),
+        ("[fd00::1]:1", "[fd00::2]:65535", b"PROXY TCP6 fd00::1 fd00::2 1 65535\r\n"),
+        ("10.0.0.1:1", "[fd00::2]:65535", b"PROXY UNKNOWN\r\n"),
+    ],
+)
+def test_version_1_is_one_line(source: str, destination: str, line: bytes) -> None:
+    """As in the examples of section 2.1 of the specification."""
+    assert encode_text(SocketAddress.parse(source), SocketAddress.parse(destination)) == line
+
+
+def test_version_1_says_when_it_knows_no_client() -> None:
+    assert encode_text(None, None) == b"PROXY UNKNOWN\r\n"

@@ -10,7 +10,7 @@ import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Final, TypeAlias, assert_never
 
@@ -24,6 +24,7 @@ from waypoint_py.routing.predicates import compile_regex, segment_prefix
 from waypoint_py.verdict import Flag, LocalReply
 
 ORIGINAL_PATH: Final = b"x-envoy-original-path"
+ORIGINAL_HOST: Final = b"x-envoy-original-host"
 REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 DIRECT_RESPONSE: Final = "direct_response"
 _DEFAULT_PORTS: Final = {b"http": b"80", b"https": b"443"}
@@ -70,11 +71,6 @@ class CompiledRoute:
     authority: bytes = b""
     cors: CompiledCors | None = None
     broken: str = ""
-
-    @property
-    def changes_response(self) -> bool:
-        """Whether the route itself, whatever its destination does, changes responses."""
-        return bool(self.response)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +124,7 @@ def _compile_weights(action: Forward) -> Weights | None:
 def answer(route: CompiledRoute, request: Request, path: PathMatch | None, port: int) -> LocalReply | None:
     """What the route answers by itself: a redirect, a direct response, or 500 because it is broken; None: it forwards.
 
-    ``path``: what matched; ``port``: the service's. The route's response changes are still to be made (`change_reply`).
+    ``path``: what matched; ``port``: the service's. The response's changes are still to be made (`change_reply`).
     """
     origin = route.route.origin
     if route.broken:
@@ -239,6 +235,7 @@ def change_request(request: Request, route: CompiledRoute, chosen: CompiledDesti
     if chosen.request:
         chosen.request.apply(request, facts)
     if authority := route.authority or chosen.authority:
+        request.replace(ORIGINAL_HOST, request.authority)
         request.authority = authority
     if route.rewrite_path is not None:
         original = request.path
@@ -255,23 +252,14 @@ def change_response(response: Message, route: CompiledRoute, chosen: CompiledDes
         chosen.response.apply(response, facts)
 
 
-def change_reply(reply: LocalReply, route: CompiledRoute, facts: Facts) -> LocalReply:
-    """An answer of `answer` with the route's response changes. Other local replies do not get them, as with Envoy."""
-    if not route.response:
+def change_reply(reply: LocalReply, route: CompiledRoute, chosen: CompiledDestination | None, facts: Facts) -> LocalReply:
+    """An answer of ours with the changes that a response gets: any answer but a preflight's, from the time the route is known; that of a
+    destination too, once it is chosen (no endpoint, timeout). So does Envoy."""
+    if not route.response and (chosen is None or not chosen.response):
         return reply
     message = Message(list(reply.headers))
-    route.response.apply(message, facts)
-    return LocalReply(
-        reply.status,
-        reply.body,
-        message.headers,
-        reply.flags,
-        reply.details,
-        reply.because,
-        reply.grpc_status,
-        reply.policy,
-        reply.close,
-    )
+    change_response(message, route, chosen, facts)
+    return replace(reply, headers=message.headers)
 
 
 # Paths ---------------------------------------------------------------------------------------------------------------------------------

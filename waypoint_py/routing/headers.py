@@ -1,7 +1,8 @@
 """Header changes of routes and destinations: compiled with their operators, applied to requests, responses and local replies.
 
-Order within one set of changes: remove, set, add. A value that renders empty changes nothing, as with Envoy. Framing and hop-by-hop
-headers, and pseudo-headers, are never touched: the codecs own the former, and the authority has its own field.
+Order within one set of changes: remove, set, add; of several sets: the route's, then the destination's, whose word is the last. (Envoy
+has it so for a single destination, and the other way round among several.) A value that renders empty changes nothing, as with Envoy.
+Framing and hop-by-hop headers, and pseudo-headers, are never touched: the codecs own the former, and the authority has its own field.
 """
 
 from __future__ import annotations

@@ -106,8 +106,13 @@ class _Source(NamedTuple):
     query: bool
     name: bytes
 
-    def value(self, seen: Seen) -> bytes | None:
-        return seen.query(self.name) if self.query else seen.header(self.name)
+    def values(self, seen: Seen) -> tuple[bytes, ...]:
+        """Those of the request; several of a header, each of which counts."""
+        if not self.query:
+            values = seen.headers(self.name)
+            return values if len(values) < 2 else tuple(set(values))
+        value = seen.query(self.name)
+        return () if value is None else (value,)
 
 
 class _Under(NamedTuple):
@@ -162,9 +167,9 @@ class _Files:
                 lists.append(found)
             self._prefixes_folded.find(lower, lists)
         for source, by_value in self._sources.items():
-            value = source.value(seen)
-            if value is not None and (found := by_value.get(value)) is not None:
-                lists.append(found)
+            for value in source.values(seen):
+                if (found := by_value.get(value)) is not None:
+                    lists.append(found)
         if not lists:
             return ()
         return lists[0] if len(lists) == 1 else merge(*lists)

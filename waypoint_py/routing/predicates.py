@@ -41,15 +41,15 @@ class Seen:
         self.request = request
         self.path = request.path_only
         self._query: dict[bytes, bytes] | None = None
-        self._headers: dict[bytes, bytes | None] = {}
+        self._headers: dict[bytes, tuple[bytes, ...]] = {}
 
-    def header(self, name: bytes) -> bytes | None:
-        """A header's values joined by ``,``; None if it is absent. Pseudo-headers count; ``host`` is ``:authority``."""
+    def headers(self, name: bytes) -> tuple[bytes, ...]:
+        """A header's values, none if it is absent. Pseudo-headers count; ``host`` is ``:authority``."""
         try:
             return self._headers[name]
         except KeyError:
-            value = self._headers[name] = header_value(self.request, name)
-            return value
+            values = self._headers[name] = header_values(self.request, name)
+            return values
 
     def query(self, name: bytes) -> bytes | None:
         """The first value of a parameter, as it was written; empty for one without ``=``; None if it is absent."""
@@ -58,17 +58,17 @@ class Seen:
         return self._query.get(name)
 
 
-def header_value(request: Request, name: bytes) -> bytes | None:
-    """`Seen.header` of a single question."""
+def header_values(request: Request, name: bytes) -> tuple[bytes, ...]:
+    """`Seen.headers` of a single question."""
     if name == b":authority" or name == b"host":
-        return request.authority
+        return (request.authority,)
     if name == b":method":
-        return request.method
+        return (request.method,)
     if name == b":path":
-        return request.path
+        return (request.path,)
     if name == b":scheme":
-        return request.scheme
-    return request.find(name)
+        return (request.scheme,)
+    return tuple([value for key, value in request.headers if key == name])
 
 
 def parse_query(query: bytes) -> dict[bytes, bytes]:
@@ -267,16 +267,21 @@ def compile_match(match: RouteMatch) -> CompiledMatch:
 
 
 def _header(header: HeaderMatch, test: Test) -> Predicate:
+    """One value that hits is enough, as in Envoy since 1.39: joined, a second value would hide the first from an exact match
+    (CVE-2026-26308)."""
     name = header.name.encode()
+
+    def hits(seen: Seen) -> bool:
+        for value in seen.headers(name):  # noqa: SIM110 - a generator would cost more than most tests
+            if test(value):
+                return True
+        return False
+
     if not header.invert:
-        return lambda seen: (value := seen.header(name)) is not None and test(value)
-    if_absent = not header.absent_fails
-
-    def inverted(seen: Seen) -> bool:
-        value = seen.header(name)
-        return if_absent if value is None else not test(value)
-
-    return inverted
+        return hits
+    if not header.absent_fails:
+        return lambda seen: not hits(seen)
+    return lambda seen: bool(seen.headers(name)) and not hits(seen)
 
 
 def _query(parameter: QueryMatch, test: Test) -> Predicate:

@@ -12,6 +12,7 @@ from mesh.model.l7.destination import TrafficPolicy
 from mesh.model.l7.routing import Destination
 from mesh.model.service import Service
 from mesh.model.workload import Workload
+from waypoint_py.context import Connection
 from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.stream import ByteStream
 
@@ -68,11 +69,12 @@ class UpstreamFailure:
 
 
 class ResponseSink(Protocol):
-    """Who gets the response. After `complete` or `failed` nothing comes."""
+    """Who gets the response. After `complete`, `failed` or a response that ``ended`` nothing comes."""
 
     def informational(self, status: int, headers: Headers) -> None: ...
 
-    def response(self, response: Response, ended: bool) -> None: ...
+    def response(self, response: Response, ended: bool) -> None:
+        """The head; ``ended``: it is all, and `complete` will not be called."""
 
     def data(self, data: bytes | memoryview) -> None:
         """Valid during the call. Give credit back with `UpstreamStream.consumed`."""
@@ -120,9 +122,19 @@ class Connections(Protocol):
         ended: bool,
         sink: ResponseSink,
         on_open: Callable[[UpstreamStream], None],
+        *,
+        client: Connection | None = None,
     ) -> Cancel:
         """Send a request on a pooled or new connection. ``on_open`` when its head has been written: send the body then. Failures go to the
-        sink. Neither is called from within this call."""
+        sink. Neither is called from within this call. ``client``: who asks, for the PROXY header if the endpoint gets one."""
 
-    def connect(self, endpoint: Endpoint, on_open: Callable[[ByteStream | UpstreamFailure], None]) -> Cancel:
-        """A connection of its own, for TCP. ``on_open`` is not called from within this call."""
+    def connect(
+        self,
+        endpoint: Endpoint,
+        on_open: Callable[[ByteStream | UpstreamFailure], None],
+        *,
+        client: Connection | None = None,
+        host: str = "",
+    ) -> Cancel:
+        """A connection of its own, for TCP. ``on_open`` is not called from within this call. ``client``: whose bytes it will carry.
+        ``host``: what TLS asks for and verifies where the destination's rule names nothing; by default the destination's hostname."""

@@ -20,6 +20,7 @@ from mesh.linux.netns import open_own_netns
 from mesh.linux.unix_sockets import unix_address
 from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor, Timer
+from mesh.reactor.pool import PoolLimits
 from mesh.state.names import Naming
 from mesh.state.store import Changes, MeshState
 from mesh.telemetry import log
@@ -41,7 +42,6 @@ from ztunnel_py.mover.nameservers import ResolvConf
 from ztunnel_py.mover.outbound import Outbound
 from ztunnel_py.mover.plane import POLICY_GRACE_SECONDS, Plane
 from ztunnel_py.mover.pod import Pod, PodSockets
-from ztunnel_py.mover.pool import PoolLimits
 from ztunnel_py.mover.report import describe_living
 from ztunnel_py.mover.waiting import WaitingRoom
 from ztunnel_py.supervisor import LIFELINE

@@ -11,13 +11,13 @@ from mesh.model.route import Direct, Refusal, Tunnel
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink, OnResponse, TunnelFailure
 from mesh.reactor.hbone import Tunnel as OpenTunnel
+from mesh.reactor.pool import PoolKey
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import reset
 from mesh.wire.forwarded import write_forwarded
 from mesh.wire.traceparent import new_traceparent
 from ztunnel_py.mover.ledger import Failure, Living
 from ztunnel_py.mover.pod import Dialling, Pod
-from ztunnel_py.mover.pool import PoolKey
 
 MOST_RETRIES = 3
 """A peer's agent may have several movers that die at once, and each has pooled connections of which one hears one after the other."""

@@ -6,11 +6,11 @@ import random
 from dataclasses import dataclass, field
 
 from mesh.reactor.loop import Reactor
+from mesh.reactor.pool import PoolLimits
 from mesh.state.memo import RouteMemo
 from mesh.state.store import MeshState
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.ledger import Ledger
-from ztunnel_py.mover.pool import PoolLimits
 from ztunnel_py.mover.waiting import WaitingRoom
 
 POLICY_GRACE_SECONDS = 0.5

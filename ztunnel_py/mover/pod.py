@@ -17,15 +17,15 @@ from mesh.model.address import IpAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.ports import PROXY_MARK
 from mesh.model.workload import Workload
-from mesh.reactor.hbone import HboneLink, connect_hbone
+from mesh.reactor.hbone import HboneLink
 from mesh.reactor.loop import Timer
+from mesh.reactor.pool import OnLink, PoolKey, TunnelPool, dial_error, open_link
 from mesh.reactor.tcp import Listener, Pending, connect, listen_on
 from mesh.tls.peer import verify_server
 from mesh.wire.baggage import baggage_of
 from ztunnel_py.messages import PodInfo
 from ztunnel_py.mover.credentials import Credentials
 from ztunnel_py.mover.plane import Plane
-from ztunnel_py.mover.pool import OnLink, PoolKey, TunnelPool
 
 CONNECT_SECONDS = 10.0
 """As ztunnel: every upstream connect is bounded."""
@@ -310,38 +310,18 @@ class Pod:
 
         def connected(result: socket.socket | OSError, context: SSL.Context) -> None:
             if isinstance(result, OSError):
-                on_link(hbone_dial_error(result))
+                on_link(dial_error(result))
                 return
-            link: HboneLink | None = None
-
-            def ready(new: HboneLink) -> None:
-                nonlocal link
-                link = new
-                on_link(new)
-
-            def closed(because: str | None) -> None:
-                if link is None:
-                    on_link(because or "connection closed by the peer")
-                else:
-                    on_closed(link)
-
-            connect_hbone(
+            open_link(
                 self.plane.reactor,
                 result,
                 context,
                 verify_peer=lambda der: verify_server(der, key.expected),
-                on_ready=ready,
-                on_close=closed,
+                on_link=on_link,
+                on_closed=on_closed,
             )
 
         self.plane.credentials.when_available(key.source, with_credentials)
-
-
-def hbone_dial_error(error: OSError) -> str:
-    """ztunnel's words: the commonest cause of a silent HBONE port is a NetworkPolicy."""
-    if isinstance(error, TimeoutError):
-        return f"connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: {error}"
-    return f"connection failed: {error}"
 
 
 Serve: TypeAlias = Callable[[Pod, socket.socket, SocketAddress], object]

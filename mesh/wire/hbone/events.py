@@ -30,7 +30,7 @@ class TunnelRequested:
 
 @dataclass(frozen=True, slots=True)
 class RequestRefused:
-    """Server: a request that the core itself answered (with 400), since it is no CONNECT to a valid authority. Only to be logged."""
+    """Server: a request that the core itself answered, since it is no CONNECT to a valid authority. Only to be logged."""
 
     stream: int
     status: int

@@ -22,7 +22,9 @@ SERVER_LIMITS: Final = Limits()
 class HboneServer(HboneConnection):
     """The server core. Its SETTINGS are outgoing from the start."""
 
-    def __init__(self, *, now: Callable[[], float], limits: Limits = SERVER_LIMITS) -> None:
+    def __init__(self, *, now: Callable[[], float], limits: Limits = SERVER_LIMITS, wrong_method: int = 400) -> None:
+        """``wrong_method``: what a request is answered that is no CONNECT."""
+        self._wrong_method = wrong_method
         settings = {
             SettingCodes.MAX_CONCURRENT_STREAMS: limits.max_concurrent_streams,
             SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window,
@@ -99,7 +101,7 @@ class HboneServer(HboneConnection):
             self._refuse_request(stream, f"malformed request: {exc}", ErrorCode.PROTOCOL_ERROR)
             return
         if request.method != "CONNECT":
-            self._refuse_request(stream, f"expected method CONNECT, got {request.method[:32]}", ErrorCode.NO_ERROR)
+            self._refuse_request(stream, f"expected method CONNECT, got {request.method[:32]}", ErrorCode.NO_ERROR, self._wrong_method)
             return
         try:
             target = parse_authority(request.authority)
@@ -110,10 +112,10 @@ class HboneServer(HboneConnection):
         if end:
             self._events.append(TunnelEnded(stream))
 
-    def _refuse_request(self, stream: int, because: str, code: int) -> None:
+    def _refuse_request(self, stream: int, because: str, code: int, status: int = 400) -> None:
         self._patience.spend(patience.BAD_REQUEST, "bad requests")
-        self._refuse(stream, 400, {}, code)
-        self._events.append(RequestRefused(stream, 400, because))
+        self._refuse(stream, status, {}, code)
+        self._events.append(RequestRefused(stream, status, because))
 
     def _on_answer(self, state: Stream, fields: Fields, end: bool) -> None:
         raise AssertionError("a server's streams begin with the peer's HEADERS")

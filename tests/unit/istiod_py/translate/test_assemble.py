@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from istiod_py.snapshot import diff
-from istiod_py.translate import Config, Translation, translate
+from istiod_py.translate import Condition, Config, ParentStatus, Translation, translate
 from istiod_py.translate.l7.assemble import L7Key, name_destinations
+from mesh.kube.objects import ObjectKey
+from mesh.model.l7.destination import DestinationConfig
 from mesh.model.l7.routing import Destination, Forward, Mirror, Origin, Route, TcpRoute, WeightedDestination
 from mesh.model.l7.waypoint import PortConfig, Protocol, ServiceConfig, WaypointSettings
 from mesh.testing.objects import objects_from_yaml
@@ -93,7 +95,9 @@ def test_both_waypoints_of_a_canary_are_told() -> None:
 
 def test_the_settings_are_those_of_the_gateway() -> None:
     settings = translated().l7[L7Key("shop/waypoint", "WaypointSettings", "shop/waypoint")]
-    assert settings == WaypointSettings("shop", "waypoint", "service", ("mesh.example",), include_client_identity=True)
+    assert isinstance(settings, WaypointSettings)
+    assert (settings.key, settings.waypoint_for, settings.trust_domains) == ("shop/waypoint", "service", ("mesh.example",))
+    assert settings.include_client_identity
 
 
 def test_a_port_is_what_it_is_declared_to_be_and_leads_to_the_service_itself() -> None:
@@ -113,6 +117,75 @@ def test_a_port_is_what_it_is_declared_to_be_and_leads_to_the_service_itself() -
         ]
         itself = Destination("shop", "web.shop.svc.cluster.local", port.port)
         assert destinations == ([] if port.protocol is Protocol.TCP else [itself])
+
+
+ROUTED = """
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: split, namespace: shop}
+spec:
+  parentRefs: [{kind: Service, group: "", name: web, port: 80}]
+  rules: [{backendRefs: [{name: bare, port: 80}]}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: get, namespace: shop}
+spec: {targetRefs: [{kind: Service, group: "", name: web}], rules: [{to: [{operation: {methods: [GET]}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: all, namespace: shop}
+spec: {targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: next}], rules: [{}]}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: versions, namespace: shop}
+spec: {host: bare, subsets: [{name: v1, labels: {version: v1}}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: bare-1, namespace: shop, labels: {app: bare, version: v1, other: x}}
+spec: {nodeName: n1, containers: [{name: a}]}
+status: {phase: Running, podIP: 10.244.1.9}
+"""
+SELECTING = OBJECTS.replace("spec: {clusterIP: 10.96.1.3,", "spec: {clusterIP: 10.96.1.3, selector: {app: bare},")
+
+
+def test_routes_rules_and_policies_reach_the_waypoint_they_are_for() -> None:
+    found = translated(SELECTING + ROUTED)
+    assert keys_of(found, "shop/waypoint", "AuthorizationPolicy") == {"AuthorizationPolicy/shop/get"}
+    assert keys_of(found, "shop/next", "AuthorizationPolicy") == {"AuthorizationPolicy/shop/all"}
+    bare = "shop/bare.shop.svc.cluster.local"
+    assert keys_of(found, "shop/waypoint", "DestinationConfig") == {WEB, bare}
+    destination = found.l7[L7Key("shop/waypoint", "DestinationConfig", bare)]
+    assert isinstance(destination, DestinationConfig)
+    assert [subset.name for subset in destination.subsets] == ["v1"]
+    assert destination.labels == {"Kubernetes//Pod/shop/bare-1": {"version": "v1"}}
+
+
+def test_what_becomes_of_routes_rules_and_policies_is_said_of_each() -> None:
+    statuses = translated(SELECTING + ROUTED).statuses
+    assert statuses[ObjectKey("AuthorizationPolicy", "shop", "get")] == (
+        Condition("WaypointAccepted", True, "Accepted", "bound to shop/waypoint"),
+    )
+    assert statuses[ObjectKey("DestinationRule", "shop", "versions")] == (
+        Condition("WaypointAccepted", True, "Accepted", "used by shop/waypoint"),
+    )
+    (parent,) = statuses[ObjectKey("HTTPRoute", "shop", "split")]
+    assert isinstance(parent, ParentStatus)
+    assert {(each.type, each.status) for each in parent.conditions} == {
+        ("Accepted", True),
+        ("ResolvedRefs", True),
+        ("ResolvedWaypoints", True),
+    }
+
+
+def test_without_waypoints_and_what_speaks_of_them_nothing_is_done() -> None:
+    text = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop}\nspec: {clusterIP: 10.96.1.1, ports: [{port: 80}]}\n"
+    found = translated(text)
+    assert (found.l7, found.statuses) == ({}, {})
+    assert len(found.memory.l7.services_known) == 0
 
 
 def to(hostname: str, namespace: str = "shop") -> WeightedDestination:

@@ -14,8 +14,9 @@ from mesh.rpc.tls import server_tls
 from mesh.testing.ca import FakeCa
 from mesh.testing.serving import write_serving_certificate
 from mesh.tls.rotation import CertificateFetchFailed
+from mesh.xds.names import CREATE_CERTIFICATE_METHOD as METHOD
 from mesh.xds.proto.ca_pb2 import IstioCertificateRequest, IstioCertificateResponse
-from ztunnel_py.brain.authority import METHOD, fetch_certificate
+from ztunnel_py.brain.authority import fetch_certificate
 from ztunnel_py.config import AgentConfig, read_config
 
 ID = SpiffeId("cluster.local", "shop", "web")

@@ -18,6 +18,7 @@ from mesh.model.address import IpAddress, SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.model.workload import TunnelProtocol, Workload
 from mesh.reactor.loop import Reactor
+from mesh.reactor.pool import PoolLimits
 from mesh.state.store import Delta, MeshState
 from mesh.telemetry.access import AccessLog, AccessRecord
 from mesh.telemetry.metrics import Registry, TcpMetrics
@@ -31,7 +32,6 @@ from ztunnel_py.mover.ledger import Ledger
 from ztunnel_py.mover.outbound import Outbound
 from ztunnel_py.mover.plane import Plane
 from ztunnel_py.mover.pod import Pod, PodSockets
-from ztunnel_py.mover.pool import PoolLimits
 from ztunnel_py.mover.waiting import WaitingRoom
 
 CA = FakeCa()

@@ -11,7 +11,7 @@ from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.reactor.hbone import HboneLink
 from mesh.reactor.loop import Reactor
-from ztunnel_py.mover.pool import GONE, OnLink, PoolKey, PoolLimits, TunnelPool
+from mesh.reactor.pool import GONE, OnLink, PoolKey, PoolLimits, TunnelPool
 
 CLIENT = SpiffeId("cluster.local", "shop", "client")
 SERVER = SpiffeId("cluster.local", "shop", "server")

@@ -6,19 +6,24 @@ waiting on, a connection that was full is used again once streams ended, and one
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from OpenSSL import SSL
+
 from mesh.model.address import IpAddress, SocketAddress
 from mesh.model.identity import SpiffeId
-from mesh.reactor.hbone import HboneLink
+from mesh.reactor.hbone import HboneLink, JudgePeer, connect_hbone
 from mesh.reactor.loop import Reactor, Timer
 
 SOONEST_SWEEP_SECONDS = 0.05
 """Between looks for unused connections, however short a time they may stay."""
 GONE = "pool draining"
 """Why a pool that was closed has no connection."""
+TIMED_OUT = "connection timed out"
+"""How the reason of a dial begins that got no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,10 @@ class _Shelf:
 
 
 class TunnelPool:
-    """One pool per pod and mover. ``checkout`` answers at once when a connection has room, else after a dial that all share."""
+    """One pool per pod and mover, or per waypoint.
+
+    ``checkout`` answers at once when a connection has room, else after a dial that all share.
+    """
 
     def __init__(self, reactor: Reactor, dial: Dial, limits: PoolLimits) -> None:
         self._reactor = reactor
@@ -152,3 +160,36 @@ class TunnelPool:
                     link.close_gracefully()
         if self._shelves:
             self._sweep_later()
+
+
+def open_link(
+    reactor: Reactor,
+    connected_sock: socket.socket,
+    context: SSL.Context,
+    *,
+    verify_peer: JudgePeer,
+    on_link: OnLink,
+    on_closed: Callable[[HboneLink], None],
+) -> None:
+    """What every `Dial` ends with: HBONE on a connected socket, which is the link's from now on."""
+    link: HboneLink | None = None
+
+    def ready(new: HboneLink) -> None:
+        nonlocal link
+        link = new
+        on_link(new)
+
+    def closed(because: str | None) -> None:
+        if link is None:
+            on_link(because or "connection closed by the peer")
+        else:
+            on_closed(link)
+
+    connect_hbone(reactor, connected_sock, context, verify_peer=verify_peer, on_ready=ready, on_close=closed)
+
+
+def dial_error(error: OSError) -> str:
+    """ztunnel's words: the commonest cause of a silent HBONE port is a NetworkPolicy."""
+    if isinstance(error, TimeoutError):
+        return f"{TIMED_OUT}, maybe a NetworkPolicy is blocking HBONE port 15008: {error}"
+    return f"connection failed: {error}"

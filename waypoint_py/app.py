@@ -1,0 +1,367 @@
+"""The waypoint: wires the reactor to configuration, certificates and pages; the only file that does.
+
+The reactor is the host loop and trio its guest, in one thread. Requests are served in callbacks; what waits for something else is trio's.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import resource
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Final
+
+import trio
+from OpenSSL import SSL
+
+from mesh.model.address import parse_ip
+from mesh.model.identity import SpiffeId
+from mesh.model.l7.routing import Destination
+from mesh.model.l7.waypoint import WaypointSettings
+from mesh.model.workload import Workload
+from mesh.reactor.loop import Reactor
+from mesh.rpc.tls import client_tls
+from mesh.runtime.env import InvalidEnvironment
+from mesh.runtime.http import BindError, Routes, open_listeners, serve_admin
+from mesh.runtime.readiness import Readiness
+from mesh.runtime.signals import watch_signals
+from mesh.state.store import MeshState
+from mesh.telemetry import log
+from mesh.telemetry.metrics import Registry, XdsMetrics, add_build, add_process
+from mesh.telemetry.output import LogOutput
+from mesh.tls.bundle import CertificateBundle
+from mesh.tls.rotation import CertificateManager, CertificateNews
+from mesh.xds.authority import Authority, request_certificate
+from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, Phase, bearer_metadata, connect_tls, run_ads_client
+from mesh.xds.l7 import L7_TYPES
+from mesh.xds.names import ADDRESS, GATEWAY_NAME, waypoint_node_id
+from waypoint_py.admin import Admin
+from waypoint_py.admission import Ourselves
+from waypoint_py.config import WaypointConfig, read_config
+from waypoint_py.credentials import Credentials
+from waypoint_py.http.codec import ClientCodec
+from waypoint_py.http.h1 import Http1Client
+from waypoint_py.http.h2 import Http2Client
+from waypoint_py.listener import DRAINED, HboneListener, open_sockets
+from waypoint_py.observer import Lines, Local
+from waypoint_py.plane import Plane
+from waypoint_py.policy.ext_authz import ExtAuthz, Unreachable
+from waypoint_py.policy.jwks import Authenticator, KeyStore
+from waypoint_py.store import Store
+from waypoint_py.stream import ByteStream
+from waypoint_py.upstream.announce import announce
+from waypoint_py.upstream.balancer import Balancer, NoEndpoint, Wish
+from waypoint_py.upstream.dial import Dialler
+from waypoint_py.upstream.pool import Pool
+from waypoint_py.upstream.session import Endpoint, UpstreamFailure, UpstreamProtocol
+from waypoint_py.waiting import NurseryWaits, TaskStream
+
+EXIT_CONFIG: Final = 2
+"""A restart would not help."""
+_LOG_AGAIN: Final = 0.2
+"""Seconds until a reader of the log that stood still is tried again."""
+_LAST_WORDS: Final = 0.05
+_DRAIN_LOOKS: Final = 0.05
+
+_log = log.get_logger("waypoint")
+
+
+def run_waypoint() -> int:
+    """Process entry: serve until told to stop. Returns the exit status."""
+    try:
+        output = LogOutput()
+        log.configure_from(stream=output)
+        config = read_config()
+    except (log.InvalidLogSettings, InvalidEnvironment) as exc:
+        print(exc, file=sys.stderr)
+        return EXIT_CONFIG
+    _raise_descriptor_limit()
+    reactor = Reactor(on_error=lambda error, where: _log.error("callback.failed", where=where, exc_info=error))
+    output.when_blocked = lambda: reactor.call_later(_LOG_AGAIN, output.try_again)
+    _collect_seldom()
+    try:
+        reactor.run(Waypoint(config, reactor, output).run)
+    except BindError as exc:
+        _log.error("start.failed", error=str(exc))
+        return EXIT_CONFIG
+    return 0
+
+
+def _collect_seldom() -> None:
+    """As the agent's movers: by default Python looks for cycles about once a request, through all code and modules each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+def _raise_descriptor_limit() -> None:
+    """As many descriptors as we are allowed: connections need them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def make_client_codec(kind: UpstreamProtocol) -> ClientCodec:
+    """What speaks to an application."""
+    return Http2Client(now=time.monotonic) if kind is UpstreamProtocol.HTTP2 else Http1Client()
+
+
+class Whereabouts:
+    """Who we are in the mesh, looked up anew when the mesh has changed."""
+
+    def __init__(self, config: WaypointConfig, state: MeshState) -> None:
+        self._config = config
+        self._state = state
+        self._generation = -1
+        self._ourselves: Ourselves | None = None
+
+    def find(self) -> Ourselves:
+        if self._ourselves is None or self._generation != self._state.generation:
+            self._generation = self._state.generation
+            config = self._config
+            workload = self._state.find_local_workload(config.pod_namespace, config.pod_name, config.service_account)
+            addresses = {parse_ip(config.instance_ip), *(workload.addresses if workload is not None else ())}
+            network = workload.network if workload is not None else config.network
+            self._ourselves = Ourselves(config.service, network, frozenset(addresses), workload)
+        return self._ourselves
+
+    def workload(self) -> Workload:
+        """Ours, or what we know of it ourselves until the mesh tells."""
+        us = self.find()
+        if us.workload is not None:
+            return us.workload
+        config = self._config
+        return Workload(
+            "", config.pod_name, config.pod_namespace, tuple(us.addresses), us.network, node=config.node_name, cluster_id=config.cluster_id
+        )
+
+
+class Waypoint:
+    """Everything of one process, and its life."""
+
+    def __init__(self, config: WaypointConfig, reactor: Reactor, output: LogOutput) -> None:
+        self._config = config
+        self._reactor = reactor
+        self._output = output
+        self._registry = Registry()
+        self._xds_metrics = XdsMetrics(self._registry)
+        add_build(self._registry, "waypoint", version("ambient-mesh"))
+        add_process(self._registry)
+        rng = random.Random()
+        self._state = MeshState()
+        self._where = Whereabouts(config, self._state)
+        self._credentials = Credentials(config.identity)
+        self._certificates = CertificateManager(self._fetch_certificate)
+        self._certificates.subscribe(self._certificate_news)
+        self._keys = KeyStore()
+        store = Store(WaypointSettings(config.pod_namespace, config.gateway_name), self._keys.find)
+        self._waits = NurseryWaits(reactor)
+        dialler = Dialler(reactor, self._credentials, lambda endpoint, client: announce(self._where.find().workload, endpoint, client, rng))
+        self._pool = Pool(reactor, dialler, make_client_codec)
+        self._ext_authz = ExtAuthz(self._reach, identity=str(config.identity))
+        self._plane = Plane(
+            reactor=reactor,
+            state=self._state,
+            store=store,
+            connections=self._pool,
+            balancer=Balancer(self._state, store.find_destination, self._where.workload, rng),
+            observer=Lines(self._write_line),
+            waits=self._waits,
+            authenticator=Authenticator(self._keys),
+            ext_authz=self._ext_authz,
+            us=self._where.find,
+            local=Local(config.pod_name, config.identity),
+            rng=rng,
+            wall=time.time,
+        )
+        self._readiness = Readiness()
+        self._configured = self._readiness.register("configuration")
+        self._certified = self._readiness.register("certificate")
+        self._serving = self._readiness.register("listener")
+        self._ads_state = AdsState(Phase.CONNECTING, synced=False)
+        self._stop = trio.Event()
+        self.listener = HboneListener(self._plane, self._credentials, max_streams=config.max_streams, synced=lambda: self._ads_state.synced)
+        self._admin = Admin(
+            config, self._plane, self.listener, self._certificates, self._registry, lambda: str(self._ads_state), stop=self._stop
+        )
+
+    async def run(self) -> None:
+        """Until SIGTERM or ``/quitquitquit``, and then until it has drained. Raises BindError when a port is taken."""
+        config, admin = self._config, self._admin
+        try:
+            sockets = open_sockets(config.hbone_address)
+        except (OSError, ValueError) as exc:
+            raise BindError(f"failed to bind to address {config.hbone_address}: {exc}") from exc
+        try:
+            ports = [
+                (admin.routes(), await open_listeners(config.admin_address)),
+                (admin.metrics_routes(), await open_listeners(config.stats_address)),
+                (admin.readiness_routes(self._readiness), await open_listeners(config.readiness_address)),
+            ]
+            await self._serve(sockets, ports)
+        finally:
+            for sock in sockets:
+                sock.close()
+
+    async def _serve(self, sockets: Sequence[socket.socket], ports: Sequence[tuple[Routes, Sequence[trio.SocketListener]]]) -> None:
+        async with trio.open_nursery() as nursery:
+            for routes, listeners in ports:
+                nursery.start_soon(serve_admin, routes, listeners)
+            nursery.start_soon(self._watch_signals)
+            async with trio.open_nursery() as working:
+                await working.start(self._waits.run)
+                await working.start(self._keys.run)
+                await working.start(self._ext_authz.run)
+                working.start_soon(self._certificates.run)
+                self._certificates.request(self._config.identity)
+                working.start_soon(self._run_xds)
+                for sock in sockets:
+                    self.listener.listen(sock)
+                self._serving.done()
+                _log.info("serving", gateway=self._config.key, addresses=", ".join(str(sock.getsockname()[:2]) for sock in sockets))
+                await self._stop.wait()
+                await self._drain()
+                working.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
+
+    async def _drain(self) -> None:
+        """Take nothing new; what lives goes on until it has ended or its time is over."""
+        self._serving.pending("draining")
+        seconds = float(self._config.drain)
+        _log.info("draining", seconds=seconds, connections=self._plane.counts.connections)
+        self.listener.drain()
+        with trio.move_on_after(seconds):
+            while self.listener.links or self._plane.counts.connections:  # noqa: ASYNC110 - one look at two numbers, while ending
+                await trio.sleep(_DRAIN_LOOKS)
+        if self._plane.counts.connections:
+            _log.warning("drain.cut_off", connections=self._plane.counts.connections)
+        self.listener.abort(DRAINED)
+        self._pool.close(gracefully=False)
+        await trio.sleep(_LAST_WORDS)  # lets the last records and frames out
+        self._output.flush()
+
+    async def _watch_signals(self) -> None:
+        async with trio.open_nursery() as nursery:
+            stop = await nursery.start(watch_signals)
+            await stop.wait()
+            self._stop.set()
+
+    # Configuration
+
+    async def _run_xds(self) -> None:
+        config = self._config
+        address = config.xds_address
+        client = AdsClientConfig(
+            connect=connect_tls(address.host, address.port, self._xds_tls, server_hostname=config.xds_hostname),
+            metadata=bearer_metadata(config.token, cluster_id=config.cluster_id),
+            node_id=waypoint_node_id(config.instance_ip, config.pod_name, config.pod_namespace),
+            node_metadata={
+                "NAME": config.pod_name,
+                "NAMESPACE": config.pod_namespace,
+                "INSTANCE_IPS": config.instance_ip,
+                "NODE_NAME": config.node_name,
+                "CLUSTER_ID": config.cluster_id,
+                "SERVICE_ACCOUNT": config.service_account,
+                GATEWAY_NAME: config.gateway_name,
+            },
+            types=(*L7_TYPES, ADDRESS),
+        )
+        await run_ads_client(client, self._xds_update, self._xds_state)
+
+    def _xds_tls(self) -> ssl.SSLContext:
+        return client_tls(self._config.xds_root.read_text())
+
+    def _xds_update(self, update: AdsUpdate) -> None:
+        self._xds_metrics.received(update.type_url, len(update.raw))
+        if update.type_url == ADDRESS:
+            changes = self._state.apply(update.delta)
+            if changes.workloads:
+                self._pool.forget(
+                    lambda endpoint: endpoint.workload is not None and self._state.find_workload(endpoint.workload.uid) is None
+                )
+        elif self._plane.store.apply(update.delta):
+            _log.info(
+                "configured", type=update.type_url.rpartition(".")[2], resources=len(update.delta.l7), removed=len(update.delta.removed_l7)
+            )
+
+    def _is_gone(self, endpoint: Endpoint) -> bool:
+        return endpoint.workload is not None and self._state.find_workload(endpoint.workload.uid) is None
+
+    def _xds_state(self, state: AdsState) -> None:
+        self._ads_state = state
+        if state.synced:
+            self._configured.done()
+        else:
+            self._configured.pending(str(state))
+        if state.phase is Phase.CONNECTED:
+            self._certificates.retry_failed()
+        elif state.phase is Phase.FAILED:
+            self._xds_metrics.terminated("ConnectionError")
+
+    # Certificates
+
+    async def _fetch_certificate(self, identity: SpiffeId) -> CertificateBundle:
+        config = self._config
+        address = config.ca_address
+        authority = Authority(
+            address.host,
+            address.port,
+            config.ca_hostname,
+            config.ca_root,
+            config.token,
+            config.cluster_id,
+            config.secret_ttl,
+            impersonate=False,
+        )
+        return await request_certificate(authority, identity)
+
+    def _certificate_news(self, news: CertificateNews) -> None:
+        if not isinstance(news, CertificateBundle):
+            self._credentials.refuse(news.because)
+            self._certified.pending(news.because)
+            return
+        try:
+            self._credentials.put(news)
+        except SSL.Error as exc:
+            # OpenSSL refuses what parses, such as an intermediate with a weak key.
+            _log.error("certificate.unusable", error=str(exc))
+            self._credentials.refuse(f"the certificate is unusable: {exc}")
+            return
+        self._certified.done()
+
+    # For others
+
+    def _write_line(self, line: str) -> None:
+        self._output.write(f"{log.timestamp()}\taccess\t{line}")
+        self._reactor.call_soon(self._output.flush)
+
+    async def _reach(self, namespace: str, hostname: str, port: int) -> trio.abc.Stream:
+        """A connection to a service of the mesh, with our own identity: for authorizers. Raises Unreachable."""
+        destination = Destination(namespace, hostname, port)
+        plane = self._plane
+        endpoint = plane.balancer.choose(destination, Wish(), plane.reactor.now())
+        if isinstance(endpoint, NoEndpoint):
+            raise Unreachable(endpoint.because)
+        made = trio.Event()
+        result: list[ByteStream | UpstreamFailure] = []
+
+        def opened(stream: ByteStream | UpstreamFailure) -> None:
+            result.append(stream)
+            made.set()
+
+        dialling = plane.connections.connect(endpoint, opened)
+        try:
+            await made.wait()
+        except trio.Cancelled:
+            dialling.cancel()
+            if result and not isinstance(result[0], UpstreamFailure):
+                result[0].abort("nobody waits for it any more")
+            raise
+        stream = result[0]
+        if isinstance(stream, UpstreamFailure):
+            raise Unreachable(stream.because)
+        return TaskStream(stream)

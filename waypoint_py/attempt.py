@@ -1,0 +1,188 @@
+"""One try of a request on one endpoint: it hears the response and tells its exchange, until it is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol as Shape
+
+from mesh.model.address import SocketAddress
+from mesh.model.l7.destination import H2Upgrade, TrafficPolicy
+from mesh.model.l7.waypoint import Protocol
+from mesh.model.service import AppProtocol
+from waypoint_py.context import Connection
+from waypoint_py.http.message import Headers, Request, Response, Version
+from waypoint_py.plane import Plane
+from waypoint_py.upstream.session import Cancel, Endpoint, UpstreamFailure, UpstreamProtocol, UpstreamStream
+
+
+class Listener(Shape):
+    """Who is told how a try goes. It looks at ``attempt``, since what it has given up may still be heard of."""
+
+    def opened(self, attempt: Attempt) -> None: ...
+
+    def upstream_writable(self, attempt: Attempt) -> None: ...
+
+    def informational(self, attempt: Attempt, status: int, headers: Headers) -> None: ...
+
+    def responded(self, attempt: Attempt, response: Response, ended: bool) -> None: ...
+
+    def response_data(self, attempt: Attempt, data: bytes | memoryview) -> None: ...
+
+    def completed(self, attempt: Attempt, trailers: Headers) -> None: ...
+
+    def failed(self, attempt: Attempt, failure: UpstreamFailure) -> None: ...
+
+    def crashed(self, error: Exception) -> None: ...
+
+
+class Attempt:
+    """A `ResponseSink`. A defect of the listener ends the listener's request, not the connection that others share."""
+
+    __slots__ = ("_cancel", "_ended", "_listener", "_plane", "_stream", "endpoint", "sent")
+
+    def __init__(
+        self,
+        listener: Listener,
+        plane: Plane,
+        endpoint: Endpoint,
+        kind: UpstreamProtocol,
+        request: Request,
+        facts: Connection,
+        *,
+        ended: bool,
+    ) -> None:
+        self._listener = listener
+        self._plane = plane
+        self.endpoint = endpoint
+        self.sent = ended
+        """The request has been given away whole."""
+        self._ended = False
+        self._stream: UpstreamStream | None = None
+        plane.balancer.began(endpoint)
+        self._cancel: Cancel | None = plane.connections.request(endpoint, kind, request, ended, self, self._opened, client=facts)
+
+    # --- what the exchange does
+
+    @property
+    def open(self) -> bool:
+        """The head has been written, and the response is not over."""
+        return self._stream is not None and not self._ended
+
+    @property
+    def local_address(self) -> SocketAddress | None:
+        return self._stream.local_address if self._stream is not None else None
+
+    def room(self) -> int:
+        return self._stream.room() if self._stream is not None else 0
+
+    def send_data(self, data: bytes | memoryview) -> None:
+        if self._stream is not None:
+            self._stream.send_data(data)
+
+    def send_end(self, trailers: Headers) -> None:
+        self.sent = True
+        if self._stream is not None:
+            self._stream.send_end(trailers or None)
+
+    def consumed(self, size: int) -> None:
+        if self._stream is not None:
+            self._stream.consumed(size)
+
+    def drop(self) -> None:
+        """Give it up, if it is not over already. Idempotent."""
+        if self._ended:
+            return
+        self._over()
+        if self._stream is not None:
+            self._stream.reset()
+        elif self._cancel is not None:
+            self._cancel.cancel()
+
+    # --- what it hears
+
+    def _opened(self, stream: UpstreamStream) -> None:
+        if self._ended:
+            stream.reset()
+            return
+        self._stream = stream
+        self._tell(lambda: self._listener.opened(self))
+
+    def informational(self, status: int, headers: Headers) -> None:
+        self._tell(lambda: self._listener.informational(self, status, headers))
+
+    def response(self, response: Response, ended: bool) -> None:
+        if ended:
+            self._over()
+        self._tell(lambda: self._listener.responded(self, response, ended))
+
+    def data(self, data: bytes | memoryview) -> None:
+        try:
+            self._listener.response_data(self, data)
+        except Exception as exc:
+            self._crashed(exc)
+
+    def complete(self, trailers: Headers) -> None:
+        self._over()
+        self._tell(lambda: self._listener.completed(self, trailers))
+
+    def failed(self, failure: UpstreamFailure) -> None:
+        self._over()
+        self._tell(lambda: self._listener.failed(self, failure))
+
+    def writable(self) -> None:
+        self._tell(lambda: self._listener.upstream_writable(self))
+
+    def _over(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._plane.balancer.ended(self.endpoint)
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as exc:
+            self._crashed(exc)
+
+    def _crashed(self, error: Exception) -> None:
+        self._plane.reactor.report(error, "a try of a request")
+        self._listener.crashed(error)
+
+
+def protocol_towards(endpoint: Endpoint, declared: Protocol | None, request: Request) -> UpstreamProtocol:
+    """What to speak to an application. ``declared``: by its port, where we stand before it; None: the mesh knows its service's ports.
+
+    A port that declares nothing gets what the client speaks. gRPC is spoken in HTTP/2 whatever the port declares: in HTTP/1.1 it is none.
+    """
+    client = UpstreamProtocol.HTTP2 if request.version is Version.HTTP_2 else UpstreamProtocol.HTTP1
+    match endpoint.policy.pool.h2_upgrade:
+        case H2Upgrade.UPGRADE:
+            return UpstreamProtocol.HTTP2
+        case H2Upgrade.CLIENT:
+            return client
+        case H2Upgrade.NO:
+            pass
+    if request.is_grpc:
+        return UpstreamProtocol.HTTP2
+    match declared if declared is not None else _declared_by_service(endpoint):
+        case Protocol.HTTP:
+            return UpstreamProtocol.HTTP1
+        case Protocol.HTTP2 | Protocol.GRPC:
+            return UpstreamProtocol.HTTP2
+        case _:
+            return client
+
+
+def direct_endpoint(facts: Connection) -> Endpoint:
+    """Where traffic goes that was addressed to a workload itself."""
+    return Endpoint(facts.destination, facts.target, None, None, TrafficPolicy(), "the workload that was dialled")
+
+
+_PROTOCOLS = {AppProtocol.HTTP11: Protocol.HTTP, AppProtocol.HTTP2: Protocol.HTTP2, AppProtocol.GRPC: Protocol.GRPC}
+
+
+def _declared_by_service(endpoint: Endpoint) -> Protocol:
+    if endpoint.service is None or endpoint.destination is None:
+        return Protocol.AUTO
+    port = endpoint.destination.port
+    declared = next((each.app_protocol for each in endpoint.service.ports if each.service_port == port), AppProtocol.UNKNOWN)
+    return _PROTOCOLS.get(declared, Protocol.AUTO)

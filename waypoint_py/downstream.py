@@ -1,0 +1,307 @@
+"""One client connection that speaks HTTP: drives its codec over its byte stream, and gives every request to an exchange of its own.
+
+Back-pressure meets here. What a client does not take stays below `HIGH_WATER` in the stream, and exchanges that have more are told when
+there is room (`wait_for_room`). What exchanges have not moved on is not consumed, so the codec gives the client no credit, or says that
+nothing more should be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, assert_never
+
+from mesh.reactor.loop import Timer
+from mesh.wire.errors import RemoteProtocolError
+from waypoint_py.context import Connection
+from waypoint_py.exchange import Exchange
+from waypoint_py.http.codec import (
+    BodyData,
+    BodyEnd,
+    Event,
+    GoingAway,
+    RefusedHead,
+    RequestHead,
+    ResponseHead,
+    ServerCodec,
+    StreamReset,
+)
+from waypoint_py.http.message import Headers, Response
+from waypoint_py.plane import IDLE_SECONDS, Plane
+from waypoint_py.stream import HIGH_WATER, ByteStream
+
+HEAD_SECONDS: Final = 60.0
+"""For the head of a request that has begun to come (HTTP/1.1): a client that sends a byte now and then holds no connection for ever."""
+LINGER_SECONDS: Final = 5.0
+"""Until a client that was told that we are done must have closed."""
+TOO_MUCH_UNSENT: Final = 2 * HIGH_WATER
+"""Bytes that wait for the client to read, beyond which nothing of what it says is listened to. Bodies stop long before: these are answers
+to what only wants answers (PING, SETTINGS, refused requests), which a client that never reads could have us store."""
+
+
+class HttpConnection:
+    """A `Sink`. ``serial``: requests follow one another (HTTP/1.1); ``on_gone`` is called once, at the end."""
+
+    def __init__(
+        self, plane: Plane, stream: ByteStream, codec: ServerCodec, facts: Connection, *, serial: bool, on_gone: Callable[[], None]
+    ) -> None:
+        self.plane = plane
+        self.facts = facts
+        self._stream = stream
+        self._codec = codec
+        self._serial = serial
+        self._on_gone = on_gone
+        self._exchanges: dict[int, Exchange] = {}
+        self._blocked: dict[Exchange, None] = {}
+        self._handling = False
+        self._again = False  # an exchange ended: what waits behind it may begin
+        self._paused = False
+        self._over = False
+        self._ending = False
+        self._idle_since = plane.reactor.now()
+        self._idle_timer = plane.reactor.call_later(IDLE_SECONDS, self._on_idle)
+        self._head_timer: Timer | None = None
+        self._linger: Timer | None = None
+        if plane.draining:
+            codec.go_away()
+
+    def start(self, early: bytes = b"") -> None:
+        """Listen to the client; ``early``: what it has said already."""
+        self._stream.attach(self)
+        if early:
+            self.data(memoryview(early))
+        else:
+            self._settle()
+
+    @property
+    def active(self) -> int:
+        """Requests under way."""
+        return len(self._exchanges)
+
+    def go_away(self) -> None:
+        """Take no further requests; those under way go on."""
+        if not self._over:
+            self._codec.go_away()
+            self._settle()
+
+    def abort(self, reason: str) -> None:
+        """Cut it off, with all requests."""
+        self._stream.abort(reason)
+
+    # --- the stream
+
+    def data(self, data: memoryview) -> None:
+        if self._over or self._ending:
+            return
+        self._handle(lambda: self._codec.receive(data))
+        if self._serial and not self._exchanges and self._head_timer is None and not self._over:
+            self._head_timer = self.plane.reactor.call_later(HEAD_SECONDS, self._on_slow_head)
+
+    def ended(self) -> None:
+        if not (self._over or self._ending):
+            self._handle(self._codec.receive_eof)
+
+    def drained(self) -> None:
+        self._tell_blocked()
+        self._settle()
+
+    def closed(self, reason: str | None) -> None:
+        if self._over:
+            return
+        self._over = True
+        for timer in (self._idle_timer, self._head_timer, self._linger):
+            if timer is not None:
+                timer.cancel()
+        for exchange in list(self._exchanges.values()):
+            exchange.gone("downstream_remote_disconnect", reason or "the client closed the connection")
+        self._on_gone()
+
+    # --- exchanges
+
+    def room(self, stream: int) -> int:
+        """Bytes of body that may be sent to the client now."""
+        return min(self._codec.room(stream), HIGH_WATER - self._stream.unsent - self._codec.unsent())
+
+    def wait_for_room(self, exchange: Exchange) -> None:
+        """Call `Exchange.writable` when there may be more."""
+        self._blocked[exchange] = None
+
+    def send_informational(self, stream: int, status: int, headers: Headers) -> None:
+        self._codec.send_informational(stream, status, headers)
+        self._settle()
+
+    def send_response(self, stream: int, response: Response, *, ended: bool) -> None:
+        self._codec.send_response(stream, response, ended=ended)
+        self._settle()
+
+    def send_data(self, stream: int, data: bytes | memoryview) -> None:
+        self._codec.send_data(stream, data)
+        self._settle()
+
+    def send_end(self, stream: int, trailers: Headers) -> None:
+        self._codec.send_end(stream, trailers or None)
+        self._settle()
+
+    def reset(self, stream: int, code: int) -> None:
+        self._codec.reset(stream, code)
+        self._settle()
+
+    def consumed(self, stream: int, size: int) -> None:
+        if size and not self._over:
+            self._codec.consumed(stream, size)
+            self._settle()
+
+    def last_answer(self) -> None:
+        """The answer that comes next is the last on this connection, if requests follow one another: the present one is not read to its
+        end, or cannot be trusted."""
+        if self._serial:
+            self._codec.go_away()
+
+    @property
+    def serial(self) -> bool:
+        return self._serial
+
+    def forget(self, stream: int) -> None:
+        """The exchange is over."""
+        exchange = self._exchanges.pop(stream, None)
+        if exchange is None:
+            return
+        self._blocked.pop(exchange, None)
+        if not self._exchanges:
+            self._idle_since = self.plane.reactor.now()
+        if self._serial and not self._over:
+            self._again = True
+            self._settle()
+
+    # --- what the codec says
+
+    def _handle(self, receive: Callable[[], Sequence[Event]]) -> None:
+        self._handling = True
+        begun: list[Exchange] = []
+        try:
+            self._take(receive(), begun)
+        except RemoteProtocolError as exc:
+            self._handling = False
+            self._fail(exc.reason)
+            return
+        # After everything that came with them: a request whose body is here already is a whole one.
+        for exchange in begun:
+            self.guard(exchange, exchange.begin)
+        self._handling = False
+        self._tell_blocked()
+        self._settle()
+
+    def _take(self, events: Sequence[Event], begun: list[Exchange]) -> None:
+        exchanges = self._exchanges
+        for event in events:
+            match event:
+                case BodyData():
+                    exchange = exchanges.get(event.stream)
+                    if exchange is None:
+                        self._codec.consumed(event.stream, len(event.data))
+                    else:
+                        self.guard(exchange, lambda e=exchange, d=event.data: e.body(d))  # type: ignore[misc]
+                case RequestHead():
+                    self._head_came()
+                    exchange = Exchange(self, event.stream, event.request, ended=event.ended)
+                    exchanges[event.stream] = exchange
+                    begun.append(exchange)
+                case BodyEnd():
+                    exchange = exchanges.get(event.stream)
+                    if exchange is not None:
+                        self.guard(exchange, lambda e=exchange, t=event.trailers: e.body_ended(t))  # type: ignore[misc]
+                case StreamReset():
+                    exchange = exchanges.get(event.stream)
+                    if exchange is not None:
+                        self.guard(exchange, lambda e=exchange, r=event.reason: e.gone("http2.remote_reset", r))  # type: ignore[misc]
+                        if exchange in begun:
+                            begun.remove(exchange)
+                case RefusedHead():
+                    self._head_came()
+                    exchange = Exchange(self, event.stream, event.request, ended=True)
+                    exchanges[event.stream] = exchange
+                    self.guard(exchange, lambda e=exchange, r=event: e.refuse(r.status, r.reason))  # type: ignore[misc]
+                case GoingAway():
+                    pass  # what is under way goes on, and the client closes after it
+                case ResponseHead():
+                    raise AssertionError("a client does not answer")
+                case _:
+                    assert_never(event)
+
+    def _head_came(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def guard(self, exchange: Exchange, call: Callable[[], None]) -> None:
+        """A defect in one exchange must not cost the others."""
+        try:
+            call()
+        except Exception as exc:
+            self.plane.reactor.report(exc, "an exchange")
+            exchange.crashed(exc)
+
+    def _tell_blocked(self) -> None:
+        if self._blocked:
+            blocked, self._blocked = self._blocked, {}
+            for exchange in blocked:
+                self.guard(exchange, exchange.writable)
+
+    # --- after anything happened
+
+    def _settle(self) -> None:
+        """Send what is to be sent, listen or do not, and close when all is said."""
+        if self._handling or self._over:
+            return
+        codec, stream = self._codec, self._stream
+        if self._again:
+            self._again = False
+            self._handle(lambda: codec.receive(b""))
+            return
+        outgoing = codec.take_outgoing()
+        if outgoing:
+            stream.write(outgoing)
+        if codec.finished:
+            self._end()
+            return
+        wants = codec.wants_data and stream.unsent <= TOO_MUCH_UNSENT
+        if wants is self._paused:
+            self._paused = not wants
+            if wants:
+                stream.resume()
+            else:
+                stream.pause()
+
+    def _end(self) -> None:
+        """Nothing more is said on either side; the client has a moment to read and close."""
+        if self._ending:
+            return
+        self._ending = True
+        for exchange in list(self._exchanges.values()):
+            exchange.gone("downstream_protocol_error", "the connection cannot go on")
+        self._stream.end()
+        self._stream.resume()
+        self._linger = self.plane.reactor.call_later(LINGER_SECONDS, lambda: self._stream.abort("the client did not close"))
+
+    def _fail(self, reason: str) -> None:
+        """The client broke the protocol for the connection as a whole."""
+        for exchange in list(self._exchanges.values()):
+            self.guard(exchange, lambda e=exchange: e.gone("downstream_protocol_error", reason, broken=True))  # type: ignore[misc]
+        outgoing = self._codec.take_outgoing()
+        if outgoing:
+            self._stream.write(outgoing)
+        self._end()
+
+    def _on_slow_head(self) -> None:
+        self._head_timer = None
+        if not self._exchanges:
+            self._stream.abort(f"no whole request head within {HEAD_SECONDS:g} s")
+
+    def _on_idle(self) -> None:
+        idle = self.plane.reactor.now() - self._idle_since
+        if not self._exchanges and idle >= IDLE_SECONDS:
+            self._codec.go_away()
+            self._settle()
+            self._end()
+            return
+        left = IDLE_SECONDS if self._exchanges else IDLE_SECONDS - idle
+        self._idle_timer = self.plane.reactor.call_later(max(left, 1.0), self._on_idle)

@@ -1,0 +1,348 @@
+"""What is told of every request and connection, once, when it is over: access log, metrics and traces are made of nothing else.
+
+One record type for each holds all that Istio's log formats, metrics and spans ask for, so that an observer needs to look at nothing itself.
+A record is also what Envoy's operators are rendered of (`mesh.telemetry.operators.Facts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from mesh.model.address import SocketAddress
+from mesh.model.identity import SpiffeId
+from mesh.model.l7.routing import Destination
+from mesh.telemetry.log import quoted
+from waypoint_py.context import Connection
+from waypoint_py.http.message import Headers, Request, Response, Version
+from waypoint_py.upstream.session import Endpoint, UpstreamProtocol
+from waypoint_py.verdict import Flag
+
+_PROTOCOLS = {UpstreamProtocol.HTTP1: "HTTP/1.1", UpstreamProtocol.HTTP2: "HTTP/2"}
+
+
+class Local:
+    """What is the same in all records of a process, for operators that ask for it."""
+
+    __slots__ = ("hostname", "identity")
+
+    def __init__(self, hostname: str, identity: SpiffeId) -> None:
+        self.hostname = hostname
+        self.identity = identity
+
+
+class _Record:
+    """Common to both. Times in seconds: ``start_time`` is Unix time, the others are on the reactor's clock, whose ``started`` is the
+    record's beginning; None where it did not come to that."""
+
+    def __init__(self, connection: Connection, local: Local, began: float, started: float) -> None:
+        self.connection = connection
+        self.local = local
+        self.start_time = began
+        self.started = started
+        self.ended: float | None = None
+        self.flags: tuple[Flag, ...] = ()
+        self.details = ""
+        """Envoy's ``response_code_details``; ``via_upstream`` for an application's answer."""
+        self.because = ""
+        """For people: what decided."""
+        self.policy = ""
+        """``ns[shop]-policy[name]-rule[0]``, when a policy decided."""
+        self.destination: Destination | None = None
+        self.upstream: Endpoint | None = None
+        """Of the last try."""
+        self.upstream_local_address: SocketAddress | None = None
+        self.transport_failure = ""
+        self.bytes_received = 0
+        """From the client, of the body."""
+        self.bytes_sent = 0
+        self.connection_id: int | None = None
+        self.tags: dict[str, str] = {}
+        """What filters leave for logs and spans, such as dry-run verdicts."""
+
+    def add_flags(self, *flags: Flag) -> None:
+        self.flags = (*self.flags, *(flag for flag in flags if flag not in self.flags))
+
+    # For operators
+
+    @property
+    def duration(self) -> float | None:
+        return self._since_start(self.ended)
+
+    @property
+    def response_code_details(self) -> str | None:
+        return self.details or None
+
+    @property
+    def response_flags(self) -> Sequence[str]:
+        return [flag.value for flag in self.flags]
+
+    @property
+    def upstream_transport_failure_reason(self) -> str | None:
+        return self.transport_failure or None
+
+    @property
+    def upstream_host(self) -> SocketAddress | None:
+        return self.upstream.address if self.upstream is not None else None
+
+    @property
+    def upstream_cluster(self) -> str | None:
+        """By Istio's names: of the service that came in as such, of any other as ``outbound``, of a workload ``encap``."""
+        destination = self.destination
+        if destination is None:
+            return "encap" if self.upstream is not None and self.connection.service is None else None
+        service = self.connection.service
+        if service is not None and (service.namespace, service.hostname) == (destination.namespace, destination.hostname):
+            kind = "http" if isinstance(self, RequestRecord) else "tcp"
+            part = f"{kind}/{destination.subset}" if destination.subset else kind
+            return f"inbound-vip|{destination.port}|{part}|{destination.hostname}"
+        return f"outbound|{destination.port}|{destination.subset}|{destination.hostname}"
+
+    @property
+    def downstream_local_address(self) -> SocketAddress | None:
+        return self.connection.destination
+
+    @property
+    def downstream_remote_address(self) -> SocketAddress | None:
+        return self.connection.peer_address
+
+    @property
+    def downstream_direct_remote_address(self) -> SocketAddress | None:
+        return self.connection.peer_address
+
+    @property
+    def requested_server_name(self) -> str | None:
+        return None
+
+    @property
+    def hostname(self) -> str | None:
+        return self.local.hostname or None
+
+    @property
+    def downstream_peer_uri_san(self) -> str | None:
+        return str(self.connection.peer)
+
+    @property
+    def downstream_local_uri_san(self) -> str | None:
+        return str(self.local.identity)
+
+    def _since_start(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self.started
+
+
+class RequestRecord(_Record):
+    """One HTTP request. Filled while it lives; nothing changes after an observer has got it."""
+
+    def __init__(self, connection: Connection, local: Local, began: float, started: float, request: Request | None) -> None:
+        super().__init__(connection, local, began, started)
+        self.request = request
+        """As it stands: with what was added and changed on the way. None: it could not be read."""
+        self.method = request.method if request is not None else b""
+        self.authority = request.authority if request is not None else b""
+        self.path = request.path if request is not None else b""
+        """With its query, as it was routed and judged: normalised, before any rewrite."""
+        self.version = request.version if request is not None else Version.HTTP_1_1
+        self.is_grpc = request is not None and request.is_grpc
+        self.response: Response | None = None
+        """As the client got it. None: it went before there was one."""
+        self.response_trailers: Headers = []
+        self.grpc_status: int | None = None
+        self.request_messages = 0
+        self.response_messages = 0
+        """gRPC messages that were complete."""
+        self.termination = ""
+        self.route = ""
+        """Its name."""
+        self.route_because = ""
+        """The resource and rule that it was made of, and what matched."""
+        self.upstream_kind: UpstreamProtocol | None = None
+        self.attempts = 0
+        self.trace: str | None = None
+        self.request_complete: float | None = None
+        """From the client."""
+        self.request_sent: float | None = None
+        """To the upstream."""
+        self.upstream_began: float | None = None
+        """The last try's beginning."""
+        self.response_began: float | None = None
+        """Its first byte from upstream."""
+
+    @property
+    def status(self) -> int:
+        """0: the client went before there was one."""
+        return self.response.status if self.response is not None else 0
+
+    @property
+    def upstream_service_time(self) -> float | None:
+        """What ``x-envoy-upstream-service-time`` says, in seconds."""
+        if self.response_began is None or self.upstream_began is None:
+            return None
+        return self.response_began - self.upstream_began
+
+    # For operators
+
+    def request_header(self, name: bytes) -> bytes | None:
+        request = self.request
+        if request is None:
+            return None
+        match name:
+            case b":method":
+                return request.method
+            case b":path":
+                return request.path
+            case b":authority" | b"host":
+                return request.authority
+            case b":scheme":
+                return request.scheme
+        return request.first(name)
+
+    def response_header(self, name: bytes) -> bytes | None:
+        if self.response is None:
+            return None
+        return b"%d" % self.response.status if name == b":status" else self.response.first(name)
+
+    def response_trailer(self, name: bytes) -> bytes | None:
+        return next((value for key, value in self.response_trailers if key == name), None)
+
+    @property
+    def protocol(self) -> str | None:
+        return self.version.value
+
+    @property
+    def upstream_protocol(self) -> str | None:
+        return _PROTOCOLS.get(self.upstream_kind) if self.upstream_kind is not None else None
+
+    @property
+    def response_code(self) -> int | None:
+        return self.status
+
+    @property
+    def connection_termination_details(self) -> str | None:
+        return self.termination or None
+
+    @property
+    def request_duration(self) -> float | None:
+        return self._since_start(self.request_complete)
+
+    @property
+    def request_tx_duration(self) -> float | None:
+        return self._since_start(self.request_sent)
+
+    @property
+    def response_duration(self) -> float | None:
+        return self._since_start(self.response_began)
+
+    @property
+    def response_tx_duration(self) -> float | None:
+        return self.ended - self.response_began if self.ended is not None and self.response_began is not None else None
+
+    @property
+    def upstream_attempts(self) -> int:
+        return self.attempts
+
+    @property
+    def route_name(self) -> str | None:
+        return self.route or None
+
+    @property
+    def trace_id(self) -> str | None:
+        return self.trace
+
+
+class ConnectionRecord(_Record):
+    """One TCP connection that was carried on as such."""
+
+    def request_header(self, name: bytes) -> bytes | None:
+        return None
+
+    def response_header(self, name: bytes) -> bytes | None:
+        return None
+
+    def response_trailer(self, name: bytes) -> bytes | None:
+        return None
+
+    protocol: str | None = None
+    upstream_protocol: str | None = None
+    response_code: int | None = 0
+    request_duration: float | None = None
+    request_tx_duration: float | None = None
+    response_duration: float | None = None
+    response_tx_duration: float | None = None
+    upstream_attempts: int = 0
+    route_name: str | None = None
+    grpc_status: int | None = None
+    trace_id: str | None = None
+
+    @property
+    def connection_termination_details(self) -> str | None:
+        return None
+
+
+class RefusalRecord:
+    """A connection, or a CONNECT within one, that was not let in. ``status`` 0: there was no request to answer."""
+
+    __slots__ = ("at", "authority", "because", "peer", "peer_address", "status")
+
+    def __init__(self, at: float, peer: SpiffeId | None, peer_address: SocketAddress, authority: str, status: int, because: str) -> None:
+        self.at = at
+        self.peer = peer
+        self.peer_address = peer_address
+        self.authority = authority
+        self.status = status
+        self.because = because
+
+
+class Observer(Protocol):
+    """Who is told. Within the loop, so it must not wait; what it raises is a defect that costs the record alone."""
+
+    def request_began(self, record: RequestRecord) -> None:
+        """Before anything is decided; may add to the request's headers, as trace context."""
+
+    def request_ended(self, record: RequestRecord) -> None: ...
+
+    def connection_opened(self, record: ConnectionRecord) -> None: ...
+
+    def connection_closed(self, record: ConnectionRecord) -> None: ...
+
+    def refused(self, record: RefusalRecord) -> None: ...
+
+
+class Lines:
+    """A plain line for each, given to ``write``."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+
+    def request_began(self, record: RequestRecord) -> None:
+        pass
+
+    def request_ended(self, record: RequestRecord) -> None:
+        where = record.upstream_host or "-"
+        self._write(
+            f'request "{_text(record.method)} {_text(record.path)} {record.protocol}" status={record.status} '
+            f"flags={','.join(record.response_flags) or '-'} details={record.details or '-'} received={record.bytes_received} "
+            f"sent={record.bytes_sent} ms={round(1000 * (record.duration or 0))} authority={quoted(_text(record.authority))} "
+            f"peer={record.connection.peer} upstream={where} cluster={record.upstream_cluster or '-'} attempts={record.attempts} "
+            f"because={quoted(record.because)}\n"
+        )
+
+    def connection_opened(self, record: ConnectionRecord) -> None:
+        pass
+
+    def connection_closed(self, record: ConnectionRecord) -> None:
+        self._write(
+            f"connection flags={','.join(record.response_flags) or '-'} received={record.bytes_received} sent={record.bytes_sent} "
+            f"ms={round(1000 * (record.duration or 0))} peer={record.connection.peer} upstream={record.upstream_host or '-'} "
+            f"cluster={record.upstream_cluster or '-'} because={quoted(record.because)}\n"
+        )
+
+    def refused(self, record: RefusalRecord) -> None:
+        self._write(
+            f"refused status={record.status} authority={quoted(record.authority)} peer={record.peer or '-'} "
+            f"address={record.peer_address} because={quoted(record.because)}\n"
+        )
+
+
+def _text(raw: bytes) -> str:
+    """What a peer sent, in a line."""
+    return quoted(raw.decode("utf-8", "backslashreplace"))[1:-1]

@@ -1,0 +1,152 @@
+"""Answers that are ours: which status, text, flags and details each situation has, and what they look like to a gRPC client.
+
+Texts and flags are Envoy's, since users, dashboards and tests know them. Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from waypoint_py.http.message import Headers, Request, Response
+from waypoint_py.routing.grpc import trailers_only
+from waypoint_py.upstream.session import FailureKind, UpstreamFailure
+from waypoint_py.verdict import Flag, LocalReply
+
+SERVER: Final = b"istio-envoy"
+"""What every answer says of its server, ours and the applications'."""
+
+_RESET: Final = "upstream connect error or disconnect/reset before headers. "
+_REASONS: Final = {
+    FailureKind.CONNECT: ("connection failure", "remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
+    FailureKind.CONNECT_TIMEOUT: ("connection timeout", "connection timeout", Flag.UPSTREAM_CONNECTION_FAILURE),
+    FailureKind.TLS: ("connection failure", "remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
+    FailureKind.REFUSED: ("connection failure", "remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
+    FailureKind.TERMINATED: ("connection termination", "connection termination", Flag.UPSTREAM_CONNECTION_TERMINATION),
+    FailureKind.RESET: ("remote reset", "remote reset", Flag.UPSTREAM_REMOTE_RESET),
+    FailureKind.REFUSED_STREAM: ("remote refused stream reset", "remote refused stream reset", Flag.UPSTREAM_REMOTE_RESET),
+    FailureKind.PROTOCOL: ("protocol error", "protocol error", Flag.UPSTREAM_PROTOCOL_ERROR),
+    FailureKind.OVERFLOW: ("overflow", "overflow", Flag.UPSTREAM_OVERFLOW),
+}
+"""The body's word, the details' word, the flag."""
+
+# Situations without variables, in the order of a request's life
+
+
+def bad_path(because: str) -> LocalReply:
+    return LocalReply(400, b"", flags=(), details="path_normalization_failed", because=because)
+
+
+def refused_head(status: int, reason: str) -> LocalReply:
+    """A request that the codec did not let through."""
+    body = {400: b"Bad Request", 413: b"Payload Too Large", 426: b"Upgrade Required", 501: b"Not Implemented"}.get(status, b"")
+    details = "http1.headers_too_large" if status == 431 else f"http.codec_error.{reason.replace(' ', '_')[:100]}"
+    return LocalReply(status, body, flags=(Flag.DOWNSTREAM_PROTOCOL_ERROR,), details=details, because=reason, close=True)
+
+
+def upgrade_refused(what: str) -> LocalReply:
+    return LocalReply(403, b"", details="upgrade_failed", because=f"{what} is not allowed here")
+
+
+def no_configuration(because: str) -> LocalReply:
+    """The service is not, or not yet, or no more, one that we stand before."""
+    return LocalReply(503, b"", flags=(Flag.NO_CLUSTER_FOUND,), details="cluster_not_found", because=because)
+
+
+def no_route(because: str) -> LocalReply:
+    return LocalReply(404, b"", flags=(Flag.NO_ROUTE_FOUND,), details="route_not_found", because=because)
+
+
+def no_destination(status: int, because: str) -> LocalReply:
+    """A destination that cannot be used: VirtualService 503, Gateway API 500."""
+    return LocalReply(status, b"", flags=(Flag.NO_CLUSTER_FOUND,), details="cluster_not_found", because=because)
+
+
+def no_endpoint(because: str) -> LocalReply:
+    return LocalReply(
+        503,
+        b"no healthy upstream",
+        flags=(Flag.NO_HEALTHY_UPSTREAM,),
+        details="no_healthy_upstream",
+        because=f"no healthy upstream: {because}",
+    )
+
+
+def request_timeout(because: str) -> LocalReply:
+    """The client took too long."""
+    return LocalReply(408, b"request timeout", details="request_overall_timeout", because=because, close=True)
+
+
+def response_timeout(because: str) -> LocalReply:
+    return LocalReply(504, b"upstream request timeout", flags=(Flag.UPSTREAM_REQUEST_TIMEOUT,), details="response_timeout", because=because)
+
+
+def per_try_timeout(because: str) -> LocalReply:
+    return LocalReply(
+        504, b"upstream request timeout", flags=(Flag.UPSTREAM_REQUEST_TIMEOUT,), details="upstream_per_try_timeout", because=because
+    )
+
+
+def stream_timeout(*, request_complete: bool) -> LocalReply:
+    """Nothing moved for too long."""
+    status = 504 if request_complete else 408
+    return LocalReply(
+        status, b"stream timeout", flags=(Flag.STREAM_IDLE_TIMEOUT,), details="stream_idle_timeout", because="nothing moved for too long"
+    )
+
+
+def too_large() -> LocalReply:
+    return LocalReply(
+        413, b"Payload Too Large", details="request_payload_too_large", because="the body is too large to be buffered", close=True
+    )
+
+
+def internal_error(because: str) -> LocalReply:
+    return LocalReply(500, b"", details="internal_error", because=because)
+
+
+def upstream_failed(failure: UpstreamFailure) -> LocalReply:
+    """Before the response began, and not to be tried again."""
+    word, details, flag = _REASONS[failure.kind]
+    body = f"{_RESET}reset reason: {word}"
+    if failure.transport:
+        body += f", transport failure reason: {failure.transport}"
+    headers: Headers = [(b"x-envoy-overloaded", b"true")] if failure.kind is FailureKind.OVERFLOW else []
+    reason = details.replace(" ", "_")
+    if failure.transport:
+        reason += f"|{failure.transport.replace(' ', '_')}"
+    return LocalReply(
+        503,
+        body.encode(),
+        headers,
+        flags=(flag,),
+        details=f"upstream_reset_before_response_started{{{reason}}}",
+        because=failure.because,
+    )
+
+
+def flag_of_failure(failure: UpstreamFailure) -> Flag:
+    return _REASONS[failure.kind][2]
+
+
+# What goes out
+
+
+def render(reply: LocalReply, request: Request | None) -> tuple[Response, bytes]:
+    """The response that a client of ``request`` gets, and its body. Headers of the reply itself go before those we would give."""
+    if request is not None and request.is_grpc and request.method != b"HEAD":
+        return trailers_only(reply), b""
+    headers = list(reply.headers)
+    if reply.body:
+        _default(headers, b"content-type", b"text/plain")
+    # A HEAD is told the length that a GET would have got; the codec leaves the body out.
+    response = Response(reply.status, headers, content_length=None if _bodiless(reply.status) else len(reply.body))
+    return response, b"" if _bodiless(reply.status) else reply.body
+
+
+def _bodiless(status: int) -> bool:
+    return status in (204, 304) or status < 200
+
+
+def _default(headers: Headers, name: bytes, value: bytes) -> None:
+    if all(key != name for key, _ in headers):
+        headers.append((name, value))
