@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Final
 
 from mesh.kube.addresses import CIDR
@@ -286,9 +285,15 @@ def _check_hosts(found: VirtualService, spec: Fields) -> None:
     for index, host in enumerate(found.hosts):
         if host == "*" and found.for_mesh:
             spec.complain("hosts", "'*' is for gateways: in the mesh, name what is meant", index)
-    for (_, first), (index, second) in combinations(enumerate(found.hosts), 2):
-        if hosts_meet(first, second):
-            spec.complain("hosts", f"'{second}' and '{first}' overlap", index)
+    places: dict[str, int] = {}
+    for index, host in enumerate(found.hosts):
+        if places.setdefault(host, index) != index:
+            spec.complain("hosts", f"'{host}' is given twice", index)
+    for index, host in enumerate(found.hosts):
+        for pattern in patterns_of(host):
+            other = places.get(pattern, index) if pattern != host else index
+            if other != index:
+                spec.complain("hosts", f"'{host}' and '{pattern}' overlap", max(index, other))
 
 
 def _check_exports(found: VirtualService, spec: Fields) -> None:
@@ -324,10 +329,11 @@ def _check_delegation(found: VirtualService, spec: Fields, http: tuple[Fields, .
 
 
 def _check_sni(found: VirtualService, spec: Fields) -> None:
+    hosts = set(found.hosts)
     for rule_index, rule in enumerate(found.tls):
         for index, match in enumerate(rule.matches):
             for sni_index, sni in enumerate(match.sni_hosts):
-                if not any(covers(host, sni) for host in found.hosts):
+                if hosts.isdisjoint(patterns_of(sni)):
                     message = f"'{sni}' is none of the VirtualService's hosts"
                     spec.complain("tls", message, rule_index, "match", index, "sniHosts", sni_index)
 
@@ -337,6 +343,20 @@ def covers(pattern: str, host: str) -> bool:
     if pattern == "*" or pattern == host:
         return True
     return pattern.startswith("*") and host.removeprefix("*").endswith(pattern[1:])
+
+
+def patterns_of(host: str) -> Iterator[str]:
+    """All that cover ``host``: itself, the wildcards above it and ``*``."""
+    yield host
+    rest = host.removeprefix("*.")
+    if rest == host:
+        rest = rest.partition(".")[2]
+        if rest:
+            yield f"*.{rest}"
+    while rest := rest.partition(".")[2]:
+        yield f"*.{rest}"
+    if host != "*":
+        yield "*"
 
 
 def hosts_meet(first: str, second: str) -> bool:

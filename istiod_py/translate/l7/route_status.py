@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeAlias
 
 from istiod_py.translate.config import Condition, ParentStatus, StatusEntry
@@ -19,7 +20,7 @@ from istiod_py.translate.l7.sources import Note, RouteIndex, Sourced, expand, is
 from mesh.kube.gatewayapi.references import ParentRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, RequestRoute
 from mesh.kube.objects import FieldPath, ObjectKey, SourceProblem, format_path
-from mesh.kube.virtualservice import VirtualService, hosts_meet
+from mesh.kube.virtualservice import VirtualService, hosts_meet, patterns_of
 
 CONTROLLER: Final = "istio.io/gateway-controller"
 """As whom Istio speaks of routes."""
@@ -59,7 +60,6 @@ class _Reporter:
         for services in index.known.by_host.values():
             for found in services:
                 self._by_object.setdefault((found.kind, found.namespace, found.name), []).append(found)
-        self._wildcards = [host for host in index.known.by_host if host.startswith("*")]
         self._delegated = {
             (rule.delegate.namespace or root.value.namespace, rule.delegate.name)
             for root in index.sources.virtual_services
@@ -140,12 +140,8 @@ class _Reporter:
 
     def _services_of(self, host: str) -> list[L7Service]:
         by_host = self._index.known.by_host
-        if not host.startswith("*"):
-            wildcards = [
-                each for pattern, found in by_host.items() if pattern.startswith("*") and hosts_meet(pattern, host) for each in found
-            ]
-            return [*by_host.get(host, ()), *wildcards]
-        return [each for name, found in by_host.items() if hosts_meet(host, name) for each in found]
+        meant = filter(partial(hosts_meet, host), by_host) if host.startswith("*") else patterns_of(host)
+        return [service for name in meant for service in by_host.get(name, ())]
 
     # Routes of the Gateway API
 

@@ -131,7 +131,7 @@ class _Router:
         hosts = narrow_hosts(root.value, self._service, self._defaults)
         routes = route_rules(self._rules[root.obj.key], place, self._notes, hosts)
         keys = frozenset((root.obj.key, *(_key_of(route.origin) for route in routes)))
-        return _Unit(keys, routes, narrow=hosts is not None)
+        return _Unit(keys, routes, narrow=bool(hosts))
 
     def _note_hidden(self, route: Route, last: Route, port: int) -> None:
         field = "http" if route.origin.kind == "VirtualService" else "rules"

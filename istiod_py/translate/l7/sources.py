@@ -10,7 +10,7 @@ from istiod_py.translate.l7.known import KnownServices, L7Service
 from mesh.kube.gatewayapi.references import BackendRef, ParentRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, RequestRoute
 from mesh.kube.objects import FieldPath, KubeObject, ObjectKey, SourceProblem
-from mesh.kube.virtualservice import VirtualService, hosts_meet
+from mesh.kube.virtualservice import VirtualService, covers, patterns_of
 
 _T = TypeVar("_T")
 
@@ -99,12 +99,11 @@ class RouteIndex:
     def virtual_services_for(self, hostname: str) -> list[Sourced[VirtualService]]:
         """Those with a host that means ``hostname``, which may be a wildcard's; oldest first."""
         found = {id(vs): vs for vs in self._by_host.get(hostname, ())}
-        for pattern, matching in self._by_pattern.items():
-            if hosts_meet(pattern, hostname):
-                found |= {id(vs): vs for vs in matching}
+        for pattern in patterns_of(hostname):
+            found |= {id(vs): vs for vs in self._by_pattern.get(pattern, ())}
         if hostname.startswith("*"):
-            for host, matching in self._by_host.items():
-                if hosts_meet(host, hostname):
+            for host, matching in (*self._by_host.items(), *self._by_pattern.items()):
+                if covers(hostname, host):
                     found |= {id(vs): vs for vs in matching}
         return sorted(found.values(), key=lambda vs: vs.age)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +19,7 @@ from mesh.kube.routeactions import MirrorTarget, WeightedTarget
 from mesh.kube.textmatch import matches_empty, matches_everything
 from mesh.kube.virtualservice import CLAIMS, MESH, HttpMatch, HttpRule, VirtualService, covers
 from mesh.model.l7.matching import (
+    MAX_REGEX,
     Exact,
     HeaderMatch,
     PathKind,
@@ -62,7 +63,7 @@ class Place:
     defaults: RouteDefaults
 
 
-def route_rules(placed: Iterable[PlacedRule], place: Place, notes: list[Note], hosts: HeaderMatch | None = None) -> list[Route]:
+def route_rules(placed: Iterable[PlacedRule], place: Place, notes: list[Note], hosts: tuple[HeaderMatch, ...] = ()) -> list[Route]:
     """The routes of a VirtualService's rules. ``hosts``: what the requests' hosts must be."""
     routes = (_route_rule(each, place, notes, hosts) for each in placed)
     return [route for route in routes if route is not None]
@@ -87,19 +88,37 @@ def matches_every_request(match: RouteMatch) -> bool:
     return False
 
 
-def narrow_hosts(vs: VirtualService, service: L7Service, defaults: RouteDefaults) -> HeaderMatch | None:
-    """What distinguishes the VirtualService's hosts among the names of a service that has many (``*.example.com``); None: it is for all of
-    them. (Istio lets such a VirtualService have requests for any name.)"""
+def narrow_hosts(vs: VirtualService, service: L7Service, defaults: RouteDefaults) -> tuple[HeaderMatch, ...]:
+    """What distinguishes the VirtualService's hosts among the names of a service that has many (``*.example.com``): one of these must
+    hold; none: it is for all of them. (Istio lets such a VirtualService have requests for any name.)"""
     if not service.hostname.startswith("*"):
-        return None
-    meeting = [host for host in hosts_of(vs, defaults) if covers(service.hostname, host)]
-    if any(covers(host, service.hostname) for host in hosts_of(vs, defaults)):
-        return None
-    patterns = [r"[^.:/]+(?:\.[^.:/]+)*" + re.escape(host[1:]) if host.startswith("*") else re.escape(host) for host in meeting]
-    return HeaderMatch(":authority", Regex(f"(?i:{'|'.join(patterns)})(?::[0-9]+)?"))
+        return ()
+    hosts = hosts_of(vs, defaults)
+    if any(covers(host, service.hostname) for host in hosts):
+        return ()
+    patterns = [_match_host(host) for host in hosts if covers(service.hostname, host)]
+    return tuple(HeaderMatch(":authority", Regex(expression)) for expression in _join_expressions(patterns))
 
 
-def _route_rule(placed: PlacedRule, place: Place, notes: list[Note], hosts: HeaderMatch | None) -> Route | None:
+def _match_host(host: str) -> str:
+    return r"[^.:/]+(?:\.[^.:/]+)*" + re.escape(host[1:]) if host.startswith("*") else re.escape(host)
+
+
+def _join_expressions(patterns: list[str]) -> Iterator[str]:
+    """As alternatives of as few expressions as there may be: their length is bounded. Names in any case, with a port or without."""
+    form = "(?i:{})(?::[0-9]+)?"
+    joined = ""
+    for pattern in patterns:
+        longer = f"{joined}|{pattern}" if joined else pattern
+        if joined and len(form.format(longer)) > MAX_REGEX:
+            yield form.format(joined)
+            longer = pattern
+        joined = longer
+    if joined:
+        yield form.format(joined)
+
+
+def _route_rule(placed: PlacedRule, place: Place, notes: list[Note], hosts: tuple[HeaderMatch, ...]) -> Route | None:
     rule = placed.rule
     matches = _select_matches(placed, place, notes)
     if matches is None:
@@ -165,18 +184,23 @@ def find_unmet(match: HttpMatch, waypoint_namespace: str) -> tuple[str, str] | N
     return None
 
 
-def _convert_matches(matches: list[HttpMatch], by_prefix: bool, hosts: HeaderMatch | None) -> Iterable[RouteMatch]:
+def _convert_matches(matches: list[HttpMatch], by_prefix: bool, hosts: tuple[HeaderMatch, ...]) -> Iterable[RouteMatch]:
     for match in matches:
         converted = _convert_match(match)
         if by_prefix and converted.path is None:
             converted = msgspec.structs.replace(converted, path=_EVERY_PATH)
-        if hosts is not None:
-            converted = msgspec.structs.replace(converted, headers=(*converted.headers, hosts))
-        yield converted
-        if matches_every_request(converted):
+        yield from _narrow(converted, hosts)
+        if not hosts and matches_every_request(converted):
             return
-    if not matches and (by_prefix or hosts is not None):
-        yield RouteMatch(path=_EVERY_PATH if by_prefix else None, headers=() if hosts is None else (hosts,))
+    if not matches and (by_prefix or hosts):
+        yield from _narrow(RouteMatch(path=_EVERY_PATH if by_prefix else None), hosts)
+
+
+def _narrow(match: RouteMatch, hosts: tuple[HeaderMatch, ...]) -> Iterator[RouteMatch]:
+    for host in hosts:
+        yield msgspec.structs.replace(match, headers=(*match.headers, host))
+    if not hosts:
+        yield match
 
 
 def _convert_match(match: HttpMatch) -> RouteMatch:

@@ -18,6 +18,7 @@ from mesh.kube.virtualservice import (
     VirtualService,
     covers,
     hosts_meet,
+    patterns_of,
     read_virtual_service,
 )
 from mesh.model.l7.matching import Exact, Prefix, Present, Regex
@@ -237,7 +238,9 @@ HTTP = "spec.http[0]"
     (f"{{hosts: ['*'], gateways: [gw, mesh], http: [{{{TO}}}]}}", "spec.hosts[0]", "'*' is for gateways"),
     (f"{{hosts: [a.*.c], http: [{{{TO}}}]}}", "spec.hosts[0]", "expected a hostname"),
     (f"{{hosts: [''], http: [{{{TO}}}]}}", "spec.hosts[0]", "expected a hostname"),
-    (f"{{hosts: [a.b, a.b], http: [{{{TO}}}]}}", "spec.hosts[1]", "overlap"),
+    (f"{{hosts: [a.b, a.b], http: [{{{TO}}}]}}", "spec.hosts[1]", "given twice"),
+    (f"{{hosts: [x.a.b, c.d, '*.b'], http: [{{{TO}}}]}}", "spec.hosts[2]", "'x.a.b' and '*.b' overlap"),
+    (f"{{hosts: ['*.a.b', '*.b'], http: [{{{TO}}}]}}", "spec.hosts[1]", "'*.a.b' and '*.b' overlap"),
     (f"{{hosts: ['*.b', a.b], http: [{{{TO}}}]}}", "spec.hosts[1]", "overlap"),
     (f"{{hosts: [a], gateways: ['a/b/c'], http: [{{{TO}}}]}}", "spec.gateways[0]", "'namespace/name'"),
     (f"{{hosts: [a], gateways: ['/b'], http: [{{{TO}}}]}}", "spec.gateways[0]", "'namespace/name'"),
@@ -402,6 +405,7 @@ def check(spec: str, field: str, message: str) -> None:
 ])  # fmt: skip
 def test_wildcards_cover_any_depth_but_not_the_domain_itself(pattern: str, host: str, covered: bool, meet: bool) -> None:
     assert (covers(pattern, host), hosts_meet(pattern, host)) == (covered, meet)
+    assert (pattern in patterns_of(host)) == covered
 
 
 def test_a_file_gone_bad_keeps_the_last_good_version_and_names_line_and_field(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from istiod_py.translate.l7.sources import RouteDefaults
-from mesh.model.l7.matching import Exact, HeaderMatch, PathKind, PathMatch, Prefix, Present, QueryMatch, Regex, RouteMatch
+from mesh.model.l7.matching import MAX_REGEX, Exact, HeaderMatch, PathKind, PathMatch, Prefix, Present, QueryMatch, Regex, RouteMatch
 from mesh.model.l7.routing import (
     Cors,
     Destination,
@@ -386,5 +386,11 @@ def test_a_narrower_host_has_its_own_requests_of_a_service_of_many_names_and_no_
     assert found.find("/", authority="API.example.com:8080") == "v1"
     assert found.find("/", authority="www.example.com") == "*"
     assert found.find("/", authority="api.example.com.evil.com") == "*"
+    many = ", ".join(f"{name * 20}.example.com" for name in "abcdefghijklmnopqrstuvwxyz") + ", '*.deep.example.com'"
+    several = World(text.replace("[api.example.com]", f"[{many}]"), services=(*SERVICES, wide), target=wide)
+    assert all(len(header.match.value) <= MAX_REGEX for each in several.routes()[0].matches for header in each.headers)  # type: ignore[union-attr]
+    assert [several.find("/", authority=f"{name}.example.com") for name in ("a" * 20, "z" * 20, "x.y.deep", "deep", "www")] == [
+        "v1", "v1", "v1", "*", "*",
+    ]  # fmt: skip
     whole = text.replace("api.example.com", "'*.example.com'")
     assert World(whole, services=(*SERVICES, wide), target=wide).find("/", authority="www.example.com") == "v1"
