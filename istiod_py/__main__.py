@@ -38,6 +38,9 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--trust-domain", default="cluster.local", help="First part of every identity.")
 @click.option("--cluster-id", default="Kubernetes", help="Name of this cluster.")
 @click.option("--root-namespace", default="istio-system", help="Policies here are for the whole mesh.")
+@click.option("--deploy-dir", type=_DIRECTORY, help="With --source: where pods and services of waypoints are written.")
+@click.option("--status-dir", type=_DIRECTORY, help="With --source: where the status of Gateways is written; below an --overlay.")
+@click.option("--waypoint-image", metavar="IMAGE", help="With --kubeconfig: of waypoints.  [default: that of our own pod]")
 @click.option(
     "--debounce-ms", default=100, type=click.IntRange(0, 10_000), help="Changes that come within so many milliseconds are one push."
 )
@@ -49,6 +52,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
     default=("istio-system/ztunnel",),
     help="Service account of node agents on Kubernetes; repeat.",
 )
+@click.option("--read-secrets", is_flag=True, help="On Kubernetes, read Secrets: DestinationRules may then name credentials.")
 def main(
     source: Path | None,
     kubeconfig: str | None,
@@ -61,8 +65,12 @@ def main(
     trust_domain: str,
     cluster_id: str,
     root_namespace: str,
+    deploy_dir: Path | None,
+    status_dir: Path | None,
+    waypoint_image: str | None,
     debounce_ms: int,
     trusted: tuple[str, ...],
+    read_secrets: bool,
 ) -> None:
     """The control plane: reads Kubernetes objects, tells node agents what they need, and signs their certificates.
 
@@ -70,8 +78,10 @@ def main(
     """
     if (source is None) == (not kubeconfig):
         raise click.UsageError("give either --source or --kubeconfig")
-    if kubeconfig and (overlays or token_dir):
-        raise click.UsageError("--overlay and --token-dir go with --source only")
+    if kubeconfig and (overlays or token_dir or deploy_dir or status_dir):
+        raise click.UsageError("--overlay, --token-dir, --deploy-dir and --status-dir go with --source only")
+    if (deploy_dir is None) != (status_dir is None):
+        raise click.UsageError("--deploy-dir and --status-dir go together")
     config = Config(
         source=source,
         state_dir=state_dir,
@@ -86,6 +96,11 @@ def main(
         debounce=debounce_ms / 1000,
         kubeconfig=kubeconfig or "",
         trusted_node_accounts=frozenset(trusted),
+        read_secrets=read_secrets,
+        deploy_dir=deploy_dir,
+        status_dir=status_dir,
+        waypoint_image=waypoint_image or "",
+        waypoint_environment={name: os.environ[name] for name in ("LOG_FORMAT", "RUST_LOG") if name in os.environ},
         replica=os.environ.get("POD_NAME") or socket.gethostname(),
     )
     try:

@@ -14,12 +14,13 @@ from typing import Final
 import msgspec
 import trio
 
-from istiod_py.authenticate import CONFIRM_EVERY, NodeAuthorizer
+from istiod_py.authenticate import CONFIRM_EVERY, Caller, NodeAuthorizer
 from istiod_py.ca import CaError, CertificateAuthority
 from istiod_py.config import LONGEST_DEBOUNCE, Config
 from istiod_py.debounce import Debounce
 from istiod_py.dump import describe
 from istiod_py.files import PUBLIC_MODE, make_private_directory, write_atomically
+from istiod_py.jwks import KeySetKeeper
 from istiod_py.problems import ProblemLog
 from istiod_py.serving import ServingTls
 from istiod_py.signing import SigningMetrics, SigningService, require_caller
@@ -29,20 +30,25 @@ from istiod_py.sources.directory import DirectorySource
 from istiod_py.sources.kubernetes import KubernetesSource
 from istiod_py.translate import Config as TranslateConfig
 from istiod_py.translate import Translation, translate
+from istiod_py.translate.l7.authentication import KeySets
 from mesh.kube.kubeconfig import KubeconfigError
-from mesh.rpc import Handler, Unary, serve
+from mesh.kube.objects import SourceProblem
+from mesh.rpc import Handler, RpcError, Status, Unary, serve
 from mesh.runtime import inspection
 from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound_addresses, open_listeners, serve_admin
 from mesh.runtime.readiness import Readiness
 from mesh.telemetry.log import get_logger
 from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, add_build, add_process, content_type, render
-from mesh.xds.cache import ResourceCache
-from mesh.xds.names import CREATE_CERTIFICATE_METHOD, pod_of_node_id
-from mesh.xds.server import AdsServer, ConnectionStatus
+from mesh.xds.cache import Changes, ResourceCache
+from mesh.xds.l7 import L7_TYPES
+from mesh.xds.names import CREATE_CERTIFICATE_METHOD, WAYPOINT, pod_of_node_id, role_of_node_id
+from mesh.xds.server import AdsServer, ConnectionStatus, Introduction
 
 UPKEEP_INTERVAL: Final = 60.0
 """Seconds between looks at our own certificates, by the wall clock."""
 UPKEEP_SPREAD: Final = 10.0
+PRECEDENCE: Final = 0.5
+"""Seconds at most that agents wait for waypoints to take what they have to know first, and waypoints for agents to let go of them."""
 
 _log = get_logger("istiod")
 
@@ -81,6 +87,8 @@ async def run_istiod(config: Config, *, task_status: trio.TaskStatus[Started] = 
         await nursery.start(partial(serve, agents, istiod.handlers(), tls=istiod.serving.context))
         nursery.start_soon(istiod.watch_source)
         nursery.start_soon(istiod.run_pushes)
+        nursery.start_soon(istiod.run_key_sets)
+        nursery.start_soon(istiod.follow_key_sets)
         nursery.start_soon(istiod.run_upkeep)
         istiod.ready.done()
         started = Started(tuple(bound_addresses(agents)), tuple(bound_addresses(monitoring)))
@@ -124,31 +132,67 @@ class Istiod:
         self._cache = ResourceCache()
         confirm = partial(require_caller, self._authenticator, fresh=True)
         self._ads = AdsServer(
-            self._cache, authenticate=partial(require_caller, self._authenticator), confirm=confirm, confirm_every=CONFIRM_EVERY
+            self._cache,
+            authenticate=partial(require_caller, self._authenticator),
+            confirm=confirm,
+            confirm_every=CONFIRM_EVERY,
+            assign=assign_waypoint,
         )
         self._signing = SigningMetrics(self._registry)
         self._failures = self._registry.counter("pilot_push_failures", "Translations or pushes that ended in a defect").labelled()
         self._pushed = self._registry.counter("pilot_xds_pushes", "Pushes that changed a type", ("type",))
         self._add_metrics()
         self._translation = Translation()
+        self._keys = KeySetKeeper()
 
     # Source to push
 
     async def push_first(self) -> None:
         """Have something to serve: agents take what a control plane that just started does not name as removed."""
         self._pods.update(self._store.objects("Pod"))
-        self._publish(await trio.to_thread.run_sync(translate, self._store.objects(), None, self._translating))
+        await self._publish(await trio.to_thread.run_sync(translate, self._store.objects(), None, self._translating))
 
-    def _publish(self, translation: Translation) -> None:
-        """Hand what changed to the agents and report what is wrong with the source."""
+    async def _publish(self, translation: Translation) -> None:
+        """Hand what changed to agents and waypoints and report what is wrong with the source."""
         changes = self._cache.apply(diff(self._translation, translation))
         self._translation = translation
-        self._ads.publish(changes)
+        self._keys.want(translation.wanted_keys)
+        await self._tell(changes)
         for type_url, names in changes.items():
             self._pushed.labelled(type_url).value += 1
             _log.info("pushed", type=type_url, resources=len(names), agents=len(self._ads.connections()))
         self._source.report(translation.statuses)
         self._report_problems()
+
+    async def _tell(self, changes: Changes) -> None:
+        """A waypoint knows a service before agents send to it, and until they no longer do: connections would be refused in between."""
+        gone = {url: [name for name in names if self._cache.get(url, name) is None] for url, names in changes.items() if url in L7_TYPES}
+        first = {url: [name for name in names if name not in gone.get(url, ())] for url, names in changes.items()}
+        for_agents = {url: names for url, names in first.items() if url not in L7_TYPES}
+        self._ads.publish(first, waypoints=True)
+        if any(for_agents.values()):
+            if any(names for url, names in first.items() if url in L7_TYPES):
+                await self._wait_taken(waypoints=True)
+            self._ads.publish(for_agents, waypoints=False)
+            if any(gone.values()):
+                await self._wait_taken(waypoints=False)
+        self._ads.publish(gone, waypoints=True)
+
+    async def _wait_taken(self, *, waypoints: bool) -> None:
+        with trio.move_on_after(PRECEDENCE) as waiting:
+            await self._ads.wait_taken(waypoints=waypoints)
+        if waiting.cancelled_caught:
+            _log.warning("push.not_taken_in_time", by="waypoints" if waypoints else "agents")
+
+    async def run_key_sets(self) -> None:
+        """Fetch what waypoints verify tokens with."""
+        await self._keys.run()
+
+    async def follow_key_sets(self) -> None:
+        """Translate anew when a key set was fetched, or could not be."""
+        while True:
+            await self._keys.wait_changed()
+            self._debounce.notify()
 
     async def watch_source(self) -> None:
         """Follow the source. Tokens and assignments follow at once, what is translated after the debounce."""
@@ -167,13 +211,15 @@ class Istiod:
             objects, before = self._store.objects(), self._translation
             try:
                 # In a thread: a large mesh takes seconds to translate, and agents' connections must stay alive meanwhile.
-                self._publish(await trio.to_thread.run_sync(translate, objects, before, self._translating))
+                key_sets = KeySets(self._keys.key_sets)
+                await self._publish(await trio.to_thread.run_sync(translate, objects, before, self._translating, key_sets))
             except Exception:  # supervisor: a defect that one object sets off must not take the mesh's control plane down
                 _log.exception("push.failed")
                 self._failures.value += 1
 
     def _report_problems(self) -> None:
-        self._problems.update((*self._store.problems, *self._translation.problems))
+        fetching = (SourceProblem(f"key set {source.uri or source.issuer}", 0, "", text) for source, text in self._keys.problems.items())
+        self._problems.update((*self._store.problems, *self._translation.problems, *fetching))
         for kind, origin in self._store.ignored_kinds.items():
             if kind not in self._ignored:
                 self._ignored.add(kind)
@@ -236,9 +282,14 @@ class Istiod:
             policies=len(self._translation.policies),
             problems=len(self._problems.current),
             authority_expires=self._ca.expires.timestamp(),
-            agents=sorted(map(describe_agent, self._ads.connections()), key=lambda agent: (agent.namespace, agent.pod)),
+            agents=self._describe_clients(waypoints=False),
+            waypoints=self._describe_clients(waypoints=True),
         )
         return Response(200, msgspec.json.encode(page), "application/json")
+
+    def _describe_clients(self, *, waypoints: bool) -> list[inspection.ConnectedAgent]:
+        found = (each for each in self._ads.connections() if (isinstance(each.caller, Caller) and bool(each.caller.gateway)) == waypoints)
+        return sorted(map(describe_agent, found), key=lambda agent: (agent.namespace, agent.pod))
 
     def _add_metrics(self) -> None:
         add_build(self._registry, "pilot", version("ambient-mesh"))
@@ -257,6 +308,19 @@ class Istiod:
         return [FamilySnapshot(name, "gauge", help, (), (Sample((), value),)) for name, help, value in gauges]
 
 
+def assign_waypoint(client: Introduction) -> str:
+    """Which waypoint's resources a client gets: those of the Gateway that it was proved to be a waypoint of. What it says of itself may
+    only agree. Raises RpcError."""
+    caller = client.caller
+    proved = caller.waypoint if isinstance(caller, Caller) else ""
+    claims_to_be_one = role_of_node_id(client.node_id) == WAYPOINT
+    namespace, _ = pod_of_node_id(client.node_id)
+    if claims_to_be_one and (not proved or proved != f"{namespace}/{client.gateway or proved.partition('/')[2]}"):
+        _log.warning("waypoint.refused", node=client.node_id, gateway=client.gateway, caller=str(caller))
+        raise RpcError(Status.PERMISSION_DENIED, "not a waypoint of this Gateway")
+    return proved
+
+
 async def open_source(config: Config, at: datetime) -> Source:
     """Where objects, identities and the authority come from. Raises CaError, KubeconfigError, OSError."""
     make_private_directory(config.state_dir)
@@ -273,12 +337,32 @@ def describe_agent(connection: ConnectionStatus) -> inspection.ConnectedAgent:
     return inspection.ConnectedAgent(pod, namespace, str(connection.peer), stale)
 
 
+def describe_waypoints(translation: Translation) -> dict[str, dict[str, object]]:
+    """By Gateway and kind what each waypoint is told. Keys of upstream TLS are left out."""
+    found: dict[str, dict[str, object]] = {}
+    for key, resource in sorted(translation.l7.items()):
+        kinds = found.setdefault(key.waypoint, {})
+        listed = kinds.setdefault(key.kind, [])
+        assert isinstance(listed, list)
+        listed.append(without_secrets(msgspec.to_builtins(resource, str_keys=True)))
+    return dict(found)
+
+
+def without_secrets(value: object) -> object:
+    """JSON without what is under ``key`` beside ``certificate``."""
+    if isinstance(value, dict):
+        secret = "key" if "certificate" in value else None
+        return {name: "..." if name == secret and item else without_secrets(item) for name, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list) else value
+
+
 def describe_state(translation: Translation, ca: CertificateAuthority, agents: Sequence[ConnectionStatus]) -> dict[str, object]:
     """JSON of ``/debug/config_dump``: what agents are told, who they are, and what objects' status would say. No secret is in it."""
     return {
         "workloads": [describe(workload) for _, workload in sorted(translation.workloads.items())],
         "services": [describe(service) for _, service in sorted(translation.services.items())],
         "policies": [describe(policy) for _, policy in sorted(translation.policies.items())],
+        "waypoints": describe_waypoints(translation),
         "statuses": {str(key): describe(conditions) for key, conditions in sorted(translation.statuses.items())},
         "agents": [describe(agent) for agent in sorted(agents, key=lambda agent: agent.node_id)],
         "certificateAuthority": {

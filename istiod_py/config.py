@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,16 @@ class Config:
     """``in-cluster``, or the path of a kubeconfig; instead of ``source``."""
     trusted_node_accounts: frozenset[str] = frozenset({"istio-system/ztunnel"})
     """``namespace/serviceaccount`` of node agents on Kubernetes: these may ask for identities of the pods on their node."""
+    read_secrets: bool = False
+    """On Kubernetes: Secrets of all namespaces are read, for the credentials that DestinationRules name."""
+    deploy_dir: Path | None = None
+    """Beside a directory: where what is deployed for Gateways goes, for whoever runs pods there. None: nothing is deployed."""
+    status_dir: Path | None = None
+    """Beside a directory: where the status of Gateways goes, one of ``overlays`` or below one."""
+    waypoint_image: str = ""
+    """On Kubernetes; empty: our own pod's."""
+    waypoint_environment: Mapping[str, str] = field(default_factory=dict)
+    """What waypoints are told besides: how to log."""
     replica: str = "istiod-py"
     """This replica's name, for the leader's Lease."""
 

@@ -10,7 +10,17 @@ from typing import Final
 
 import trio
 
-from istiod_py.authenticate import APPEARANCE_TIMEOUT, NOT_AUTHENTICATED, Caller, RunningPods, Unauthenticated, Undecided, wait_until
+from istiod_py.authenticate import (
+    APPEARANCE_TIMEOUT,
+    NOT_AUTHENTICATED,
+    Caller,
+    RunningPods,
+    Unauthenticated,
+    Undecided,
+    account_for,
+    find_gateway,
+    wait_until,
+)
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.objects import KubeObject, mapping_at
 from mesh.kube.resources import TOKEN_REVIEWS
@@ -93,7 +103,7 @@ def find_node(reviewed: Reviewed, pod: KubeObject | None) -> str:
 
 
 class ReviewAuthenticator:
-    """``authorization: Bearer <token>`` of a node agent's pod. Others are refused: node agents alone call us so far."""
+    """``authorization: Bearer <token>`` of a node agent's pod or a waypoint's. Others are refused: nobody else calls us so far."""
 
     def __init__(
         self,
@@ -122,12 +132,29 @@ class ReviewAuthenticator:
             raise Unauthenticated(NOT_AUTHENTICATED)
         try:
             reviewed = await self._review(token, fresh)
-            if f"{reviewed.namespace}/{reviewed.service_account}" not in self._trusted:
-                raise NotBelieved(f"{reviewed.namespace}/{reviewed.service_account} is no trusted node account")
-            return Caller(await self._locate(reviewed), reviewed.namespace, reviewed.service_account)
+            self._refuse_others(reviewed)
+            node = await self._locate(reviewed)
+            return Caller(node, reviewed.namespace, reviewed.service_account, self._find_role(reviewed))
         except NotBelieved as exc:
             _log.warning("token.refused", because=str(exc))
             raise Unauthenticated(NOT_AUTHENTICATED) from exc
+
+    def _refuse_others(self, reviewed: Reviewed) -> None:
+        """Most that a cluster runs has no business here, and is not waited for."""
+        account = f"{reviewed.namespace}/{reviewed.service_account}"
+        gateways = (gateway for gateway in self._store.objects("Gateway") if gateway.namespace == reviewed.namespace)
+        if account not in self._trusted and all(account_for(gateway) != reviewed.service_account for gateway in gateways):
+            raise NotBelieved(f"{account} is neither a trusted node account nor that of a waypoint")
+
+    def _find_role(self, reviewed: Reviewed) -> str:
+        """Empty for a node's agent, else the Gateway whose waypoint it is. The pod was found, and is the token's own."""
+        if f"{reviewed.namespace}/{reviewed.service_account}" in self._trusted:
+            return ""
+        pod = self._find_pod(reviewed)
+        gateway = find_gateway(self._store, pod) if pod is not None else ""
+        if not gateway:
+            raise NotBelieved(f"pod {reviewed.namespace}/{reviewed.pod} is no waypoint, though it runs as one")
+        return gateway
 
     async def _locate(self, reviewed: Reviewed) -> str:
         """Waits a moment for a pod that we have not heard of: an agent is up sooner than its status."""

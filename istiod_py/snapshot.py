@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from istiod_py.translate import Translation
+from mesh.model.l7.waypoint import Assigned
 from mesh.model.policy import Action, Policy, Rule
 from mesh.state.store import Delta
+from mesh.xds.l7 import resource_name, type_url_of
 
 _T = TypeVar("_T")
 
@@ -21,6 +23,16 @@ def diff(before: Translation, after: Translation) -> Delta:
         policies=tuple(map(closed, _changed(before.policies, after.policies))),
         removed_addresses=(*_removed(before.workloads, after.workloads), *_removed(before.services, after.services)),
         removed_policies=_removed(before.policies, after.policies),
+        l7=tuple(
+            Assigned(key.waypoint, resource)
+            for key, resource in after.l7.items()
+            if (old := before.l7.get(key)) is not resource and old != resource
+        ),
+        removed_l7=tuple(
+            (type_url_of(resource), resource_name(Assigned(key.waypoint, resource)))
+            for key, resource in before.l7.items()
+            if key not in after.l7
+        ),
     )
 
 

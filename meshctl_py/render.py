@@ -108,11 +108,16 @@ def show_status(status: LabStatus) -> None:
     services = Table("NAMESPACE", "SERVICE", "ADDRESSES", "PORTS", "ENDPOINTS")
     for service in status.services:
         services.add_row(service.namespace, service.name, ",".join(service.ips), ",".join(service.ports), str(service.endpoints))
+    waypoints = Table("NAMESPACE", "WAYPOINT", "PROGRAMMED", "WHY")
+    for waypoint in status.waypoints:
+        waypoints.add_row(
+            waypoint.namespace, waypoint.name, colour_state("no" if waypoint.because else "yes", not waypoint.because), waypoint.because
+        )
     processes = Table("PROCESS", "STATE", "PID", "STARTS", "LAST EXIT", "WHY")
     for process in status.processes:
         state = colour_state(process.state, process.state == "running")
         processes.add_row(process.name, state, str(process.pid or ""), str(process.starts), process.last_exit, process.because)
-    for table in (nodes, pods, services, processes):
+    for table in (nodes, pods, services, waypoints, processes):
         if table.rows:
             table.print()
             OUT.print()

@@ -9,7 +9,7 @@ from typing import Protocol
 from istiod_py.authenticate import Authenticator
 from istiod_py.ca import CertificateAuthority
 from istiod_py.pods import AssignedPods
-from istiod_py.translate import Condition
+from istiod_py.translate import StatusEntry
 from mesh.kube.objects import ObjectKey
 from mesh.kube.store import ObjectStore
 
@@ -38,7 +38,7 @@ class Source(Protocol):
     def follow(self, kinds: Collection[str]) -> None:
         """Objects of these kinds changed."""
 
-    def report(self, statuses: Mapping[ObjectKey, tuple[Condition, ...]]) -> None:
+    def report(self, statuses: Mapping[ObjectKey, tuple[StatusEntry, ...]]) -> None:
         """What objects' status should say now."""
 
     async def renew_root(self, now: datetime) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from mesh.model.identity import DEFAULT_TRUST_DOMAIN
 
@@ -27,3 +29,26 @@ class Condition:
     status: bool
     reason: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParentStatus:
+    """What a route's status says of one of its parents (Gateway API's ``status.parents[]``). ``parent`` is the reference as the route has
+    it; ``controller`` who says so."""
+
+    parent: Mapping[str, object]
+    controller: str
+    conditions: tuple[Condition, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AncestorStatus:
+    """What a policy's status says of one object that it has to do with (Gateway API's ``status.ancestors[]``)."""
+
+    ancestor: Mapping[str, object]
+    controller: str
+    conditions: tuple[Condition, ...]
+
+
+StatusEntry: TypeAlias = Condition | ParentStatus | AncestorStatus
+"""All that is said in an object's status. An empty tuple of them for an object: what was said before is withdrawn."""

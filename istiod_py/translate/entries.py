@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from istiod_py.translate.config import Config
 from istiod_py.translate.services import distribution_balancing, protocol_named, service_key
@@ -11,13 +11,21 @@ from istiod_py.translate.traits import canonical_name, canonical_revision, speak
 from mesh.kube.service import KubeService
 from mesh.kube.serviceentry import EntryPort, KubeServiceEntry
 from mesh.kube.workloadentry import EntryEndpoint, KubeWorkloadEntry
-from mesh.model.address import IpAddress, NamespacedHostname, NetworkAddress
+from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname, NetworkAddress
 from mesh.model.labels import AUTO_REGISTRATION_GROUP, WORKLOAD_NAME
-from mesh.model.service import CidrVip, HealthPolicy, LoadBalancing, LoadBalancingMode, Service, ServicePort, Visibility
+from mesh.model.service import CidrVip, HealthPolicy, LoadBalancing, LoadBalancingMode, Service, ServicePort, Visibility, WeightedWaypoint
 from mesh.model.workload import Locality, PortMapping, Workload, WorkloadType
 
 _GROUP = "networking.istio.io"
 _AS_DIALLED = LoadBalancing(mode=LoadBalancingMode.PASSTHROUGH, health_policy=HealthPolicy.ALLOW_ALL)
+
+
+def endpoint_uid(entry: KubeServiceEntry, endpoint: EntryEndpoint, config: Config) -> str:
+    return f"{config.cluster_id}/{_GROUP}/ServiceEntry/{entry.namespace}/{entry.name}/{endpoint.address}"
+
+
+def workload_entry_uid(entry: KubeWorkloadEntry, config: Config) -> str:
+    return f"{config.cluster_id}/{_GROUP}/WorkloadEntry/{entry.namespace}/{entry.name}"
 
 
 def visibility(entry: KubeServiceEntry) -> Visibility | None:
@@ -47,6 +55,8 @@ def translate_host(
     canonical: bool,
     namespace_annotations: Mapping[str, str],
     network: str,
+    waypoint: GatewayAddress | None = None,
+    weighted: tuple[WeightedWaypoint, ...] = (),
 ) -> Service:
     """One host of a ServiceEntry. ``vips``: its automatic addresses, for an entry without addresses of its own."""
     visible = visibility(entry)
@@ -60,6 +70,8 @@ def translate_host(
         cidr_addresses=tuple(CidrVip(network, cidr) for cidr in entry.addresses if cidr.num_addresses > 1),
         ports=tuple(ServicePort(port.port, port.target or port.port, protocol_named(port.protocol)) for port in entry.ports),
         subject_alt_names=entry.subject_alt_names,
+        waypoint=waypoint,
+        weighted_waypoints=weighted,
         load_balancing=_AS_DIALLED if entry.resolution == "NONE" else distribution_balancing(entry.annotations, namespace_annotations),
         canonical=canonical,
         visibility=visible,
@@ -67,12 +79,18 @@ def translate_host(
 
 
 def translate_service_entry(
-    entry: KubeServiceEntry, hosts: tuple[str, ...], *, around: Surroundings, config: Config
+    entry: KubeServiceEntry,
+    hosts: tuple[str, ...],
+    *,
+    around: Surroundings,
+    config: Config,
+    waypoints: Sequence[GatewayAddress | None] = (),
 ) -> tuple[Workload, ...]:
     """The workloads that a ServiceEntry brings along, for those of its hosts that are its own: its endpoints, or, where names are
     looked up and no endpoints are given, each host itself.
 
-    Who they are and which policies they name is the entry's matter. (In Istio an endpoint's network holds for those after it too.)
+    Who they are and which policies they name is the entry's matter. ``waypoints``: those of the endpoints, one each; what stands for a
+    host has none, since nobody dials it but through the service. (In Istio an endpoint's network holds for those after it too.)
     """
     if not hosts:
         return ()
@@ -80,7 +98,11 @@ def translate_service_entry(
         mapped = {
             endpoint.address: {_key(entry, host): _map_own_ports(endpoint, entry.ports) for host in hosts} for endpoint in entry.endpoints
         }
-        return tuple(_endpoint_of(entry, endpoint, mapped[endpoint.address], around, config) for endpoint in entry.endpoints)
+        found = waypoints or [None] * len(entry.endpoints)
+        return tuple(
+            _endpoint_of(entry, endpoint, mapped[endpoint.address], around, config, waypoint)
+            for endpoint, waypoint in zip(entry.endpoints, found, strict=True)
+        )
     if not entry.resolves_names or entry.selector is not None:
         return ()
     implied = [(host, EntryEndpoint(host, None, {}, {}, "", "", 0, "")) for host in hosts]
@@ -96,9 +118,11 @@ def _endpoint_of(
     services: Mapping[NamespacedHostname, tuple[PortMapping, ...]],
     around: Surroundings,
     config: Config,
+    waypoint: GatewayAddress | None = None,
 ) -> Workload:
     return _workload(
-        uid=f"{config.cluster_id}/{_GROUP}/ServiceEntry/{entry.namespace}/{entry.name}/{endpoint.address}",
+        waypoint=waypoint,
+        uid=endpoint_uid(entry, endpoint, config),
         name=entry.name,
         workload_name=entry.name,
         namespace=entry.namespace,
@@ -111,7 +135,9 @@ def _endpoint_of(
     )
 
 
-def translate_workload_entry(entry: KubeWorkloadEntry, *, around: Surroundings, config: Config) -> Workload:
+def translate_workload_entry(
+    entry: KubeWorkloadEntry, *, around: Surroundings, config: Config, waypoint: GatewayAddress | None = None
+) -> Workload:
     """Selected by the Services and ServiceEntries of its namespace, as a pod is. Nothing says whether it is healthy, so it is."""
     services = {service_key(s, config): _map_service_ports(entry.endpoint, s) for s in around.services if s.selects(entry.labels)}
     for selecting in around.entries:
@@ -119,7 +145,8 @@ def translate_workload_entry(entry: KubeWorkloadEntry, *, around: Surroundings, 
             ports = _map_own_ports(entry.endpoint, selecting.entry.ports)
             services |= {_key(selecting.entry, host): ports for host in selecting.hosts}
     return _workload(
-        uid=f"{config.cluster_id}/{_GROUP}/WorkloadEntry/{entry.namespace}/{entry.name}",
+        waypoint=waypoint,
+        uid=workload_entry_uid(entry, config),
         name=entry.name,
         workload_name=entry.annotations.get(AUTO_REGISTRATION_GROUP) or entry.labels.get(WORKLOAD_NAME) or entry.name,
         namespace=entry.namespace,
@@ -134,6 +161,7 @@ def translate_workload_entry(entry: KubeWorkloadEntry, *, around: Surroundings, 
 
 def _workload(
     *,
+    waypoint: GatewayAddress | None,
     uid: str,
     name: str,
     workload_name: str,
@@ -148,6 +176,7 @@ def _workload(
     return Workload(
         uid=uid,
         name=name,
+        waypoint=waypoint,
         namespace=namespace,
         addresses=(endpoint.ip,) if endpoint.ip is not None else (),
         hostname=endpoint.address if endpoint.ip is None else "",

@@ -12,9 +12,9 @@ from istiod_py.translate.traits import canonical_name, canonical_revision, speak
 from mesh.kube.pod import KubePod
 from mesh.kube.service import KubeService, KubeServicePort
 from mesh.kube.serviceentry import EntryPort
-from mesh.model.address import NamespacedHostname
+from mesh.model.address import GatewayAddress, NamespacedHostname
 from mesh.model.labels import REGION, SUBZONE, WORKLOAD_NAME, ZONE
-from mesh.model.workload import HealthStatus, Locality, NetworkMode, PortMapping, Workload, WorkloadType
+from mesh.model.workload import ApplicationTunnel, HealthStatus, Locality, NetworkMode, PortMapping, Workload, WorkloadType
 
 _CRON_JOB_RUN = re.compile(r"(.+)-\d{8,10}\Z")
 """A Job made by a CronJob is named after it and its scheduled minute."""
@@ -36,11 +36,12 @@ def translate_pod(
     listed: Iterable[KubeService],
     locality: Locality,
     config: Config,
+    waypoint: GatewayAddress | None = None,
+    tunnel: ApplicationTunnel | None = None,
 ) -> Workload | None:
     """None when there is nothing to reach: the pod has finished, or has no address yet. One that is pending with an address counts,
-    its init containers talk already. ``listed``: Services without selector whose EndpointSlices name the pod.
-
-    The waypoint of a workload is not looked up yet; `Workload.waypoint` is where it goes.
+    its init containers talk already. ``listed``: Services without selector whose EndpointSlices name the pod. ``tunnel``: the pod is a
+    waypoint's, and how it is handed connections.
     """
     if pod.finished or not pod.ips:
         return None
@@ -56,10 +57,12 @@ def translate_pod(
         trust_domain=config.trust_domain,
         service_account=pod.service_account,
         node=pod.node,
+        waypoint=waypoint,
         canonical_name=canonical_name(pod.labels, name),
         canonical_revision=canonical_revision(pod.labels),
         workload_type=WorkloadType.POD,
         workload_name=name,
+        application_tunnel=tunnel,
         authorization_policies=around.policies_for(pod.labels),
         status=HealthStatus.HEALTHY if pod.ready and not pod.deleting else HealthStatus.UNHEALTHY,
         cluster_id=config.cluster_id,

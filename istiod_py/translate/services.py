@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from istiod_py.translate.config import Config
 from mesh.kube.service import KubeService, KubeServicePort
-from mesh.model.address import NamespacedHostname, NetworkAddress
+from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress
 from mesh.model.labels import TRAFFIC_DISTRIBUTION
 from mesh.model.service import (
     AppProtocol,
@@ -18,6 +18,7 @@ from mesh.model.service import (
     LoadBalancingScope,
     Service,
     ServicePort,
+    WeightedWaypoint,
 )
 
 _PROTOCOLS = {
@@ -56,7 +57,15 @@ def service_key(service: KubeService, config: Config) -> NamespacedHostname:
     return NamespacedHostname(service.namespace, f"{service.name}.{service.namespace}.svc.{config.domain_suffix}")
 
 
-def translate_service(service: KubeService, *, namespace_annotations: Mapping[str, str], network: str, config: Config) -> Service | None:
+def translate_service(
+    service: KubeService,
+    *,
+    namespace_annotations: Mapping[str, str],
+    network: str,
+    config: Config,
+    waypoint: GatewayAddress | None = None,
+    weighted: tuple[WeightedWaypoint, ...] = (),
+) -> Service | None:
     """None for ExternalName: an alias in DNS, which proxies see as the name it stands for.
 
     A headless service has no address: its pods are reached by their own. UDP ports are in the list as Istio has them.
@@ -69,6 +78,8 @@ def translate_service(service: KubeService, *, namespace_annotations: Mapping[st
         hostname=service_key(service, config).hostname,
         addresses=tuple(NetworkAddress(network, ip) for ip in service.cluster_ips),
         ports=tuple(_translate_port(port) for port in service.ports),
+        waypoint=waypoint,
+        weighted_waypoints=weighted,
         load_balancing=_load_balancing(service, namespace_annotations),
         ip_families=_FAMILIES.get(frozenset(service.ip_families), IpFamilies.AUTOMATIC),
         canonical=True,

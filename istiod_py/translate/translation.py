@@ -9,44 +9,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from istiod_py.translate.authorization import L4Policy, close, translate_authorization
-from istiod_py.translate.config import Condition, Config
-from istiod_py.translate.entries import misses_out, translate_host, translate_service_entry, translate_workload_entry
+from istiod_py.translate.config import Condition, Config, StatusEntry
+from istiod_py.translate.entries import (
+    endpoint_uid,
+    misses_out,
+    translate_host,
+    translate_service_entry,
+    translate_workload_entry,
+    visibility,
+    workload_entry_uid,
+)
+from istiod_py.translate.gateways import CLASS_ACCEPTED
 from istiod_py.translate.hosts import Hosts, settle_hosts
+from istiod_py.translate.l7.assemble import L7Key
+from istiod_py.translate.l7.authentication import KeySets, KeySource
+from istiod_py.translate.l7.blind import find_blind
+from istiod_py.translate.l7.rules import read_rules
+from istiod_py.translate.l7.translation import L7Memory, MeshFacts, read_routes, translate_l7
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
-from istiod_py.translate.pods import locality_of_node, translate_pod
+from istiod_py.translate.pods import locality_of_node, pod_uid, translate_pod
+from istiod_py.translate.reading import Read, read_objects
 from istiod_py.translate.services import translate_service
 from istiod_py.translate.slices import ListedPods, translate_slice
 from istiod_py.translate.surroundings import SelectingEntry, Surroundings
+from istiod_py.translate.waypoints import (
+    BOUND,
+    Asking,
+    Binding,
+    Waypoints,
+    bind_service,
+    bind_workload,
+    find_own,
+    find_waypoints,
+)
 from mesh.kube.endpointslice import KubeEndpointSlice, read_endpoint_slice
+from mesh.kube.gatewayapi.gateway import WAYPOINT_CONTROLLER, KubeGateway, KubeGatewayClass, read_gateway, read_gateway_class
 from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem, by_age
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.policies import AuthorizationPolicy, PeerAuthentication, read_authorization_policy, read_peer_authentication
 from mesh.kube.service import KubeService, read_service
 from mesh.kube.serviceentry import KubeServiceEntry, read_service_entry
 from mesh.kube.workloadentry import KubeWorkloadEntry, read_workload_entry
-from mesh.model.address import IpAddress, NamespacedHostname
-from mesh.model.labels import NETWORK, REVISION
+from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname
+from mesh.model.l7.waypoint import L7Resource
+from mesh.model.labels import GATEWAY_NAME, NETWORK, REVISION
 from mesh.model.policy import Policy
-from mesh.model.service import Service
-from mesh.model.workload import Locality, Workload
+from mesh.model.service import Service, Visibility, WeightedWaypoint
+from mesh.model.workload import ApplicationTunnel, Locality, Workload
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Read(Generic[_T]):
-    """An object and its reading."""
-
-    obj: KubeObject
-    value: _T
-    """As the object is now, or its last good version where it has mistakes now."""
-    problems: tuple[SourceProblem, ...]
-    good: bool
-    """Whether ``value`` is free of mistakes."""
+_NO_KEY_SETS = KeySets()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +77,16 @@ class Memory:
     workload_entries: Mapping[ObjectKey, Read[KubeWorkloadEntry]] = field(default_factory=dict)
     authorizations: Mapping[ObjectKey, Read[AuthorizationPolicy]] = field(default_factory=dict)
     peers: Mapping[ObjectKey, Read[PeerAuthentication]] = field(default_factory=dict)
+    gateways: Mapping[ObjectKey, Read[KubeGateway]] = field(default_factory=dict)
+    gateway_classes: Mapping[ObjectKey, Read[KubeGatewayClass]] = field(default_factory=dict)
     surroundings: Mapping[str, Surroundings] = field(default_factory=dict)
     workloads_made: Memo[ObjectKey, tuple[Workload, ...]] = field(default_factory=Memo)
     services_made: Memo[ObjectKey, Service | None] = field(default_factory=Memo)
     hosts_made: Memo[NamespacedHostname, Service] = field(default_factory=Memo)
     settled: Memo[None, Hosts] = field(default_factory=Memo)
+    waypoints: Memo[None, Waypoints] = field(default_factory=Memo)
+    bindings: Memo[ObjectKey, Binding] = field(default_factory=Memo)
+    l7: L7Memory = field(default_factory=L7Memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +99,28 @@ class Translation:
     policies: Mapping[str, Policy] = field(default_factory=dict)
     problems: tuple[SourceProblem, ...] = ()
     """Mistakes in the objects. A source that checks objects itself reports some of them too."""
-    statuses: Mapping[ObjectKey, tuple[Condition, ...]] = field(default_factory=dict)
+    statuses: Mapping[ObjectKey, tuple[StatusEntry, ...]] = field(default_factory=dict)
+    """An empty tuple: what the status says of us is out of date."""
+    l7: Mapping[L7Key, L7Resource] = field(default_factory=dict)
+    """What each waypoint is told besides."""
+    wanted_keys: Mapping[KeySource, float] = field(default_factory=dict)
+    """The key sets to fetch for waypoints, and how many seconds each may take."""
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
 
 
-def translate(objects: Iterable[KubeObject], previous: Translation | None, config: Config) -> Translation:
+def translate(objects: Iterable[KubeObject], previous: Translation | None, config: Config, key_sets: KeySets = _NO_KEY_SETS) -> Translation:
     """Translate all ``objects``. ``previous`` (None the first time) saves work, and provides the last good version of objects that have
-    mistakes now."""
-    return _Translator(objects, previous.memory if previous else Memory(), config).translate()
+    mistakes now. ``key_sets``: those that were fetched of what earlier translations wanted."""
+    return _Translator(objects, previous.memory if previous else Memory(), config, key_sets).translate()
 
 
 class _Translator:
-    def __init__(self, objects: Iterable[KubeObject], memory: Memory, config: Config) -> None:
+    def __init__(self, objects: Iterable[KubeObject], memory: Memory, config: Config, key_sets: KeySets) -> None:
         self._memory = memory
         self._config = config
+        self._key_sets = key_sets
         self._problems: list[SourceProblem] = []
-        self._statuses: dict[ObjectKey, tuple[Condition, ...]] = {}
+        self._statuses: dict[ObjectKey, tuple[StatusEntry, ...]] = {}
         self._policies: dict[str, Policy] = {}
         self._by_kind: dict[str, list[KubeObject]] = {}
         for obj in objects:
@@ -108,6 +135,17 @@ class _Translator:
         self._services: Memo[ObjectKey, Service | None] = Memo(memory.services_made if same else None)
         self._hosts_made: Memo[NamespacedHostname, Service] = Memo(memory.hosts_made if same else None)
         self._settled: Memo[None, Hosts] = Memo(memory.settled if same else None)
+        self._waypoints_found: Memo[None, Waypoints] = Memo(memory.waypoints if same else None)
+        self._bindings: Memo[ObjectKey, Binding] = Memo(memory.bindings if same else None)
+        routes, rules = read_routes(self._of, memory.l7.routes), read_rules(self._of, memory.l7.rules, config)
+        self._l7 = memory.l7.next(routes, rules, same=same)
+        self._waypoints: Waypoints = {}
+        self._fronted: dict[str, list[str]] = {}
+        """By waypoint: the services it stands before."""
+        self._bound: dict[ObjectKey, str] = {}
+        self._asking: dict[str, Asking] = {}
+        self._inherited: dict[tuple[str, str], Binding] = {}
+        """By namespace and kind of traffic: of all that say nothing themselves."""
 
     def translate(self) -> Translation:
         services = self._read("Service", read_service, self._memory.services)
@@ -117,6 +155,10 @@ class _Translator:
         authorizations = self._read("AuthorizationPolicy", read_authorization_policy, self._memory.authorizations)
         peers = self._read("PeerAuthentication", read_peer_authentication, self._memory.peers)
         pods = self._read("Pod", read_pod, self._memory.pods)
+        gateways = self._read("Gateway", read_gateway, self._memory.gateways)
+        classes = self._read("GatewayClass", read_gateway_class, self._memory.gateway_classes)
+        self._waypoints = self._find_waypoints(gateways, classes)
+        self._statuses.update({key: (CLASS_ACCEPTED,) for key, read in classes.items() if read.value.controller == WAYPOINT_CONTROLLER})
         selectors = self._translate_authorizations(authorizations)
         mtls = self._resolve_mtls(peers)
         self._policies.update(mtls.policies)
@@ -130,14 +172,35 @@ class _Translator:
             *self._translate_slices(slices, services),
         )
         translated_services = {**self._translate_services(services), **self._translate_hosts(service_entries, hosts)}
-        for memo in (self._workloads, self._services, self._hosts_made, self._settled):
+        translated_workloads = {workload.uid: workload for workload in workloads}
+        self._report_blind(authorizations, translated_workloads, translated_services)
+        facts = MeshFacts(
+            services=services,
+            entries=service_entries,
+            hosts=hosts,
+            authorizations=authorizations,
+            classes={key.name: read.value.controller for key, read in classes.items() if read.good},
+            waypoints=self._waypoints,
+            fronted=self._fronted,
+            bound=self._bound,
+            translated=translated_services,
+            workloads=translated_workloads,
+            labels=lambda: self._label_workloads(pods, workload_entries, service_entries),
+        )
+        l7 = translate_l7(self._l7, facts, self._config, self._key_sets)
+        self._problems.extend(l7.problems)
+        for key, entries in l7.statuses.items():
+            self._statuses[key] = (*self._statuses.get(key, ()), *entries)
+        for memo in (self._workloads, self._services, self._hosts_made, self._settled, self._waypoints_found, self._bindings, self._l7):
             memo.seal()
         return Translation(
-            workloads={workload.uid: workload for workload in workloads},
+            workloads=translated_workloads,
             services=translated_services,
             policies=self._policies,
             problems=tuple(sorted(set(self._problems))),
             statuses=self._statuses,
+            l7=l7.resources,
+            wanted_keys=l7.wanted_keys,
             memory=Memory(
                 self._config,
                 pods,
@@ -147,11 +210,16 @@ class _Translator:
                 workload_entries,
                 authorizations,
                 peers,
+                gateways,
+                classes,
                 surroundings,
                 self._workloads,
                 self._services,
                 self._hosts_made,
                 self._settled,
+                self._waypoints_found,
+                self._bindings,
+                self._l7,
             ),
         )
 
@@ -162,13 +230,8 @@ class _Translator:
         self, kind: str, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], before: Mapping[ObjectKey, Read[_T]]
     ) -> dict[ObjectKey, Read[_T]]:
         """Read all objects of a kind; one with mistakes keeps its last good version."""
-        # By identity, since making and hashing ten thousand keys is most of what an unchanged object would cost.
-        known = {read.obj: (key, read) for key, read in before.items()}
-        result: dict[ObjectKey, Read[_T]] = {}
-        for obj in self._of(kind):
-            same = known.get(obj)
-            key, read = same if same is not None else (obj.key, _read(obj, reader, before.get(obj.key)))
-            result[key] = read
+        result = read_objects(self._of(kind), reader, before)
+        for read in result.values():
             if read.problems:
                 self._problems.extend(read.problems)
         return result
@@ -199,6 +262,17 @@ class _Translator:
             stays = Condition("ZtunnelAccepted", False, "Invalid", f"the last good version stays in force: {read.problems[0]}")
             return L4Policy(l4.policy, l4.selector, stays)
         return l4
+
+    def _report_blind(
+        self, reads: Mapping[ObjectKey, Read[AuthorizationPolicy]], workloads: Mapping[str, Workload], services: Mapping[str, Service]
+    ) -> None:
+        """Policies that name clients and see a waypoint instead."""
+        if not self._waypoints:
+            return
+        by_key = {f"{key.namespace}/{key.name}": read.obj for key, read in reads.items() if read.good}
+        made = [self._policies[key] for key in by_key if key in self._policies]
+        for key, message in find_blind(made, workloads, services).items():
+            self._problems.append(by_key[key].problem(("spec", "rules"), message))
 
     def _resolve_mtls(self, reads: Mapping[ObjectKey, Read[PeerAuthentication]]) -> MeshMtls:
         ordered = by_age([read.obj for read in reads.values()])
@@ -270,42 +344,134 @@ class _Translator:
             result[namespace] = before if before == now and before is not None else now
         return result
 
+    # Waypoints
+
+    def _label_workloads(
+        self,
+        pods: Mapping[ObjectKey, Read[KubePod]],
+        workload_entries: Mapping[ObjectKey, Read[KubeWorkloadEntry]],
+        service_entries: Mapping[ObjectKey, Read[KubeServiceEntry]],
+    ) -> dict[str, Mapping[str, str]]:
+        """By uid."""
+        found = {pod_uid(read.value, self._config): read.value.labels for read in pods.values() if read.good}
+        for read in workload_entries.values():
+            found[workload_entry_uid(read.value, self._config)] = read.value.labels
+        for entry in service_entries.values():
+            for endpoint in entry.value.endpoints:
+                found[endpoint_uid(entry.value, endpoint, self._config)] = endpoint.labels
+        return found
+
+    def _find_waypoints(
+        self, gateways: Mapping[ObjectKey, Read[KubeGateway]], classes: Mapping[ObjectKey, Read[KubeGatewayClass]]
+    ) -> Waypoints:
+        def find(gateways: tuple[KubeGateway, ...], classes: tuple[KubeGatewayClass, ...], network: str) -> Waypoints:
+            return find_waypoints(gateways, {each.name: each for each in classes}, network, self._config)
+
+        return self._waypoints_found.make(None, (tuple(_good(gateways)), tuple(_good(classes)), self._network), find)
+
+    def _asking_of(self, namespace: str) -> Asking:
+        known = self._asking.get(namespace)
+        if known is None:
+            obj = self._namespaces.get(namespace)
+            known = self._asking[namespace] = Asking(obj.labels, obj.annotations) if obj is not None else Asking()
+        return known
+
+    def _bind_service(
+        self, key: ObjectKey, labels: Mapping[str, str], annotations: Mapping[str, str], *, namespace_only: bool = False
+    ) -> Binding:
+        def bind(own: Asking, around: Asking, waypoints: Waypoints, namespace_only: bool) -> Binding:
+            return bind_service(key.namespace, own, around, waypoints, self._config, namespace_only=namespace_only)
+
+        own, around = Asking(labels, annotations), self._asking_of(key.namespace)
+        if own.says_something:
+            return self._bindings.make(key, (own, around, self._waypoints, namespace_only), bind)
+        place = key.namespace, "services of its own" if namespace_only else "services"
+        if place not in self._inherited:
+            self._inherited[place] = bind(Asking(), around, self._waypoints, namespace_only)
+        return self._inherited[place]
+
+    def _bind_workload(self, key: ObjectKey, labels: Mapping[str, str], annotations: Mapping[str, str]) -> Binding:
+        def bind(own: Asking, around: Asking, waypoints: Waypoints) -> Binding:
+            return bind_workload(key.namespace, own, around, waypoints, self._config)
+
+        own, around = Asking(labels, annotations), self._asking_of(key.namespace)
+        if own.says_something:
+            return self._bindings.make(key, (own, around, self._waypoints), bind)
+        place = key.namespace, "workloads"
+        if place not in self._inherited:
+            self._inherited[place] = bind(Asking(), around, self._waypoints)
+        return self._inherited[place]
+
+    def _note_front(self, service: str, obj: KubeObject, binding: Binding) -> None:
+        self._report_binding(obj, binding)
+        if binding.keys and binding.condition is not None and binding.condition.status:
+            self._bound[obj.key] = binding.keys[0]
+        for key in binding.keys:
+            self._fronted.setdefault(key, []).append(service)
+
+    def _report_binding(self, obj: KubeObject, binding: Binding) -> None:
+        """On the object; one that no longer asks for a waypoint is told as long as its status still speaks of one."""
+        if binding.condition is not None:
+            self._statuses[obj.key] = (binding.condition,)
+        elif _has_condition(obj, BOUND):
+            self._statuses[obj.key] = ()
+
     # Each of these yields the workloads of one kind of object.
 
     def _translate_pods(
         self, pods: Mapping[ObjectKey, Read[KubePod]], listed: ListedPods, surroundings: Mapping[str, Surroundings]
     ) -> Iterator[Workload]:
-        def make(pod: KubePod, around: Surroundings, listed: tuple[KubeService, ...], locality: Locality) -> tuple[Workload, ...]:
-            workload = translate_pod(pod, around=around, listed=listed, locality=locality, config=self._config)
+        def make(
+            pod: KubePod,
+            around: Surroundings,
+            listed: tuple[KubeService, ...],
+            locality: Locality,
+            waypoint: GatewayAddress | None,
+            tunnel: ApplicationTunnel | None,
+        ) -> tuple[Workload, ...]:
+            workload = translate_pod(
+                pod, around=around, listed=listed, locality=locality, config=self._config, waypoint=waypoint, tunnel=tunnel
+            )
             return () if workload is None else (workload,)
 
         for key, read in pods.items():
             if read.good:
                 pod = read.value
                 locality = self._localities.get(pod.node, _NOWHERE)
-                inputs = pod, surroundings[key.namespace], listed.services_of(pod), locality
+                waypoint = self._bind_workload(key, pod.labels, pod.annotations).address
+                own = find_own(key.namespace, Asking(pod.labels), self._waypoints) if GATEWAY_NAME in pod.labels else None
+                tunnel = own.tunnel if own is not None else None
+                inputs = pod, surroundings[key.namespace], listed.services_of(pod), locality, waypoint, tunnel
                 yield from self._workloads.make(key, inputs, make)
 
     def _translate_workload_entries(
         self, entries: Mapping[ObjectKey, Read[KubeWorkloadEntry]], surroundings: Mapping[str, Surroundings]
     ) -> Iterator[Workload]:
-        def make(entry: KubeWorkloadEntry, around: Surroundings) -> tuple[Workload, ...]:
-            return (translate_workload_entry(entry, around=around, config=self._config),)
+        def make(entry: KubeWorkloadEntry, around: Surroundings, waypoint: GatewayAddress | None) -> tuple[Workload, ...]:
+            return (translate_workload_entry(entry, around=around, config=self._config, waypoint=waypoint),)
 
         for key, read in entries.items():
             if read.good:
-                yield from self._workloads.make(key, (read.value, surroundings[key.namespace]), make)
+                binding = self._bind_workload(key, read.value.labels, read.value.annotations)
+                self._report_binding(read.obj, binding)
+                yield from self._workloads.make(key, (read.value, surroundings[key.namespace], binding.address), make)
 
     def _translate_service_entries(
         self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], hosts: Hosts, surroundings: Mapping[str, Surroundings]
     ) -> Iterator[Workload]:
-        def make(entry: KubeServiceEntry, own: tuple[str, ...], around: Surroundings) -> tuple[Workload, ...]:
-            return translate_service_entry(entry, own, around=around, config=self._config)
+        def make(
+            entry: KubeServiceEntry, own: tuple[str, ...], around: Surroundings, waypoints: tuple[GatewayAddress | None, ...]
+        ) -> tuple[Workload, ...]:
+            return translate_service_entry(entry, own, around=around, config=self._config, waypoints=waypoints)
 
         for key, read in entries.items():
             own = hosts.of.get((key.namespace, key.name), ())
             if own:
-                yield from self._workloads.make(key, (read.value, own, surroundings[key.namespace]), make)
+                waypoints = tuple(
+                    self._bind_workload(ObjectKey(f"endpoint {endpoint.address} of", *key[1:]), endpoint.labels, {}).address
+                    for endpoint in read.value.endpoints
+                )
+                yield from self._workloads.make(key, (read.value, own, surroundings[key.namespace], waypoints), make)
 
     def _translate_slices(
         self, slices: Mapping[ObjectKey, Read[KubeEndpointSlice]], services: Mapping[ObjectKey, Read[KubeService]]
@@ -323,15 +489,26 @@ class _Translator:
                 yield from self._workloads.make(key, (found, service.value, localities, self._network), make)
 
     def _translate_services(self, reads: Mapping[ObjectKey, Read[KubeService]]) -> dict[str, Service]:
-        def make(service: KubeService, annotations: Mapping[str, str], network: str) -> Service | None:
-            return translate_service(service, namespace_annotations=annotations, network=network, config=self._config)
+        def make(
+            service: KubeService,
+            annotations: Mapping[str, str],
+            network: str,
+            waypoint: GatewayAddress | None,
+            weighted: tuple[WeightedWaypoint, ...],
+        ) -> Service | None:
+            return translate_service(
+                service, namespace_annotations=annotations, network=network, config=self._config, waypoint=waypoint, weighted=weighted
+            )
 
         result: dict[str, Service] = {}
         for key, read in reads.items():
             if read.good:
-                made = self._services.make(key, (read.value, self._annotations(key.namespace), self._network), make)
+                binding = self._bind_service(key, read.value.labels, read.value.annotations)
+                inputs = read.value, self._annotations(key.namespace), self._network, binding.address, binding.weighted
+                made = self._services.make(key, inputs, make)
                 if made is not None:
                     result[str(made.key)] = made
+                    self._note_front(str(made.key), read.obj, binding)
         return result
 
     def _translate_hosts(self, entries: Mapping[ObjectKey, Read[KubeServiceEntry]], hosts: Hosts) -> dict[str, Service]:
@@ -342,16 +519,32 @@ class _Translator:
             canonical: bool,
             annotations: Mapping[str, str],
             network: str,
+            waypoint: GatewayAddress | None,
+            weighted: tuple[WeightedWaypoint, ...],
         ) -> Service:
-            return translate_host(entry, host, vips=vips, canonical=canonical, namespace_annotations=annotations, network=network)
+            return translate_host(
+                entry,
+                host,
+                vips=vips,
+                canonical=canonical,
+                namespace_annotations=annotations,
+                network=network,
+                waypoint=waypoint,
+                weighted=weighted,
+            )
 
         result: dict[str, Service] = {}
         for (namespace, name), own in hosts.of.items():
-            entry, annotations = entries[ObjectKey("ServiceEntry", namespace, name)].value, self._annotations(namespace)
+            read, annotations = entries[ObjectKey("ServiceEntry", namespace, name)], self._annotations(namespace)
+            entry = read.value
+            limited = visibility(entry) is Visibility.NAMESPACE
+            binding = self._bind_service(read.obj.key, entry.labels, entry.annotations, namespace_only=limited)
             for host in own:
                 key = NamespacedHostname(namespace, host)
-                inputs = entry, host, hosts.vips.get(key, ()), key in hosts.canonical, annotations, self._network
+                bound = binding.address, binding.weighted
+                inputs = entry, host, hosts.vips.get(key, ()), key in hosts.canonical, annotations, self._network, *bound
                 result[str(key)] = self._hosts_made.make(key, inputs, make)
+                self._note_front(str(key), read.obj, binding)
         return result
 
     def _annotations(self, namespace: str) -> Mapping[str, str]:
@@ -359,16 +552,18 @@ class _Translator:
         return obj.annotations if obj else {}
 
 
-_REVISIONED = frozenset({"AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry"})
+def _has_condition(obj: KubeObject, kind: str) -> bool:
+    found = obj.status.get("conditions")
+    return isinstance(found, list) and any(isinstance(item, Mapping) and item.get("type") == kind for item in found)
+
+
+_REVISIONED = frozenset(
+    {
+        *("AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication"),
+        *("DestinationRule", "ServiceEntry", "VirtualService", "WorkloadEntry"),
+    }
+)
 _NOWHERE = Locality()
-
-
-def _read(obj: KubeObject, reader: Callable[[KubeObject], tuple[_T, tuple[SourceProblem, ...]]], last: Read[_T] | None) -> Read[_T]:
-    value, problems = reader(obj)
-    problems = tuple(dict.fromkeys((*obj.problems, *problems)))
-    if problems and last is not None and last.good:
-        return Read(obj, last.value, problems, True)
-    return Read(obj, value, problems, not problems)
 
 
 def _good(reads: Mapping[ObjectKey, Read[_T]]) -> list[_T]:

@@ -164,7 +164,7 @@ class _Collection:
         if obj.problems:
             self._bad[key] = obj
             last = self.objects.get(key)
-            if (last is not None and not last.problems) or not KINDS[self._kind].fails_closed:
+            if (last is not None and not last.problems) or not KINDS[self._kind].hands_on_mistakes:
                 return key
         self.objects[key] = obj
         self._sorted = None

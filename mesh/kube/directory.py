@@ -1,9 +1,9 @@
 """A directory of Kubernetes YAML as a source of objects: watched, forgiving of mistakes, the last good version kept.
 
-The first path is the user's; the others hold status overlays (`mesh.kube.overlay`) that are merged onto the user's objects. What goes
-wrong is never an exception but a `SourceProblem`, and costs as little as possible: a malformed document keeps what its file defined,
-an object with a mistake keeps its last good version, a policy with a mistake that never had one is handed on with its problems, to be
-enforced closed.
+The first path is the user's, perhaps with one beside it for what programs deploy; the others hold status overlays (`mesh.kube.overlay`)
+that are merged onto these objects. What goes wrong is never an exception but a `SourceProblem`, and costs as little as possible: a
+malformed document keeps what its file defined, an object with a mistake keeps its last good version, a policy with a mistake that never had
+one is handed on with its problems, to be enforced closed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import stat
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import trio
 
@@ -103,10 +103,12 @@ class DirectoryStore:
     For one task at a time: neither `load` beside a running `watch`, nor two watches, of one store.
     """
 
-    def __init__(self, paths: Sequence[Path], *, implicit_namespaces: Iterable[str] = IMPLICIT_NAMESPACES) -> None:
-        if not paths:
+    def __init__(self, paths: Sequence[Path], *, bases: int = 1, implicit_namespaces: Iterable[str] = IMPLICIT_NAMESPACES) -> None:
+        """``bases``: so many of the paths, the first of them, hold objects: the user's, and what programs deploy beside them. Of two
+        objects of one name the first path's counts."""
+        if not 1 <= bases <= len(paths):
             raise ValueError("a DirectoryStore needs at least the user's directory")
-        self._roots = tuple(Path(path) for path in paths)
+        self._roots = _Roots(tuple(Path(path) for path in paths), bases)
         self._implicit = frozenset(implicit_namespaces)
         self._state = _State()
 
@@ -136,7 +138,7 @@ class DirectoryStore:
 
         Consume it in one task, and close it (`contextlib.aclosing`) when leaving early.
         """
-        with _Attention(self._roots) as attention:
+        with _Attention(self._roots.paths) as attention:
             while True:
                 # Watching comes before looking, so that nothing falls between the two.
                 await trio.to_thread.run_sync(attention.renew)
@@ -153,6 +155,12 @@ class DirectoryStore:
         keys = before.objects.keys() | state.objects.keys()
         changed = frozenset(key for key in keys if before.objects.get(key) is not state.objects.get(key))
         return Changes(changed, before.problems != state.problems)
+
+
+class _Roots(NamedTuple):
+    paths: tuple[Path, ...]
+    bases: int
+    """How many of them hold objects; the others hold overlays."""
 
 
 class _Attention:
@@ -202,19 +210,19 @@ class _Attention:
                 return
 
 
-def _look(roots: Sequence[Path], before: _State, implicit: frozenset[str]) -> _State:
+def _look(roots: _Roots, before: _State, implicit: frozenset[str]) -> _State:
     """The state of the directories now, sharing everything that did not change."""
     files: dict[tuple[int, str], _File] = {}
-    for index, root in enumerate(roots):
+    for index, root in enumerate(roots.paths):
         failures: list[OSError] = []
         for path in files_under(root, failures.append):
             key = (index, str(path))
-            files[key] = _read_file(path, _display(path, root, index), before.files.get(key), overlay=index > 0)
+            files[key] = _read_file(path, _display(path, root, index), before.files.get(key), overlay=index >= roots.bases)
         for failure in failures:
             files |= _keep_unlisted(failure, root, index, before)
     if files.keys() == before.files.keys() and all(files[key] is before.files[key] for key in files):
         return before
-    return _Assembly(files, before, implicit).finish()
+    return _Assembly(files, before, implicit, roots.bases).finish()
 
 
 def _keep_unlisted(failure: OSError, root: Path, index: int, before: _State) -> dict[tuple[int, str], _File]:
@@ -365,8 +373,9 @@ def _duplicate(draft: KubeObject, key: ObjectKey, first: Layer) -> SourceProblem
 class _Assembly:
     """Objects out of files: overlays merged, mistakes found, last good versions kept."""
 
-    def __init__(self, files: Mapping[tuple[int, str], _File], before: _State, implicit: frozenset[str]) -> None:
+    def __init__(self, files: Mapping[tuple[int, str], _File], before: _State, implicit: frozenset[str], bases: int) -> None:
         self._files = files
+        self._bases = bases
         self._before = before
         self._implicit = implicit
         self._problems: list[SourceProblem] = []
@@ -393,7 +402,7 @@ class _Assembly:
             for kind, origin in file.ignored.items():
                 self._ignored.setdefault(kind, origin)
             for candidate in file.candidates:
-                if index > 0:
+                if index >= self._bases:
                     overlays[candidate.key] = (*overlays.get(candidate.key, ()), candidate.layer)
                 elif (first := bases.setdefault(candidate.key, candidate)) is not candidate:
                     draft = KubeObject("", "", "", "", candidate.layer.tree, (candidate.layer,))
@@ -410,7 +419,7 @@ class _Assembly:
             raw = merge_patch(raw, overlay.tree)
         assert isinstance(raw, Mapping)
         built = check_object(base.api_version, base.key, raw, layers)
-        return _Verdict(layers, built if not built.problems or KINDS[base.key.kind].fails_closed else None, built.problems)
+        return _Verdict(layers, built if not built.problems or KINDS[base.key.kind].hands_on_mistakes else None, built.problems)
 
     def _choose(self, key: ObjectKey, verdict: _Verdict) -> KubeObject | None:
         """The object as it is now, if it is good, else the last good one, else whatever may stand in for it."""

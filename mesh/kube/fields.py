@@ -149,6 +149,19 @@ class Fields:
             return default
         return value
 
+    def number(self, key: str, default: float = 0.0, *, low: float, high: float) -> float:
+        """A finite number, whole or not."""
+        value = self._values.get(key)
+        if value is None:
+            return self._take(key, float, "a number", False) or default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.complain(key, f"expected a number, found {describe(value)}")
+            return default
+        if not low <= value <= high:  # nor is NaN
+            self.complain(key, f"expected a number from {low:g} to {high:g}, found {value}")
+            return default
+        return float(value)
+
     def boolean(self, key: str, default: bool = False) -> bool:
         value = self._take(key, bool, "true or false", False)
         return default if value is None else value
@@ -196,6 +209,18 @@ class Fields:
                 self.complain(key, f"expected a string, found {describe(item)}{quote}", index)
         return tuple(result)
 
+    def integers(self, key: str, *, low: int, high: int) -> tuple[int, ...]:
+        """The list of whole numbers under ``key``; items that are none, or out of range, are problems and left out."""
+        result: list[int] = []
+        for index, item in enumerate(self._take_list(key, False, "", None)):
+            if not isinstance(item, int) or isinstance(item, bool):
+                self.complain(key, f"expected a whole number, found {describe(item)}", index)
+            elif not low <= item <= high:
+                self.complain(key, f"expected a number from {low} to {high}, found {item}", index)
+            else:
+                result.append(item)
+        return tuple(result)
+
     def string_map(self, key: str) -> dict[str, str]:
         """The mapping of strings to strings under ``key``, as labels and selectors are."""
         value = self._take(key, dict, "a mapping", False)
@@ -216,7 +241,8 @@ class Fields:
         return {name: found.integer(name, low=low, high=high) for name in found} if found else {}
 
     def map_of(self, key: str, names: Text, read: Callable[[Fields], _T], *, most: int) -> dict[str, _T]:
-        """The mapping under ``key`` whose values are mappings, each read by ``read``; those with a mistake in the name are left out."""
+        """The mapping under ``key`` whose values are mappings, each read by ``read``; those with a mistake in the name are left out. An
+        API server knows of ``names`` what their pattern says; without one it takes any."""
         found = self.mapping(key)
         result: dict[str, _T] = {}
         if found is not None and len(found) > most:

@@ -78,6 +78,10 @@ class Outline(Fields):
         self._note(key, lambda: _integer(low, high), required)
         return default
 
+    def number(self, key: str, default: float = 0.0, *, low: float, high: float) -> float:
+        self._note(key, lambda: {"type": "number", "minimum": low, "maximum": high})
+        return default
+
     def boolean(self, key: str, default: bool = False) -> bool:
         self._note(key, lambda: {"type": "boolean"})
         return default
@@ -102,6 +106,10 @@ class Outline(Fields):
         self._note(key, lambda: _array(_string(text), empty, most), required)
         return ()
 
+    def integers(self, key: str, *, low: int, high: int) -> tuple[int, ...]:
+        self._note(key, lambda: _array(_integer(low, high), "", None))
+        return ()
+
     def string_map(self, key: str) -> dict[str, str]:
         self._note(key, lambda: {"type": "object", "additionalProperties": {"type": "string"}})
         return {}
@@ -113,11 +121,11 @@ class Outline(Fields):
     def map_of(self, key: str, names: Text, read: Callable[[Fields], _T], *, most: int) -> dict[str, _T]:
         child = self._make_child()
         read(child)
-        # Structural schemas have no word for what a key must look like.
-        rules = [
-            {"message": "a name here is not of the form it must have", "rule": f"self.all(key, key.matches('{names.schema['pattern']}'))"}
-        ]
-        limits = {"maxProperties": most, "x-kubernetes-validations": rules}
+        limits: Schema = {"maxProperties": most}
+        if "pattern" in names.schema:
+            # Structural schemas have no word for what a key must look like.
+            rule = f"self.all(key, key.matches('{names.schema['pattern']}'))"
+            limits["x-kubernetes-validations"] = [{"message": "a name here is not of the form it must have", "rule": rule}]
         self._note(key, lambda: {"type": "object", "additionalProperties": {**child.schema(), **self._nullable}, **limits})
         return {}
 

@@ -1,18 +1,21 @@
 """AuthorizationPolicy and PeerAuthentication as Istio's API defines them, read strictly: what would make a policy wider by
 accident (a typo in a field's name, an empty ``from:``, a CIDR that is none) is a mistake, never an absence.
 
-Istio's webhook refuses the same at admission; a directory has no webhook.
+Istio's webhook refuses the same at admission; a directory has no webhook. What Istio takes and then never matches anything is no mistake
+here either: whoever translates the policy tells of it (`istiod_py.translate.l7.notices`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from mesh.kube.addresses import CIDR, PORT
 from mesh.kube.fields import Fields, Rule, Text, did_you_mean
-from mesh.kube.objects import KubeObject, SourceProblem
+from mesh.kube.objects import FieldPath, KubeObject, SourceProblem
+from mesh.kube.targets import TargetRef, read_attachment
 from mesh.model.labels import DRY_RUN
 
 ACTIONS = ("ALLOW", "DENY", "AUDIT", "CUSTOM")
@@ -34,10 +37,18 @@ _CONDITION_KEYS = (
     "request.auth.audiences",
     "request.auth.presenter",
 )
-_CONDITION_FAMILIES = re.compile(r"(request\.headers|request\.auth\.claims|experimental\.envoy\.filters\..+)(\[.+\])+")
+_CONDITION_FAMILIES = re.compile(
+    r"request\.headers\[[!#$%&'*+.^_`|~0-9A-Za-z-]+\]|request\.auth\.claims(\[[^\[\]]+\])+|experimental\.envoy\.filters\..+\[.+\]"
+)
+_WITHOUT_IDENTITY = ("ipBlocks", "remoteIpBlocks")
+"""What a CUSTOM policy may say of a source: the authorizer is asked before identities and tokens are looked at."""
+_IDENTITY_KEYS = ("source.namespace", "source.serviceAccount", "source.trustDomain", "source.principal", "request.auth.")
 MAX_ITEMS = 512
 """Rules in a policy, and items in each part of a rule; as Istio's schema."""
 MAX_PORT_MODES = 512
+MAX_ACCOUNTS = 16
+MAX_ACCOUNT = 320
+"""Service accounts in a list, and characters of one; Istio's bounds."""
 
 
 def _negated(name: str) -> str:
@@ -76,9 +87,13 @@ class AuthorizationPolicy:
     selector: Mapping[str, str] | None
     """None: no selector given. An empty one selects every pod."""
     has_target_refs: bool
+    """Whether the policy is for waypoints: also where what it targets could not be read."""
     action: str
     rules: tuple[PolicyRule, ...]
     dry_run: bool
+    targets: tuple[TargetRef, ...] = ()
+    provider: str = ""
+    """The name of the external authorizer that a CUSTOM policy asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +118,22 @@ def parse_authorization_policy(fields: Fields) -> AuthorizationPolicy:
     fields.refuse_unknown("apiVersion", "kind", "metadata", "spec", "status")
     spec = fields.mapping("spec") or Fields(obj, ("spec",), {}, fields.problems)
     spec.refuse_unknown("selector", "targetRef", "targetRefs", "rules", "action", "provider")
-    spec.mapping("provider")
+    attachment = read_attachment(spec)
     dry_run = obj.annotations.get(DRY_RUN, "false")
     if dry_run not in ("true", "false"):
         fields.complain("metadata", f'expected "true" or "false", found \'{dry_run}\'', "annotations", DRY_RUN)
     policy = AuthorizationPolicy(
         namespace=obj.namespace,
         name=obj.name,
-        selector=_read_selector(spec),
-        has_target_refs=_read_target_refs(spec),
+        selector=attachment.selector,
+        has_target_refs=attachment.has_targets,
         action=spec.string("action", "ALLOW", choices=ACTIONS),
         rules=tuple(_read_rule(rule) for rule in spec.mappings("rules", most=MAX_ITEMS)),
         dry_run=dry_run == "true",
+        targets=attachment.targets,
+        provider=_read_provider(spec),
     )
-    spec.demand(_SELECTOR_OR_TARGETS, [("selector",)] if policy.selector is not None and policy.has_target_refs else ())
+    _check_action(policy, spec)
     return policy
 
 
@@ -140,11 +157,6 @@ def parse_peer_authentication(fields: Fields) -> PeerAuthentication:
     return PeerAuthentication(obj.namespace, obj.name, selector, _read_mode(mtls) if mtls else "UNSET", modes)
 
 
-_SELECTOR_OR_TARGETS = Rule(
-    "a policy takes a selector or targetRefs, not both",
-    "!has(self.selector) || !(has(self.targetRef) || has(self.targetRefs))",
-    "selector",
-)
 _PORTS_NEED_SELECTOR = Rule(
     "needs a selector: modes of single ports are for the workloads of one application",
     "!has(self.portLevelMtls) || size(self.portLevelMtls) == 0 || "
@@ -161,11 +173,48 @@ def _read_selector(spec: Fields) -> Mapping[str, str] | None:
     return selector.string_map("matchLabels")
 
 
-def _read_target_refs(spec: Fields) -> bool:
-    """Whether the policy is for waypoints. What it targets matters to them alone."""
-    one = spec.mapping("targetRef")
-    several = spec.mappings("targetRefs", empty="is empty: add an item, or leave 'targetRefs' out")
-    return one is not None or bool(several)
+def _read_provider(spec: Fields) -> str:
+    provider = spec.mapping("provider")
+    if provider is None:
+        return ""
+    provider.refuse_unknown("name")
+    return provider.string("name", required=True, text=_VALUE)
+
+
+def _check_action(policy: AuthorizationPolicy, spec: Fields) -> None:
+    """What some actions need and others do not take."""
+    custom = policy.action == "CUSTOM"
+    spec.demand(_NEVER_TRIGGERED, [("action",)] if policy.action in ("DENY", "CUSTOM") and not policy.rules else ())
+    spec.demand(_CUSTOM_NEEDS_PROVIDER, [("action",)] if custom and "provider" not in spec else ())
+    spec.demand(_PROVIDER_FOR_CUSTOM, [("provider",)] if not custom and "provider" in spec else ())
+    for path in _identities_in(policy) if custom else ():
+        spec.complain(path[0], "a CUSTOM policy is applied before the caller's identity and token are known", *path[1:])
+
+
+def _identities_in(policy: AuthorizationPolicy) -> Iterator[FieldPath]:
+    """Where the rules ask who the caller is; paths from ``spec``."""
+    known = {*_WITHOUT_IDENTITY, *map(_negated, _WITHOUT_IDENTITY)}
+    for index, rule in enumerate(policy.rules):
+        for position, source in enumerate(rule.sources):
+            yield from (("rules", index, "from", position, "source", name) for name in source if name not in known)
+        for position, when in enumerate(rule.conditions):
+            if when.key.startswith(_IDENTITY_KEYS):
+                yield "rules", index, "when", position, "key"
+
+
+_NEVER_TRIGGERED = Rule(
+    "without rules a DENY or CUSTOM policy never matches anything: add an empty rule, {}, to match everything",
+    "!has(self.action) || !(self.action in ['DENY', 'CUSTOM']) || (has(self.rules) && size(self.rules) > 0)",
+    "action",
+)
+_CUSTOM_NEEDS_PROVIDER = Rule(
+    "a CUSTOM policy needs provider.name, the external authorizer to ask",
+    "!has(self.action) || self.action != 'CUSTOM' || has(self.provider)",
+    "action",
+)
+_PROVIDER_FOR_CUSTOM = Rule(
+    "only a CUSTOM policy asks a provider", "!has(self.provider) || (has(self.action) && self.action == 'CUSTOM')", "provider"
+)
 
 
 def _read_mode(mtls: Fields) -> str:
@@ -195,8 +244,23 @@ def _read_attributes(item: Fields, key: str, known: tuple[str, ...]) -> Mapping[
     if part is None:
         return {}
     part.refuse_unknown(*known)
-    attributes = ((name, _read_values(part, name, _TEXTS.get(name, _VALUE))) for name in known)
-    return {name: values for name, values in attributes if values}
+    attributes = {name: _read_values(part, name, _TEXTS.get(name, _VALUE), _MOST.get(name)) for name in known}
+    if "serviceAccounts" in known:
+        beside = _names_account(attributes) and any(attributes[name] for name in _NO_ACCOUNTS_BESIDE)
+        if beside:
+            # No rule for API servers: in a list of lists it would cost more than they let a definition cost.
+            part.complain(next(name for name in _ACCOUNTS if attributes[name]), _ACCOUNTS_ALONE)
+    return {name: values for name, values in attributes.items() if values}
+
+
+def _names_account(attributes: Mapping[str, tuple[str, ...]]) -> bool:
+    return any(attributes[name] for name in _ACCOUNTS)
+
+
+_ACCOUNTS: Final = ("serviceAccounts", "notServiceAccounts")
+_NO_ACCOUNTS_BESIDE: Final = ("principals", "notPrincipals", "namespaces", "notNamespaces")
+_MOST: Final = dict.fromkeys(_ACCOUNTS, MAX_ACCOUNTS)
+_ACCOUNTS_ALONE: Final = "service accounts can't stand beside principals or namespaces: one of them says it all"
 
 
 def _refuse_misplaced(fields: Fields, misplaced: Mapping[str, str], *known: str) -> None:
@@ -209,12 +273,13 @@ def _read_condition(item: Fields) -> Condition:
     item.refuse_unknown("key", "values", "notValues")
     key = item.string("key", required=True, text=_CONDITION_KEY)
     item.require_one_of("values", "notValues")
-    text = {"source.ip": _ADDRESS, "destination.ip": _ADDRESS, "remote.ip": _ADDRESS, "destination.port": _PORT}.get(key, _VALUE)
-    return Condition(key, _read_values(item, "values", text), _read_values(item, "notValues", text))
+    text = _CONDITION_TEXTS.get(key, _VALUE)
+    most = MAX_ACCOUNTS if key == "source.serviceAccount" else None
+    return Condition(key, _read_values(item, "values", text, most), _read_values(item, "notValues", text, most))
 
 
-def _read_values(part: Fields, key: str, text: Text) -> tuple[str, ...]:
-    return part.strings(key, empty=f"is empty: give at least one value, or leave '{key}' out", text=text)
+def _read_values(part: Fields, key: str, text: Text, most: int | None = None) -> tuple[str, ...]:
+    return part.strings(key, empty=f"is empty: give at least one value, or leave '{key}' out", most=most, text=text)
 
 
 def _not_empty(text: Text) -> Text:
@@ -229,7 +294,24 @@ def _not_empty(text: Text) -> Text:
 def _find_key_mistake(key: str) -> str | None:
     if key in _CONDITION_KEYS or _CONDITION_FAMILIES.fullmatch(key):
         return None
+    family = key.partition("[")[0]
+    if family in _FAMILY_FORMS:
+        return f"expected {_FAMILY_FORMS[family]}, found '{key}'"
+    if family in _GONE:
+        return f"'{key}' is no attribute any more: {_GONE[family]}"
     return f"unknown attribute '{key}'{did_you_mean(key, _CONDITION_KEYS)}"
+
+
+_FAMILY_FORMS: Final = {
+    "request.headers": "request.headers[NAME] with the name of a header",
+    "request.auth.claims": "request.auth.claims[NAME], or [NAME][NAME] for a claim within a claim",
+}
+_GONE: Final = {
+    "destination.labels": "use the policy's selector",
+    "destination.namespace": "a policy is for its own namespace",
+    "destination.name": "use the policy's targetRefs",
+    "destination.user": "use the policy's selector or targetRefs",
+}
 
 
 def _find_account_mistake(text: str) -> str | None:
@@ -238,25 +320,67 @@ def _find_account_mistake(text: str) -> str | None:
         return f"expected a service account as 'name' or 'namespace/name', found '{text}'"
     if "*" in text:
         return f"a service account is named in full, without '*', found '{text}'; 'principals' takes patterns"
-    return None
+    return f"has {len(text)} characters, of at most {MAX_ACCOUNT}" if len(text) > MAX_ACCOUNT else None
 
 
 def _find_principal_mistake(text: str) -> str | None:
     return "a principal is written without 'spiffe://'" if text.startswith("spiffe://") else None
 
 
+def _find_trust_domain_mistake(text: str) -> str | None:
+    if "/" in text:
+        return f"a trust domain has no '/', found '{text}'; 'principals' takes whole identities"
+    stars = text.count("*")
+    if stars > 1 or (stars == 1 and text[0] != "*" and text[-1] != "*"):
+        return f"expected a trust domain with at most one '*', at its beginning or end, found '{text}'"
+    return None
+
+
+def _find_path_mistake(path: str) -> str | None:
+    """Of templates; else anything goes, as in Istio: a ``*`` that is neither first nor last stands for itself."""
+    if not ("{" in path or "}" in path):
+        return None
+    segments = path.strip("/").split("/")
+    templated = any(segment in TEMPLATE_OPERATORS for segment in segments)
+    for index, segment in enumerate(segments):
+        if segment in TEMPLATE_OPERATORS:
+            if "{**}" in segments[:index]:
+                return f"{{**}} must be the last operator of a template, found '{path}'"
+        elif "{" in segment or "}" in segment:
+            return f"braces are for {{*}} and {{**}}, each a segment of its own, found '{segment}' in '{path}'"
+        elif templated and not _LITERAL.fullmatch(segment):
+            return f"expected a segment of letters, digits and -._~%!$&'()+,;:@= in a template, found '{segment}' in '{path}'"
+    return None
+
+
+TEMPLATE_OPERATORS: Final = ("{*}", "{**}")
+"""In a path: one segment; and any number of characters, slashes too."""
+_LITERAL: Final = re.compile(r"[a-zA-Z0-9\-._~%!$&'()+,;:@=]+")
+
 _CONDITION_KEY = Text(_find_key_mistake, {"pattern": f"^({'|'.join(map(re.escape, _CONDITION_KEYS))}|{_CONDITION_FAMILIES.pattern})$"})
 _VALUE = _not_empty(Text(lambda value: None))
 _PORT = _not_empty(PORT)
 _ADDRESS = _not_empty(CIDR)
+_ACCOUNT = _not_empty(Text(_find_account_mistake, {"pattern": "^([^/*]+/)?[^/*]+$", "maxLength": MAX_ACCOUNT}))
+_TRUST_DOMAIN = _not_empty(Text(_find_trust_domain_mistake, {"pattern": r"^(\*|\*?[^*/]+|[^*/]+\*)$"}))
 _TEXTS: Mapping[str, Text] = {
     both: text
     for name, text in {
         "ports": _PORT,
         "ipBlocks": _ADDRESS,
         "remoteIpBlocks": _ADDRESS,
-        "serviceAccounts": _not_empty(Text(_find_account_mistake, {"pattern": "^([^/*]+/)?[^/*]+$"})),
+        "serviceAccounts": _ACCOUNT,
+        "trustDomains": _TRUST_DOMAIN,
+        "paths": _not_empty(Text(_find_path_mistake)),
         "principals": _not_empty(Text(_find_principal_mistake, {"not": {"pattern": "^spiffe://"}})),
     }.items()
     for both in (name, _negated(name))
+}
+_CONDITION_TEXTS: Mapping[str, Text] = {
+    "source.ip": _ADDRESS,
+    "destination.ip": _ADDRESS,
+    "remote.ip": _ADDRESS,
+    "destination.port": _PORT,
+    "source.serviceAccount": _ACCOUNT,
+    "source.trustDomain": _TRUST_DOMAIN,
 }

@@ -18,7 +18,17 @@ _CONDITION: Final = ("type", "status")
 _OURS: Final = ("istio.io/", "ambient.mesh/")
 """Annotations of these domains (and their subdomains) are kept; what others write there is long and changes often."""
 _WITHOUT_SPEC: Final = frozenset({"Namespace", "Node", "ServiceAccount"})
-_WITH_STATUS: Final = frozenset({"ServiceEntry", "AuthorizationPolicy"})
+_ROUTES: Final = frozenset({"HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute", "VirtualService"})
+_RULES: Final = frozenset({"AuthorizationPolicy", "RequestAuthentication", "DestinationRule", "BackendTLSPolicy"})
+_WITH_STATUS: Final = frozenset({"ServiceEntry", "WorkloadEntry", "Gateway", "GatewayClass"}) | _ROUTES | _RULES
+_TEXTS: Final[Mapping[str, frozenset[str]]] = {
+    "ConfigMap": frozenset({"ca.crt", "mesh", "deployment", "service", "serviceAccount", "horizontalPodAutoscaler", "podDisruptionBudget"}),
+    "Secret": frozenset({"tls.crt", "tls.key", "ca.crt", "ca.crl", "cert", "key", "cacert", "crl"}),
+}
+"""The keys of ``data`` that are kept: what else is in there, of other programs, can be long and is nobody's business here."""
+
+_TOKEN: Final = "kubernetes.io/service-account-token"
+"""The type of Secrets whose ``ca.crt`` is the API server's."""
 
 
 def prune(kind: str, raw: Mapping[str, object]) -> dict[str, object]:
@@ -28,12 +38,24 @@ def prune(kind: str, raw: Mapping[str, object]) -> dict[str, object]:
         kept["spec"] = _prune_pod_spec(raw.get("spec"))
         kept["status"] = _prune_pod_status(raw.get("status"))
         return kept
+    if kind in _TEXTS:
+        return _prune_texts(kept, raw, _TEXTS[kind])
+    status = raw.get("status")
+    if kind == "Service" and isinstance(status, Mapping) and "conditions" in status:
+        kept["status"] = {"conditions": status["conditions"]}
     spec = raw.get("spec")
     if kind == "Node" and isinstance(spec, Mapping) and spec.get("taints"):
         kept["spec"] = {"taints": spec["taints"]}
     if kind not in _WITHOUT_SPEC:
         dropped = {"apiVersion", "kind", "metadata"} if kind in _WITH_STATUS else {"apiVersion", "kind", "metadata", "status"}
         kept |= {key: value for key, value in raw.items() if key not in dropped}
+    return kept
+
+
+def _prune_texts(kept: dict[str, object], raw: Mapping[str, object], keys: frozenset[str]) -> dict[str, object]:
+    data = raw.get("data")
+    if data is not None and raw.get("type") != _TOKEN:
+        kept["data"] = {key: data[key] for key in data if key in keys} if isinstance(data, Mapping) else data
     return kept
 
 

@@ -8,6 +8,7 @@ end at any byte and goes on from the last version seen. While nothing can be hea
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
 from functools import partial
@@ -72,7 +73,9 @@ class Reflector:
         self._client = client
         self._resource = resource
         self._sink = sink
-        self._path = resource.collection(namespace)
+        self._paths = deque(resource.at(version).collection(namespace) for version in (resource.version, *resource.older))
+        """By version; the first is in use."""
+        self._tried = 0
         self._query = {"fieldSelector": field_selector} if field_selector else {}
         self._rng = rng or random.Random()
         self._version = ""
@@ -97,7 +100,7 @@ class Reflector:
         objects: list[dict[str, object]] = []
         token = ""
         while True:
-            page = await self._client.list_page(self._path, self._query, PAGE, token)
+            page = await self._client.list_page(self._paths[0], self._query, PAGE, token)
             objects += [self._sink.reduce(decode_object(item)) for item in page.items]
             token = page.token
             if not token:
@@ -106,7 +109,7 @@ class Reflector:
         self._version = page.resource_version
         # Not yet a success that ends back-off: a server that gives lists and expires each at once is not to be asked without pause.
         self._sink.report("")
-        self._absent = 0
+        self._absent = self._tried = 0
         self.synced.set()
 
     async def _watch(self) -> None:
@@ -115,7 +118,7 @@ class Reflector:
         query = {**self._query, "resourceVersion": self._version, "allowWatchBookmarks": "true", "timeoutSeconds": str(seconds)}
         started, heard = trio.current_time(), False
         opened = partial(self._sink.report, "")
-        async with aclosing(self._client.watch(self._path, query, stall=STALL, on_open=opened)) as events:
+        async with aclosing(self._client.watch(self._paths[0], query, stall=STALL, on_open=opened)) as events:
             async for event in events:
                 self._take(event)
                 if not heard:
@@ -150,7 +153,10 @@ class Reflector:
                 self._version = ""
             elif exc.status == 404:
                 self._version = ""
-                await self._wait_for_group()
+                self._paths.rotate(-1)
+                self._tried += 1
+                if self._tried % len(self._paths) == 0:
+                    await self._wait_for_group()
                 return
             elif 400 <= exc.status < 500 and exc.status != 429:
                 # Not for the version's sake, perhaps; but nothing that a new list could not cure would be cured by asking again.

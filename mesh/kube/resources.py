@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mesh.kube.kinds import KINDS
@@ -19,6 +19,8 @@ class Resource:
     plural: str
     kind: str
     namespaced: bool = True
+    older: tuple[str, ...] = ()
+    """Versions that say the same, in order of preference, for API servers that do not serve ``version`` yet."""
 
     @property
     def api_version(self) -> str:
@@ -37,9 +39,12 @@ class Resource:
     def __str__(self) -> str:
         return f"{self.plural}.{self.group}" if self.group else self.plural
 
+    def at(self, version: str) -> Resource:
+        return replace(self, version=version)
 
-def _read(kind: str, plural: str, version: str = "v1") -> Resource:
-    return Resource(KINDS[kind].group, version, plural, kind, KINDS[kind].namespaced)
+
+def _read(kind: str, plural: str, version: str = "v1", older: tuple[str, ...] = ()) -> Resource:
+    return Resource(KINDS[kind].group, version, plural, kind, KINDS[kind].namespaced, older)
 
 
 RESOURCES: Final[Mapping[str, Resource]] = {
@@ -51,18 +56,33 @@ RESOURCES: Final[Mapping[str, Resource]] = {
         _read("Service", "services"),
         _read("ServiceAccount", "serviceaccounts"),
         _read("EndpointSlice", "endpointslices"),
+        _read("HTTPRoute", "httproutes", older=("v1beta1",)),
+        _read("GRPCRoute", "grpcroutes", older=("v1alpha2",)),
+        _read("TCPRoute", "tcproutes", older=("v1alpha2",)),
+        _read("TLSRoute", "tlsroutes", older=("v1alpha3", "v1alpha2")),
+        _read("VirtualService", "virtualservices"),
+        _read("Gateway", "gateways"),
+        _read("GatewayClass", "gatewayclasses"),
         _read("ServiceEntry", "serviceentries"),
         _read("WorkloadEntry", "workloadentries"),
         _read("AuthorizationPolicy", "authorizationpolicies"),
+        _read("RequestAuthentication", "requestauthentications"),
+        _read("BackendTLSPolicy", "backendtlspolicies", older=("v1alpha3",)),
+        _read("DestinationRule", "destinationrules"),
+        _read("ReferenceGrant", "referencegrants", "v1beta1"),
+        _read("ConfigMap", "configmaps"),
+        _read("Secret", "secrets"),
         _read("PeerAuthentication", "peerauthentications"),
     )
 }
 """Of every kind that is read as configuration (`mesh.kube.kinds`)."""
 
-SECRETS: Final = Resource("", "v1", "secrets", "Secret")
-CONFIG_MAPS: Final = Resource("", "v1", "configmaps", "ConfigMap")
+SECRETS: Final = RESOURCES["Secret"]
+CONFIG_MAPS: Final = RESOURCES["ConfigMap"]
 LEASES: Final = Resource("coordination.k8s.io", "v1", "leases", "Lease")
 DEPLOYMENTS: Final = Resource("apps", "v1", "deployments", "Deployment")
+AUTOSCALERS: Final = Resource("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler")
+DISRUPTION_BUDGETS: Final = Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget")
 DAEMON_SETS: Final = Resource("apps", "v1", "daemonsets", "DaemonSet")
 EVENTS: Final = Resource("", "v1", "events", "Event")
 TOKEN_REVIEWS: Final = Resource("authentication.k8s.io", "v1", "tokenreviews", "TokenReview", namespaced=False)

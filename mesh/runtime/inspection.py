@@ -205,3 +205,4 @@ class ControlPlanePage(Page, frozen=True):
     problems: int = 0
     authority_expires: float | None = None
     agents: list[ConnectedAgent] = []
+    waypoints: list[ConnectedAgent] = []

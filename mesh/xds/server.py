@@ -107,15 +107,28 @@ class AdsServer:
         self._confirm_every = confirm_every
         self._assign = assign
         self._connections: set[_Connection] = set()
+        self._progress = trio.lowlevel.ParkingLot()
+        """Woken whenever a client may have caught up, or gone."""
 
     def handlers(self) -> Mapping[str, Handler]:
         """For `mesh.rpc.serve`."""
         return {ADS_METHOD: Bidi(self._serve_stream, max_message=MAX_REQUEST)}
 
-    def publish(self, changes: Mapping[str, Collection[str]]) -> None:
-        """Names that are new, different or gone, by type. Returns at once; a client that is slow gets several changes in one response."""
+    def publish(self, changes: Mapping[str, Collection[str]], *, waypoints: bool | None = None) -> None:
+        """Names that are new, different or gone, by type. Returns at once; a client that is slow gets several changes in one response.
+        ``waypoints``: tell these alone, or all others alone."""
         for connection in self._connections:
-            connection.note(changes)
+            if waypoints is None or connection.is_waypoint == waypoints:
+                connection.note(changes)
+
+    async def wait_taken(self, *, waypoints: bool) -> None:
+        """Until the waypoints, or all others, that are connected have answered everything that was published for them."""
+        while any(connection.is_behind for connection in self._connections if connection.is_waypoint == waypoints):
+            await self._progress.park()
+        await trio.lowlevel.checkpoint()
+
+    def _note_progress(self) -> None:
+        self._progress.unpark_all()
 
     def connections(self) -> tuple[ConnectionStatus, ...]:
         """Who is connected now."""
@@ -123,12 +136,14 @@ class AdsServer:
 
     async def _serve_stream(self, stream: ServerStream) -> None:
         caller = await self._authenticate(stream.call) if self._authenticate is not None else None
-        connection = _Connection(self._source, stream, caller, partial(self._run_confirming, stream.call), self._assign)
+        guardian = partial(self._run_confirming, stream.call)
+        connection = _Connection(self._source, stream, caller, guardian, self._assign, self._note_progress)
         self._connections.add(connection)
         try:
             await connection.run()
         finally:
             self._connections.discard(connection)
+            self._note_progress()
             log.info("xds.disconnected", node=connection.node_id, peer=stream.call.peer.address)
 
     async def _run_confirming(self, call: Call) -> None:
@@ -146,10 +161,18 @@ class _Connection:
     """One client's stream: the reader files requests, the sender makes every response from the state of that moment."""
 
     def __init__(
-        self, source: ResourceSource, stream: ServerStream, caller: object, guardian: Callable[[], Awaitable[None]], assign: Assign
+        self,
+        source: ResourceSource,
+        stream: ServerStream,
+        caller: object,
+        guardian: Callable[[], Awaitable[None]],
+        assign: Assign,
+        on_progress: Callable[[], None],
     ) -> None:
-        """``guardian`` runs as long as the stream and ends it by raising RpcError."""
+        """``guardian`` runs as long as the stream and ends it by raising RpcError. ``on_progress``: told after every answer of its."""
         self.node_id = ""
+        self._on_progress = on_progress
+        self._sending = False
         self._assign = assign
         self._waypoint = ""
         self._guardian = guardian
@@ -176,6 +199,16 @@ class _Connection:
                 if ours:
                     self._changed.setdefault(type_url, set()).update(ours)
         self._work.unpark_all()
+
+    @property
+    def is_waypoint(self) -> bool:
+        return bool(self._waypoint)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is something that the client was not sent, or has not answered."""
+        waiting = any(watch.nonce_sent != watch.nonce_acked and not watch.error for watch in self._machine.watches.values())
+        return bool(waiting or self._sending or self._changed or self._answers)
 
     def status(self) -> ConnectionStatus:
         types = {
@@ -220,6 +253,7 @@ class _Connection:
         if outcome.answer is not None:
             self._answers.append(outcome.answer)
             self._work.unpark_all()
+        self._on_progress()
 
     def _introduce(self, message: discovery.DeltaDiscoveryRequest) -> None:
         if message.node.id.count("~") != 3:
@@ -235,6 +269,7 @@ class _Connection:
 
     async def _run_sender(self) -> None:
         while True:
+            self._sending = bool(self._answers or self._changed)
             if self._answers:
                 answer = self._answers.popleft()
                 self._room.unpark_all()
@@ -242,6 +277,7 @@ class _Connection:
             elif self._changed:
                 await self._push_changes()
             else:
+                self._on_progress()
                 await self._work.park()
 
     async def _push_changes(self) -> None:

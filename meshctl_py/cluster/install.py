@@ -25,6 +25,8 @@ OLDEST: Final = (1, 28)
 _ORDER: Final = ("Namespace", CRD_KIND, "PriorityClass", "ServiceAccount", "ConfigMap", "Secret")
 _LAST: Final = ("Service", "Deployment", "DaemonSet")
 _KEPT: Final = frozenset({"Namespace", CRD_KIND})
+_OWNERS: Final = {"gateway.networking.k8s.io": "the Gateway API"}
+"""Whose definitions of a group are where they are not ours; of others: Istio's."""
 """What an upgrade never removes, since users' own objects hang on it."""
 CRD_SECONDS: Final = 30.0
 _POLL: Final = 0.2
@@ -79,7 +81,9 @@ async def apply_plan(client: ApiClient, plan: Plan, tell: Tell, *, dry_run: bool
     entries: list[Entry] = []
     for obj in plan.objects:
         if obj["kind"] == CRD_KIND and not await _is_our_crd(client, discovery, obj):
-            tell(f"{obj['kind'].lower()}/{obj['metadata']['name']}", "left alone: it is Istio's own")
+            tell(
+                f"{obj['kind'].lower()}/{obj['metadata']['name']}", f"left alone: it is {_OWNERS.get(obj['spec']['group'], 'Istio')}'s own"
+            )
             continue
         resource = await discovery.resource_of(obj)
         entry = Entry.of(resource, obj)

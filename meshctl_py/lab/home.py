@@ -66,12 +66,17 @@ class LabHome:
         return self.path / "istiod"
 
     @property
+    def deployed(self) -> Path:
+        """What the control plane deploys: objects beside the user's."""
+        return self.path / "deployed"
+
+    @property
     def status(self) -> Path:
         """Holds the overlays of all who report status."""
         return self.path / "status"
 
     def status_of(self, writer: str) -> Path:
-        """The overlay of ``lab`` or of a node's agent."""
+        """The overlay of ``lab``, of ``istiod``, or of a node's agent."""
         return self.status / writer
 
     def run_of(self, node: str) -> Path:
@@ -201,7 +206,7 @@ def _clear(home: LabHome) -> None:
             shutil.rmtree(entry)
         elif entry != home.lock:
             entry.unlink()
-    for directory in (home.logs, home.netns, home.files, home.status_of("lab")):
+    for directory in (home.logs, home.netns, home.files, home.deployed, home.status_of("lab"), home.status_of("istiod")):
         directory.mkdir(parents=True)
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
 from mesh.kube.fields import Fields
+from mesh.kube.gatewayapi.gateway import WAYPOINT_CLASS
 from mesh.kube.objects import KubeObject, SourceProblem
 from mesh.model.address import InvalidAddress, IpAddress, parse_ip
 from mesh.model.enrolment import Enrolment, decide_enrolment
 
-KINDS = ("Node", "Namespace", "Pod", "Service")
+KINDS = ("Node", "Namespace", "Pod", "Service", "Gateway")
 """What the lab builds, or needs to know to build."""
 DEFAULT_GRACE = 5
 """Seconds between SIGTERM and SIGKILL where the pod does not say; Kubernetes has 30, but somebody is watching here."""
@@ -26,6 +27,14 @@ class PodKey(NamedTuple):
 
 
 class ServiceKey(NamedTuple):
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+class WaypointKey(NamedTuple):
     namespace: str
     name: str
 
@@ -152,6 +161,8 @@ class Cluster:
     pods: Mapping[PodKey, PodSpec] = field(default_factory=dict)
     services: Mapping[ServiceKey, ServiceSpec] = field(default_factory=dict)
     namespace_labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    waypoints: tuple[WaypointKey, ...] = ()
+    """Gateways that somebody must deploy pods for."""
     problems: tuple[SourceProblem, ...] = ()
 
     def enrolment_of(self, pod: PodSpec) -> Enrolment:
@@ -172,6 +183,7 @@ def read_cluster(objects: Iterable[KubeObject]) -> Cluster:
     pods: dict[PodKey, PodSpec] = {}
     services: dict[ServiceKey, ServiceSpec] = {}
     labels: dict[str, Mapping[str, str]] = {}
+    waypoints: list[WaypointKey] = []
     problems: list[SourceProblem] = []
     for obj in objects:
         fields = Fields(obj, problems=problems)
@@ -186,7 +198,9 @@ def read_cluster(objects: Iterable[KubeObject]) -> Cluster:
             case "Service":
                 service = _read_service(obj, fields)
                 services[service.key] = service
-    return Cluster(tuple(nodes), pods, services, labels, tuple(problems))
+            case "Gateway" if obj.spec.get("gatewayClassName") == WAYPOINT_CLASS:
+                waypoints.append(WaypointKey(obj.namespace, obj.name))
+    return Cluster(tuple(nodes), pods, services, labels, tuple(waypoints), tuple(problems))
 
 
 def _without_metadata(pod: PodSpec) -> PodSpec:

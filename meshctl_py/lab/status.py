@@ -52,6 +52,15 @@ class ServiceStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class WaypointStatus:
+    """``because``: why it is not programmed; empty if it is."""
+
+    namespace: str
+    name: str
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """A mistake in the source. ``line`` 0: the file, or no file at all (``file`` empty)."""
 
@@ -75,6 +84,7 @@ class LabStatus:
     nodes: tuple[NodeStatus, ...] = ()
     pods: tuple[PodStatus, ...] = ()
     services: tuple[ServiceStatus, ...] = ()
+    waypoints: tuple[WaypointStatus, ...] = ()
     processes: tuple[ProcessStatus, ...] = ()
     problems: tuple[Problem, ...] = ()
 
@@ -86,6 +96,7 @@ class LabStatus:
         found += [
             (f"agent of {node.name}", node.agent, f"ztunnel-{node.name}") for node in self.nodes if node.agent not in ("ready", "off")
         ]
+        found += [(f"waypoint {each.namespace}/{each.name}", each.because, "istiod") for each in self.waypoints if each.because]
         for pod in self.pods:
             if not pod.settled:
                 because = pod.because or f"{pod.mesh}: {pod.enrolment}"

@@ -27,8 +27,8 @@ from meshctl_py.lab.home import LabHome
 from meshctl_py.lab.init import LabConfig
 from meshctl_py.lab.network import CannotBuild, Wires
 from meshctl_py.lab.processes import LabProcess, descendants
-from meshctl_py.lab.spec import KINDS, Cluster, PodKey, read_cluster
-from meshctl_py.lab.status import LabStatus, NodeStatus, PodStatus, Problem, ServiceStatus
+from meshctl_py.lab.spec import KINDS, Cluster, PodKey, WaypointKey, read_cluster
+from meshctl_py.lab.status import LabStatus, NodeStatus, PodStatus, Problem, ServiceStatus, WaypointStatus
 from meshctl_py.lab.vips import apply_services, plan_services
 from meshctl_py.lab.web import Unreachable, fetch
 
@@ -97,7 +97,7 @@ class World:
         self.source = Path(config.source)
         self.user_namespace = config.user_namespace
         self.wires = Wires(home.netns)
-        self.store = DirectoryStore([self.source])
+        self.store = DirectoryStore([self.source, home.deployed], bases=2)
         self.bell = Bell()
         self.zone: Zone = {}
         self._with_mesh = config.with_mesh
@@ -131,7 +131,7 @@ class World:
 
     async def reconcile(self) -> None:
         """Bring everything in step with what the store holds now: first what goes, then what comes."""
-        cluster = read_cluster(self.store.objects(*KINDS))
+        cluster = programs.equip_waypoints(read_cluster(self.store.objects(*KINDS)), self.home, str(Path.cwd()))
         before, after = self._assignments, assign(cluster, self._assignments, lambda: str(uuid.uuid4()))
         self._cluster, self._assignments = cluster, after  # at once: other tasks look at both
         async with trio.open_nursery() as nursery:
@@ -173,7 +173,8 @@ class World:
         processes = tuple(replace(process.status, name=name) for name, process in self.processes().items())
         control_plane = "off" if self._istiod is None else self._istiod.health
         place = (self.home.name, str(self.source), str(self.home.logs))
-        return LabStatus(*place, control_plane, nodes, pods, services, processes)
+        waypoints = tuple(map(self._waypoint_status, self._cluster.waypoints)) if self._with_mesh else ()
+        return LabStatus(*place, control_plane, nodes, pods, services, waypoints, processes)
 
     def processes(self) -> Mapping[str, LabProcess]:
         """All processes by the names users call them: ``istiod``, ``ztunnel-NODE``, ``ztunnel-NODE-spare``, ``NAMESPACE/POD/CONTAINER``."""
@@ -426,6 +427,18 @@ class World:
             restarts = sum(max(0, status.starts - 1) for status in runner.statuses)
         ips = tuple(map(str, pod.ips))
         return PodStatus(*key, pod.uid, pod.node, ips, phase, ready, because, mesh, enrolment.because, restarts)
+
+    def _waypoint_status(self, key: WaypointKey) -> WaypointStatus:
+        """As the control plane last wrote it."""
+        path = overlay_path(self.home.status_of("istiod"), ObjectKey("Gateway", *key))
+        try:
+            conditions = {item["type"]: item for item in json.loads(path.read_text())["status"]["conditions"]}
+            programmed = conditions["Programmed"]
+            refused = conditions["Accepted"] if conditions["Accepted"]["status"] != "True" else programmed
+            because = "" if programmed["status"] == "True" else str(refused["message"])
+        except (OSError, ValueError, KeyError, TypeError):
+            because = "the control plane has not deployed it yet"
+        return WaypointStatus(*key, because)
 
     async def _problems(self) -> tuple[Problem, ...]:
         own = [_as_problem(problem) for problem in (*self.store.problems, *self._cluster.problems)]

@@ -107,7 +107,7 @@ RULES = st.fixed_dictionaries({}, optional={
 })  # fmt: skip
 AUTHORIZATIONS = st.builds(
     lambda namespace, name, selector, action, rules: made("AuthorizationPolicy", namespace, name, {
-        "spec": without_none({"selector": selector, "action": action, "rules": rules})
+        "spec": without_none({"selector": selector, "action": action, "rules": rules if rules or action != "DENY" else [{}]})
     }), NAMESPACES, NAMES, SELECTORS, st.sampled_from(["ALLOW", "DENY", "AUDIT"]), st.lists(RULES, max_size=3),
 )  # fmt: skip
 PEERS = st.builds(

@@ -63,7 +63,8 @@ class Distribute(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Locality(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """At most one of ``distribute``, ``failover`` (region to region) and ``priority`` (labels, ``key`` or ``key=value``, in order)."""
+    """``distribute``, or else ``priority`` (labels, ``key`` or ``key=value``, in order), or else ``failover`` (region to region). Beside
+    ``priority``, ``failover`` orders what has the same priority."""
 
     enabled: bool = True
     distribute: tuple[Distribute, ...] = ()
@@ -127,7 +128,8 @@ class RetryBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class OutlierDetection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """0 switches a count off. Source: Istio's defaults for Envoy's detector."""
+    """0 switches a count off. ``error_statuses``: what counts as an error instead of 5xx; none: 5xx. Source: Istio's defaults for Envoy's
+    detector."""
 
     consecutive_5xx: int = 5
     consecutive_gateway_errors: int = 0
@@ -137,6 +139,7 @@ class OutlierDetection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     base_ejection_time: float = 30.0
     max_ejection_percent: int = 10
     min_health_percent: int = 0
+    error_statuses: tuple[int, ...] = ()
 
 
 class TlsMode(Enum):

@@ -30,7 +30,7 @@ def documented() -> dict[str, set[str]]:
         name = re.match(r"(?:[a-z]+ ?)+(?<! )", heading)
         if name and heading.startswith("meshctl"):
             found[name[0].strip()] = {
-                option for line in body.splitlines() if line.startswith("| `-") for option in re.findall(r"`(--?[a-z][a-z-]*)`", line)
+                option for line in body.splitlines() if line.startswith("| `-") for option in re.findall(r"`(--?[a-zA-Z][a-z-]*)`", line)
             }
     return found
 

@@ -1,5 +1,6 @@
 import json
 import socket
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,8 +19,9 @@ from mesh.rpc.tls import client_tls
 from mesh.runtime.inspection import ControlPlanePage
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.csr import make_request
-from mesh.xds.client import AdsClientConfig, AdsUpdate, bearer_metadata, connect_tls, run_ads_client
-from mesh.xds.names import ADDRESS, AUTHORIZATION, CREATE_CERTIFICATE_METHOD, node_id, pod_of_node_id
+from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, bearer_metadata, connect_tls, run_ads_client
+from mesh.xds.l7 import L7_TYPES
+from mesh.xds.names import ADDRESS, AUTHORIZATION, CREATE_CERTIFICATE_METHOD, node_id, pod_of_node_id, waypoint_node_id
 from mesh.xds.proto.ca_pb2 import IstioCertificateRequest, IstioCertificateResponse
 
 CLUSTER = """\
@@ -424,3 +426,103 @@ def test_an_address_in_use_a_missing_source_and_a_broken_authority_are_clear_err
         assert f"failed to bind to address {address}" in _failure(replace(world.config, listen=address))
     assert "is not a directory" in _failure(replace(world.config, source=tmp_path / "nowhere"))
     assert "ca-key.pem: No such file" in _failure(replace(world.config, cacerts=tmp_path))
+
+
+WAYPOINT = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: waypoint, namespace: app}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+status: {addresses: [{type: Hostname, value: waypoint.app.svc.cluster.local}]}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: waypoint-0
+  namespace: app
+  labels: {gateway.networking.k8s.io/gateway-name: waypoint, gateway.istio.io/managed: istio.io-mesh-controller}
+spec: {nodeName: n1, serviceAccountName: waypoint, containers: [{name: main}]}
+status: {phase: Running, podIP: 10.244.1.9}
+"""
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while not holds():  # noqa: ASYNC110 - several things make it true
+            await trio.sleep(0.01)
+
+
+async def follow_as_waypoint(world: World, told: list[str], gateway: str = "waypoint", state: list[AdsState] | None = None) -> None:
+    host, port = world.agents.rsplit(":", 1)
+    token = world.directory / "state" / "tokens" / "pod_app_waypoint-0.token"
+    connect = connect_tls(host, int(port), world.tls, server_hostname="istiod.istio-system.svc")
+    metadata = bearer_metadata(token, cluster_id="Kubernetes")
+    node = waypoint_node_id("", "waypoint-0", "app")
+    config = AdsClientConfig(connect, metadata, node, {"GATEWAY_NAME": gateway}, types=(*L7_TYPES, ADDRESS))
+
+    def take(update: AdsUpdate) -> None:
+        told.extend(f"waypoint: {type(each.resource).__name__} {each.resource.key}" for each in update.delta.l7)
+        told.extend(f"waypoint: gone {name}" for _, name in update.delta.removed_l7)
+
+    await run_ads_client(config, take, state.append if state is not None else lambda _: None)
+
+
+def test_a_waypoint_knows_a_service_before_agents_send_to_it_and_until_they_no_longer_do(world):
+    """Else connections would be refused in between."""
+
+    async def main() -> None:
+        told: list[str] = []
+        world.write("waypoint.yaml", WAYPOINT)
+        service = "app/server.app.svc.cluster.local"
+        async with running(world) as nursery:
+            nursery.start_soon(follow_as_waypoint, world, told)
+            nursery.start_soon(world.follow)
+            await world.wait_for(lambda updates: any(update.type_url == ADDRESS for update in updates))
+            await until(lambda: bool(told))
+            told.clear()
+            world.updates.clear()
+
+            def has_waypoint(updates: list[AdsUpdate], has: bool) -> bool:
+                found = [each for update in updates for each in update.delta.services if each.name == "server"]
+                return bool(found) and (found[-1].waypoint is not None) == has
+
+            world.write("service.yaml", SERVICE.replace("namespace: app}", "namespace: app, labels: {istio.io/use-waypoint: waypoint}}"))
+            await world.wait_for(lambda updates: has_waypoint(updates, True))
+            assert f"waypoint: ServiceConfig {service}" in told
+            world.updates.clear()
+            told.clear()
+            gone = f"waypoint: gone app/waypoint|{service}"
+            world.write("service.yaml", SERVICE)
+            await world.wait_for(lambda updates: has_waypoint(updates, False))
+            assert gone not in told
+            await until(lambda: gone in told)
+
+    trio.run(main)
+
+
+def test_a_waypoint_that_says_it_is_another_is_refused(world):
+    async def main() -> None:
+        told: list[str] = []
+        states: list[AdsState] = []
+        world.write("waypoint.yaml", WAYPOINT)
+        async with running(world) as nursery:
+            nursery.start_soon(follow_as_waypoint, world, told, "other", states)
+            await until(lambda: any("not a waypoint of this Gateway" in state.reason for state in states))
+            assert told == []
+
+    trio.run(main)
+
+
+def test_waypoints_are_no_agents_of_nodes(world):
+    async def main() -> None:
+        world.write("waypoint.yaml", WAYPOINT)
+        async with running(world) as nursery:
+            told: list[str] = []
+            nursery.start_soon(follow_as_waypoint, world, told)
+            await until(lambda: bool(told))
+            page = msgspec.json.decode((await world.get("/debug/status"))[1], type=ControlPlanePage)
+            assert (page.agents, [each.pod for each in page.waypoints]) == ([], ["waypoint-0"])
+            dump = json.loads((await world.get("/debug/config_dump"))[1])
+            assert list(dump["waypoints"]) == ["app/waypoint"]
+
+    trio.run(main)

@@ -1,6 +1,6 @@
 import stat
 
-from istiod_py.tokens import TokenStore
+from istiod_py.tokens import PodName, TokenStore
 
 
 def _tokens(directory):
@@ -19,8 +19,8 @@ def test_each_node_has_one_secret_file_of_its_own(tmp_path):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert len(file.read_bytes()) >= 43
         assert not file.read_bytes().endswith(b"\n")
-    assert store.find_node(tokens["n1"]) == "n1"
-    assert store.find_node(tokens["n2"]) == "n2"
+    assert store.find_holder(tokens["n1"]) == "n1"
+    assert store.find_holder(tokens["n2"]) == "n2"
 
 
 def test_what_is_no_token_belongs_to_nobody(tmp_path):
@@ -28,7 +28,7 @@ def test_what_is_no_token_belongs_to_nobody(tmp_path):
     store.reconcile(["n1"])
     token = _tokens(tmp_path)["n1"]
     for wrong in ("", token[:-1], token + "x", token.lower(), "n1", "\ud800"):
-        assert store.find_node(wrong) is None
+        assert store.find_holder(wrong) is None
 
 
 def test_tokens_survive_a_restart_and_end_with_their_node(tmp_path):
@@ -39,7 +39,7 @@ def test_tokens_survive_a_restart_and_end_with_their_node(tmp_path):
     after = _tokens(tmp_path)
     assert after["n1"] == before["n1"]
     assert set(after) == {"n1", "n3"}
-    assert store.find_node(before["n2"]) is None
+    assert store.find_holder(before["n2"]) is None
     store.reconcile(["n1", "n2", "n3"])
     assert _tokens(tmp_path)["n2"] != before["n2"], "a node that comes back is another node"
 
@@ -53,9 +53,9 @@ def test_a_token_that_others_could_read_or_that_is_empty_is_replaced(tmp_path):
     store.reconcile(["n1", "n2"])
     after = _tokens(tmp_path)
     assert after["n1"] != before["n1"]
-    assert store.find_node(before["n1"]) is None
-    assert store.find_node("") is None
-    assert store.find_node(after["n2"]) == "n2"
+    assert store.find_holder(before["n1"]) is None
+    assert store.find_holder("") is None
+    assert store.find_holder(after["n2"]) == "n2"
     assert stat.S_IMODE((tmp_path / "n1.token").stat().st_mode) == 0o600
 
 
@@ -64,3 +64,20 @@ def test_a_node_name_that_is_no_name_gets_no_file(tmp_path):
     TokenStore(directory).reconcile(["../evil", "a/b", "", ".", "UPPER", "n1\n", "ok.example-1"])
     assert set(_tokens(directory)) == {"ok.example-1"}
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+
+
+def test_a_pod_has_a_token_of_its_own_until_it_goes(tmp_path):
+    store = TokenStore(tmp_path)
+    store.reconcile(["n1"], [PodName("shop", "waypoint-0")])
+    tokens = _tokens(tmp_path)
+    assert set(tokens) == {"n1", "pod_shop_waypoint-0"}
+    assert store.find_holder(tokens["pod_shop_waypoint-0"]) == PodName("shop", "waypoint-0")
+    store.reconcile(["n1"])
+    assert set(_tokens(tmp_path)) == {"n1"}
+    assert store.find_holder(tokens["pod_shop_waypoint-0"]) is None
+
+
+def test_no_name_of_a_pod_leads_out_of_the_directory(tmp_path):
+    store = TokenStore(tmp_path / "tokens")
+    store.reconcile([], [PodName("../x", "y"), PodName("shop", "../../y"), PodName("a_b", "c")])
+    assert _tokens(tmp_path / "tokens") == {}

@@ -261,7 +261,7 @@ def test_policies_say_whether_agents_enforce_them(tmp_path: Path) -> None:
             assert condition == wanted
             put(cluster, form=[])
             await cluster.wait_until(lambda: bool(conditions(cluster)) and conditions(cluster)[0]["reason"] == "Invalid")
-            writes = len([seen for seen in cluster.api.requests if seen.path.endswith("/status")])
+            writes = len([seen for seen in cluster.api.requests if seen.path.endswith("/authorizationpolicies/p/status")])
             put(cluster, **{"from": [{"source": {"namespaces": ["b"]}}]})
             await cluster.wait_until(lambda: bool(conditions(cluster)) and conditions(cluster)[0]["reason"] == "Accepted")
             assert writes == 2

@@ -56,9 +56,7 @@ spec:
         notNamespaces: ["*"]
         ipBlocks: [1.2.3.4, 10.1.2.3/8, "fd00::1/64"]
         notIpBlocks: [2.0.0.0/8]
-        serviceAccounts: [other/sa, own]
-        notServiceAccounts: [x/y]
-    - source: {namespaces: [second]}
+    - source: {serviceAccounts: [other/sa, own], notServiceAccounts: [x/y]}
     to:
     - operation: {ports: ["80", "443"], notPorts: ["81"]}
     when:
@@ -75,6 +73,8 @@ spec:
         not_namespaces=(Presence(),),
         source_ips=(ip_network("1.2.3.4/32"), ip_network("10.0.0.0/8"), ip_network("fd00::/64")),
         not_source_ips=(ip_network("2.0.0.0/8"),),
+    )
+    accounts = Match(
         service_accounts=(ServiceAccountMatch("other", "sa"), ServiceAccountMatch("shop", "own")),
         not_service_accounts=(ServiceAccountMatch("x", "y"),),
     )
@@ -87,7 +87,7 @@ spec:
             Rule(
                 (
                     Clause((Match(destination_ports=(80, 443), not_destination_ports=(81,)),)),
-                    Clause((source, Match(namespaces=(Exact("second"),)))),
+                    Clause((source, accounts)),
                     Clause((Match(source_ips=(ip_network("9.0.0.0/8"),), not_source_ips=(ip_network("9.9.0.0/16"),)),)),
                     Clause((Match(namespaces=(Exact("n"),), not_namespaces=(Exact("m"),)),)),
                     Clause((Match(principals=(Prefix("p"),), not_principals=(Suffix("q"),)),)),
@@ -162,7 +162,8 @@ def test_an_accepted_policy_says_so() -> None:
 
 @pytest.mark.parametrize("action", ["AUDIT", "CUSTOM"])
 def test_other_actions_are_not_sent(action: str) -> None:
-    translation = translation_of(f"{HEAD}spec: {{action: {action}, rules: [{{}}]}}\n")
+    provider = ", provider: {name: x}" if action == "CUSTOM" else ""
+    translation = translation_of(f"{HEAD}spec: {{action: {action}, rules: [{{}}]{provider}}}\n")
     assert translation.policies == {}
     assert condition_of(translation) == Condition(
         "ZtunnelAccepted", False, "UnsupportedValue", f"ztunnel does not support the {action} action"
@@ -173,7 +174,8 @@ def test_other_actions_are_not_sent(action: str) -> None:
 def test_a_policy_for_waypoints_is_not_sent() -> None:
     translation = translation_of(f"{HEAD}spec: {{targetRefs: [{{kind: Service, name: x}}], rules: [{{}}]}}\n")
     assert translation.policies == {}
-    assert translation.statuses == {}
+    (condition,) = translation.statuses.values()
+    assert condition == (Condition("WaypointAccepted", False, "TargetNotFound", "Service shop/x was not found"),)
 
 
 def test_a_dry_run_is_sent_as_one() -> None:

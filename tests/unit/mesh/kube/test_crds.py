@@ -26,8 +26,9 @@ def test_every_file_is_the_definition_it_was_made_from() -> None:
         assert YAML(typ="safe", pure=True).load((DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8")) == definition
 
 
-def test_every_kind_of_istio_has_one_that_stores_the_version_we_read() -> None:
-    custom = {str(resource): resource for resource in RESOURCES.values() if resource.group.endswith("istio.io")}
+def test_every_custom_kind_has_one_that_stores_the_version_we_read() -> None:
+    groups = (".istio.io", "gateway.networking.k8s.io")
+    custom = {str(resource): resource for resource in RESOURCES.values() if resource.group.endswith(groups)}
     made = make_definitions()
     assert made.keys() == custom.keys()
     for name, definition in made.items():
@@ -47,6 +48,17 @@ def test_a_schema_knows_every_attribute_and_choice() -> None:
     assert "address" in entry["endpoints"]["items"]["properties"]
 
 
+def test_definitions_in_groups_of_kubernetes_say_that_nobody_approved_them() -> None:
+    for definition in make_definitions().values():
+        approval = definition["metadata"].get("annotations", {}).get("api-approved.kubernetes.io", "")
+        assert approval.startswith("unapproved") == definition["spec"]["group"].endswith(".k8s.io")
+
+
+def test_a_gateway_class_belongs_to_no_namespace() -> None:
+    scopes = {definition["spec"]["names"]["kind"]: definition["spec"]["scope"] for definition in make_definitions().values()}
+    assert (scopes["Gateway"], scopes["GatewayClass"]) == ("Namespaced", "Cluster")
+
+
 def test_only_what_the_parser_leaves_open_keeps_unknown_fields() -> None:
     open_at: list[str] = []
 
@@ -57,9 +69,30 @@ def test_only_what_the_parser_leaves_open_keeps_unknown_fields() -> None:
             for key, value in schema.items():
                 look(value, f"{path}.{key}" if key not in ("properties", "items") else path)
 
-    for kind in ("ServiceEntry", "WorkloadEntry", "AuthorizationPolicy", "PeerAuthentication"):
+    istio = ("ServiceEntry", "WorkloadEntry", "AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication", "DestinationRule")
+    for kind in (*istio, "VirtualService", "TCPRoute", "TLSRoute", "BackendTLSPolicy", "ReferenceGrant"):
         look(find_schema(kind)["properties"]["spec"], kind)
-    assert open_at == ["AuthorizationPolicy.provider", "AuthorizationPolicy.targetRef", "AuthorizationPolicy.targetRefs"]
+    assert open_at == []
+
+
+def test_what_is_read_of_a_route_to_say_that_it_is_not_supported_is_left_open() -> None:
+    rule = find_schema("HTTPRoute")["properties"]["spec"]["properties"]["rules"]["items"]["properties"]
+    filters = rule["filters"]["items"]["properties"]
+    for schema in (rule["sessionPersistence"], filters["extensionRef"], filters["externalAuth"]):
+        assert schema["x-kubernetes-preserve-unknown-fields"]
+    assert "x-kubernetes-preserve-unknown-fields" not in filters["requestMirror"]
+
+
+def test_rules_for_api_servers_stand_in_no_list_of_lists() -> None:
+    """They let a rule cost so much, times the longest list there could be."""
+
+    def find(schema: object, lists: int) -> int:
+        if not isinstance(schema, dict):
+            return 0
+        here = lists if "x-kubernetes-validations" in schema else 0
+        return max([here, *(find(value, lists + (key == "items")) for key, value in schema.items())])
+
+    assert find(find_schema("VirtualService"), 0) == find(find_schema("HTTPRoute"), 0) == 0
 
 
 def read(fields: Fields) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ from mesh.model.l7.matching import Exact, HeaderMatch, PathKind, PathMatch, Rout
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, JwtRule, PolicyAction, PolicyRule, Predicate, RequestAuthentication
 from mesh.model.l7.routing import Destination, DirectResponse, Forward, Origin, Retry, Route, WeightedDestination
 from mesh.model.l7.waypoint import Assigned, L7Resource, PortConfig, Protocol, ServiceConfig, WaypointSettings
+from mesh.model.service import Service as MeshService
 from mesh.rpc import Bidi, Channel, RpcError, Status, open_channel_on, serve_connection
 from mesh.state.store import Delta
 from mesh.xds.cache import ResourceCache
@@ -33,7 +35,7 @@ from mesh.xds.l7 import (
     resource_name,
     type_url_of,
 )
-from mesh.xds.names import ADDRESS, ADS_METHOD, GATEWAY_NAME, role_of_node_id, waypoint_node_id
+from mesh.xds.names import ADDRESS, ADS_METHOD, GATEWAY_NAME, node_id, role_of_node_id, waypoint_node_id
 from mesh.xds.server import AdsServer, Assign, Introduction, nobody_is_a_waypoint
 
 ORIGIN = Origin("VirtualService", "shop", "web")
@@ -268,3 +270,43 @@ def test_a_client_that_the_control_plane_does_not_know_is_refused() -> None:
         raise RpcError(Status.PERMISSION_DENIED, f"no such gateway: {introduction.gateway}")
 
     _run(refuse, main)
+
+
+def test_waypoints_may_be_told_alone_and_waited_for() -> None:
+    async def main(plane: _Plane, nursery: trio.Nursery) -> None:
+        one, other = _Waypoint(plane, "one"), _Waypoint(plane, "two")
+        other.config = replace(other.config, node_id=node_id("", "agent", "shop"), types=(ADDRESS,))
+        nursery.start_soon(one.run)
+        nursery.start_soon(other.run)
+        for client in (one, other):
+            await client.until(lambda client=client: client.state is not None and client.state.synced)  # type: ignore[misc]
+        other.order.clear()
+        changes = plane.cache.apply(Delta(services=(MeshService("web", "shop", "web.shop.svc"),), l7=(Assigned("shop/one", SERVICE),)))
+        plane.server.publish(changes, waypoints=True)
+        with trio.fail_after(10):
+            await plane.server.wait_taken(waypoints=True)
+        assert Assigned("shop/one", SERVICE) in one.held.values()
+        assert other.order == []
+        plane.server.publish(changes, waypoints=False)
+        await other.until(lambda: other.order == [ADDRESS])
+
+    _run(_by_metadata, main)
+
+
+def test_one_that_goes_is_not_waited_for() -> None:
+    async def main(plane: _Plane, nursery: trio.Nursery) -> None:
+        one = _Waypoint(plane, "one")
+        scope = trio.CancelScope()
+
+        async def run() -> None:
+            with scope:
+                await one.run()
+
+        nursery.start_soon(run)
+        await one.until(lambda: one.state is not None and one.state.synced)
+        plane.server.publish(plane.cache.apply(Delta(l7=(Assigned("shop/one", SERVICE),))))
+        scope.cancel()
+        with trio.fail_after(10):
+            await plane.server.wait_taken(waypoints=True)
+
+    _run(_by_metadata, main)

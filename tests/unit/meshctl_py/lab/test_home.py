@@ -52,7 +52,7 @@ def test_what_a_killed_lab_left_is_removed_when_its_name_is_claimed_again(labs: 
     (claimed.path / "control.sock").write_text("")
     os.close(lock)
     again, lock = claim_lab("one")
-    assert sorted(path.name for path in again.path.iterdir()) == ["files", "lock", "logs", "netns", "status"]
+    assert sorted(path.name for path in again.path.iterdir()) == ["deployed", "files", "lock", "logs", "netns", "status"]
     assert list(again.logs.iterdir()) == []
     os.close(lock)
 

@@ -1,0 +1,1 @@
+"""What waypoints are told, made of the objects that route, rule and attach: pure functions, as the rest of translation."""

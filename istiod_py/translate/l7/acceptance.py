@@ -1,0 +1,103 @@
+"""What a policy with ``targetRefs`` says in its status: the condition `WaypointAccepted`, in Istio's words (reference: Istio's
+`policies.go` and `flattenConditions`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from istiod_py.translate.config import Condition
+from istiod_py.translate.l7.attachment import ISTIO_CLASS
+from istiod_py.translate.reading import Read
+from mesh.kube.policies import AuthorizationPolicy
+from mesh.kube.requestauthentication import RequestAuthentication
+from mesh.kube.targets import GROUPS, TargetRef
+
+TYPE: Final = "WaypointAccepted"
+WAYPOINT_CONTROLLER: Final = "istio.io/mesh-controller"
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What policies can be for. Keys are ``namespace/name`` of the objects, except those of classes, their names."""
+
+    root_namespace: str
+    waypoints: frozenset[str] = frozenset()
+    classes: Mapping[str, str] = field(default_factory=dict)
+    """GatewayClasses and the names of their controllers."""
+    services: Mapping[str, str] = field(default_factory=dict)
+    """Services and the waypoints they are bound to (``namespace/name``); empty: to none."""
+    service_entries: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """What has become of one target."""
+
+    target: str
+    bound: bool
+    reason: str
+    message: str
+
+
+def acceptance_of(read: Read[AuthorizationPolicy] | Read[RequestAuthentication], targets: Targets) -> Condition | None:
+    """None: the policy is not for waypoints."""
+    policy = read.value
+    if not policy.has_target_refs:
+        return None
+    if read.problems:
+        because = read.problems[0]
+        effect = _effect_of_mistakes(read)
+        return Condition(TYPE, False, "Invalid", f"{effect}: {because}")
+    found = [_bind(target, policy.namespace, read.obj.kind, targets) for target in policy.targets]
+    if len(found) == 1:
+        return Condition(TYPE, found[0].bound, found[0].reason, found[0].message)
+    unbound = [each.target for each in found if not each.bound]
+    bound = len(unbound) < len(found)
+    reason = ("PartiallyInvalid" if unbound else "Accepted") if bound else "Invalid"
+    return Condition(TYPE, bound, reason, f"Invalid targetRefs: {', '.join(unbound)}" if unbound else "")
+
+
+def _effect_of_mistakes(read: Read[AuthorizationPolicy] | Read[RequestAuthentication]) -> str:
+    if read.good:
+        return "the last good version stays in force"
+    dry_run = isinstance(read.value, AuthorizationPolicy) and read.value.dry_run
+    if dry_run or read.obj.spec.get("action") == "AUDIT":
+        return "not enforced"
+    return "until corrected everything it applies to is refused"
+
+
+def _bind(target: TargetRef, namespace: str, kind: str, targets: Targets) -> _Bound:
+    key = f"{namespace}/{target.name}"
+    name = f"{target.kind}.{GROUPS[target.kind] or 'core'}:{key}"
+    match target.kind:
+        case "GatewayClass":
+            return _Bound(name, *_bind_class(target.name, namespace, kind, targets))
+        case "Gateway":
+            bound = key in targets.waypoints
+            return _Bound(name, bound, "Accepted" if bound else "TargetNotFound", f"bound to {key}" if bound else "not bound")
+        case "Service":
+            return _Bound(name, *_bind_service("Service", key, targets.services))
+    return _Bound(name, *_bind_service("ServiceEntry", key, targets.service_entries))
+
+
+def _bind_class(name: str, namespace: str, kind: str, targets: Targets) -> tuple[bool, str, str]:
+    if namespace != targets.root_namespace:
+        message = f"{kind} must be in the root namespace `{targets.root_namespace}` when referencing a GatewayClass"
+        return False, "Invalid", message
+    controller = targets.classes.get(name, WAYPOINT_CONTROLLER if name == ISTIO_CLASS else None)
+    if controller is None:
+        return False, "TargetNotFound", "not bound"
+    if controller != WAYPOINT_CONTROLLER:
+        return False, "Invalid", f"GatewayClass must use controller name `{WAYPOINT_CONTROLLER}` for waypoints"
+    return True, "Accepted", f"bound to {name}"
+
+
+def _bind_service(kind: str, key: str, known: Mapping[str, str]) -> tuple[bool, str, str]:
+    waypoint = known.get(key)
+    if waypoint is None:
+        return False, "TargetNotFound", f"{kind} {key} was not found"
+    if not waypoint:
+        return False, "AncestorNotBound", f"{kind} {key} is not bound to a waypoint"
+    return True, "Accepted", f"bound to {waypoint}"

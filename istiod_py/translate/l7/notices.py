@@ -1,0 +1,92 @@
+"""What is right in a policy and still is hardly what was meant: told as a problem, with its field, while the policy is enforced as it
+stands. Istio takes all of this without a word."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from istiod_py.translate.l7.policies import parse_key
+from mesh.kube.objects import FieldPath
+from mesh.kube.policies import TEMPLATE_OPERATORS, AuthorizationPolicy, PolicyRule
+from mesh.model.l7.policy import Attribute
+
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_STAR_ALONE: Final = "a '*' that is neither first nor last stands for itself"
+_PATTERNS: Final = frozenset({"principals", "requestPrincipals", "hosts", "methods", "paths"})
+_PATTERN_KEYS: Final = frozenset(
+    {
+        Attribute.PRINCIPAL,
+        Attribute.AUTH_PRINCIPAL,
+        Attribute.AUDIENCE,
+        Attribute.PRESENTER,
+        Attribute.CLAIM,
+        Attribute.HEADER,
+        Attribute.SNI,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    path: FieldPath
+    message: str
+
+
+def find_notices(policy: AuthorizationPolicy) -> tuple[Notice, ...]:
+    """Of a policy for waypoints, in order of its fields."""
+    return tuple(notice for index, rule in enumerate(policy.rules) for notice in _look_at_rule(rule, ("spec", "rules", index)))
+
+
+def _look_at_rule(rule: PolicyRule, path: FieldPath) -> Iterator[Notice]:
+    for index, source in enumerate(rule.sources):
+        yield from _look_at_part(source, (*path, "from", index, "source"))
+    for index, operation in enumerate(rule.operations):
+        yield from _look_at_part(operation, (*path, "to", index, "operation"))
+    for index, when in enumerate(rule.conditions):
+        attribute, _ = parse_key(when.key)
+        here: FieldPath = (*path, "when", index)
+        if attribute is Attribute.UNKNOWN:
+            yield Notice(
+                (*here, "key"), "waypoints do not know this attribute: an ALLOW rule with it never matches, a DENY rule as if without"
+            )
+        elif attribute in _PATTERN_KEYS:
+            for key, values in (("values", when.values), ("notValues", when.not_values)):
+                yield from (Notice((*here, key, at), _STAR_ALONE) for at, value in enumerate(values) if _has_star_within(value))
+
+
+def _look_at_part(part: Mapping[str, tuple[str, ...]], path: FieldPath) -> Iterator[Notice]:
+    for name, values in part.items():
+        positive = f"{name[3].lower()}{name[4:]}" if name.startswith("not") else name
+        for index, value in enumerate(values):
+            for message in _look_at_value(positive, value):
+                yield Notice((*path, name, index), message)
+
+
+def _look_at_value(name: str, value: str) -> Iterator[str]:
+    templated = name == "paths" and any(segment in TEMPLATE_OPERATORS for segment in value.split("/"))
+    if name in _PATTERNS and not templated and _has_star_within(value):
+        yield _STAR_ALONE
+    match name:
+        case "paths":
+            if not value.startswith(("/", "*")):
+                yield "no path matches that: paths begin with '/'"
+            if "?" in value or "#" in value:
+                yield "no path matches that: paths are compared without query and fragment"
+        case "methods":
+            if not _TOKEN.fullmatch(value):
+                yield "no method matches that"
+            elif value.upper() in _METHODS and value != value.upper():
+                yield f"methods are compared exactly: '{value}' is not {value.upper()}"
+        case "hosts" if "/" in value:
+            yield "no host matches that: a host is written without scheme and path"
+
+
+def _has_star_within(value: str) -> bool:
+    """A ``*`` that no pattern begins or ends with."""
+    return "*" in (value[:-1] if value.endswith("*") and not value.startswith("*") else value[1:])
+
+
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})

@@ -1,0 +1,1 @@
+"""The Kubernetes Gateway API: its kinds as we read them."""

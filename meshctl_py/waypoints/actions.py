@@ -1,0 +1,119 @@
+"""What the commands do, as istioctl does it: the same checks in the same order, the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import trio
+
+from mesh.model.labels import DATAPLANE_MODE, USE_WAYPOINT
+from meshctl_py.cluster.errors import ClusterProblem
+from meshctl_py.waypoints.gateway import Found, InvalidWaypoint, list_table, make_gateway, status_table
+from meshctl_py.waypoints.place import WaypointPlace
+
+POLL: Final = 1.0
+"""Seconds between looks at a waypoint that is waited for."""
+_NONE: Final = "No waypoints found."
+
+Tell: TypeAlias = Callable[[str], None]
+"""Takes a line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A waypoint to apply; empty texts: not said."""
+
+    name: str
+    namespace: str
+    traffic: str = ""
+    revision: str = ""
+    enroll: bool = False
+    overwrite: bool = False
+    wait: bool = False
+    timeout: float = 90.0
+
+
+async def apply_waypoint(place: WaypointPlace, wanted: Wanted, tell: Tell) -> None:
+    """Raises ClusterProblem; on a cluster also ApiError, ApiUnavailable."""
+    namespace = wanted.namespace or place.namespace
+    labels = await place.namespace_labels(namespace)
+    if wanted.enroll:
+        if labels.get(USE_WAYPOINT) and not wanted.overwrite:
+            tell(
+                f"⚠️ Warning: namespace ({namespace}) already has an enrolled Waypoint. Consider adding the `--overwrite` flag to your "
+                "apply command."
+            )
+            return
+        if labels.get(DATAPLANE_MODE) != "ambient":
+            command = f"`{place.label_command} namespace {namespace} {DATAPLANE_MODE}=ambient`"
+            tell(f"⚠️ Warning: namespace is not enrolled in ambient. Consider running\t{command}")
+    gateway = build(wanted.name, namespace, wanted.traffic, wanted.revision)
+    name = gateway["metadata"]["name"]
+    await place.apply(gateway)
+    tell(f"✅ waypoint {namespace}/{name} applied")
+    if wanted.wait:
+        await _wait_programmed(place, namespace, name, within=wanted.timeout)
+        tell(f"✅ waypoint {namespace}/{name} is ready!")
+    if wanted.enroll:
+        await place.label_namespace(namespace, USE_WAYPOINT, name)
+        tell(f'✅ namespace {namespace} labeled with "{USE_WAYPOINT}: {name}"')
+
+
+def build(name: str, namespace: str, traffic: str, revision: str) -> dict[str, dict[str, str]]:
+    """The Gateway. Raises ClusterProblem."""
+    try:
+        return make_gateway(name, namespace, traffic, revision)
+    except InvalidWaypoint as exc:
+        raise ClusterProblem(f"failed to create gateway: {exc}") from exc
+
+
+async def _wait_programmed(place: WaypointPlace, namespace: str, name: str, *, within: float) -> None:
+    with trio.move_on_after(within):
+        while True:
+            found = await place.find(namespace, name)
+            if found is not None and found.is_programmed:
+                return
+            await trio.sleep(POLL)
+    raise ClusterProblem(f"timed out while waiting for waypoint\t{namespace}/{name}")
+
+
+async def delete_waypoints(
+    place: WaypointPlace, namespace: str, names: Sequence[str], tell: Tell, *, everything: bool = False, revision: str = ""
+) -> None:
+    """Those of these names, or all of the namespace, or of a revision in it."""
+    namespace = namespace or place.namespace
+    there = [each.name for each in await place.list(namespace, revision)]
+    for name in there if everything or revision else names:
+        if name in there and await place.delete(namespace, name):
+            tell(f"waypoint {namespace}/{name} deleted")
+        else:
+            tell(f"waypoint {namespace}/{name} not found")
+
+
+async def list_waypoints(place: WaypointPlace, namespace: str, tell: Tell, *, everywhere: bool) -> None:
+    found = await place.list("" if everywhere else namespace or place.namespace)
+    tell(list_table(found, namespaces=everywhere) if found else _NONE)
+
+
+async def show_status(place: WaypointPlace, namespace: str, tell: Tell, *, everywhere: bool, wait_within: float | None) -> None:
+    """Once all are programmed, unless ``wait_within`` is None."""
+    found = await place.list("" if everywhere else namespace or place.namespace)
+    if not found:
+        tell(_NONE)
+        return
+    if wait_within is not None:
+        deadline = trio.current_time() + wait_within
+        found = [await _wait_told(place, each, deadline) for each in found]
+    tell(status_table(found, namespaces=everywhere))
+
+
+async def _wait_told(place: WaypointPlace, waypoint: Found, deadline: float) -> Found:
+    with trio.move_on_at(deadline):
+        while True:
+            found = await place.find(waypoint.namespace, waypoint.name)
+            if found is not None and found.is_programmed:
+                return found
+            await trio.sleep(POLL)
+    raise ClusterProblem(f"failed to print waypoint status: timed out while retrieving status for waypoint\t{waypoint.key}")
