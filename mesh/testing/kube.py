@@ -324,11 +324,12 @@ class _Exchange:
 
     def _parse_path(self, path: str) -> _Target:
         parts = path.strip("/").split("/")
-        group, parts = ("", parts[2:]) if parts[0] == "api" else (parts[1], parts[3:])
+        group, version, parts = ("", parts[1], parts[2:]) if parts[0] == "api" else (parts[1], parts[2], parts[3:])
         namespace = ""
         if parts[0] == "namespaces" and len(parts) > 2 and not (group == "" and parts[2] == "status"):
             namespace, parts = parts[1], parts[2:]
-        resource = next((r for r in self._server.served if r.plural == parts[0] and r.group == group), None)
+        wanted = (group, version, parts[0])
+        resource = next((r for r in self._server.served if (r.group, r.version, r.plural) == wanted), None)
         if resource is None or group in self._server.faults.absent_groups:
             raise _Refusal(404, "NotFound", "the server could not find the requested resource")
         return _Target(resource, namespace, *parts[1:3])

@@ -14,7 +14,8 @@ from tests.cluster.harness.api import Api, ApiRefused, Object
 from tests.cluster.harness.client import Cluster, wait_until
 from tests.corpus import EXAMPLES, MESH, Mistake, read_manifests, read_mistakes
 
-CUSTOM = [kind for kind, resource in RESOURCES.items() if resource.group.endswith("istio.io")]
+GROUPS = (".istio.io", "gateway.networking.k8s.io")
+CUSTOM = [kind for kind, resource in RESOURCES.items() if resource.group.endswith(GROUPS) and resource.namespaced]
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 
@@ -117,11 +118,13 @@ spec: {spec}
             ("PeerAuthentication", "{mtls: {mode: STRICT}}"),
             ("ServiceEntry", "{hosts: [a.example.com], location: MESH_INTERNAL, resolution: DNS}"),
             ("WorkloadEntry", "{address: 192.0.2.1}"),
+            ("VirtualService", "{hosts: [b.example.com], gateways: [mesh], http: [{route: [{destination: {host: b.example.com}}]}]}"),
         )
     )
     cluster.apply(manifests)
     try:
-        for short, words in (("ap", "DENY"), ("pa", "STRICT"), ("se", "a.example.com MESH_INTERNAL DNS"), ("we", "192.0.2.1")):
+        expected = {"ap": "DENY", "pa": "STRICT", "se": "a.example.com MESH_INTERNAL DNS", "we": "192.0.2.1", "vs": "b.example.com mesh"}
+        for short, words in expected.items():
             shown = cluster.kubectl("get", "-n", namespace, short, "shown")
             assert all(word in shown for word in words.split()), shown
     finally:

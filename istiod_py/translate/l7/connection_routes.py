@@ -6,12 +6,13 @@ A waypoint looks at no SNI: a TLS route is for a service when it names the servi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import msgspec
 
 from istiod_py.translate.l7.destinations import resolve_target, weigh_backend
 from istiod_py.translate.l7.gateway_routes import attaches
-from istiod_py.translate.l7.sources import Gathered, Note, Sourced
+from istiod_py.translate.l7.sources import Gathered, Note, Sourced, expand
 from istiod_py.translate.l7.virtual_services import Place
 from mesh.kube.gatewayapi.routes import ConnectionRoute
 from mesh.kube.objects import FieldPath, KubeObject
@@ -104,7 +105,8 @@ def _resolve(
     for index, each in enumerate(targets):
         if len(targets) > 1 and not each.weight:
             continue
-        found = resolve_target(each.target, place.port, place.waypoint_namespace, place.known)
+        target = replace(each.target, host=expand(each.target.host, obj.namespace, place.defaults))
+        found = resolve_target(target, place.port, place.waypoint_namespace, place.known)
         if found.fails_with is not None:
             message = f"{found.because}: its connections are reset"
             notes.append(Note(obj.key, (*path, "route", index, "destination"), message))

@@ -186,6 +186,60 @@ def test_an_api_group_may_come_later() -> None:
     run(check)
 
 
+def test_an_older_version_is_read_where_the_newest_is_not_served_and_left_when_that_comes() -> None:
+    route: dict[str, Any] = {"rules": [{"backendRefs": [{"name": "a", "port": 80}]}]}
+
+    async def check(world: World) -> None:
+        newest = RESOURCES["TLSRoute"]
+        assert newest.older == ("v1alpha3", "v1alpha2")
+        world.server.served = [newest.at("v1alpha2")]
+        world.put("TLSRoute", "r", spec=route)
+        await world.store.wait_synced()
+        assert (world.names("TLSRoute"), world.store.problems) == (["r"], ())
+        world.server.served = [newest]
+        world.server.cut_watches()
+        world.put("TLSRoute", "s", spec=route)
+        await world.wait_until(lambda: world.names("TLSRoute") == ["r", "s"])
+        paths = {seen.path for seen in world.server.requests}
+        assert paths == {resource.collection() for resource in (newest, newest.at("v1alpha3"), newest.at("v1alpha2"))}
+        assert not world.store.problems
+
+    run(check, ("TLSRoute",))
+
+
+def test_where_no_version_is_served_there_is_nothing_and_later_there_may_be() -> None:
+    async def check(world: World) -> None:
+        served, world.server.served = world.server.served, []
+        await world.store.wait_synced()
+        assert (world.names("TLSRoute"), world.store.problems) == ([], ())
+        started = trio.current_time()
+        await trio.sleep(600)
+        # Not asked without pause, however many versions there are.
+        assert len(world.server.requests) < 3 * (trio.current_time() - started) / 5
+        world.server.served = served
+        world.put("TLSRoute", "r", spec={"rules": [{"backendRefs": [{"name": "a", "port": 80}]}]})
+        await world.wait_until(lambda: world.names("TLSRoute") == ["r"])
+
+    run(check, ("TLSRoute",))
+
+
+def test_a_route_that_goes_bad_keeps_its_last_good_version_and_one_that_never_was_good_is_handed_on_to_say_so() -> None:
+    bad = {"rules": [{"backendRefs": [{"name": "a"}]}]}
+
+    async def check(world: World) -> None:
+        world.put("HTTPRoute", "old", spec={"rules": [{"backendRefs": [{"name": "a", "port": 80}]}]})
+        world.put("HTTPRoute", "new", spec=bad)
+        await world.store.wait_synced()
+        good = world.store.find("HTTPRoute", "shop", "old")
+        world.put("HTTPRoute", "old", spec=bad)
+        await world.wait_until(lambda: len(world.store.problems) == 2)
+        assert world.store.find("HTTPRoute", "shop", "old") is good
+        assert [problem.field for problem in world.store.problems] == ["spec.rules[0].backendRefs[0]"] * 2
+        assert world.store.find("HTTPRoute", "shop", "new").problems  # type: ignore[union-attr]  # it is there
+
+    run(check, ("HTTPRoute",))
+
+
 def test_a_group_that_is_missing_for_a_moment_takes_no_policy_away() -> None:
     async def check(world: World) -> None:
         world.put("AuthorizationPolicy", "p", spec=POLICY)

@@ -9,7 +9,8 @@ from mesh.kube.durations import DURATION, GATEWAY_DURATION, parse_duration
 
 @pytest.mark.parametrize(("text", "seconds"), [
     ("1s", 1), ("1.5s", 1.5), (".5s", 0.5), ("1.s", 1), ("100ms", 0.1), ("1h2m3.5s", 3723.5), ("1us", 1e-6), ("1µs", 1e-6), ("1ns", 1e-9),
-    ("0s", 0), ("1h1h", 7200), ("", None), ("5", None), ("-1s", None), ("1 s", None), ("1d", None), ("s", None), (".s", None), ("1e3s", None),
+    ("0s", 0), ("1h1h", 7200), ("", None), ("5", None), ("-1s", None), ("1 s", None), ("1d", None), ("s", None), (".s", None),
+    ("1e3s", None),
     ("9" * 70 + "s", None), ("9999999999999h", None), ("１s", None),
 ])  # fmt: skip
 def test_a_duration_is_read_exactly(text: str, seconds: float | None) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from mesh.kube.directory import DirectoryStore
 from mesh.kube.headeredits import HeaderEdits
 from mesh.kube.routeactions import GRPC_STATUSES, MirrorTarget, Target, WeightedTarget
 from mesh.kube.virtualservice import (
@@ -63,7 +66,8 @@ def test_without_gateways_it_is_for_the_mesh(gateways: str, for_mesh: bool) -> N
     ("uri: {}", HttpMatch(uri=Present())),
     ("scheme: {exact: http}, method: {regex: GET|HEAD}, authority: {prefix: a.}",
      HttpMatch(scheme=Exact("http"), method=Regex("GET|HEAD"), authority=Prefix("a."))),
-    ("headers: {x-a: {exact: '1'}, x-b: {prefix: b}, x-c: {regex: c+}, x-d: {}, x-e: {regex: '*'}, ':method': {exact: PUT}, x-f: {exact: ''}}",
+    ("headers: {x-a: {exact: '1'}, x-b: {prefix: b}, x-c: {regex: c+}, x-d: {}, x-e: {regex: '*'}, ':method': {exact: PUT},"
+     " x-f: {exact: ''}}",
      HttpMatch(headers={
          "x-a": Exact("1"), "x-b": Prefix("b"), "x-c": Regex("c+"), "x-d": Present(), "x-e": Present(), ":method": Exact("PUT"),
          "x-f": Exact(""),
@@ -247,14 +251,14 @@ HTTP = "spec.http[0]"
     # Connections.
     (f"{{hosts: [a.b], tls: [{{{TO}}}]}}", "spec.tls[0]", "'match' is required"),
     (f"{{hosts: [a.b], tls: [{{match: [{{port: 1}}], {TO}}}]}}", "spec.tls[0].match[0]", "'sniHosts' is required"),
-    (f"{{hosts: [a.b], tls: [{{match: [{{sniHosts: [c.d]}}], {TO}}}]}}", "spec.tls[0].match[0].sniHosts[0]", "none of the VirtualService's"),
+    (f"{{hosts: [a.b], tls: [{{match: [{{sniHosts: [c.d]}}], {TO}}}]}}", "spec.tls[0].match[0].sniHosts[0]", "none of the Virtual"),
     (f"{{hosts: [a.b], tls: [{{match: [{{sniHosts: ['*.b']}}], {TO}}}]}}", "spec.tls[0].match[0].sniHosts[0]", "none of the Virtual"),
     ("{hosts: [a.b], tcp: [{}]}", "spec.tcp[0]", "'route' is required"),
     ("{hosts: [a.b], tcp: [{route: []}]}", "spec.tcp[0].route", "needs a destination"),
     (f"{{hosts: [a.b], tcp: [{{match: [{{sourceSubnet: 10.0.0.0/8}}], {TO}}}]}}", "spec.tcp[0].match[0].sourceSubnet", "not supported"),
     (f"{{hosts: [a.b], tcp: [{{match: [{{destinationSubnets: [x]}}], {TO}}}]}}", "spec.tcp[0].match[0].destinationSubnets[0]", "not an IP"),
     (f"{{hosts: [a.b], tcp: [{{match: [{{sniHosts: [a.b]}}], {TO}}}]}}", "spec.tcp[0].match[0].sniHosts", "unknown field"),
-    ("{hosts: [a.b], tcp: [{route: [{destination: {host: a}, weight: 0}, {destination: {host: b}}]}]}", "spec.tcp[0].route", "no destination"),
+    ("{hosts: [a.b], tcp: [{route: [{destination: {host: a}, weight: 0}, {destination: {host: b}}]}]}", "spec.tcp[0].route", "no dest"),
 ])  # fmt: skip
 def test_a_mistake_in_the_whole_names_its_field(spec: str, field: str, message: str) -> None:
     check(spec, field, message)
@@ -398,3 +402,21 @@ def check(spec: str, field: str, message: str) -> None:
 ])  # fmt: skip
 def test_wildcards_cover_any_depth_but_not_the_domain_itself(pattern: str, host: str, covered: bool, meet: bool) -> None:
     assert (covers(pattern, host), hosts_meet(pattern, host)) == (covered, meet)
+
+
+def test_a_file_gone_bad_keeps_the_last_good_version_and_names_line_and_field(tmp_path: Path) -> None:
+    file = tmp_path / "v.yaml"
+    good = f"{HEAD}spec:\n  hosts: [a]\n  http:\n  - timeout: 1s\n    {TO}\n"
+    (tmp_path / "n.yaml").write_text("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n")
+    file.write_text(good)
+    store = DirectoryStore([tmp_path])
+    store.load()
+    before = store.find("VirtualService", "shop", "v")
+    file.write_text(good.replace("1s", "soon") + "# longer\n")
+    store.load()
+    assert store.find("VirtualService", "shop", "v") is before
+    assert [(str(problem.file), problem.line, problem.field) for problem in store.problems] == [("v.yaml", 7, "spec.http[0].timeout")]
+    file.write_text(good.replace("1s", "25ms") + "# longer still\n")
+    store.load()
+    assert store.problems == ()
+    assert store.find("VirtualService", "shop", "v") is not before
