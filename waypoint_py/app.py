@@ -50,16 +50,16 @@ from waypoint_py.http.h2 import Http2Client
 from waypoint_py.listener import DRAINED, HboneListener, open_sockets
 from waypoint_py.observer import Lines, Local
 from waypoint_py.plane import Plane
-from waypoint_py.policy.ext_authz import ExtAuthz, Unreachable
+from waypoint_py.policy.ext_authz import ExtAuthz
 from waypoint_py.policy.jwks import Authenticator, KeyStore
+from waypoint_py.reach import reach
 from waypoint_py.store import Store
-from waypoint_py.stream import ByteStream
 from waypoint_py.upstream.announce import announce
-from waypoint_py.upstream.balancer import Balancer, NoEndpoint, Wish
+from waypoint_py.upstream.balancer import Balancer
 from waypoint_py.upstream.dial import Dialler
 from waypoint_py.upstream.pool import Pool
-from waypoint_py.upstream.session import Endpoint, UpstreamFailure, UpstreamProtocol
-from waypoint_py.waiting import NurseryWaits, TaskStream
+from waypoint_py.upstream.session import Endpoint, UpstreamProtocol
+from waypoint_py.waiting import NurseryWaits
 
 EXIT_CONFIG: Final = 2
 """A restart would not help."""
@@ -224,16 +224,18 @@ class Waypoint:
                 self._serving.done()
                 _log.info("serving", gateway=self._config.key, addresses=", ".join(str(sock.getsockname()[:2]) for sock in sockets))
                 await self._stop.wait()
-                await self._drain()
+                await self._drain(sockets)
                 working.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 
-    async def _drain(self) -> None:
+    async def _drain(self, sockets: Sequence[socket.socket]) -> None:
         """Take nothing new; what lives goes on until it has ended or its time is over."""
         self._serving.pending("draining")
         seconds = float(self._config.drain)
         _log.info("draining", seconds=seconds, connections=self._plane.counts.connections)
         self.listener.drain()
+        for sock in sockets:
+            sock.close()
         with trio.move_on_after(seconds):
             while self.listener.links or self._plane.counts.connections:  # noqa: ASYNC110 - one look at two numbers, while ending
                 await trio.sleep(_DRAIN_LOOKS)
@@ -341,27 +343,5 @@ class Waypoint:
 
     async def _reach(self, namespace: str, hostname: str, port: int) -> trio.abc.Stream:
         """A connection to a service of the mesh, with our own identity: for authorizers. Raises Unreachable."""
-        destination = Destination(namespace, hostname, port)
         plane = self._plane
-        endpoint = plane.balancer.choose(destination, Wish(), plane.reactor.now())
-        if isinstance(endpoint, NoEndpoint):
-            raise Unreachable(endpoint.because)
-        made = trio.Event()
-        result: list[ByteStream | UpstreamFailure] = []
-
-        def opened(stream: ByteStream | UpstreamFailure) -> None:
-            result.append(stream)
-            made.set()
-
-        dialling = plane.connections.connect(endpoint, opened)
-        try:
-            await made.wait()
-        except trio.Cancelled:
-            dialling.cancel()
-            if result and not isinstance(result[0], UpstreamFailure):
-                result[0].abort("nobody waits for it any more")
-            raise
-        stream = result[0]
-        if isinstance(stream, UpstreamFailure):
-            raise Unreachable(stream.because)
-        return TaskStream(stream)
+        return await reach(plane.balancer, plane.connections, plane.reactor.now, Destination(namespace, hostname, port))

@@ -33,6 +33,8 @@ HEAD_SECONDS: Final = 60.0
 """For the head of a request that has begun to come (HTTP/1.1): a client that sends a byte now and then holds no connection for ever."""
 LINGER_SECONDS: Final = 5.0
 """Until a client that was told that we are done must have closed."""
+_BEYOND: Final = 64 * 1024
+"""How far above `HIGH_WATER` one writing may go."""
 TOO_MUCH_UNSENT: Final = 2 * HIGH_WATER
 """Bytes that wait for the client to read, beyond which nothing of what it says is listened to. Bodies stop long before: these are answers
 to what only wants answers (PING, SETTINGS, refused requests), which a client that never reads could have us store."""
@@ -118,8 +120,9 @@ class HttpConnection:
     # --- exchanges
 
     def room(self, stream: int) -> int:
-        """Bytes of body that may be sent to the client now."""
-        return min(self._codec.room(stream), HIGH_WATER - self._stream.unsent - self._codec.unsent())
+        """Bytes of body that may be sent to the client now. None above `HIGH_WATER`: then alone the stream tells when it has drained."""
+        unsent = self._stream.unsent + self._codec.unsent()
+        return min(self._codec.room(stream), HIGH_WATER + _BEYOND - unsent) if unsent <= HIGH_WATER else 0
 
     def wait_for_room(self, exchange: Exchange) -> None:
         """Call `Exchange.writable` when there may be more."""

@@ -290,8 +290,8 @@ class Exchange:
     def _note(self, judgement: Judgement) -> None:
         record = self.record
         record.because, record.policy = judgement.because, judgement.policy
-        for verdict in judgement.dry_run:
-            record.tags["dry_run"] = verdict.because
+        if judgement.dry_run:
+            record.tags["dry_run"] = "; ".join(verdict.because for verdict in judgement.dry_run)
         if judgement.audited:
             record.tags["audit"] = ",".join(judgement.audited)
 
@@ -684,13 +684,13 @@ class Exchange:
         # What is left of the request is for nobody. HTTP/1.1's codec reads it for nothing if it is little, and closes otherwise; by HTTP/2
         # the client is told to stop, and that the answer holds (RFC 9113 section 8.1).
         if not self._body.complete and (self._upgraded or not self._conn.serial):
-            self._conn.reset(self._stream, ErrorCode.NO_ERROR)
-        self._finish()
+            self._finish(reset=ErrorCode.NO_ERROR)
+        else:
+            self._finish()
 
     def _break_off(self) -> None:
         """An answer that has begun cannot be completed, and the client must not take it for a whole one."""
-        self._conn.reset(self._stream, ErrorCode.INTERNAL_ERROR)
-        self._finish()
+        self._finish(reset=ErrorCode.INTERNAL_ERROR)
 
     def _drop_attempt(self) -> None:
         """Give the present try up, if there is one."""
@@ -709,11 +709,13 @@ class Exchange:
         if timer is not None:
             timer.cancel()
 
-    def _finish(self) -> None:
-        """The end, whatever led to it: once."""
+    def _finish(self, *, reset: int | None = None) -> None:
+        """The end, whatever led to it: once. ``reset``: the client's stream is given up with this code."""
         if self._over:
             return
         self._over = True
+        if reset is not None:
+            self._conn.reset(self._stream, reset)
         record = self.record
         self._drop_attempt()
         for timer in (self._timer, self._total, self._per_try):

@@ -15,7 +15,7 @@ from mesh.model.address import NetworkAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import TcpRoute
 from mesh.model.l7.waypoint import PathNormalization
-from mesh.model.service import Service
+from mesh.model.service import AppProtocol, Service
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import PROTOCOL_ERROR, HboneLink, TunnelRequest, serve_hbone
 from mesh.reactor.loop import Timer
@@ -25,6 +25,7 @@ from mesh.telemetry.log import get_logger
 from mesh.tls.peer import verify_sole_client
 from mesh.wire.hbone import Limits
 from waypoint_py.admission import Refused, ToService, ToWorkload, admit
+from waypoint_py.client_hello import NotYet, find_server_name
 from waypoint_py.context import Connection
 from waypoint_py.credentials import Credentials
 from waypoint_py.downstream import HEAD_SECONDS, HttpConnection
@@ -46,6 +47,8 @@ messages. Until then nobody is let through, and then refused."""
 STALL_SECONDS: Final = 5.0
 """Silence on a port without a declared protocol after which it is counted: perhaps both ends wait for the other to speak. It is not cut
 off: nobody knows how long a client may think."""
+NAME_SECONDS: Final = 5.0
+"""For the ClientHello on a port that is declared as TLS; after it the connection is judged as one that names nobody."""
 DRAINED: Final = "the waypoint ends"
 SERVER_OPTIONS: Final = ServerOptions(paths=PathNormalization.NONE)
 """Of connections within tunnels. Each request's path is normalised as is configured when it comes, not when its connection was made."""
@@ -235,6 +238,13 @@ class Opening:
             self._grace.cancel()
 
 
+class _NotYet:
+    """More bytes are needed."""
+
+
+_NOT_YET: Final = _NotYet()
+
+
 class Carried:
     """One client connection within a CONNECT stream: listens to its first bytes where they decide, then has it taken over.
 
@@ -249,6 +259,7 @@ class Carried:
         self._early = bytearray()
         self._port: PortRuntime | None = None
         self._only_http = False
+        self._reads_name = False
         self._timer: Timer | None = None
         self._taken: HttpConnection | TcpProxy | None = None
         self._gone = False
@@ -260,16 +271,29 @@ class Carried:
         self._port = port
         http = speaks_http(port.config.protocol) if port is not None else None
         if http is False:
-            self._take_over(Carries.BYTES)
+            if not self._is_tls:
+                self._take_over(Carries.BYTES)
+                return
+            self._reads_name = True
+            self._timer = self._plane.reactor.call_later(NAME_SECONDS, lambda: self._take_over(Carries.BYTES))
+            self._stream.attach(self)
             return
         self._only_http = http is True
         if not self._only_http:
             self._timer = self._plane.reactor.call_later(STALL_SECONDS, self._stalled)
         self._stream.attach(self)
 
+    @property
+    def _is_tls(self) -> bool:
+        """Whether the service's port is declared as TLS: the client speaks first there, and says whom it wants."""
+        service, port = self._facts.service, self._facts.destination.port
+        return service is not None and any(each.service_port == port and each.app_protocol is AppProtocol.TLS for each in service.ports)
+
     def go_away(self) -> None:
-        """No further requests; a connection without requests goes on."""
-        if isinstance(self._taken, HttpConnection):
+        """No further requests; a connection that is none of HTTP goes on."""
+        if self._taken is None and self._only_http and not self._early:
+            self._take_over(Carries.HTTP1)
+        elif isinstance(self._taken, HttpConnection):
             self._taken.go_away()
 
     def abort(self, reason: str) -> None:
@@ -295,6 +319,10 @@ class Carried:
         self._forget()
 
     def _look(self, *, ended: bool) -> None:
+        if self._reads_name:
+            if ended or self._find_name() is not _NOT_YET:
+                self._take_over(Carries.BYTES)
+            return
         found = sniff(bytes(self._early), ended=ended)
         if self._only_http and found is not Carries.HTTP2 and (found is not None or not _may_be_preface(self._early)):
             found = Carries.HTTP1  # what it says of itself is the codec's to judge
@@ -302,6 +330,13 @@ class Carried:
             self._take_over(found)
         elif self._only_http and self._timer is None:
             self._timer = self._plane.reactor.call_later(HEAD_SECONDS, lambda: self._stream.abort("no whole preface"))
+
+    def _find_name(self, early: bytes | None = None) -> str | _NotYet | None:
+        """The name in a ClientHello; None: it has none, or there is no such thing."""
+        try:
+            return find_server_name(bytes(self._early) if early is None else early)
+        except NotYet:
+            return _NOT_YET
 
     def _stalled(self) -> None:
         self._timer = None
@@ -322,8 +357,10 @@ class Carried:
         early, self._early = bytes(self._early), bytearray()
         plane, facts = self._plane, self._facts
         if carries is Carries.BYTES:
+            name = self._find_name(early)
+            sni = name if isinstance(name, str) else None
             route: TcpRoute | None = self._port.tcp if self._port is not None else None
-            proxy = self._taken = TcpProxy(plane, self._stream, facts, route, early=early, on_gone=self._forget)
+            proxy = self._taken = TcpProxy(plane, self._stream, facts, route, early=early, sni=sni, on_gone=self._forget)
             proxy.start()
             return
         serial = carries is Carries.HTTP1

@@ -57,6 +57,8 @@ class _Record:
         """From the client, of the body."""
         self.bytes_sent = 0
         self.connection_id: int | None = None
+        self.server_name: str | None = None
+        """SNI, of TLS that is carried on as it is."""
         self.tags: dict[str, str] = {}
         """What filters leave for logs and spans, such as dry-run verdicts."""
 
@@ -112,7 +114,7 @@ class _Record:
 
     @property
     def requested_server_name(self) -> str | None:
-        return None
+        return self.server_name
 
     @property
     def hostname(self) -> str | None:

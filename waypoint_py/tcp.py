@@ -12,12 +12,13 @@ from waypoint_py.attempt import direct_endpoint
 from waypoint_py.context import Connection
 from waypoint_py.observer import ConnectionRecord
 from waypoint_py.plane import Plane
+from waypoint_py.policy.authorize import Judgement
 from waypoint_py.replies import flag_of_failure
 from waypoint_py.stream import HIGH_WATER, LOW_WATER, ByteStream
 from waypoint_py.upstream.balancer import NoEndpoint, Wish
 from waypoint_py.upstream.outlier import LocalOutcome
 from waypoint_py.upstream.session import Cancel, Endpoint, UpstreamFailure
-from waypoint_py.verdict import Flag
+from waypoint_py.verdict import Flag, LocalReply
 
 EARLY_AT_MOST: Final = HIGH_WATER
 """Bytes of a client that are kept until its connection to the application stands."""
@@ -26,24 +27,36 @@ MOST_TRIES: Final = 3
 
 
 class TcpProxy:
-    """One connection. ``route``: where it goes; None: to the workload that it was addressed to."""
+    """One connection. ``route``: where it goes; None: to the workload that it was addressed to. ``early``: what the client has said by now;
+    ``sni``: whom it asked for, if that was TLS."""
 
     def __init__(
-        self, plane: Plane, stream: ByteStream, facts: Connection, route: TcpRoute | None, *, early: bytes, on_gone: Callable[[], None]
+        self,
+        plane: Plane,
+        stream: ByteStream,
+        facts: Connection,
+        route: TcpRoute | None,
+        *,
+        early: bytes,
+        sni: str | None,
+        on_gone: Callable[[], None],
     ) -> None:
         self._plane = plane
         self._facts = facts
         self._route = route
         self._early = early
+        self._sni = sni
         self._on_gone = on_gone
         self._client = stream
         self._record = ConnectionRecord(facts, plane.local, plane.wall(), plane.reactor.now())
+        self._record.server_name = sni
         self._down = _Side(self, stream)
         self._up: _Side | None = None
         self._destination: Destination | None = None
         self._endpoint: Endpoint | None = None
         self._tried: list[str] = []
         self._dialling: Cancel | None = None
+        self._parked: Cancel | None = None
         self._idle: Timer | None = None
         self._limit: Timer | None = None
         self._moved = plane.reactor.now()
@@ -51,21 +64,49 @@ class TcpProxy:
 
     def start(self) -> None:
         """Judge it, then dial. The client is heard meanwhile, up to a bound."""
-        plane = self._plane
+        plane, facts = self._plane, self._facts
         plane.observer.connection_opened(self._record)
         self._client.attach(self._down)
         self._down.hold(self._early)
-        judge = plane.store.judge_of(self._facts.service_key)
-        judgement = judge.judge_connection(self._facts)
-        self._record.because, self._record.policy = judgement.because, judgement.policy
-        for verdict in judgement.dry_run:
-            self._record.tags["dry_run"] = verdict.because
-        if judgement.reply is not None:
-            self._record.details = judgement.reply.details
-            self._end(judgement.because)
+        asked = plane.store.judge_of(facts.service_key).find_connection_authorizer(facts, self._sni)
+        if isinstance(asked, Judgement):
+            self._note(asked)
+            self._refuse(asked.reply)
+        elif asked is not None:
+            self._parked = plane.waits.wait(plane.ext_authz.ask_connection(asked, facts).run, self._refuse)
+        else:
+            self._judge()
+
+    def _refuse(self, reply: LocalReply | None) -> None:
+        """What a CUSTOM policy came to; None: it lets through."""
+        self._parked = None
+        if self._over:
             return
+        if reply is None:
+            self._judge()
+            return
+        self._record.add_flags(*reply.flags)
+        self._record.details, self._record.policy = reply.details, reply.policy
+        self._end(reply.because)
+
+    def _judge(self) -> None:
+        judgement = self._plane.store.judge_of(self._facts.service_key).judge_connection(self._facts, self._sni)
+        self._note(judgement)
+        if judgement.reply is not None:
+            self._refuse(judgement.reply)
+        else:
+            self._share_out()
+
+    def _note(self, judgement: Judgement) -> None:
+        self._record.because, self._record.policy = judgement.because, judgement.policy
+        if judgement.dry_run:
+            self._record.tags["dry_run"] = "; ".join(verdict.because for verdict in judgement.dry_run)
+        if judgement.audited:
+            self._record.tags["audit"] = ",".join(judgement.audited)
+
+    def _share_out(self) -> None:
         if self._route is not None:
-            chosen = pick(self._route, plane.rng)
+            chosen = pick(self._route, self._plane.rng)
             if isinstance(chosen, str):
                 self._record.add_flags(Flag.NO_CLUSTER_FOUND)
                 self._end(chosen)
@@ -147,6 +188,8 @@ class TcpProxy:
 
     def side_closed(self, side: _Side, reason: str | None) -> None:
         """One stream is gone. Properly: when it is the second, all is well."""
+        if self._over:
+            return
         if reason is not None:
             if side is self._down:
                 self._record.add_flags(Flag.DOWNSTREAM_CONNECTION_TERMINATION)
@@ -165,8 +208,9 @@ class TcpProxy:
         for timer in (self._idle, self._limit):
             if timer is not None:
                 timer.cancel()
-        if self._dialling is not None:
-            self._dialling.cancel()
+        for waiting in (self._dialling, self._parked):
+            if waiting is not None:
+                waiting.cancel()
         if reason is not None:
             record.because = reason
             self._client.abort(reason)

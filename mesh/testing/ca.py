@@ -54,21 +54,8 @@ class FakeCa:
         """
         now = datetime.now(UTC)
         key = ec.generate_private_key(ec.SECP256R1())
-        names = [x509.UniformResourceIdentifier(uri) for uri in (uris or (str(identity),))]
         start = not_before or min(now, now + lifetime) - BACKDATE
-        leaf = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([]))
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(start)
-            .not_valid_after(now + lifetime)
-            .add_extension(x509.SubjectAlternativeName(names), critical=True)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
+        leaf = self._sign(key.public_key(), uris or (str(identity),), start, now + lifetime)
         return CertificateBundle(
             identity=identity,
             key_pem=key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
@@ -76,6 +63,29 @@ class FakeCa:
             roots_pem=self.root_pem,
             not_before=leaf.not_valid_before_utc,
             not_after=leaf.not_valid_after_utc,
+        )
+
+    def sign(self, csr_pem: bytes, identity: SpiffeId, lifetime: timedelta = timedelta(hours=1)) -> bytes:
+        """The certificate, PEM, that a request for ``identity`` gets; the key is the requester's."""
+        now = datetime.now(UTC)
+        key = x509.load_pem_x509_csr(csr_pem).public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        return self._sign(key, (str(identity),), now - BACKDATE, now + lifetime).public_bytes(Encoding.PEM)
+
+    def _sign(self, key: ec.EllipticCurvePublicKey, uris: tuple[str, ...], start: datetime, end: datetime) -> x509.Certificate:
+        names = [x509.UniformResourceIdentifier(uri) for uri in uris]
+        return (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([]))
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(start)
+            .not_valid_after(end)
+            .add_extension(x509.SubjectAlternativeName(names), critical=True)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+            .sign(self._key, hashes.SHA256())
         )
 
     def _self_sign(self) -> x509.Certificate:

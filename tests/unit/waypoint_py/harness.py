@@ -35,11 +35,15 @@ from mesh.tls.contexts import client_context, server_context
 from waypoint_py.admission import Ourselves
 from waypoint_py.app import make_client_codec
 from waypoint_py.credentials import Credentials
+from waypoint_py.http.codec import BodyData, BodyEnd, GoingAway
+from waypoint_py.http.h2 import Http2Client
+from waypoint_py.http.message import Request, Version
 from waypoint_py.listener import HboneListener
 from waypoint_py.observer import ConnectionRecord, Local, RefusalRecord, RequestRecord
 from waypoint_py.plane import Plane
 from waypoint_py.policy.ext_authz import ExtAuthz
 from waypoint_py.policy.jwks import Authenticator, KeyStore
+from waypoint_py.reach import reach
 from waypoint_py.store import Store
 from waypoint_py.streams.tunnel import TunnelStream
 from waypoint_py.upstream.announce import announce
@@ -78,7 +82,8 @@ def replace_struct(value: Route, **changes: object) -> Route:
 
 def loopback() -> IpAddress:
     """Another address of this machine, each time."""
-    return parse_ip(f"127.85.{os.getpid() % 251}.{next(_NUMBERS)}")
+    number = next(_NUMBERS)
+    return parse_ip(f"127.{64 + os.getpid() % 128}.{number // 250}.{number % 250 + 1}")
 
 
 @dataclass
@@ -252,15 +257,17 @@ class World:
     # Who serves
 
     @asynccontextmanager
-    async def application(self, handler: Handler, ip: IpAddress | None = None) -> AsyncIterator[SocketAddress]:
-        """A TCP server; ``handler`` gets each connection, which closes after it."""
-        address = ip or loopback()
+    async def application(self, handler: Handler, *, buffer: int | None = None) -> AsyncIterator[SocketAddress]:
+        """A TCP server; ``handler`` gets each connection, which closes after it. ``buffer``: bytes that its kernel takes ahead of it."""
+        address = loopback()
 
         async def serve(stream: trio.SocketStream) -> None:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 await handler(stream)
 
         listeners = await trio.open_tcp_listeners(0, host=str(address))
+        if buffer is not None:
+            listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, serve, listeners)
             yield SocketAddress(address, listeners[0].socket.getsockname()[1])
@@ -316,8 +323,13 @@ class World:
         await client.start()
         return client
 
+    async def codec_client(self, **options: object) -> CodecClient:
+        client = CodecClient(await self.open(**options))  # type: ignore[arg-type]
+        self._nursery.start_soon(client.run)
+        return client
+
     async def _reach(self, namespace: str, hostname: str, port: int) -> trio.abc.Stream:
-        raise OSError("no authorizer is here")
+        return await reach(self.plane.balancer, self.pool, self.reactor.now, Destination(namespace, hostname, port))
 
 
 # HTTP/1.1, by h11
@@ -590,6 +602,38 @@ class H2Client:
         self.http.reset_stream(stream, 8)
         self.done[stream].set()
         await self.flush()
+
+
+class CodecClient:
+    """HTTP/2 by our own codec, which goes on after a GOAWAY. `run` must be running."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self.http = Http2Client(now=time.monotonic)
+        self.bodies: dict[int, bytes] = {}
+        self.ended: set[int] = set()
+        self.going_away = False
+
+    async def run(self) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while data := await self.stream.receive_some():
+                for event in self.http.receive(bytes(data)):
+                    match event:
+                        case BodyData():
+                            self.bodies[event.stream] = self.bodies.get(event.stream, b"") + bytes(event.data)
+                            self.http.consumed(event.stream, len(event.data))
+                        case BodyEnd():
+                            self.ended.add(event.stream)
+                        case GoingAway():
+                            self.going_away = True
+                        case _:
+                            pass
+                await self.stream.send_all(self.http.take_outgoing())
+
+    async def send(self, path: bytes = b"/") -> int:
+        stream = self.http.send_request(Request(b"GET", b"http", HOST.encode(), path, [], Version.HTTP_2), ended=True)
+        await self.stream.send_all(self.http.take_outgoing())
+        return stream
 
 
 Respond2 = Callable[[Seen], "tuple[int, dict[str, str], bytes, dict[str, str] | None]"]

@@ -29,8 +29,6 @@ from tests.unit.waypoint_py.harness import (
     CLIENT,
     HOST,
     ITSELF,
-    ORIGIN,
-    VIP,
     Answer,
     Echo,
     Echo2,
@@ -209,8 +207,8 @@ def test_the_path_is_normalised_before_anybody_looks_at_it() -> None:
             world.describe(world.endpoint(address), routes=[admin, default_route()])
             client = await world.client()
             assert (await client.get("/app/%2E./admin?a=%2E.")).status == 299
-            assert (await client.get("/app//x#y")).status == 400
-            client = await world.client()
+            await client.get("/app//x#y")
+            assert echo.seen[-1].target == "/app//x"
             await client.get("/app//x?y=//")
             assert echo.seen[-1].target == "/app//x?y=//"
             world.push(WaypointSettings("shop", "waypoint", "all", path_normalization=PathNormalization.DECODE_AND_MERGE_SLASHES))
@@ -421,7 +419,8 @@ async def _websocket_echo(stream: trio.SocketStream) -> None:
     assert b"upgrade: websocket" in head.lower()
     assert b"sec-websocket-key" in head.lower()
     await stream.send_all(
-        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
     )
     async for data in stream:
         await stream.send_all(data)
@@ -475,7 +474,8 @@ def test_a_websocket_of_http2_is_carried(upstream: int) -> None:
             await world.until(lambda: client.answers[stream].body == b"frame")
             await client.data(stream, b"", ended=True)
             await client.answer(stream)
-            assert (await client.get("/")).status in (200, 503)
+            await world.until(lambda: world.log.requests)
+            assert world.log.requests[0].status == 101
 
     world.run(main)
 
@@ -758,11 +758,11 @@ def test_a_mirror_gets_a_copy_and_holds_nobody_up() -> None:
         await trio.sleep_forever()
 
     async def main() -> None:
-        echo, copy = Echo(), Echo()
+        echo, copy = (Echo(lambda seen: (200, {}, b"")) for _ in range(2))
         from mesh.model.address import NamespacedHostname, NetworkAddress, parse_ip
         from mesh.model.service import Service, ServicePort
 
-        async with world.application(echo) as address, world.application(copy) as second, world.application(stuck) as third:
+        async with world.application(echo) as address, world.application(copy) as second, world.application(stuck, buffer=65536) as third:
             mirrors = tuple(Mirror(Destination("shop", f"{name}.shop.svc", 80)) for name in ("copy", "stuck", "nobody"))
             world.describe(world.endpoint(address), routes=[default_route(mirrors=mirrors)])
             for name, where in (("copy", second), ("stuck", third)):
@@ -772,13 +772,15 @@ def test_a_mirror_gets_a_copy_and_holds_nobody_up() -> None:
                 )
                 world.state.apply(Delta(services=(service,), workloads=(world.endpoint(where, name, services={key: ()}),)))
             client = await world.client()
-            body = b"x" * 5_000_000
+            body = b"x" * 500_000
             assert (await client.get("/m", "POST", body)).status == 200
             await world.until(lambda: copy.seen)
             assert (copy.seen[0].target, len(copy.seen[0].body)) == ("/m", len(body))
-            assert copy.seen[0].headers["host"].startswith("web-shadow")
-            assert world.plane.counts.mirrors_dropped == 1
-            assert len(world.log.requests) == 1
+            assert copy.seen[0].headers["host"] == f"{HOST}-shadow"
+            assert world.plane.counts.mirrors_dropped == 0
+            assert (await client.get("/m", "POST", b"x" * 8_000_000)).status == 200
+            assert world.plane.counts.mirrors_dropped >= 1
+            assert len(world.log.requests) == 2
 
     world.run(main)
 
@@ -975,9 +977,11 @@ def test_a_client_that_goes_takes_its_request_with_it(downstream: int) -> None:
     ended = trio.Event()
 
     async def application(stream: trio.SocketStream) -> None:
-        while await stream.receive_some(65536):
-            pass
-        ended.set()
+        try:
+            while await stream.receive_some(65536):
+                pass
+        finally:
+            ended.set()
 
     async def main() -> None:
         async with world.application(application) as address:
@@ -1065,7 +1069,6 @@ def test_an_application_that_does_not_read_stops_the_client() -> None:
                     await trio.sleep(0.2)
                 assert sent < 30_000_000
                 nursery.cancel_scope.cancel()
-            assert (await client.get("/x", "HEAD", headers={"x": "y"})) if False else True
 
     world.run(main)
 
@@ -1087,10 +1090,10 @@ def test_draining_lets_requests_end_and_takes_no_more() -> None:
             world.describe(world.endpoint(address))
             link = await world.link()
             client = await world.client(link=link)
-            second = await world.h2_client(link=link)
+            second = await world.codec_client(link=link)
             idle = await world.client(link=link)
             await client.send("/")
-            stream = await second.send("/")
+            stream = await second.send()
             await world.until(lambda: world.plane.counts.exchanges == 2)
             world.listener.drain()
             await world.until(lambda: second.going_away)
@@ -1098,11 +1101,10 @@ def test_draining_lets_requests_end_and_takes_no_more() -> None:
             release.set()
             answer = await client.answer()
             assert (answer.body, answer.headers["connection"]) == (b"ok", "close")
-            assert (await second.answer(stream)).body == b"ok"
+            await world.until(lambda: stream in second.ended)
+            assert second.bodies[stream] == b"ok"
             assert await idle.stream.receive_some() == b""
             await world.until(lambda: not world.listener.links)
-            with pytest.raises(OSError, match="refused"):
-                await world.link()
 
     world.run(main)
 
@@ -1116,9 +1118,7 @@ def test_slow_heads_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
             world.describe(world.endpoint(address))
             stream = await world.open()
             with pytest.raises(trio.BrokenResourceError):
-                for byte in b"GET / HTTP/1.1\r\nHost: a\r\n" * 100:
-                    await stream.send_all(bytes([byte]))
-                    await trio.sleep(0.01)
+                await _drip(stream, b"GET / HTTP/1.1\r\nHost: a\r\n" * 100)
             assert not world.log.requests
             client = await world.client()
             await client.get("/")
@@ -1126,3 +1126,9 @@ def test_slow_heads_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (await client.get("/")).status == 200
 
     world.run(main)
+
+
+async def _drip(stream: trio.abc.Stream, data: bytes) -> None:
+    for byte in data:
+        await stream.send_all(bytes([byte]))
+        await trio.sleep(0.01)
