@@ -11,7 +11,9 @@ import pytest
 from mesh.kube.resources import AUTOSCALERS, DEPLOYMENTS, DISRUPTION_BUDGETS, RESOURCES, Resource
 from tests.cluster.harness.api import ApiRefused, Object
 from tests.cluster.harness.client import Cluster, wait_until
-from tests.cluster.waypoints import apply, conditions_of, gateway, overlay, rules, status_of
+from tests.cluster.mesh import wait_captured
+from tests.cluster.waypoints import apply, conditions_of, gateway, of, overlay, rules, status_of
+from tests.cluster.workloads import apply_pods, echo_pod
 
 DEPLOYED = (RESOURCES["ServiceAccount"], DEPLOYMENTS, RESOURCES["Service"], AUTOSCALERS, DISRUPTION_BUDGETS)
 BOUND = {
@@ -24,6 +26,22 @@ BOUND = {
     "RequestAuthentication": {"WaypointAccepted": ("True", "Accepted")},
     "DestinationRule": {"WaypointAccepted": ("True", "Accepted")},
 }
+SERVE = """
+import http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+http.server.HTTPServer(("", 80), Handler).serve_forever()
+"""
+ASK = """
+import http.client, sys
+connection = http.client.HTTPConnection("web", 80, timeout=5)
+connection.request("GET", sys.argv[1])
+print(connection.getresponse().status)
+"""
 
 
 @pytest.fixture
@@ -31,6 +49,13 @@ def shop(mesh: Cluster) -> Iterator[str]:
     labels = {"istio.io__dataplane-mode": "ambient", "istio.io__use-waypoint": "waypoint"}
     with mesh.namespace("waypoints", **labels) as namespace:
         yield namespace
+
+
+def web_pod(name: str, node: str) -> Object:
+    """Serves HTTP on port 80."""
+    pod = echo_pod(name, node, probe=False)
+    pod["spec"]["containers"][0]["command"] = ["python3", "-c", SERVE]
+    return pod
 
 
 def there(cluster: Cluster, resource: Resource, namespace: str, name: str) -> Object | None:
@@ -85,3 +110,21 @@ def test_what_somebody_else_made_is_left_alone(mesh: Cluster, shop: str) -> None
     found = there(mesh, RESOURCES["ServiceAccount"], shop, "waypoint")
     assert found is not None
     assert "ownerReferences" not in found["metadata"]
+
+
+def test_requests_pass_the_waypoint_and_are_judged_by_it(mesh: Cluster, shop: str) -> None:
+    waypoint = gateway("waypoint", shop)
+    apply(mesh.api, waypoint)
+    apply(mesh.api, of("Service", "web", shop, {"ports": [{"name": "http", "port": 80}], "selector": {"app": "web"}}))
+    denied = {"targetRefs": [{"group": "", "kind": "Service", "name": "web"}], "action": "DENY"}
+    denied["rules"] = [{"to": [{"operation": {"paths": ["/secret"]}}]}]
+    apply(mesh.api, of("AuthorizationPolicy", "web", shop, denied))
+    apply_pods(mesh, shop, web_pod("web", "n1"), echo_pod("client", "n2"))
+    wait_captured(mesh, shop, 2)
+    wait_until(lambda: programmed(mesh, waypoint) == ("True", "Programmed"), "the waypoint is programmed")
+
+    def ask(path: str) -> str:
+        return mesh.exec(shop, "client", "python3", "-c", ASK, path, check=False).strip()
+
+    wait_until(lambda: ask("/secret") == "403", "the policy holds")
+    assert ask("/") == "200"
