@@ -114,7 +114,7 @@ metadata: {{name: shown, namespace: {namespace}}}
 spec: {spec}
 """
         for kind, spec in (
-            ("AuthorizationPolicy", "{action: DENY}"),
+            ("AuthorizationPolicy", "{action: DENY, rules: [{}]}"),
             ("PeerAuthentication", "{mtls: {mode: STRICT}}"),
             ("ServiceEntry", "{hosts: [a.example.com], location: MESH_INTERNAL, resolution: DNS}"),
             ("WorkloadEntry", "{address: 192.0.2.1}"),

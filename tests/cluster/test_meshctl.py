@@ -73,6 +73,9 @@ def snapshot(cluster: Cluster, pods: dict[str, Object]) -> dict[str, object]:
 def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     uninstall(cluster, tmp_path_factory.mktemp("deploy"))  # what another test may have left, which is not meshctl's
     meshctl(cluster, "uninstall", "-y", "--purge", check=False)
+    wait_until(
+        lambda: not any("deletionTimestamp" in each["metadata"] for each in cluster.api.list("Namespace")), "former namespaces are gone"
+    )
     with cluster.namespace(NAMESPACE) as namespace:
         pods = apply_pods(cluster, namespace, echo_pod("client", "n1"), echo_pod("server", "n2"))
         before = snapshot(cluster, pods)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tests.cluster.harness.api import condition, path_of
 from tests.cluster.harness.client import Cluster, wait_until
 from tests.cluster.mesh import SYSTEM, agent_of, install, kustomized, label, uninstall, wait_captured, wait_rolled_out
+from tests.cluster.waypoints import apply, conditions_of, gateway, overlay, rules
 from tests.cluster.workloads import apply_pods, echo_pod
 
 NAMESPACE = "rights"
@@ -68,6 +69,19 @@ def used(event: dict[str, Any]) -> Iterator[Right]:
         yield Right(account, "create", reference.get("apiGroup", ""), resource)
 
 
+def use_waypoint(cluster: Cluster, namespace: str) -> None:
+    """One that is deployed with all there can be, stands before something of each kind, and is renamed, which removes what it had."""
+    cluster.api.patch(path_of("Namespace", namespace), {"metadata": {"labels": {"istio.io/use-waypoint": "waypoint"}}})
+    objects = rules(namespace)
+    apply(cluster.api, overlay("more", namespace, podDisruptionBudget={"spec": {"minAvailable": 1}}, horizontalPodAutoscaler={}))
+    for obj in (waypoint := gateway("waypoint", namespace, "more"), *objects):
+        apply(cluster.api, obj)
+    wait_until(lambda: conditions_of(cluster.api, waypoint).get("Programmed") == ("True", "Programmed"), "the waypoint is programmed")
+    wait_until(lambda: all(conditions_of(cluster.api, obj) for obj in objects), "everything has a status")
+    apply(cluster.api, gateway("waypoint", namespace, "more", name_override="other", service_account="other"))
+    wait_until(lambda: cluster.api.find("Deployment", "waypoint", namespace) is None, "what it had under its former name is gone")
+
+
 def test_no_right_is_given_that_is_not_used_and_none_is_asked_for_that_is_not_given(cluster: Cluster, tmp_path: Path) -> None:
     uninstall(cluster, tmp_path)
     start = len(audited(cluster))
@@ -79,6 +93,7 @@ def test_no_right_is_given_that_is_not_used_and_none_is_asked_for_that_is_not_gi
         on_the_host = echo_pod("on-the-host", "n2", probe=False)
         on_the_host["spec"]["hostNetwork"] = True
         apply_pods(cluster, namespace, echo_pod("one", "n1"), on_the_host)
+        use_waypoint(cluster, namespace)
         wait_captured(cluster, namespace, 1)
         body = {"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "nobody"}, "spec": policy}
         cluster.api.create(path, body)
