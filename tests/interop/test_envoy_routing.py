@@ -399,7 +399,10 @@ def test_redirects_lead_to_the_same_place(application: SocketAddress) -> None:
 # What the application sees, and what the client.
 
 
-def forwards(match: PathMatch, rewrite: Rewrite | None = None, request: HeaderChanges = HeaderChanges(), **fields: Any) -> Route:
+NO_CHANGES = HeaderChanges()
+
+
+def forwards(match: PathMatch, rewrite: Rewrite | None = None, request: HeaderChanges = NO_CHANGES, **fields: Any) -> Route:
     to = WeightedDestination(Destination("shop", fields.pop("to", "application"), 80))
     return Route(ORIGIN, Forward((to,), rewrite), matches=(RouteMatch(path=match),), request=request, **fields)
 
