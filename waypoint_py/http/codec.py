@@ -145,3 +145,14 @@ class ClientCodec(Codec, Protocol):
     @property
     def reusable(self) -> bool:
         """Whether another request may follow on this connection, now or when the present one is over."""
+
+    @property
+    def upgrades(self) -> bool | None:
+        """Whether the server takes a request with ``upgrade``; None: it has not said yet, ask again when it has been heard."""
+
+    @property
+    def pings(self) -> int:
+        """Pings of ours that wait for their answer; always 0 where the protocol has none."""
+
+    def ping(self) -> None:
+        """Ask for a sign of life."""

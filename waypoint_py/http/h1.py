@@ -793,6 +793,12 @@ class Http1Client(_Http1):
     def reusable(self) -> bool:
         return not (self._finished or self._close)
 
+    upgrades = True
+    pings = 0
+
+    def ping(self) -> None:
+        """HTTP/1.1 has no way to ask."""
+
     # --- requests ----------------------------------------------------------------------------------------------------------------------
 
     def send_request(self, request: Request, *, ended: bool) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from itertools import count
 from typing import Final, Protocol, TypeAlias
 
 from mesh.model.address import SocketAddress
@@ -71,6 +72,7 @@ class Call:
         "_pending_end",
         "began_at",
         "body_begun",
+        "body_left",
         "head_ended",
         "local_address",
         "opened",
@@ -105,6 +107,8 @@ class Call:
         self.over = False
         self.opened = False
         self.body_begun = False
+        self.body_left = -1 if request.content_length is None or request.upgrade is not None else request.content_length
+        """Bytes that the head promises; below 0: it promises nothing."""
         self.sent_all = False
         self.responded = False
         self.upgraded = False
@@ -183,7 +187,7 @@ class Call:
 
 
 class HttpSession:
-    """The sink of one connection. It keeps to those of its owner's bounds that concern one connection."""
+    """The sink of one connection. It keeps to those of its owner's bounds that concern one connection. ``pings``: the codec has them."""
 
     __slots__ = (
         "_broken",
@@ -201,6 +205,8 @@ class HttpSession:
         "_linger",
         "_owner",
         "_paused",
+        "_pinger",
+        "_postponed",
         "_reactor",
         "_served",
         "_stream",
@@ -210,7 +216,7 @@ class HttpSession:
         "local_address",
     )
 
-    def __init__(self, reactor: Reactor, stream: ByteStream, codec: ClientCodec, owner: Owner) -> None:
+    def __init__(self, reactor: Reactor, stream: ByteStream, codec: ClientCodec, owner: Owner, *, pings: bool = False) -> None:
         self._reactor = reactor
         self._stream = stream
         self._codec = codec
@@ -224,9 +230,10 @@ class HttpSession:
         self._paused = False
         self._dispatching = False
         self._freed = False  # a call has ended and the owner does not know
-        self._took_back = False  # what is still unsent may be sent on another connection
+        self._took_back = False  # what is still unsent here will be sent on another connection
         self._cut = False  # what is unsent of a request is not wanted any more
         self._eof = False
+        self._postponed = False
         self._closing = False
         self._broken = False
         self._linger: Timer | None = None
@@ -238,6 +245,9 @@ class HttpSession:
         stream.attach(self)
         self._flush()
         self._watch_idleness()
+        self._pinger: Timer | None = None
+        if pings and owner.limits.h2_keepalive_interval:
+            self._pinger = reactor.call_later(owner.limits.h2_keepalive_interval, self._ping)
         duration = owner.limits.max_connection_duration
         if duration:
             self._lifetime = reactor.call_later(duration, self.expire)
@@ -268,24 +278,47 @@ class HttpSession:
 
     def begin(self, call: Call) -> str | None:
         """Send the head of its request; `available` must not be 0. The call is told soon. Returns why it cannot be sent, if so."""
+        upgrades = call.request.upgrade is None or self._codec.upgrades
+        if upgrades is None:
+            self._postpone(call)
+            return None
+        if not upgrades:
+            return "the server takes no upgrades"
+        began_at = self._written
         try:
-            call.stream = self._codec.send_request(call.request, ended=call.head_ended)
+            stream = self._codec.send_request(call.request, ended=call.head_ended)
         except LocalProtocolError as exc:
             return str(exc)
-        call.session = self
-        call.local_address = self.local_address
-        call.began_at = self._written
-        call.sent_all = call.head_ended and call.request.upgrade is None
         self._served += 1
-        self._calls[call.stream] = call
+        self._enter(call, stream)
+        call.began_at = began_at
+        call.sent_all = call.head_ended and call.request.upgrade is None
         self._flush()
         self._reactor.call_soon(call.tell_open)
         return None
 
+    def _enter(self, call: Call, stream: int) -> None:
+        call.session, call.stream = self, stream
+        call.local_address = self.local_address
+        self._calls[stream] = call
+
+    def _postpone(self, call: Call) -> None:
+        """HTTP/2's SETTINGS say whether an upgrade may be asked for. Until they come the call has a number that no stream has."""
+        self._postponed = True
+        self._enter(call, next(number for number in count(-1, -1) if number not in self._calls))
+
+    def _begin_postponed(self) -> None:
+        for stream in [stream for stream in self._calls if stream < 0]:
+            call = self._calls.pop(stream)
+            unsendable = self.begin(call)
+            if unsendable is not None:
+                call.fail(UpstreamFailure(FailureKind.PROTOCOL, f"request cannot be sent: {unsendable}"))
+                self._freed = True
+
     def expire(self) -> None:
         """Take no more calls; close when the last one is over. Idempotent."""
         self._leave_owner()
-        if not self._calls:
+        if not (self._calls or self._broken):
             self._end()
 
     def discard(self, reason: str) -> None:
@@ -311,13 +344,15 @@ class HttpSession:
     def send_data(self, call: Call, data: bytes | memoryview) -> None:
         if call.sent_all:
             return
-        try:
-            self._codec.send_data(call.stream, data)
-        except LocalProtocolError as exc:
-            self._cut_short_soon(call, str(exc))
-            return
+        size = len(data)
+        if call.body_left >= 0:
+            call.body_left -= size
+            if call.body_left < 0:
+                self._cut_short_soon(call, "the request's body is longer than it was said to be")
+                return
+        self._codec.send_data(call.stream, data)
         self._flush()
-        call.room_seen -= len(data)
+        call.room_seen -= size
         if call.room_seen <= 0:
             call.room_seen = 0
             self._limited.add(call)
@@ -325,29 +360,37 @@ class HttpSession:
                 self._reactor.call_soon(self._tell_of_room)
 
     def send_end(self, call: Call, trailers: Headers | None) -> None:
-        if not call.sent_all:
-            call.sent_all = True
-            self._codec.send_end(call.stream, trailers)
-            self._flush()
-            if self._codec.finished:
-                self._cut_short_soon(call, "the request's body is shorter than it was said to be")
+        if call.sent_all:
+            return
+        if call.body_left > 0:
+            self._cut_short_soon(call, "the request's body is shorter than it was said to be")
+            return
+        call.sent_all = True
+        self._codec.send_end(call.stream, trailers)
+        self._flush()
+        if self._codec.finished:
+            self._cut_short_soon(call, "the request ended its connection")
 
     def _cut_short_soon(self, call: Call, because: str) -> None:
-        """By what we said ourselves the connection is of no more use."""
+        """By what we said ourselves there will be no more of it."""
+        call.sent_all = True
         self._reactor.call_soon(lambda: self._cut_short(call, because))
 
     def _cut_short(self, call: Call, because: str) -> None:
         if call.over or self._broken:
             return
-        if not call.upgraded:
-            self._break(FailureKind.PROTOCOL, because)
-            return
-        # A byte stream in HTTP/1.1 has ended with our direction: what we have said may still arrive.
         self._forget(call)
         self._freed = True
-        call.finish()
+        if call.upgraded:  # a byte stream in HTTP/1.1 has ended with our direction; what we have said may still arrive
+            call.finish()
+            self._settle()
+            call.sink.complete([])
+            return
+        self._codec.reset(call.stream, ErrorCode.INTERNAL_ERROR)
+        self._cut = self._codec.finished
+        self._flush()
+        call.fail(UpstreamFailure(FailureKind.PROTOCOL, because))
         self._settle()
-        call.sink.complete([])
 
     def consumed(self, call: Call, size: int) -> None:
         self._codec.consumed(call.stream, size)
@@ -359,7 +402,8 @@ class HttpSession:
         """Nobody wants its response any more."""
         self._forget(call)
         self._freed = True
-        self._codec.reset(call.stream, ErrorCode.CANCEL)
+        if call.stream > 0:
+            self._codec.reset(call.stream, ErrorCode.CANCEL)
         if self._codec.finished and not self._calls:
             self._break(FailureKind.TERMINATED, "the request was given up")  # so that the peer need not go on with it
         else:
@@ -369,15 +413,19 @@ class HttpSession:
     # --- what the stream says
 
     def data(self, data: memoryview) -> None:
+        if self._broken:
+            return
         self._heard = True
         try:
             events = self._codec.receive(data)
         except RemoteProtocolError as exc:
-            self._break(FailureKind.PROTOCOL, exc.reason)
+            self._break(FailureKind.PROTOCOL, exc.reason, explained=True)
             return
         self._dispatch(events)
 
     def ended(self) -> None:
+        if self._broken:
+            return
         self._eof = True
         try:
             events = self._codec.receive_eof()
@@ -397,7 +445,7 @@ class HttpSession:
         self._tell_of_room()
 
     def closed(self, reason: str | None) -> None:
-        for timer in (self._linger, self._idle_timer, self._lifetime):
+        for timer in (self._linger, self._idle_timer, self._lifetime, self._pinger):
             if timer is not None:
                 timer.cancel()
         kind = FailureKind.TLS if not self._heard and reason is not None and reason.startswith("tls ") else FailureKind.TERMINATED
@@ -420,6 +468,9 @@ class HttpSession:
             self._dispatching = False
         if self._broken:
             return
+        if self._postponed and self._codec.upgrades is not None:
+            self._postponed = False
+            self._begin_postponed()
         self._flush()
         if self._limited:
             self._tell_of_room()
@@ -550,6 +601,20 @@ class HttpSession:
         else:
             self._watch_idleness()
 
+    def _ping(self) -> None:
+        """A peer that is gone without a word is noticed though nothing is under way (http2KeepAlive)."""
+        limits = self._owner.limits
+        self._codec.ping()
+        self._flush()
+        self._pinger = self._reactor.call_later(limits.h2_keepalive_timeout or limits.h2_keepalive_interval or 1.0, self._look_for_life)
+
+    def _look_for_life(self) -> None:
+        interval = self._owner.limits.h2_keepalive_interval
+        if self._codec.pings:
+            self._break(FailureKind.TERMINATED, "keepalive: no answer to a ping")
+        elif interval:
+            self._pinger = self._reactor.call_later(interval, self._ping)
+
     # --- ends
 
     def _is_untouched(self, call: Call) -> bool:
@@ -559,8 +624,9 @@ class HttpSession:
     def _fail_call(self, call: Call, failure: UpstreamFailure, *, untouched: bool) -> None:
         call.session = None
         fresh = not (call.over or call.retried or call.body_begun or call.responded)
-        if fresh and (untouched or self._is_untouched(call)) and self._owner.take_back(call):
-            self._took_back = True
+        unseen = fresh and not untouched and self._is_untouched(call)
+        if fresh and (untouched or unseen) and self._owner.take_back(call):
+            self._took_back = self._took_back or unseen
             return
         call.fail(failure)
 
@@ -569,19 +635,23 @@ class HttpSession:
         self._limited.clear()
         for call in calls.values():
             try:
-                self._fail_call(call, UpstreamFailure(kind, because, because if kind is FailureKind.TLS else ""), untouched=False)
+                failure = UpstreamFailure(kind, because, because if kind is FailureKind.TLS else "")
+                self._fail_call(call, failure, untouched=call.stream < 0)
             except Exception as exc:  # the others must hear of it too
                 self._reactor.report(exc, f"failure of {call.request.method!r} {call.request.path!r}")
 
-    def _break(self, kind: FailureKind, because: str) -> None:
-        """The connection is of no use any more, by the peer's fault or our will."""
+    def _break(self, kind: FailureKind, because: str, *, explained: bool = False) -> None:
+        """The connection is of no use any more, by the peer's fault or our will. ``explained``: the codec says why, which should arrive."""
         if self._broken:
             return
         self._broken = True
         self._flush()
         self._leave_owner()
         self._fail_calls(kind, because)
-        self._stream.abort(because)  # after the calls: what is unsent shows which of them nobody has seen
+        if explained:
+            self._end()
+        else:  # and after the calls: what is unsent shows which of them nobody has seen
+            self._stream.abort(because)
 
     def _leave_owner(self) -> None:
         if not self._closing:
@@ -590,7 +660,10 @@ class HttpSession:
 
     def _end(self) -> None:
         """Nobody is served any more: say so, and wait a little for the peer's end."""
-        if self._broken or self._linger is not None:
+        if self._linger is not None:
+            return
+        if self._took_back:
+            self._stream.abort("the request goes another way")
             return
         stream = self._stream
         if self._paused:

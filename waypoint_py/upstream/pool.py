@@ -98,7 +98,19 @@ class _ShelfKey(NamedTuple):
 class Shelf:
     """The sessions of one key, and who waits for them (`waypoint_py.upstream.client.Owner`)."""
 
-    __slots__ = ("_breaker", "_dialling", "_key", "_open", "_pool", "_sessions", "_waiting", "_wanted", "endpoint", "remembered_as")
+    __slots__ = (
+        "_breaker",
+        "_dialling",
+        "_free",
+        "_key",
+        "_open",
+        "_pool",
+        "_sessions",
+        "_waiting",
+        "_wanted",
+        "endpoint",
+        "remembered_as",
+    )
 
     def __init__(self, pool: Pool, key: _ShelfKey, endpoint: Endpoint, wanted: Wanted, breaker: Breaker) -> None:
         self._pool = pool
@@ -107,8 +119,10 @@ class Shelf:
         """As it was last asked for: bounds may have changed."""
         self._wanted = wanted
         self._breaker = breaker
-        self._sessions: list[HttpSession] = []
-        """Those that take calls; the one that was used last is the last."""
+        self._sessions: dict[HttpSession, None] = {}
+        """Those that take calls, or will when one of theirs is over; the one that was used last is the last."""
+        self._free: dict[HttpSession, None] = {}
+        """Those that may take one now, in the same order."""
         self._open: dict[HttpSession, None] = {}
         """All whose connection is not closed yet."""
         self._waiting: OrderedDict[Call, None] = OrderedDict()
@@ -190,6 +204,9 @@ class Shelf:
     # --- sessions
 
     def session_free(self, session: HttpSession) -> None:
+        for ranks in (self._sessions, self._free):
+            ranks.pop(session, None)
+            ranks[session] = None
         if self._waiting:
             self._serve_waiting()
         if session.active or session.closing:
@@ -198,13 +215,10 @@ class Shelf:
             session.expire()
         elif self._breaker.blocked and not self._waiting:
             session.discard(NEEDED_ELSEWHERE)
-        elif self._sessions[-1] is not session:
-            self._sessions.remove(session)
-            self._sessions.append(session)
 
     def session_gone(self, session: HttpSession) -> None:
-        if session in self._sessions:
-            self._sessions.remove(session)
+        self._sessions.pop(session, None)
+        self._free.pop(session, None)
         if self._waiting:
             self._pool.reactor.call_soon(self.dial_as_needed)
 
@@ -241,9 +255,12 @@ class Shelf:
 
     def _find_available(self) -> HttpSession | None:
         """The one that was used last: those that are not needed become idle, and go."""
-        for session in reversed(self._sessions):
+        free = self._free
+        while free:
+            session = next(reversed(free))
             if session.available > 0:
                 return session
+            del free[session]
         return None
 
     # --- dials
@@ -284,8 +301,9 @@ class Shelf:
             return
         del self._dialling[dialling]
         result.on_gone = self._breaker.connection_gone
-        session = HttpSession(self._pool.reactor, result, self._pool.make_codec(self._key.protocol), self)
-        self._sessions.append(session)
+        protocol = self._key.protocol
+        pings = protocol is UpstreamProtocol.HTTP2
+        session = HttpSession(self._pool.reactor, result, self._pool.make_codec(protocol), self, pings=pings)
         self._open[session] = None
         self.session_free(session)
 

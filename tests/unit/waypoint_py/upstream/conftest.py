@@ -60,6 +60,12 @@ class FrameCodec:
         self._unconsumed = 0
         self.going_away = False
         self.finished = False
+        self.upgrades: bool | None = True
+        self.pings = 0
+
+    def ping(self) -> None:
+        self.pings += 1
+        self._frame("P", 0)
 
     @property
     def wants_data(self) -> bool:
@@ -140,6 +146,12 @@ class FrameCodec:
             case b"R":
                 self._active.discard(stream)
                 return StreamReset(stream, 8, "reset by peer", untouched=payload == b"untouched")
+            case b"P":
+                self.pings = 0
+                return StreamReset(0, 0, "an answer to a ping")
+            case b"S":
+                self.upgrades = payload == b"1"
+                return StreamReset(0, 0, "settings")
             case b"G":
                 self.going_away = True
                 return GoingAway()
@@ -249,7 +261,7 @@ class Application:
 
 
 class Agent:
-    """Serves HBONE on port 15008 of a loopback address, and connects tunnels to what they name."""
+    """Serves HBONE on a port of a loopback address, and connects tunnels to what they name."""
 
     def __init__(self, thread: ReactorThread, ip: str = "127.0.0.1", bundle: CertificateBundle | None = None) -> None:
         self.thread = thread
@@ -260,7 +272,8 @@ class Agent:
         self.links: list[HboneLink] = []
         self.headers: list[dict[str, str]] = []
         self.authorities: list[str] = []
-        self._listener = tcp_listener(SocketAddress(ip_address(ip), 15008))
+        self._listener = tcp_listener(SocketAddress(ip_address(ip), 0))
+        self.port = self._listener.getsockname()[1]
         self._listening = thread.call(lambda: listen_on(thread.reactor, self._listener, self._on_accept))
 
     def close(self) -> None:
@@ -488,7 +501,20 @@ def serve() -> Iterator[Callable[..., Application]]:
 
 
 @pytest.fixture
-def agent(world: World) -> Iterator[Agent]:
-    found = Agent(world.thread)
-    yield found
-    found.close()
+def make_agent(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Agent]]:
+    """Agents; dials go to the last one's port."""
+    made: list[Agent] = []
+
+    def make(ip: str = "127.0.0.1", bundle: CertificateBundle | None = None) -> Agent:
+        made.append(Agent(world.thread, ip, bundle))
+        monkeypatch.setattr("waypoint_py.upstream.dial.INBOUND_HBONE", made[-1].port)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def agent(make_agent: Callable[..., Agent]) -> Agent:
+    return make_agent()

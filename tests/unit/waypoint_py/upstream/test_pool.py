@@ -19,6 +19,7 @@ from tests.unit.waypoint_py.upstream.conftest import (
     Agent,
     Answer,
     Application,
+    FrameCodec,
     ServerEnd,
     World,
     endpoint_at,
@@ -645,6 +646,103 @@ def wait_until_still(measure: Callable[[], int]) -> None:
     while before != (now := measure()):
         before = now
         time.sleep(0.3)
+
+
+# --- what only HTTP/2 has
+
+
+def silent_about_upgrades(_protocol: UpstreamProtocol) -> FrameCodec:
+    codec = FrameCodec(serial=False)
+    codec.upgrades = None
+    return codec
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_an_upgrade_waits_until_the_server_has_said_whether_it_takes_any(
+    world: World, serve: Callable[..., Application], takes: bool
+) -> None:
+    say = threading.Event()
+
+    def script(end: ServerEnd) -> None:
+        say.wait(20)
+        end.send("S", 0, b"1" if takes else b"0")
+        while (frame := end.read()) is not None:
+            if frame[0] == "H":
+                end.send("H", frame[1], b"101")
+                end.send("D", frame[1], frame[2])
+                end.send("E", frame[1])
+
+    world.pool.make_codec = silent_about_upgrades
+    application = serve(script)
+    endpoint = endpoint_at(application.address)
+    answers = [Answer() for _ in range(3)]
+    for number, answer in enumerate(answers):
+        request = Request(b"GET", b"http", b"reviews", b"/%d" % number, [], upgrade=b"websocket")
+        world.call(
+            lambda answer=answer, request=request: setattr(  # type: ignore[misc]
+                answer, "cancel", world.pool.request(endpoint, HTTP2, request, False, answer, answer.opened)
+            )
+        )
+    wait_until(lambda: application.connections == 1, "a connection")
+    settle(world.thread)
+    time.sleep(0.05)
+    assert [answer.calls for answer in answers] == [[], [], []]
+    world.call(answers[1].cancel.cancel)  # type: ignore[union-attr]
+    say.set()
+    for number in (0, 2):
+        answers[number].wait()
+        if takes:
+            assert (answers[number].status, answers[number].body) == (101, b"/%d" % number)
+        else:
+            assert answers[number].failure is not None
+            assert answers[number].failure.kind is FailureKind.PROTOCOL  # type: ignore[union-attr]
+    assert answers[1].calls == []
+    assert application.connections == 1
+
+
+def test_an_upgrade_that_waited_on_a_connection_that_broke_goes_to_another(world: World, serve: Callable[..., Application]) -> None:
+    first = True
+
+    def script(end: ServerEnd) -> None:
+        nonlocal first
+        if first:
+            first = False
+            return
+        end.send("S", 0, b"1")
+        frame = end.read()
+        assert frame is not None
+        end.send("H", frame[1], b"200.")
+        end.read()
+
+    world.pool.make_codec = silent_about_upgrades
+    request = Request(b"GET", b"http", b"reviews", b"/", [], upgrade=b"websocket")
+    answer, endpoint = Answer(), endpoint_at(serve(script).address)
+    world.call(lambda: world.pool.request(endpoint, HTTP2, request, False, answer, answer.opened))
+    assert answer.wait().status == 200, answer.failure
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_peer_that_answers_no_ping_is_gone(world: World, serve: Callable[..., Application], answers: bool) -> None:
+    pings = 0
+
+    def script(end: ServerEnd) -> None:
+        nonlocal pings
+        while (frame := end.read()) is not None:
+            if frame[0] == "E":
+                end.answer(frame[1])
+            if frame[0] == "P":
+                pings += 1
+                if answers:
+                    end.send("P", 0)
+
+    endpoint = endpoint_at(serve(script).address, limited(h2_keepalive_interval=0.05, h2_keepalive_timeout=0.1))
+    assert world.get(endpoint, protocol=HTTP2).status == 200
+    if answers:
+        wait_until(lambda: pings > 3, "several pings")
+        assert world.call(lambda: world.pool.connections) == 1
+    else:
+        wait_until(lambda: world.call(lambda: world.pool.connections) == 0, "the connection to be given up")
+        assert pings == 1
 
 
 # --- life
