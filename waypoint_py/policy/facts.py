@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -57,14 +57,14 @@ class Facts:
         self.sni = sni
         self.path = b"" if request is None else request.path_only
 
-    def find_header(self, name: bytes) -> bytes | None:
-        """A header by its name, and what a request has as attributes under the names by which HTTP writes them."""
+    def find_headers(self, name: bytes) -> Sequence[bytes]:
+        """The values of a header, and what a request has as attributes under the names by which HTTP writes them."""
         request = self.request
         if request is None:
-            return None
-        found = request.find(name)
-        if found is None and name in _ATTRIBUTES:
-            found = _ATTRIBUTES[name](request)
+            return ()
+        found = [value for key, value in request.headers if key == name]
+        if not found and name in _ATTRIBUTES and (value := _ATTRIBUTES[name](request)) is not None:
+            found.append(value)
         return found
 
     def remote_ip(self) -> IpAddress:

@@ -130,14 +130,18 @@ def _path(predicate: Predicate, generous: bool) -> Hits:
 
 
 def _header(predicate: Predicate, generous: bool) -> Hits:
+    """A header that comes several times: in doubt one of its values is enough, otherwise all of them, or all joined, must hit. An
+    application may look at any of them, and a second ``x-role`` must not hide the first from a DENY."""
     if len(predicate.key) != 1:
         raise Uncompilable("request.headers without a name")
     name = predicate.key[0].lower().encode()
     among = Texts(predicate.texts, str.encode)
 
     def hits(facts: Facts) -> bool:
-        value = facts.find_header(name)
-        return value is not None and among.hit(value)
+        values = facts.find_headers(name)
+        if len(values) <= 1:
+            return bool(values) and among.hit(values[0])
+        return among.hit(b",".join(values)) or (any if generous else all)(map(among.hit, values))
 
     return hits
 
