@@ -50,7 +50,7 @@ def fetch_through(dial: Dial | None = None) -> Fetch:
     return fetch
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     """One URL. Times are the store's clock; ``due``: when it is fetched again, whether it succeeded or not."""
 
