@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent import futures
 from contextlib import asynccontextmanager
 from functools import partial
@@ -121,7 +121,7 @@ class _Cart(grpc.GenericRpcHandler):
 
 
 @asynccontextmanager
-async def _grpc_server() -> object:  # an async generator
+async def _grpc_server() -> AsyncIterator[SocketAddress]:
     server = grpc.server(futures.ThreadPoolExecutor(8))
     server.add_generic_rpc_handlers((_Cart(),))
     ip = loopback()
@@ -152,10 +152,10 @@ def test_grpcio_at_both_ends() -> None:
             ):
                 with pytest.raises(grpc.RpcError) as caught:
                     channel.unary_unary(method)(b"", timeout=10)
-                assert (caught.value.code(), caught.value.details()) == (status, details)  # type: ignore[attr-defined]  # a call's error
+                assert (caught.value.code(), caught.value.details()) == (status, details)  # a call is its error
 
     async def main() -> None:
-        async with _grpc_server() as address:  # type: ignore[attr-defined]  # a context manager
+        async with _grpc_server() as address:
             match = RouteMatch(path=PathMatch(PathKind.PREFIX, "/shop.Cart/"))
             world.describe(world.endpoint(address), protocol=Protocol.GRPC, routes=[default_route(matches=(match,))])
             paths = (PathMatch(PathKind.EXACT, "/shop.Cart/Secret"),)
