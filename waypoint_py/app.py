@@ -61,8 +61,8 @@ from waypoint_py.upstream.pool import Pool
 from waypoint_py.upstream.session import Endpoint, UpstreamProtocol
 from waypoint_py.waiting import NurseryWaits
 
-EXIT_CONFIG: Final = 2
-"""A restart would not help."""
+EXIT_CONFIG: Final = 78
+"""As configured it cannot start, and a restart would not help (sysexits.h, EX_CONFIG)."""
 _LOG_AGAIN: Final = 0.2
 """Seconds until a reader of the log that stood still is tried again."""
 _LAST_WORDS: Final = 0.05

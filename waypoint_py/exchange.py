@@ -181,7 +181,7 @@ class Exchange:
             self.reply(replies.internal_error(f"internal error: {error!r}"))
         except Exception as exc:
             self._plane.reactor.report(exc, "an exchange that had failed")
-            self._finish()
+            self._finish(reset=ErrorCode.INTERNAL_ERROR)
 
     async def buffer(self, limit: int) -> Buffered:
         """The beginning of the body, for an authorizer (`waypoint_py.policy.ext_authz.BodySource`): until it ends or is longer."""
@@ -556,12 +556,16 @@ class Exchange:
             response.content_length = None
             for timer in (self._total, self._per_try):
                 self._cancel(timer)
-        self._response = record.response = response
-        if ended and not self._upgraded:
+        record.response = response
+        over = ended and not self._upgraded
+        # Until it has been written it is no answer: what the client's version of HTTP cannot say becomes another one.
+        self._conn.send_response(self._stream, response, ended=over)
+        if self._over:
+            return
+        self._response = response
+        if over:
             self._note_grpc_status(response)
             self._response_complete = True
-        self._conn.send_response(self._stream, response, ended=ended and not self._upgraded)
-        if self._response_complete:
             self._answered()
         else:
             self._pump_request()

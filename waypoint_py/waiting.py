@@ -16,6 +16,10 @@ T = TypeVar("T")
 HELD_AT_MOST: Final = 256 * 1024
 """Bytes that wait for a task to read them."""
 
+LAST_WORDS_SECONDS: Final = 2.0
+"""For what was written before a stream was closed."""
+_LOOK_AGAIN: Final = 0.005
+
 
 class NurseryWaits:
     """`waypoint_py.plane.Waits` by a nursery, which is there while `run` runs."""
@@ -107,10 +111,14 @@ class TaskStream(trio.abc.HalfCloseableStream):
         self._stream.end()
 
     async def aclose(self) -> None:
-        if not self._gone:
+        try:
             self._stream.end()
+            await trio.lowlevel.checkpoint()
+            with trio.move_on_after(LAST_WORDS_SECONDS):
+                while self._stream.unsent and not self._gone:  # noqa: ASYNC110  # told only of what was above a mark
+                    await trio.sleep(_LOOK_AGAIN)
+        finally:
             self._stream.abort("closed by us")
-        await trio.lowlevel.checkpoint()
 
     def _check(self) -> None:
         if self._gone:

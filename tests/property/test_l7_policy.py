@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, replace
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,12 +25,18 @@ A = Attribute
 # Few values, so that policies and requests meet.
 WORDS = ("a", "b", "ab", "ba")
 words = st.sampled_from(WORDS)
-texts: st.SearchStrategy[TextMatch] = st.one_of(words.map(Exact), words.map(Prefix), words.map(Suffix), st.just(Present(non_empty=True)))
-path_values = st.lists(words, max_size=3).map(lambda parts: "/" + "/".join(parts))
+texts: st.SearchStrategy[TextMatch] = st.one_of(
+    st.builds(Exact, words, st.booleans()),
+    st.builds(Prefix, words, st.booleans()),
+    st.builds(Suffix, words, st.booleans()),
+    st.just(Present(non_empty=True)),
+)
+path_values = st.lists(words | st.just("A"), max_size=3).map(lambda parts: "/" + "/".join(parts))
 path_matches = st.builds(
     PathMatch,
     st.sampled_from([PathKind.EXACT, PathKind.PREFIX]),
     path_values,
+    st.booleans(),
 ) | st.sampled_from(["/{*}", "/a/{**}", "/{**}/a", "/a/{*}/b"]).map(lambda value: PathMatch(PathKind.TEMPLATE, value))
 ips = st.sampled_from(["10.0.0.1", "10.0.0.2", "10.1.0.1", "fd00::1"])
 networks = st.sampled_from(["10.0.0.1", "10.0.0.0/24", "10.0.0.0/8", "fd00::/16", "::/0"])
@@ -95,7 +102,7 @@ cases = st.builds(
     ips,
     st.sampled_from([80, 81]),
     words | words.map(str.upper),
-    words,
+    words | words.map(str.upper),
     path_values,
     st.lists(st.tuples(words, words), max_size=3).map(tuple),
     tokens,
@@ -106,6 +113,8 @@ cases = st.builds(
 
 
 def _text_hits(match: TextMatch, value: str) -> bool:
+    if not isinstance(match, Present) and getattr(match, "ignore_case", False):
+        match, value = msgspec.structs.replace(match, value=match.value.lower(), ignore_case=False), value.lower()
     match match:
         case Exact():
             return value == match.value
@@ -128,6 +137,8 @@ def _template_hits(template: list[str], path: list[str]) -> bool:
 
 
 def _path_hits(match: PathMatch, path: str) -> bool:
+    if match.ignore_case:
+        match, path = PathMatch(match.kind, match.value.lower()), path.lower()
     match match.kind:
         case PathKind.EXACT:
             return path == match.value
@@ -228,6 +239,17 @@ def test_many_rules_give_what_asking_each_in_turn_gives(denies: list[PolicyRule]
     expected = allowed_by if denied is None else f"ns[ns]-policy[d]-rule[{denied}]"
     assert judgement.policy == expected
     assert (judgement.reply is None) is (denied is None and allowed is not None)
+
+
+NEVER = PolicyRule(conditions=(Predicate(A.METHOD, texts=(Exact("never"),)),))
+
+
+@given(rules, cases)
+def test_a_rule_among_many_is_found_as_it_is_alone(rule: PolicyRule, case: Case) -> None:
+    crowd = [NEVER] * 10
+    for action in (ALLOW, DENY):
+        judgement = Judge([policy(action, *crowd, rule)]).judge(case.request, case.connection, case.claims)
+        assert (judgement.policy == "ns[ns]-policy[p]-rule[10]") is _rule_is_true(case, rule, action)
 
 
 @given(rules, cases)

@@ -475,3 +475,19 @@ def test_the_stage_itself_carries_a_request() -> None:
 @pytest.mark.parametrize("serial", [True, False])
 def test_nothing_said_leaves_nothing(serial: bool) -> None:
     Stage(1, serial=serial).finish()
+
+
+@pytest.mark.parametrize("headers", [[(b"bad name", b"v")], [(b"x", b"a\r\nb: c")]])
+def test_what_a_client_cannot_be_told_becomes_an_answer_of_ours(headers: list[tuple[bytes, bytes]]) -> None:
+    stage = Stage(1, serial=True, route=msgspec.structs.replace(ROUTE, fault=None, mirrors=()))
+    stage.say(H1_PIECES[0])
+    (call,) = stage.upstreams.living
+    call.opened = True
+    call.on_open(call)
+    call.sink.response(Response(200, headers), False)
+    stage.clock.turn()
+    assert stage.wire.read(1 << 20).startswith(b"HTTP/1.1 500 ")
+    assert [(record.status, record.details) for record in stage.log.ended] == [(500, "internal_error")]
+    assert len(stage.clock.errors) == 1
+    stage.clock.errors.clear()
+    stage.finish()

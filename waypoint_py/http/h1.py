@@ -728,7 +728,11 @@ class Http1Server(_Http1):
         framing.append(b"\r\n")
         kept = [pair for pair in response.headers if pair[0] not in FRAMING]
         line = _STATUS_LINES.get(status) or _status_line(status)
-        self._write(_checked(line, kept, framing, len(kept) + len(framing) + 1))
+        try:
+            self._write(_checked(line, kept, framing, len(kept) + len(framing) + 1))
+        except LocalProtocolError:
+            self._sending, self._to_send = _SILENT, 0  # another response may follow
+            raise
         if ended:
             self.send_end(stream)
 

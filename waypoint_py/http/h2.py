@@ -754,17 +754,18 @@ class Http2Server(_Http2):
             headers = [pair for pair in headers if pair[0] != b"sec-websocket-accept"]
         elif not 200 <= status <= 599:
             raise LocalProtocolError(f"status {status} of a response")
-        elif status != 204:
-            length = _length_of(response)
-            if length is not None:
-                headers.append((b"content-length", b"%d" % length))
-                state.to_send = length
-        state.bodiless = state.bodiless or status in (204, 304)
-        if ended and state.to_send > 0 and not state.bodiless:
+        length = _length_of(response) if response.status not in (101, 204) else None
+        if length is not None:
+            headers.append((b"content-length", b"%d" % length))
+        bodiless = state.bodiless or status in (204, 304)
+        if ended and length and not bodiless:
             self._reset(stream, ErrorCode.INTERNAL_ERROR)
             return
         self._send_block(state, [(b":status", b"%d" % status)], headers, end=ended)
-        state.sending, state.answered = _OPEN, True
+        # Only now: a response that could not be written may be followed by another.
+        state.sending, state.answered, state.bodiless = _OPEN, True, bodiless
+        if length is not None:
+            state.to_send = length
         if ended:
             self._sent_end(state)
 

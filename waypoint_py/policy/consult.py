@@ -181,31 +181,23 @@ def read_http_answer(provider: ExtAuthzHttp, answer: Answer) -> Answered:
     upstream = NamePatterns(provider.headers_upstream_on_allow)
     downstream = NamePatterns(provider.headers_downstream_on_allow)
     removed = [name.strip().lower() for key, value in headers if key == _TO_REMOVE for name in value.split(b",")]
-    return _checked(
-        Allowed(
-            set=_first_of_each(header for header in headers if header[0] != _TO_REMOVE and upstream.hit(header[0])),
-            add=_others_of_each(header for header in headers if header[0] != _TO_REMOVE and upstream.hit(header[0])),
-            remove=[name for name in removed if name],
-            response=ResponseHeaders(set=[header for header in headers if downstream.hit(header[0])]),
-        )
-    )
+    set_upstream, add_upstream = _replacing(header for header in headers if header[0] != _TO_REMOVE and upstream.hit(header[0]))
+    response = ResponseHeaders(*_replacing(header for header in headers if downstream.hit(header[0])))
+    return _checked(Allowed(set=set_upstream, add=add_upstream, remove=[name for name in removed if name], response=response))
 
 
 _FRAMING: Final = _HOP_BY_HOP | {b"host", b"content-length"}
 
 
-def _first_of_each(headers: Iterable[Header]) -> Headers:
-    return list({name: (name, value) for name, value in reversed(list(headers))}.values())[::-1]
-
-
-def _others_of_each(headers: Iterable[Header]) -> Headers:
+def _replacing(headers: Iterable[Header]) -> tuple[Headers, Headers]:
+    """Headers that shall stand in the place of those of their names: the first of each name replaces, the others are added."""
+    replaced: Headers = []
+    added: Headers = []
     seen: set[bytes] = set()
-    others: Headers = []
     for name, value in headers:
-        if name in seen:
-            others.append((name, value))
+        (added if name in seen else replaced).append((name, value))
         seen.add(name)
-    return others
+    return replaced, added
 
 
 # By gRPC

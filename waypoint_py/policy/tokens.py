@@ -1,7 +1,10 @@
 """Tokens (JWT, RFC 7519) of requests: where they stand, whether they hold, what they prove, and what becomes of the request.
 
-Statuses and texts are Envoy's, which clients see; where they differ from Envoy we refuse more (`docs/reference`). No token at all passes:
-whether one is needed is an AuthorizationPolicy's to say. Pure: keys and the time are arguments.
+Statuses and texts are Envoy's, which clients see. Where it is stricter than Envoy: shared secrets (HS256 ...) and tokens that demand
+extensions (``crit``) are refused, ``exp`` of 0 is long past, padding and a second spelling of the same bytes are no base64url, every value
+of a parameter is looked at, a scheme stands at the beginning of its header. Verified tokens are taken out of cookies too, and the query,
+where a token may be, is not told back in ``www-authenticate``. No token at all passes: whether one is needed is an AuthorizationPolicy's to
+say. Pure: keys and the time are arguments.
 """
 
 from __future__ import annotations
@@ -200,9 +203,14 @@ _URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
 _ALIEN: Final = frozenset(b"+/=")
 
 
+# What the last character may be when it carries two or four bits (RFC 4648 section 3.5): a token has one spelling.
+_LAST: Final = {2: frozenset(b"AQgw"), 3: frozenset(b"AEIMQUYcgkosw048")}
+
+
 def _decode(part: bytes) -> bytes | None:
     """Unpadded base64url; None if it is not."""
-    if not _ALIEN.isdisjoint(part):
+    last = _LAST.get(len(part) % 4)
+    if not _ALIEN.isdisjoint(part) or (last is not None and part[-1] not in last):
         return None
     try:
         return binascii.a2b_base64(part.translate(_URL_SAFE) + b"=" * (-len(part) % 4), strict_mode=True)

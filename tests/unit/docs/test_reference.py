@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from mesh.model import ports
 from mesh.runtime.env import describe
+from waypoint_py.config import WaypointConfig
 from ztunnel_py.config import AgentConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-def test_every_variable_of_the_agent_is_documented_with_its_default() -> None:
-    text = (DOCS / "reference" / "ztunnel.md").read_text()
-    for variable in describe(AgentConfig):
+@pytest.mark.parametrize(("page", "config"), [("ztunnel.md", AgentConfig), ("waypoint.md", WaypointConfig)])
+def test_every_variable_is_documented_with_its_default(page: str, config: type[object]) -> None:
+    text = (DOCS / "reference" / page).read_text()
+    for variable in describe(config):
         row = next((line for line in text.splitlines() if line.startswith(f"| `{variable.names[0]}`")), "")
         assert variable.doc in row, variable.names[0]
-        if variable.default is not None:
+        if variable.default:
             assert f"`{variable.default}`" in row
 
 

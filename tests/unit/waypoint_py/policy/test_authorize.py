@@ -231,6 +231,32 @@ def test_a_template_lets_nothing_odd_in_and_nothing_odd_past(path: str) -> None:
     assert Judge([policy(PolicyAction.DENY, PolicyRule(conditions=(template,)))]).judge(request(path), connection(), None).reply is not None
 
 
+CROWD = tuple(PolicyRule(operations=((paths(f"/crowd/{number}"),),)) for number in range(20))
+
+
+@pytest.mark.parametrize(
+    "predicate",
+    [
+        Predicate(A.PATH, paths=(PathMatch(PathKind.EXACT, "/A/b", ignore_case=True), PathMatch(PathKind.EXACT, "/other"))),
+        Predicate(A.PATH, paths=(PathMatch(PathKind.PREFIX, "/A", ignore_case=True),)),
+        Predicate(A.PATH, paths=(PathMatch(PathKind.REGEX, "/a/."),)),
+        Predicate(A.PATH, paths=(PathMatch(PathKind.TEMPLATE, "/{*}/b"), PathMatch(PathKind.EXACT, "/other"))),
+        Predicate(A.PATH, paths=(PathMatch(PathKind.TEMPLATE, "/a/{*}"), PathMatch(PathKind.EXACT, "/other"))),
+        Predicate(A.PATH, paths=(PathMatch(PathKind.SEGMENTS, "/a"),)),
+        Predicate(A.PATH, paths=(PathMatch(PathKind.EXACT, "/other"),), texts=(Suffix("b"),)),
+        Predicate(A.METHOD, texts=(Exact("get", ignore_case=True),)),
+        Predicate(A.PRINCIPAL, texts=(Exact("cluster.local/NS/shop/sa/web", ignore_case=True), Exact("other"))),
+        Predicate(A.PRINCIPAL, texts=(Exact("other"), Suffix("/web"))),
+        texts(A.NAMESPACE, "shop", "other"),
+        texts(A.SERVICE_ACCOUNT, "shop/web"),
+        Predicate(A.DESTINATION_PORT, ports=(81, 80)),
+    ],
+)
+def test_a_rule_is_found_in_a_crowd_however_it_is_written(predicate: Predicate) -> None:
+    for rule in (PolicyRule(sources=((predicate,),)), PolicyRule(operations=((predicate,),)), PolicyRule(conditions=(predicate,))):
+        assert judge(policy(PolicyAction.ALLOW, *CROWD, rule, *CROWD), req=request("/a/b")).policy == "ns[shop]-policy[p]-rule[20]"
+
+
 def judge(*policies: AuthorizationPolicy, req: Request | None = None, claims: TokenFacts | None = None) -> Judgement:
     return Judge(policies).judge(req or request(), connection(), claims)
 
