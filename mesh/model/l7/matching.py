@@ -68,9 +68,10 @@ class PathMatch(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class HeaderMatch(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``name`` in lower case; ``:method``, ``:authority``, ``:scheme`` and ``:path`` stand for what they say. Several values of one header
-    are compared joined by ``,``. A header that is absent matches nothing, and so makes an inverted match true, except with
-    ``absent_fails``: then it makes the inverted match false as well (VirtualService's ``withoutHeaders`` with a regex)."""
+    """``name`` in lower case; ``:method``, ``:authority``, ``:scheme`` and ``:path`` stand for what they say. Of several values of one
+    header each is compared by itself: one that hits is enough, and an inverted match fails then. A header that is absent matches nothing,
+    and so makes an inverted match true, except with ``absent_fails``: then it makes the inverted match false as well (VirtualService's
+    ``withoutHeaders`` with a regex)."""
 
     name: str
     match: TextMatch

@@ -1,0 +1,71 @@
+"""How long a request may take: the route's word, and within it the client's (``grpc-timeout``). Seconds; None: as long as it likes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from mesh.model.l7.routing import Route
+from mesh.wire.errors import RemoteProtocolError
+from mesh.wire.grpc import encode_timeout, parse_timeout
+from waypoint_py.http.message import Request
+
+EXPECTED: Final = b"x-envoy-expected-rq-timeout-ms"
+GRPC_TIMEOUT: Final = b"grpc-timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """``total`` for the exchange with all its tries and the waiting between them; ``per_try`` for one, None: what is left of the total.
+    ``because``: whose word ``total`` is."""
+
+    total: float | None
+    per_try: float | None
+    because: str
+
+
+def find_timeouts(route: Route, request: Request) -> Timeouts:
+    """Of one request. A client may shorten what the route grants, by ``grpc-timeout``, never lengthen it; without a route's timeout its
+    word alone counts."""
+    total, because = route.timeout or None, f"timeout of {route.origin}"
+    asked = find_grpc_timeout(request)
+    if asked is not None and (total is None or asked < total):
+        total, because = asked, "the client's grpc-timeout"
+    per_try = None if route.retry is None else route.retry.per_try_timeout or None
+    if per_try is not None and total is not None and per_try >= total:
+        per_try = None
+    return Timeouts(total, per_try, because)
+
+
+def find_grpc_timeout(request: Request) -> float | None:
+    """What a gRPC client grants; None if that is nothing, or nothing readable (ignored, as Envoy does)."""
+    if not request.is_grpc or (value := request.first(GRPC_TIMEOUT)) is None:
+        return None
+    try:
+        # A deadline that has passed already is still one.
+        return max(parse_timeout(value.decode("latin-1")), 0.001)
+    except RemoteProtocolError:
+        return None
+
+
+def tell_upstream(request: Request, timeouts: Timeouts, elapsed: float) -> None:
+    """Write into a try's request how long its answer is waited for, ``elapsed`` seconds after the exchange began.
+
+    A header of the client's of that name goes: it would be believed further on.
+    """
+    request.remove(EXPECTED)
+    left = expected(timeouts, elapsed)
+    if left is None:
+        return
+    request.append(EXPECTED, b"%d" % math.ceil(left * 1000))
+    if request.is_grpc:
+        request.replace(GRPC_TIMEOUT, encode_timeout(left).encode())
+
+
+def expected(timeouts: Timeouts, elapsed: float) -> float | None:
+    """Seconds that a try which begins now may take, at least a millisecond; None: any time."""
+    if timeouts.total is None:
+        return timeouts.per_try
+    left = max(timeouts.total - elapsed, 0.001)
+    return left if timeouts.per_try is None else min(left, timeouts.per_try)
