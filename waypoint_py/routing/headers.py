@@ -46,11 +46,13 @@ class CompiledChanges:
         return bool(self.remove or self.set or self.add)
 
     def apply(self, message: Message, facts: Facts) -> None:
-        """All values are rendered before anything changes: none sees what another did."""
+        """Operators do not see what is removed, and do see what is set as it was before (Envoy's order)."""
+        if self.remove:
+            message.headers = [pair for pair in message.headers if pair[0] not in self.remove]
         replaced = [(name, value) for name, value in _rendered(self.set, facts) if value]
         added = [(name, value) for name, value in _rendered(self.add, facts) if value]
-        gone = self.remove.union([name for name, _ in replaced]) if replaced else self.remove
-        if gone:
+        if replaced:
+            gone = {name for name, _ in replaced}
             message.headers = [pair for pair in message.headers if pair[0] not in gone]
         message.headers += replaced
         message.headers += added

@@ -47,7 +47,7 @@ def chosen(route: CompiledRoute) -> Chosen:
 
 def sent(route: CompiledRoute, request: Request, match: PathMatch | None = None) -> Request:
     """The request as its destination sees it."""
-    change_request(request, route, chosen(route).destination, match, Known(request.copy()))
+    change_request(request, route, chosen(route).destination, match, Known(request))
     return request
 
 
@@ -238,6 +238,7 @@ def changed(changes: HeaderChanges, *headers: tuple[str, str]) -> list[tuple[byt
         (HeaderChanges(remove=("x",), add=(("x", "a"),)), [("x", "1")], [("x", "a")]),
         (HeaderChanges(set=(("x", "%REQ(:path)%"), ("y", "50%%"))), [], [("x", "/p?q"), ("y", "50%")]),
         (HeaderChanges(set=(("x", "%REQ(y)%"), ("y", "2"))), [("y", "1")], [("x", "1"), ("y", "2")]),
+        (HeaderChanges(remove=("y",), set=(("x", "<%REQ(y)%>"),)), [("y", "1")], [("x", "<>")]),
         (HeaderChanges(set=(("x", "%REQ(none)%"), ("y", ""))), [("x", "1"), ("y", "2")], [("x", "1"), ("y", "2")]),
         (HeaderChanges(set=(("x", "a%REQ(none)%b"),)), [], [("x", "ab")]),
         (HeaderChanges(set=(("x", "a\r\nevil: 1"),)), [], [("x", "aevil: 1")]),
