@@ -41,7 +41,7 @@ from mesh.wire.frames import (
 )
 from mesh.wire.hbone import patience
 from mesh.wire.hbone.control import Control
-from mesh.wire.hbone.streams import Direction, Signal, Stream
+from mesh.wire.hbone.streams import Direction, Stream
 from mesh.wire.headers import Fields, HeaderReader, MalformedHeaders
 from waypoint_py.http.blocks import BlockWriter
 from waypoint_py.http.codec import BodyData, BodyEnd, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
@@ -54,8 +54,10 @@ CONNECTION_WINDOW: Final = 4 << 20
 MAX_WAITING: Final = 4 << 20
 """Bytes handed out and not consumed, of all streams together, beyond which the connection's credit is held back."""
 MAX_FRAME_SIZE: Final = 64 * 1024
-MAX_BLOCK: Final = 256 * 1024
-"""Of a header block, and of the fields in it. Larger ones end the connection; smaller ones that are over the head's limits get a 431."""
+MAX_BLOCK: Final = 96 * 1024
+"""Bytes of a header block: Huffman's code costs us 0.2 us a byte. A larger one ends the connection."""
+MAX_LIST: Final = 256 * 1024
+"""Bytes of the fields in it, likewise. What is below both and over the head's limits gets a 431."""
 ASSUMED_STREAMS: Final = 100
 """Requests at once that a server is taken to allow before its SETTINGS have come."""
 MIN_STREAMS_TO_JUDGE: Final = 500
@@ -65,22 +67,26 @@ _REMEMBERED_RESETS: Final = 1024
 _OWN_PING: Final = b"\xffgoodbye"
 _OPEN, _SILENT, _ENDED = Direction.OPEN, Direction.SILENT, Direction.ENDED
 _UNCOUNTED: Final = -1
+_OVERSIZED: Final = 50
+"""Points of patience for a head that gets a 431."""
 _BLANKS: Final = b" \t"
 
 
 class _Stream(Stream):
     """One request and its response. ``left`` and ``to_send``: bytes of either body that are still due, or `_UNCOUNTED`."""
 
-    __slots__ = ("answered", "bodiless", "dropped", "left", "to_send", "upgrade")
+    __slots__ = ("answered", "bodiless", "dropped", "head", "left", "to_send", "upgrade")
 
     def __init__(self, stream_id: int, receive_window: int, send_window: int) -> None:
         super().__init__(stream_id, receive_window, send_window)
         self.left = _UNCOUNTED
         self.to_send = _UNCOUNTED
+        self.head = False
+        """The method is HEAD."""
         self.bodiless = False
-        """The response has no body whatever it says: HEAD."""
+        """Server: the response has no body, whatever its content-length says."""
         self.dropped = False
-        """Nobody wants the peer's body."""
+        """Server: the request was refused, and nobody wants the rest of it."""
         self.upgrade = False
         self.answered = False
 
@@ -110,7 +116,7 @@ class _Http2(ABC):
             },
         )
         self._splitter = FrameSplitter(self, max_frame_size=MAX_FRAME_SIZE, max_block_size=MAX_BLOCK, expect_preface=server)
-        self._reader = HeaderReader(MAX_BLOCK)
+        self._reader = HeaderReader(MAX_LIST)
         self._writer = BlockWriter()
         self._events: list[Event] = []
         self._parts: list[bytes] = []
@@ -261,8 +267,7 @@ class _Http2(ABC):
             state.receive_window += state.owed
             self._write(window_update_frame(stream, state.owed))
             state.owed = 0
-        if self._receive_window < CONNECTION_WINDOW // 2 and self._waiting < MAX_WAITING:
-            self._return_connection_credit()
+        self._refresh_connection_credit()
 
     def ping(self) -> None:
         """Ask for a sign of life; `pings` is 0 again when it has come."""
@@ -317,8 +322,8 @@ class _Http2(ABC):
             self._receive_window -= charged
             if self._receive_window < 0:
                 raise RemoteProtocolError("DATA beyond the connection's window", ErrorCode.FLOW_CONTROL_ERROR)
-            if self._receive_window < CONNECTION_WINDOW // 2 and self._waiting < MAX_WAITING:
-                self._return_connection_credit()
+            if self._receive_window < CONNECTION_WINDOW // 2:
+                self._refresh_connection_credit()
         state = self._streams.get(stream)
         if state is None or state.receiving is not _OPEN:
             self._on_data_out_of_place(stream, state)
@@ -384,7 +389,7 @@ class _Http2(ABC):
         if state.left > 0:
             self._fail_stream(state.id, ErrorCode.PROTOCOL_ERROR, "less DATA than content-length")
             return
-        state.received(Signal.END)
+        state.receiving = _ENDED
         if not state.dropped:
             self._events.append(BodyEnd(state.id, trailers))
         self._forget_if_over(state)
@@ -392,6 +397,7 @@ class _Http2(ABC):
     def on_reset(self, stream: int, code: int) -> None:
         state = self._streams.get(stream)
         if state is None:
+            self._patience.spend(patience.STALE_FRAME, "resets of closed streams")
             self._on_frame_of_no_stream(stream, answer=None)
             return
         complete = self._is_complete(state)
@@ -485,14 +491,16 @@ class _Http2(ABC):
         del self._streams[state.id]
         state.drop()
         self._waiting -= self._stream_window - state.receive_window - state.owed  # nobody will say that they were consumed
+        self._refresh_connection_credit()
 
     def _forget_if_over(self, state: _Stream) -> None:
         if state.receiving is _ENDED and state.sending is _ENDED:
             self._forget(state)
 
-    def _return_connection_credit(self) -> None:
-        self._write(window_update_frame(0, CONNECTION_WINDOW - self._receive_window))
-        self._receive_window = CONNECTION_WINDOW
+    def _refresh_connection_credit(self) -> None:
+        if self._receive_window < CONNECTION_WINDOW // 2 and self._waiting < MAX_WAITING:
+            self._write(window_update_frame(0, CONNECTION_WINDOW - self._receive_window))
+            self._receive_window = CONNECTION_WINDOW
 
     def _allow(self, courtesy: int) -> None:
         self._courtesy = min(self._courtesy + courtesy, MAX_COURTESY)
@@ -630,12 +638,12 @@ class Http2Server(_Http2):
             return
         except BadHead as exc:
             state.dropped = True
-            self._patience.spend(patience.BAD_REQUEST, "bad requests")
+            self._patience.spend(_OVERSIZED if exc.status == 431 else patience.BAD_REQUEST, "bad requests")
             self._events.append(RefusedHead(stream, exc.status, exc.reason, request))
             return
         if request.content_length is not None and not state.upgrade:
             state.left = request.content_length
-        state.bodiless = request.method == b"HEAD"
+        state.head = request.method == b"HEAD"
         self._events.append(RequestHead(stream, request, end))
 
     def _take_pseudo(self, request: Request, pseudo: dict[bytes, bytes], state: _Stream) -> None:
@@ -757,7 +765,7 @@ class Http2Server(_Http2):
         length = _length_of(response) if response.status not in (101, 204) else None
         if length is not None:
             headers.append((b"content-length", b"%d" % length))
-        bodiless = state.bodiless or status in (204, 304)
+        bodiless = state.head or status in (204, 304)
         if ended and length and not bodiless:
             self._reset(stream, ErrorCode.INTERNAL_ERROR)
             return
@@ -857,10 +865,8 @@ class Http2Client(_Http2):
         if request.expect_continue and not ended:
             headers.append((b"expect", b"100-continue"))
         self._send_block(state, pseudo, headers, end=ended)
-        state.bodiless = False
-        state.dropped = False
         state.sending = _ENDED if ended else _OPEN
-        state.answered = request.method == b"HEAD"
+        state.head = request.method == b"HEAD"
         self._streams[stream] = state
         self._allow(2)
         return stream
@@ -899,7 +905,7 @@ class Http2Client(_Http2):
                 self._on_end(state, [])
             return
         response = Response(status, headers)
-        bodiless = state.answered or status in (204, 304)
+        bodiless = state.head or status in (204, 304)
         if lengths and status != 204:
             try:
                 response.content_length = read_length(lengths)
