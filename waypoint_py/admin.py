@@ -15,8 +15,8 @@ from mesh.model.l7.destination import DestinationConfig
 from mesh.model.l7.policy import AuthorizationPolicy, RequestAuthentication
 from mesh.model.l7.waypoint import ServiceConfig
 from mesh.runtime.http import Request, Response, Route, Routes
+from mesh.runtime.levels import LevelsPage
 from mesh.runtime.readiness import Readiness
-from mesh.telemetry import log
 from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, content_type, render
 from mesh.tls.rotation import CertificateManager, describe_certificates
 from waypoint_py.config import WaypointConfig
@@ -36,7 +36,6 @@ what would happen to a request, and why</li>
 <li><code>POST quitquitquit</code>: drain and stop</li>
 </ul></body></html>
 """
-_LOGGING_USAGE = "usage: POST /logging (show), POST /logging?level=debug, POST /logging?level=access=debug,info, POST /logging?reset\n"
 _WHY_USAGE = (
     "usage: /why?destination=IP:PORT|HOST:PORT&peer=spiffe://...[&peer_address=IP:PORT][&method=][&path=][&authority=][&header.NAME=]\n"
 )
@@ -63,19 +62,18 @@ class Admin:
         self._registry = registry
         self._control_plane = control_plane
         self._stop = stop
-        self._first_levels = log.current_levels()
+        self._levels = LevelsPage()
         registry.collect_from(self._collect)
 
     def routes(self) -> Routes:
         """For the admin port."""
-        post = frozenset({"POST"})
         return {
             "/": Route(self._index),
             "/config_dump": Route(self._config_dump),
             "/clusters": Route(self._clusters),
             "/why": Route(self._why),
-            "/logging": Route(self._logging, post, usage=_LOGGING_USAGE),
-            "/quitquitquit": Route(self._quit, post),
+            "/logging": self._levels.route(),
+            "/quitquitquit": Route(self._quit, frozenset({"POST"})),
         }
 
     def metrics_routes(self) -> Routes:
@@ -120,16 +118,6 @@ class Admin:
         plane = self._plane
         explainer = Explainer(plane.state, plane.store, plane.us(), plane.local.identity, plane.balancer, plane.reactor.now())
         return Response.json(explainer.explain(question))
-
-    async def _logging(self, request: Request) -> Response:
-        if "reset" in request.query:
-            log.set_levels(self._first_levels)
-        if "level" in request.query:
-            try:
-                log.set_levels(log.LogLevels.parse(request.query["level"]))
-            except log.InvalidLogSettings as exc:
-                return Response.text(f"{exc}\n{_LOGGING_USAGE}", 400)
-        return Response.text(f"current log level is {log.current_levels()}")
 
     async def _quit(self, request: Request) -> Response:
         self._stop.set()

@@ -282,9 +282,7 @@ class Waypoint:
         if update.type_url == ADDRESS:
             changes = self._state.apply(update.delta)
             if changes.workloads:
-                self._pool.forget(
-                    lambda endpoint: endpoint.workload is not None and self._state.find_workload(endpoint.workload.uid) is None
-                )
+                self._pool.forget(self._is_gone)
         elif self._plane.store.apply(update.delta):
             _log.info(
                 "configured", type=update.type_url.rpartition(".")[2], resources=len(update.delta.l7), removed=len(update.delta.removed_l7)

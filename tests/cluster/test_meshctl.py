@@ -158,7 +158,7 @@ def test_without_the_control_plane_an_agent_still_answers(enrolled: World) -> No
 
 def test_on_its_node_an_agent_is_reached_without_the_api_server(enrolled: World) -> None:
     node = enrolled.cluster.node("n1")
-    path = Path(f"/proc/{node.pid}/root/run/ambient-mesh/admin.sock")  # /var/run is a link, and its target would be looked up here
+    path = Path("/proc", str(node.pid), "root", "run/ambient-mesh/admin.sock")  # /var/run is a link, and its target would be looked up here
     assert path.stat().st_mode & 0o777 == 0o600
     command = [sys.executable, "-m", "meshctl_py", "node", "n1", "pods", "-o", "json", "--socket", str(path)]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "KUBECONFIG": "/none"}).stdout)

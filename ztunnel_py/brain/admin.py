@@ -8,6 +8,7 @@ import trio
 
 from mesh.runtime.http import Request, Response, Route, Routes
 from mesh.runtime.inspection import MAX_LIMIT
+from mesh.runtime.levels import LevelsPage
 from mesh.runtime.readiness import Readiness
 from mesh.state.store import MeshState
 from mesh.telemetry import log
@@ -31,7 +32,6 @@ _INDEX = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>zt
 <li><code>POST quitquitquit</code>: drain and stop</li>
 </ul></body></html>
 """
-_LOGGING_USAGE = "usage: POST /logging (show), POST /logging?level=debug, POST /logging?level=access=debug,info, POST /logging?reset\n"
 
 
 class Admin:
@@ -59,16 +59,15 @@ class Admin:
         self._totals = totals
         self._pages = pages
         self._stop = stop
-        self._first_levels = log.current_levels()
+        self._levels = LevelsPage(self._set_levels)
 
     def routes(self) -> Routes:
         """For the admin port and socket."""
-        post = frozenset({"POST"})
         return {
             "/": Route(self._index),
             "/config_dump": Route(self._config_dump),
-            "/logging": Route(self._logging, post, usage=_LOGGING_USAGE),
-            "/quitquitquit": Route(self._quit, post),
+            "/logging": self._levels.route(),
+            "/quitquitquit": Route(self._quit, frozenset({"POST"})),
             **self._pages.routes(),
         }
 
@@ -106,16 +105,6 @@ class Admin:
                 if living.pod in states:
                     states[living.pod]["connections"][living.direction].append(dump_connection(living))
         return states
-
-    async def _logging(self, request: Request) -> Response:
-        if "reset" in request.query:
-            self._set_levels(self._first_levels)
-        if "level" in request.query:
-            try:
-                self._set_levels(log.LogLevels.parse(request.query["level"]))
-            except log.InvalidLogSettings as exc:
-                return Response.text(f"{exc}\n{_LOGGING_USAGE}", 400)
-        return Response.text(f"current log level is {log.current_levels()}")
 
     def _set_levels(self, levels: log.LogLevels) -> None:
         log.set_levels(levels)
