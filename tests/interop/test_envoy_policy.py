@@ -6,6 +6,7 @@ Envoy is configured as Istio does it: a provider for each rule, any of them or n
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import json
 import socket
 import tempfile
@@ -25,7 +26,7 @@ from mesh.model.l7.matching import Exact, PathKind, PathMatch, Prefix, Present, 
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, JwtRule, PolicyAction, PolicyRule, Predicate, RequestAuthentication
 from mesh.model.l7.routing import Origin
 from mesh.testing.envoy import Config, free_address, http_config, http_filter, running
-from tests.corpus.tokens import CASES, KEYS, NOW, RULES, TokenCase, sign
+from tests.corpus.tokens import KEYS, NOW, TokenCase, sign
 from waypoint_py.context import Connection
 from waypoint_py.http.message import Request
 from waypoint_py.policy.authorize import Judge
@@ -169,10 +170,21 @@ def _seen(reply: LocalReply) -> Seen:
     return Seen(reply.status, reply.body.decode(), challenge, reply.details)
 
 
-def _ours(case: TokenCase) -> Seen:
+@pytest.fixture
+def corpus() -> Any:
+    """The corpus made now: Envoy's clock can't be set, and what pytest has imported is as old as the whole run by then."""
+    spec = importlib.util.find_spec(TokenCase.__module__)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def _ours(corpus: Any, case: TokenCase) -> Seen:
     request = _request(case.method, case.path, HOST, case.headers)
-    policy = RequestAuthentication(Origin("RequestAuthentication", "ns", "jwt"), rules=RULES[case.rules])
-    outcome = TokenChecker([policy]).check(request, NOW)
+    policy = RequestAuthentication(Origin("RequestAuthentication", "ns", "jwt"), rules=corpus.RULES[case.rules])
+    outcome = TokenChecker([policy]).check(request, corpus.NOW)
     if isinstance(outcome, Refused):
         return _seen(outcome.reply)
     assert isinstance(outcome, Passed)
@@ -181,9 +193,9 @@ def _ours(case: TokenCase) -> Seen:
     return Seen(200, forwarded=(request.path.decode("latin-1"), tuple(headers)), details="via_upstream")
 
 
-def test_tokens_are_judged_as_envoy_judges_them() -> None:
-    cases = [case for case in CASES if case.envoy]
-    with _envoy({name: [_jwt_filter(rules)] for name, rules in RULES.items()}) as (addresses, log):
+def test_tokens_are_judged_as_envoy_judges_them(corpus: Any) -> None:
+    cases = [case for case in corpus.CASES if case.envoy]
+    with _envoy({name: [_jwt_filter(rules)] for name, rules in corpus.RULES.items()}) as (addresses, log):
         answers = {case.name: _ask(addresses[case.rules], case.name, case.method, case.path, HOST, case.headers) for case in cases}
         details = _details(log, len(cases))
     different = {}
@@ -192,19 +204,19 @@ def test_tokens_are_judged_as_envoy_judges_them() -> None:
         # The query, in which a token may be, is not told back by us.
         challenge = theirs.challenge.replace("?" + case.path.partition("?")[2][: 256 - len(case.path.partition("?")[0]) - 1], "")
         theirs = Seen(theirs.status, theirs.body, challenge, details[case.name], theirs.forwarded)
-        if (ours := _ours(case)) != theirs:
+        if (ours := _ours(corpus, case)) != theirs:
             different[case.name] = (ours, theirs)
     assert different == {}
 
 
-def test_the_cases_that_are_said_to_differ_from_envoy_do() -> None:
+def test_the_cases_that_are_said_to_differ_from_envoy_do(corpus: Any) -> None:
     """If Envoy comes to agree with us, the corpus should say so."""
-    cases = [case for case in CASES if not case.envoy]
-    with _envoy({name: [_jwt_filter(rules)] for name, rules in RULES.items()}) as (addresses, _):
+    cases = [case for case in corpus.CASES if not case.envoy]
+    with _envoy({name: [_jwt_filter(rules)] for name, rules in corpus.RULES.items()}) as (addresses, _):
         answers = {case.name: _ask(addresses[case.rules], case.name, case.method, case.path, HOST, case.headers) for case in cases}
     alike = []
     for case in cases:
-        ours, theirs = _ours(case), answers[case.name]
+        ours, theirs = _ours(corpus, case), answers[case.name]
         if (ours.status, ours.body, ours.forwarded) == (theirs.status, theirs.body, theirs.forwarded):
             alike.append(case.name)
     assert alike == []
