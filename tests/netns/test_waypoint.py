@@ -1,0 +1,425 @@
+"""A waypoint in the lab, with nothing left out: agents of two nodes, the waypoint between them, and what routes and policies do there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from jwt.algorithms import RSAAlgorithm
+
+from mesh.testing.lab import Lab, running_lab, wait_until
+
+pytestmark = pytest.mark.netns
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "two-nodes"
+VERSIONED_WEB = Path(__file__).with_name("versioned_web.py")
+WAYPOINT = "spiffe://cluster.local/ns/shop/sa/waypoint"
+CLIENT, STRANGER = "shop/client", "shop/stranger"
+
+VERSION = """\
+apiVersion: v1
+kind: Pod
+metadata: {name: web-VERSION, namespace: shop, labels: {app: web, version: VERSION}}
+spec:
+  nodeName: n2
+  serviceAccountName: server
+  containers:
+    - name: web
+      command: [python3, apps/versioned_web.py, "8080", VERSION]
+      readinessProbe: {tcpSocket: {port: 8080}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web-VERSION, namespace: shop}
+spec: {selector: {app: web, version: VERSION}, ports: [{name: http, port: 80, targetPort: 8080}]}
+---
+"""
+WEB = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}
+"""
+
+
+class Answer(NamedTuple):
+    """What a client got. ``status`` 0: no answer; ``text`` says why then."""
+
+    status: int
+    text: str
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the server says of itself and the request."""
+        found: dict[str, Any] = json.loads(self.text)
+        return found
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with running_lab(EXAMPLE, tmp_path_factory.mktemp("waypoint")) as lab:
+        shutil.copy(VERSIONED_WEB, lab.source / "apps")
+        lab.write("web.yaml", "".join(VERSION.replace("VERSION", version) for version in ("v1", "v2")) + WEB)
+        lab.label("shop", "istio.io/dataplane-mode=ambient")
+        wait_until(lambda: len(lab.pods_in_mesh()) == 6, "the pods of the shop are captured")
+        told = lab.meshctl("waypoint", "apply", "-n", "shop", "--enroll-namespace", "--wait", "--lab", lab.name, timeout=120).stdout
+        assert "✅ waypoint shop/waypoint is ready!" in told
+        wait_until(lambda: passes(lab), "connections pass the waypoint")
+        yield lab
+
+
+def ask(lab: Lab, url: str = "http://web/", *options: str, client: str = CLIENT) -> Answer:
+    done = lab.curl(client, url, "-w", "\n%{http_code}", *options)
+    text, _, status = done.stdout.rpartition("\n")
+    return Answer(int(status), text.strip() or done.stderr.strip())
+
+
+def ask_often(lab: Lab, times: int, url: str = "http://web/", *options: str) -> list[Answer]:
+    """One connection after the other."""
+    separator = "\x1e"
+    quoted = " ".join(f"'{option}'" for option in (*options, url))
+    script = f"for i in $(seq {times}); do curl -sS -m 15 -w '\\n%{{http_code}}{separator}' {quoted}; done"
+    done = lab.run(CLIENT, "sh", "-c", script, timeout=120)
+    found = []
+    for each in done.stdout.split(separator)[:-1]:
+        text, _, status = each.rpartition("\n")
+        found.append(Answer(int(status), text.strip()))
+    return found
+
+
+def passes(lab: Lab, url: str = "http://web/") -> bool:
+    """Whether a request passes the waypoint: applications see no such header otherwise."""
+    answer = ask(lab, url)
+    return answer.status == 200 and "x-request-id" in answer.told["headers"]
+
+
+@contextmanager
+def objects(lab: Lab, text: str) -> Iterator[None]:
+    """These are there, and gone afterwards, at the waypoint too."""
+    before = configured(lab)
+    lab.write("tested.yaml", text)
+    wait_until(lambda: configured(lab) > before, "the waypoint is told of it")
+    try:
+        yield
+    finally:
+        before = configured(lab)
+        lab.remove("tested.yaml")
+        wait_until(lambda: configured(lab) > before, "the waypoint is told that it is gone")
+
+
+def configured(lab: Lab) -> int:
+    """How often the waypoint was told something."""
+    return sum("\tconfigured\t" in line for line in lab.log("shop/waypoint-0").splitlines())
+
+
+def lines_of(lab: Lab, *words: str) -> list[str]:
+    """Lines of the waypoint's access log that hold all the words."""
+    return [line for line in lab.log("shop/waypoint-0").splitlines() if "\taccess\t" in line and all(word in line for word in words)]
+
+
+# The way
+
+
+@pytest.mark.parametrize("family", ["4", "6"])
+def test_a_request_passes_the_waypoint_which_is_itself_towards_the_server(lab: Lab, family: str) -> None:
+    path = f"/close?over={family}"
+    answer = ask(lab, f"http://web{path}", f"-{family}")
+    assert answer.status == 200
+    assert (answer.told["method"], answer.told["headers"]["host"]) == ("GET", "web")
+    (line,) = wait_until(partial(lines_of, lab, path), "the waypoint's access log has the request")
+    assert "200" in line
+    wait_until(lambda: lab.access("n1", "shop/sa/client", WAYPOINT, "web.shop.svc.cluster.local", "outbound"), "the client's agent says so")
+    wait_until(lambda: lab.access("n2", f'src.identity="{WAYPOINT}"', "web-v", "inbound"), "the server's agent sees the waypoint")
+
+
+def test_what_goes_to_a_port_that_is_not_http_passes_as_it_is(lab: Lab) -> None:
+    """The server speaks first."""
+    done = lab.run(CLIENT, "python3", "apps/greet.py", "database", "3306")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bodies_pass_in_both_directions(lab: Lab) -> None:
+    body = "".join(f"{number:09}\n" for number in range(10_000))
+    (lab.source / "apps" / "body.txt").write_text(body)
+    for framing in ("transfer-encoding: chunked", f"content-length: {len(body)}"):
+        answer = ask(lab, "http://web/echo", "-H", framing, "-H", "expect: 100-continue", "--data-binary", "@apps/body.txt")
+        assert (answer.status, answer.told["method"]) == (200, "POST")
+        assert answer.told["body"] == body
+    assert ask(lab, "http://web/", "-I").status == 200
+
+
+# Routes
+
+HTTP_ROUTE = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: web, port: 80}]
+  rules:
+    - matches: [{headers: [{name: x-version, value: v2}]}]
+      backendRefs: [{name: web-v2, port: 80}]
+    - backendRefs:
+        - {name: web-v1, port: 80, weight: 90}
+        - {name: web-v2, port: 80, weight: 10}
+"""
+
+
+def test_an_http_route_splits_and_matches_headers(lab: Lab) -> None:
+    with objects(lab, HTTP_ROUTE):
+        split = Counter(answer.told["version"] for answer in ask_often(lab, 200))
+        # 20 are expected; five standard deviations are 21.
+        assert 2 <= split["v2"] <= 41
+        assert split["v1"] == 200 - split["v2"]
+        chosen = Counter(answer.told["version"] for answer in ask_often(lab, 20, "http://web/", "-H", "x-version: v2"))
+        assert chosen == {"v2": 20}
+
+
+VIRTUAL_SERVICE = """\
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: web, namespace: shop}
+spec:
+  hosts: [web]
+  http:
+    - match: [{headers: {x-fault: {exact: abort}}}]
+      fault: {abort: {httpStatus: 418, percentage: {value: 100}}}
+      route: [{destination: {host: web-v1}}]
+    - match: [{headers: {x-fault: {exact: delay}}}]
+      fault: {delay: {fixedDelay: 1s, percentage: {value: 100}}}
+      route: [{destination: {host: web-v1}}]
+    - match: [{headers: {x-retry: {exact: none}}}]
+      retries: {attempts: 0}
+      route: [{destination: {host: web-v1}}]
+    - match: [{uri: {prefix: /slow}}]
+      timeout: 0.2s
+      route: [{destination: {host: web-v1}}]
+    - retries: {attempts: 2, retryOn: 5xx}
+      route: [{destination: {host: web-v1}}]
+"""
+
+
+def test_a_virtual_service_makes_faults_and_hides_those_of_the_application(lab: Lab) -> None:
+    with objects(lab, VIRTUAL_SERVICE):
+        assert ask(lab, "http://web/", "-H", "x-fault: abort") == Answer(418, "fault filter abort")
+        began = time.monotonic()
+        assert ask(lab, "http://web/", "-H", "x-fault: delay").status == 200
+        assert time.monotonic() - began >= 1
+        seen = [answer.status for answer in ask_often(lab, 6, "http://web/flaky", "-H", "x-retry: none")]
+        assert seen == [503, 200] * 3
+        assert [answer.status for answer in ask_often(lab, 6, "http://web/flaky")] == [200] * 6
+        assert ask(lab, "http://web/slow") == Answer(504, "upstream request timeout")
+
+
+SUBSETS = """\
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: web, namespace: shop}
+spec:
+  host: web
+  subsets: [{name: old, labels: {version: v1}}, {name: new, labels: {version: v2}}, {name: none, labels: {version: v3}}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: web, namespace: shop}
+spec:
+  hosts: [web]
+  http:
+    - match: [{headers: {x-subset: {exact: new}}}]
+      route: [{destination: {host: web, subset: new}}]
+    - match: [{headers: {x-subset: {exact: none}}}]
+      route: [{destination: {host: web, subset: none}}]
+    - route: [{destination: {host: web, subset: old}}]
+"""
+
+
+def test_a_subset_is_the_pods_with_its_labels(lab: Lab) -> None:
+    with objects(lab, SUBSETS):
+        assert {answer.told["version"] for answer in ask_often(lab, 20)} == {"v1"}
+        assert {answer.told["version"] for answer in ask_often(lab, 20, "http://web/", "-H", "x-subset: new")} == {"v2"}
+        assert ask(lab, "http://web/", "-H", "x-subset: none") == Answer(503, "no healthy upstream")
+
+
+# Policies
+
+READERS = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: readers, namespace: shop}
+spec:
+  targetRefs: [{group: "", kind: Service, name: web}]
+  action: ALLOW
+  rules:
+    - from: [{source: {principals: [cluster.local/ns/shop/sa/client]}}]
+      to: [{operation: {methods: [GET]}}]
+"""
+DENIED = Answer(403, "RBAC: access denied")
+
+
+def test_a_principal_may_read_and_not_write_and_another_may_neither(lab: Lab) -> None:
+    with objects(lab, READERS):
+        assert ask(lab).status == 200
+        assert ask(lab, "http://web/", "-X", "POST", "-d", "x") == DENIED
+        assert ask(lab, client=STRANGER) == DENIED
+        assert ask(lab, "http://web-v1/", client=STRANGER).status == 200, "the policy is for another service"
+    assert ask(lab, "http://web/", "-X", "POST", "-d", "x").status == 200
+
+
+def test_a_policy_for_the_gateway_is_for_all_its_services(lab: Lab) -> None:
+    gateway = READERS.replace('{group: "", kind: Service, name: web}', "{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}")
+    with objects(lab, gateway):
+        assert ask(lab, "http://web-v1/").status == 200
+        assert ask(lab, "http://web-v1/", client=STRANGER) == DENIED
+
+
+def test_a_policy_that_cannot_be_understood_denies_until_it_can(lab: Lab) -> None:
+    with objects(lab, READERS.replace("methods: [GET]", "methds: [GET]")):
+        assert ask(lab).status == 403
+        assert ask(lab, "http://web-v1/").status == 200
+        lab.write("tested.yaml", READERS)
+        wait_until(lambda: ask(lab).status == 200, "the policy that was mended allows")
+
+
+KEY, ANOTHER = (rsa.generate_private_key(65537, 2048) for _ in range(2))
+JWKS = json.dumps({"keys": [{**RSAAlgorithm.to_jwk(KEY.public_key(), as_dict=True), "kid": "one", "alg": "RS256", "use": "sig"}]})
+AUTHENTICATION = f"""\
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {{name: tokens, namespace: shop}}
+spec:
+  targetRefs: [{{group: "", kind: Service, name: web}}]
+  jwtRules:
+    - issuer: https://issuer.test
+      audiences: [shop]
+      jwks: '{JWKS}'
+      outputClaimToHeaders: [{{header: x-group, claim: group}}]
+"""
+BUYERS = """\
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: buyers, namespace: shop}
+spec:
+  targetRefs: [{group: "", kind: Service, name: web}]
+  rules:
+    - from: [{source: {requestPrincipals: ["https://issuer.test/*"]}}]
+      when: [{key: "request.auth.claims[group]", values: [buyers]}]
+"""
+BY_CLAIM = """\
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: web, namespace: shop}
+spec:
+  hosts: [web]
+  http:
+    - match: [{headers: {"@request.auth.claims.group": {exact: buyers}}}]
+      route: [{destination: {host: web-v2}}]
+    - route: [{destination: {host: web-v1}}]
+"""
+
+
+def bearer(key: rsa.RSAPrivateKey = KEY, **claims: object) -> tuple[str, str]:
+    """Options of curl that present a token."""
+    usual = {"iss": "https://issuer.test", "sub": "ann", "aud": "shop", "exp": int(time.time()) + 600, "group": "buyers"}
+    token = jwt.encode({**usual, **claims}, key, "RS256", headers={"kid": "one"})
+    return "-H", f"authorization: Bearer {token}"
+
+
+def test_tokens_are_proved_and_refused_with_what_is_wrong(lab: Lab) -> None:
+    with objects(lab, AUTHENTICATION):
+        valid = ask(lab, "http://web/", *bearer())
+        assert (valid.status, valid.told["headers"]["x-group"]) == (200, "buyers")
+        assert "authorization" not in valid.told["headers"]
+        assert ask(lab, "http://web/", *bearer(ANOTHER)) == Answer(401, "Jwt verification fails")
+        assert ask(lab, "http://web/", *bearer(exp=int(time.time()) - 600)) == Answer(401, "Jwt is expired")
+        assert ask(lab, "http://web/", *bearer(aud="bank")) == Answer(403, "Audiences in Jwt are not allowed")
+        assert ask(lab).status == 200, "who has none passes"
+        forged = ask(lab, "http://web/", "-H", "x-group: buyers")
+        assert "x-group" not in forged.told["headers"], "what tokens say is said by nobody else"
+
+
+def test_a_policy_asks_for_a_token_and_its_claims_and_routes_follow_them(lab: Lab) -> None:
+    with objects(lab, AUTHENTICATION + BUYERS + BY_CLAIM):
+        wait_until(lambda: ask(lab) == DENIED, "who has no token is denied")
+        bought = ask(lab, "http://web/", *bearer())
+        assert (bought.status, bought.told["version"]) == (200, "v2")
+        assert ask(lab, "http://web/", *bearer(group="sellers")) == DENIED
+    with objects(lab, AUTHENTICATION + BY_CLAIM):
+        assert ask(lab).told["version"] == "v1"
+
+
+# The life of a waypoint
+
+
+def test_a_waypoint_that_is_killed_is_started_again_and_nothing_passes_meanwhile(lab: Lab) -> None:
+    with objects(lab, READERS):
+        began = lab.log("shop/waypoint-0").count("\tserving\t")
+        assert ask(lab, client=STRANGER) == DENIED
+        lab.meshctl("lab", "kill", "shop/waypoint-0/istio-proxy", "--name", lab.name)
+        seen: list[Answer] = []
+
+        def is_back() -> bool:
+            # Who must not pass does not pass either while there is nobody who says so.
+            seen.append(ask(lab, client=STRANGER))
+            return ask(lab).status == 200
+
+        wait_until(is_back, "requests pass again")
+        assert {answer.status for answer in seen} <= {0, 403, 503}
+        assert lab.log("shop/waypoint-0").count("\tserving\t") == began + 1
+        assert ask(lab, client=STRANGER) == DENIED
+
+
+LATER = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: later, namespace: shop}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+  infrastructure: {parametersRef: {kind: ConfigMap, name: later}}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: later, namespace: shop}
+data:
+  deployment: "spec: {replicas: REPLICAS}"
+"""
+
+
+def test_a_service_that_requires_its_waypoint_is_not_reached_before_that_is_ready(lab: Lab) -> None:
+    web = (lab.source / "web.yaml").read_text()
+    bound = "metadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: later}"
+    assert "metadata: {name: web, namespace: shop}" in web
+
+    def reason() -> str | None:
+        return next((each["because"] for each in lab.status()["waypoints"] if each["name"] == "later"), None)
+
+    try:
+        lab.write("later.yaml", LATER.replace("REPLICAS", "0"))
+        wait_until(reason, "there is a waypoint that is not ready")
+        required = f"{bound}, annotations: {{ambient.mesh/waypoint-required: 'true'}}}}"
+        lab.write("web.yaml", web.replace("metadata: {name: web, namespace: shop}", required))
+        wait_until(lambda: ask(lab).status == 0, "connections are refused")
+        wait_until(lambda: lab.access("n1", "later.shop.svc.cluster.local", "error="), "the access log names the waypoint")
+        assert ask(lab, "http://web-v1/").status == 200, "other services are not affected"
+        lab.write("web.yaml", web.replace("metadata: {name: web, namespace: shop}", f"{bound}}}"))
+        wait_until(lambda: ask(lab).status == 200, "without the annotation connections go directly")
+        assert not passes(lab)
+        lab.write("web.yaml", web.replace("metadata: {name: web, namespace: shop}", required))
+        lab.write("later.yaml", LATER.replace("REPLICAS", "1"))
+        wait_until(lambda: reason() == "", "the waypoint is ready")
+        wait_until(lambda: passes(lab), "connections pass the waypoint")
+    finally:
+        lab.write("web.yaml", web)
+        lab.remove("later.yaml")
