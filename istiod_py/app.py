@@ -49,6 +49,8 @@ UPKEEP_INTERVAL: Final = 60.0
 UPKEEP_SPREAD: Final = 10.0
 PRECEDENCE: Final = 0.5
 """Seconds at most that agents wait for waypoints to take what they have to know first, and waypoints for agents to let go of them."""
+FIRST_KEYS: Final = 5.0
+"""Seconds at most that a control plane which starts waits for key sets before it serves."""
 
 _log = get_logger("istiod")
 
@@ -82,12 +84,12 @@ async def run_istiod(config: Config, *, task_status: trio.TaskStatus[Started] = 
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(serve_admin, istiod.routes(), monitoring))
         nursery.start_soon(source.run)
+        nursery.start_soon(istiod.run_key_sets)
         await source.wait_synced()
         await istiod.push_first()
         await nursery.start(partial(serve, agents, istiod.handlers(), tls=istiod.serving.context))
         nursery.start_soon(istiod.watch_source)
         nursery.start_soon(istiod.run_pushes)
-        nursery.start_soon(istiod.run_key_sets)
         nursery.start_soon(istiod.follow_key_sets)
         nursery.start_soon(istiod.run_upkeep)
         istiod.ready.done()
@@ -150,7 +152,16 @@ class Istiod:
     async def push_first(self) -> None:
         """Have something to serve: agents take what a control plane that just started does not name as removed."""
         self._pods.update(self._store.objects("Pod"))
-        await self._publish(await trio.to_thread.run_sync(translate, self._store.objects(), None, self._translating))
+        objects = self._store.objects()
+        translation = await trio.to_thread.run_sync(translate, objects, None, self._translating)
+        if translation.wanted_keys:
+            # Waypoints that are connected again would take a set that we do not have yet for one that is empty, and refuse good tokens.
+            self._keys.want(translation.wanted_keys)
+            with trio.move_on_after(FIRST_KEYS):
+                await self._keys.wait_tried()
+            key_sets = KeySets(self._keys.key_sets)
+            translation = await trio.to_thread.run_sync(translate, objects, translation, self._translating, key_sets)
+        await self._publish(translation)
 
     async def _publish(self, translation: Translation) -> None:
         """Hand what changed to agents and waypoints and report what is wrong with the source."""

@@ -106,6 +106,11 @@ class KeySetKeeper:
         """Until `key_sets` or `problems` are others than when this was called."""
         await self._changed.wait()
 
+    async def wait_tried(self) -> None:
+        """Until every set that is wanted was fetched, or could not be. Needs `run`."""
+        while any(entry.keys is None and not entry.problem for entry in map(self._entries.__getitem__, self._wanted)):
+            await self._changed.wait()
+
     async def run(self) -> None:
         """For ever."""
         async with trio.open_nursery() as nursery:

@@ -6,7 +6,7 @@ the waypoint. So a target must be named by the mesh as one of ours, every time.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final, TypeAlias
@@ -60,21 +60,32 @@ class Refused:
 Admission: TypeAlias = ToService | ToWorkload | Refused
 
 
-def admit(state: MeshState, us: Ourselves, waypoint_for: str, namespace: str, target: Authority) -> Admission:
-    """Decide about one CONNECT. ``namespace``: of the peer's certificate, since services may be visible there alone; ``waypoint_for``:
-    ``service``, ``workload``, ``all`` or ``none``."""
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What we are told to serve. ``waypoint_for``: ``service``, ``workload``, ``all`` or ``none``; ``is_assigned``: whether the control
+    plane has given us a service (``namespace/hostname``).
+
+    A service that leaves us is taken away only when clients' agents have been told, while the mesh says at once where it is now.
+    """
+
+    waypoint_for: str
+    is_assigned: Callable[[str], bool] = lambda service: False
+
+
+def admit(state: MeshState, us: Ourselves, charge: Charge, namespace: str, target: Authority) -> Admission:
+    """Decide about one CONNECT. ``namespace``: of the peer's certificate, since services may be visible there alone."""
     if isinstance(target, HostPort):
-        return _by_hostname(state, us, waypoint_for, namespace, target)
+        return _by_hostname(state, us, charge, namespace, target)
     if because := _never(us, target):
         return Refused(403, because)
     address = NetworkAddress(us.network, target.ip)
     service = state.find_service_at(address, namespace)
     if service is not None:
-        return _to_service(state, us, waypoint_for, service, target)
+        return _to_service(state, us, charge, service, target)
     workload = state.find_workload_at(address)
     if workload is None:
         return Refused(404, f"{target.ip} is nothing in the mesh")
-    return _to_workload(state, us, waypoint_for, workload, target)
+    return _to_workload(state, us, charge, workload, target)
 
 
 def fronts(state: MeshState, us: Ourselves, service: Service) -> bool:
@@ -109,10 +120,10 @@ def _never(us: Ourselves, target: SocketAddress) -> str:
     return ""
 
 
-def _by_hostname(state: MeshState, us: Ourselves, waypoint_for: str, namespace: str, target: HostPort) -> Admission:
+def _by_hostname(state: MeshState, us: Ourselves, charge: Charge, namespace: str, target: HostPort) -> Admission:
     refusal: Admission | None = None
     for service in state.find_services_by_hostname(target.host, namespace):
-        found = _to_service(state, us, waypoint_for, service, SocketAddress(_address_of(us, service), target.port))
+        found = _to_service(state, us, charge, service, SocketAddress(_address_of(us, service), target.port))
         if not isinstance(found, Refused):
             return found
         refusal = refusal or found
@@ -125,11 +136,11 @@ def _address_of(us: Ourselves, service: Service) -> IpAddress:
     return ranked[0].ip if ranked else _NOWHERE
 
 
-def _to_service(state: MeshState, us: Ourselves, waypoint_for: str, service: Service, target: SocketAddress) -> Admission:
-    if not fronts(state, us, service):
+def _to_service(state: MeshState, us: Ourselves, charge: Charge, service: Service, target: SocketAddress) -> Admission:
+    if not fronts(state, us, service) and not charge.is_assigned(str(service.key)):
         return Refused(403, f"service {service.key} does not have this waypoint")
-    if waypoint_for not in ("service", "all"):
-        return Refused(403, f"this waypoint takes no traffic to services (waypoint-for: {waypoint_for})")
+    if charge.waypoint_for not in ("service", "all"):
+        return Refused(403, f"this waypoint takes no traffic to services (waypoint-for: {charge.waypoint_for})")
     if service.key == us.service:
         return Refused(403, f"service {service.key} is this waypoint itself")
     if all(port.service_port != target.port for port in service.ports):
@@ -137,12 +148,12 @@ def _to_service(state: MeshState, us: Ourselves, waypoint_for: str, service: Ser
     return ToService(service, target)
 
 
-def _to_workload(state: MeshState, us: Ourselves, waypoint_for: str, workload: Workload, target: SocketAddress) -> Admission:
+def _to_workload(state: MeshState, us: Ourselves, charge: Charge, workload: Workload, target: SocketAddress) -> Admission:
     name = f"{workload.namespace}/{workload.name}"
     if workload.waypoint is None or not _is_us(state, us, workload.waypoint):
         return Refused(403, f"workload {name} does not have this waypoint")
-    if waypoint_for not in ("workload", "all"):
-        return Refused(403, f"this waypoint takes no traffic to workloads (waypoint-for: {waypoint_for})")
+    if charge.waypoint_for not in ("workload", "all"):
+        return Refused(403, f"this waypoint takes no traffic to workloads (waypoint-for: {charge.waypoint_for})")
     if us.workload is not None and workload.uid == us.workload.uid:
         return Refused(403, f"{target} is this waypoint itself")
     if target.port in RECURSIVE:

@@ -100,7 +100,7 @@ class Explainer:
         if question.peer.trust_domain not in domains:
             self._note("connection", f"{question.peer} is of no trust domain of the mesh")
             return "the connection is refused within TLS"
-        admitted = admit(self._state, self._us, settings.waypoint_for, question.peer.namespace, question.target)
+        admitted = admit(self._state, self._us, self._store.charge, question.peer.namespace, question.target)
         match admitted:
             case Refused(status, because):
                 self._note("CONNECT", because, status=status)

@@ -199,8 +199,7 @@ class Opening:
             self._refuse(503, "the waypoint is not configured yet")
             return
         plane = self._plane
-        settings = plane.store.settings
-        match admit(plane.state, plane.us(), settings.waypoint_for, self._identity.namespace, self._request.target):
+        match admit(plane.state, plane.us(), plane.store.charge, self._identity.namespace, self._request.target):
             case Refused(status, because):
                 self._refuse(status, because)
             case ToWorkload(workload, destination):

@@ -17,6 +17,7 @@ from mesh.model.l7.routing import Destination, Origin, TcpRoute, WeightedDestina
 from mesh.model.l7.waypoint import L7Resource, PortConfig, Protocol, ServiceConfig, WaypointSettings
 from mesh.state.store import Delta
 from mesh.xds.l7 import resource_name, type_url_of
+from waypoint_py.admission import Charge
 from waypoint_py.policy.authorize import Judge, Judges
 from waypoint_py.policy.keys import KeySet
 from waypoint_py.policy.tokens import FindKeys, KeysFailed, TokenChecker, TokenCheckers
@@ -117,6 +118,10 @@ class Store:
     @property
     def settings(self) -> WaypointSettings:
         return self._settings
+
+    @property
+    def charge(self) -> Charge:
+        return Charge(self._settings.waypoint_for, self._services.__contains__)
 
     def find_service(self, key: str) -> ServiceRuntime | None:
         """By ``namespace/hostname``."""

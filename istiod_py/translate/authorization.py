@@ -84,11 +84,14 @@ def close(obj: KubeObject, policy: AuthorizationPolicy, problems: tuple[SourcePr
 
     An ALLOW allows nothing of its own: what other policies allow goes on, as it would beside any ALLOW. A DENY, or what cannot be told
     from one, denies everything it may have selected. When the selection itself is not certain it is the whole namespace (the whole mesh in
-    the root namespace). What would not be enforced anyway (dry run, other actions, waypoint policies) is not sent.
+    the root namespace). What would not be enforced anyway (dry run, other actions, waypoint policies) is not sent; of a waypoint's policy
+    nothing is said either.
     """
     because = str(problems[0])
     raw_action = obj.spec.get("action", "ALLOW")
-    if policy.dry_run or raw_action in ("AUDIT", "CUSTOM") or (policy.has_target_refs and policy.selector is None):
+    if policy.has_target_refs and policy.selector is None:
+        return L4Policy(None, None, None)
+    if policy.dry_run or raw_action in ("AUDIT", "CUSTOM"):
         return L4Policy(None, None, Condition("ZtunnelAccepted", False, "Invalid", f"not enforced: {because}"))
     uncertain = any(problem.field in ("", "spec") or problem.field.startswith("spec.selector") for problem in problems)
     selector = None if uncertain else policy.selector

@@ -258,7 +258,7 @@ class _Translator:
         if not read.good:
             return close(read.obj, read.value, read.problems, self._config)
         l4 = translate_authorization(read.value, self._config)
-        if read.problems:
+        if read.problems and l4.condition is not None:
             stays = Condition("ZtunnelAccepted", False, "Invalid", f"the last good version stays in force: {read.problems[0]}")
             return L4Policy(l4.policy, l4.selector, stays)
         return l4

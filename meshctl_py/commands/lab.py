@@ -230,7 +230,7 @@ def _signal_number(context: click.Context, parameter: click.Parameter, value: st
 @click.option("-s", "--signal", "number", default="KILL", show_default=True, callback=_signal_number, help="A signal's name or number.")
 @_in_lab
 def kill(running: Lab, process: str, number: int) -> None:
-    """Send a signal to a process: 'istiod', 'ztunnel-NODE', 'NAMESPACE/POD/CONTAINER'.
+    """Send a signal to a process: 'istiod', 'ztunnel-NODE', 'NAMESPACE/POD/CONTAINER', or 'NAMESPACE/POD' that has one container.
 
     'ztunnel-NODE/brain' and 'ztunnel-NODE/mover' are parts of an agent.
     """

@@ -105,9 +105,9 @@ async def _decide(request: Request, world: World, descriptors: list[int]) -> Rep
         case AskSignal():
             return _signal(request, world)
         case AskRestart():
-            process = world.processes().get(request.process)
-            if process is None:
-                return Refused(f"there is no process {request.process} (there are: {', '.join(world.processes())})")
+            process = world.find_process(request.process)
+            if isinstance(process, str):
+                return Refused(process)
             process.restart()
             return Done(f"{request.process} restarting")
         case AskDown():

@@ -206,11 +206,19 @@ class World:
         where = "" if namespace is None else f" in namespace {namespace}"
         return f"there is no pod or node {name}{where} (there are: {known})"
 
+    def find_process(self, name: str) -> LabProcess | str:
+        """A process by its name, or by its pod's where that runs one alone; or why there is none."""
+        known = self.processes()
+        of_pod = [process for each, process in known.items() if each.startswith(f"{name}/") and "/" in name]
+        if name in known or len(of_pod) == 1:
+            return known.get(name) or of_pod[0]
+        return f"there is no process {name} (there are: {', '.join(known)})"
+
     def find_processes(self, name: str, part: str | None) -> list[int] | str:
         """PIDs, as this PID namespace counts, of a process or the descendants of it that carry a word; or why there are none."""
-        process = self.processes().get(name)
-        if process is None:
-            return f"there is no process {name} (there are: {', '.join(self.processes())})"
+        process = self.find_process(name)
+        if isinstance(process, str):
+            return process
         if process.status.pid is None:
             return f"{name} is not running: {process.status.state} {process.status.because}".rstrip()
         if part is None:

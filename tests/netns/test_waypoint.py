@@ -366,7 +366,7 @@ def test_a_waypoint_that_is_killed_is_started_again_and_nothing_passes_meanwhile
     with objects(lab, READERS):
         began = lab.log("shop/waypoint-0").count("\tserving\t")
         assert ask(lab, client=STRANGER) == DENIED
-        lab.meshctl("lab", "kill", "shop/waypoint-0/istio-proxy", "--name", lab.name)
+        lab.meshctl("lab", "kill", "shop/waypoint-0", "--name", lab.name)
         seen: list[Answer] = []
 
         def is_back() -> bool:
@@ -378,6 +378,38 @@ def test_a_waypoint_that_is_killed_is_started_again_and_nothing_passes_meanwhile
         assert {answer.status for answer in seen} <= {0, 403, 503}
         assert lab.log("shop/waypoint-0").count("\tserving\t") == began + 1
         assert ask(lab, client=STRANGER) == DENIED
+
+
+WRITERS_ARE_DENIED = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-writers, namespace: shop}
+spec:
+  targetRefs: [{group: "", kind: Service, name: web}, {group: "", kind: Service, name: web-v1}]
+  action: DENY
+  rules: [{to: [{operation: {methods: [POST]}}]}]
+"""
+
+
+def test_a_service_that_moves_to_another_waypoint_loses_no_request_and_no_policy(lab: Lab) -> None:
+    web = (lab.source / "web.yaml").read_text()
+    bound = "metadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: other}}"
+    lab.meshctl("waypoint", "apply", "-n", "shop", "--name", "other", "--wait", "--lab", lab.name, timeout=120)
+    script = "i=0; while [ ! -e apps/enough ]; do i=$((i+1)); curl -sS -m 5 -o /dev/null -w '%{http_code}\\n' METHOD http://web/ 2>&1; done"
+    try:
+        with objects(lab, WRITERS_ARE_DENIED):
+            readers, writers = (lab.start(CLIENT, "sh", "-c", script.replace("METHOD", each)) for each in ("-XGET", "-XPOST -dx"))
+            for text in (web.replace("metadata: {name: web, namespace: shop}", bound), web) * 3:
+                lab.write("web.yaml", text)
+                time.sleep(1)
+            (lab.source / "apps" / "enough").touch()
+            read, written = (Counter(each.communicate(timeout=30)[0].splitlines()) for each in (readers, writers))
+        assert [*read] == ["200"], read
+        assert [*written] == ["403"], written
+        assert len([line for line in lab.log("shop/other-0").splitlines() if "\taccess\t" in line]) > 10
+    finally:
+        lab.write("web.yaml", web)
+        lab.meshctl("waypoint", "delete", "other", "-n", "shop", "--lab", lab.name)
 
 
 LATER = """\

@@ -6,11 +6,11 @@ would either be passed over or deny what it never spoke of, so that it counts fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mesh.kube.objects import SourceProblem
+from mesh.kube.objects import ObjectKey, SourceProblem
 from mesh.kube.targets import TargetRef
 
 ISTIO_CLASS: Final = "istio-waypoint"
@@ -47,25 +47,38 @@ class FrontedService(Protocol):
 
 
 class Fronted:
-    """The services that a waypoint stands before, found by their objects."""
+    """The services that a waypoint stands before, found by their objects.
 
-    def __init__(self, waypoint: WaypointRef, services: Iterable[FrontedService]) -> None:
+    A policy that is for one of them names others of its targets too, if they are in ``known``, all services of the mesh: then it stays
+    what it is while services come to the waypoint and leave it, and none is served without it in between.
+    """
+
+    def __init__(
+        self, waypoint: WaypointRef, services: Iterable[FrontedService], known: Mapping[ObjectKey, tuple[str, ...]] | None = None
+    ) -> None:
         self.waypoint = waypoint
-        self._by_object: dict[tuple[str, str, str], list[str]] = {}
+        self._by_object: dict[ObjectKey, tuple[str, ...]] = {}
         for service in services:
-            self._by_object.setdefault((service.kind, service.namespace, service.name), []).append(service.key)
+            place = ObjectKey(service.kind, service.namespace, service.name)
+            self._by_object[place] = (*self._by_object.get(place, ()), service.key)
+        self._known = self._by_object if known is None else known
 
-    def keys_of(self, kind: str, namespace: str, name: str) -> tuple[str, ...]:
-        return tuple(self._by_object.get((kind, namespace, name), ()))
+    def keys_of(self, objects: Iterable[ObjectKey]) -> tuple[str, ...]:
+        """Of the services that these objects are; none if the waypoint stands before none of them."""
+        asked = list(objects)
+        if not any(each in self._by_object for each in asked):
+            return ()
+        return tuple(sorted({key for each in asked for key in (*self._known.get(each, ()), *self._by_object.get(each, ()))}))
 
     def keys_in(self, namespace: str) -> tuple[str, ...]:
-        return tuple(key for (_, place, _), keys in self._by_object.items() if place == namespace for key in keys)
+        """The same of all objects of a namespace."""
+        return self.keys_of(each for each in self._known.keys() | self._by_object.keys() if each.namespace == namespace)
 
 
 def find_targets(targets: Iterable[TargetRef], namespace: str, fronted: Fronted, root_namespace: str) -> tuple[str, ...] | None:
-    """Of a policy in ``namespace``: the services behind this waypoint that it is for (their keys, in order); empty: all that goes through
-    it; None: it is not for this waypoint."""
-    keys: set[str] = set()
+    """Of a policy in ``namespace``: the services that it is for (their keys, in order), one of which at least is behind this waypoint;
+    empty: all that goes through it; None: it is not for this waypoint."""
+    objects: list[ObjectKey] = []
     for target in targets:
         match target.kind:
             case "Gateway" if (namespace, target.name) == (fronted.waypoint.namespace, fronted.waypoint.name):
@@ -73,8 +86,8 @@ def find_targets(targets: Iterable[TargetRef], namespace: str, fronted: Fronted,
             case "GatewayClass" if namespace == root_namespace and target.name in (ISTIO_CLASS, fronted.waypoint.class_name):
                 return ()
             case "Service" | "ServiceEntry":
-                keys.update(fronted.keys_of(target.kind, namespace, target.name))
-    return tuple(sorted(keys)) or None
+                objects.append(ObjectKey(target.kind, namespace, target.name))
+    return fronted.keys_of(objects) or None
 
 
 def find_feared_targets(
@@ -86,4 +99,4 @@ def find_feared_targets(
         return find_targets(targets, namespace, fronted, root_namespace)
     if namespace in (root_namespace, fronted.waypoint.namespace):
         return ()
-    return tuple(sorted(fronted.keys_in(namespace))) or None
+    return fronted.keys_in(namespace) or None

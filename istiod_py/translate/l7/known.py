@@ -9,6 +9,7 @@ from typing import Final
 from istiod_py.translate.config import Config
 from istiod_py.translate.entries import visibility
 from istiod_py.translate.services import service_key
+from mesh.kube.objects import ObjectKey
 from mesh.kube.service import KubeService
 from mesh.kube.serviceentry import KubeServiceEntry
 from mesh.model.l7.waypoint import Protocol
@@ -107,6 +108,8 @@ class KnownServices:
     """By hostname; of several the one that stands for it in the mesh first."""
 
     by_host: Mapping[str, tuple[L7Service, ...]] = field(default_factory=dict)
+    by_object: Mapping[ObjectKey, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    """Keys (``namespace/hostname``) by what says so. Nothing of it is of its own, so that comparing it would only cost."""
 
     def find(self, hostname: str, namespace: str) -> L7Service | None:
         """What the hostname means in ``namespace``: its own service, else the mesh's."""
@@ -121,10 +124,13 @@ class KnownServices:
 def know(services: Iterable[L7Service], canonical: frozenset[str] = frozenset()) -> KnownServices:
     """``canonical``: keys (``namespace/hostname``) of the ServiceEntries' hosts that stand for theirs in the mesh."""
     by_host: dict[str, list[L7Service]] = {}
+    by_object: dict[ObjectKey, tuple[str, ...]] = {}
     for service in services:
         by_host.setdefault(service.hostname, []).append(service)
+        place = ObjectKey(service.kind, service.namespace, service.name)
+        by_object[place] = (*by_object.get(place, ()), service.key)
 
     def rank(service: L7Service) -> tuple[bool, bool, str]:
         return service.kind != "Service", service.key not in canonical, service.namespace
 
-    return KnownServices({host: tuple(sorted(found, key=rank)) for host, found in by_host.items()})
+    return KnownServices({host: tuple(sorted(found, key=rank)) for host, found in by_host.items()}, by_object)

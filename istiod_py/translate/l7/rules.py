@@ -102,12 +102,14 @@ def _read_mesh(read: Read[KubeConfigMap] | None, before: MeshRead) -> MeshRead:
 @dataclass(frozen=True, slots=True)
 class L7Facts:
     """What rules and policies look at of the mesh. ``destined`` and ``distribution`` (how a service itself wants its endpoints chosen) are
-    by key, ``namespace/hostname``; ``endpoints_of`` gives those of a service, and the instances of the waypoints of a namespace."""
+    by key, ``namespace/hostname``; ``endpoints_of`` gives those of a service, and the instances of the waypoints of a namespace;
+    ``by_object`` has the keys of all services by what says that they are there."""
 
     services: ServiceFinder
     destined: Mapping[str, Destined] = field(default_factory=dict)
     distribution: Mapping[str, LoadBalancing] = field(default_factory=dict)
     endpoints_of: Callable[[str, str], Iterable[Endpoint]] = lambda key, namespace: ()
+    by_object: Mapping[ObjectKey, tuple[str, ...]] = field(default_factory=dict)
 
 
 class WaypointRules:
@@ -158,7 +160,7 @@ class WaypointRules:
 
     def policies_of(self, waypoint: WaypointRef, services: Iterable[FrontedService]) -> list[AuthorizationPolicy | RequestAuthentication]:
         """Those that a waypoint enforces; ``services``: the ones it stands before."""
-        fronted = Fronted(waypoint, services)
+        fronted = Fronted(waypoint, services, self._facts.by_object)
         authorizations = policies_for(fronted, self._authorizations, self._policy_facts)
         authentications = authentications_for(fronted, self._reads.authentications, self._key_sets, self._config.root_namespace)
         return [*authorizations.values(), *authentications.values()]

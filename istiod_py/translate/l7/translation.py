@@ -195,7 +195,7 @@ class _L7Translator:
         self._known = memory.all_known.make(None, (tuple(self._services.values()), canonical), know)
         destined = _Destined(self._services)
         distribution = {key: service.load_balancing for key, service in facts.translated.items() if service.load_balancing is not None}
-        l7_facts = L7Facts(self._known, destined, distribution, facts.endpoints_of)
+        l7_facts = L7Facts(self._known, destined, distribution, facts.endpoints_of, self._known.by_object)
         self._rules = WaypointRules(memory.rules, facts.authorizations, l7_facts, config, memory.destinations, key_sets)
         mesh = self._rules.mesh
         self._routing = Routing(

@@ -13,7 +13,9 @@ import trio
 from istiod_py.app import StartFailed, run_istiod
 from istiod_py.ca import CertificateAuthority
 from istiod_py.config import Config
+from istiod_py.translate.l7.authentication import NO_KEYS
 from mesh.model.identity import SpiffeId
+from mesh.model.l7.policy import RequestAuthentication
 from mesh.rpc import RpcError, Status, open_channel
 from mesh.rpc.tls import client_tls
 from mesh.runtime.inspection import ControlPlanePage
@@ -452,7 +454,13 @@ async def until(holds: Callable[[], bool]) -> None:
             await trio.sleep(0.01)
 
 
-async def follow_as_waypoint(world: World, told: list[str], gateway: str = "waypoint", state: list[AdsState] | None = None) -> None:
+async def follow_as_waypoint(
+    world: World,
+    told: list[str],
+    gateway: str = "waypoint",
+    state: list[AdsState] | None = None,
+    on_update: Callable[[AdsUpdate], None] = lambda _: None,
+) -> None:
     host, port = world.agents.rsplit(":", 1)
     token = world.directory / "state" / "tokens" / "pod_app_waypoint-0.token"
     connect = connect_tls(host, int(port), world.tls, server_hostname="istiod.istio-system.svc")
@@ -463,6 +471,7 @@ async def follow_as_waypoint(world: World, told: list[str], gateway: str = "wayp
     def take(update: AdsUpdate) -> None:
         told.extend(f"waypoint: {type(each.resource).__name__} {each.resource.key}" for each in update.delta.l7)
         told.extend(f"waypoint: gone {name}" for _, name in update.delta.removed_l7)
+        on_update(update)
 
     await run_ads_client(config, take, state.append if state is not None else lambda _: None)
 
@@ -496,6 +505,105 @@ def test_a_waypoint_knows_a_service_before_agents_send_to_it_and_until_they_no_l
             await world.wait_for(lambda updates: has_waypoint(updates, False))
             assert gone not in told
             await until(lambda: gone in told)
+
+    trio.run(main)
+
+
+GUARD = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: guard, namespace: app}
+spec: {targetRefs: [{kind: Service, group: "", name: server}], rules: [{to: [{operation: {methods: [GET]}}]}]}
+"""
+TOKENS = """\
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: tokens, namespace: app}
+spec: {targetRefs: [{kind: Service, group: "", name: server}], jwtRules: [{issuer: i, jwks: '{"keys":[]}'}]}
+"""
+
+
+def test_a_waypoint_has_a_service_only_while_it_has_the_policies_for_it(world):
+    async def main() -> None:
+        told: list[str] = []
+        world.write("waypoint.yaml", WAYPOINT)
+        world.write("policies.yaml", f"{GUARD}---\n{TOKENS}")
+        service = "app/server.app.svc.cluster.local"
+        policies = ("AuthorizationPolicy/app/guard", "RequestAuthentication/app/tokens")
+        async with running(world) as nursery:
+            nursery.start_soon(follow_as_waypoint, world, told)
+            nursery.start_soon(world.follow)
+            await until(lambda: bool(told))
+            told.clear()
+            world.write("service.yaml", SERVICE.replace("namespace: app}", "namespace: app, labels: {istio.io/use-waypoint: waypoint}}"))
+            came = f"waypoint: ServiceConfig {service}"
+            await until(lambda: came in told)
+            before = told[: told.index(came)]
+            assert {f"waypoint: {key.partition('/')[0]} {key}" for key in policies} <= {*before}
+            told.clear()
+            world.write("service.yaml", SERVICE)
+            await until(lambda: all(f"waypoint: gone app/waypoint|{key}" in told for key in policies))
+            after = told[told.index(f"waypoint: gone app/waypoint|{service}") :]
+            assert {f"waypoint: gone app/waypoint|{key}" for key in policies} <= {*after}
+
+    trio.run(main)
+
+
+FETCHED = TOKENS.replace("jwks: '{\"keys\":[]}'", "jwksUri: https://issuer.test/keys").replace("name: tokens", "name: fetched")
+
+
+def key_sets_in(update: AdsUpdate) -> list[str]:
+    found = (each.resource for each in update.delta.l7 if isinstance(each.resource, RequestAuthentication))
+    return [rule.jwks for authentication in found for rule in authentication.rules]
+
+
+def test_a_key_set_is_fetched_for_waypoints_and_pushed_when_it_came(world, monkeypatch):
+    """Before it came, tokens are refused."""
+    asked: list[str] = []
+    answered = trio.Event()
+
+    async def fetch(url: str, *, limit: int, within: float) -> bytes:
+        asked.append(url)
+        await answered.wait()
+        return b'{"keys":[{"kty":"oct","kid":"one","k":"c2VjcmV0"}]}'
+
+    monkeypatch.setattr("istiod_py.jwks.fetch", fetch)
+    monkeypatch.setattr("istiod_py.app.FIRST_KEYS", 0.05)
+
+    async def main() -> None:
+        sets: list[str] = []
+        world.write("waypoint.yaml", WAYPOINT)
+        world.write("service.yaml", SERVICE.replace("namespace: app}", "namespace: app, labels: {istio.io/use-waypoint: waypoint}}"))
+        world.write("tokens.yaml", FETCHED)
+        async with running(world) as nursery:
+            nursery.start_soon(follow_as_waypoint, world, [], "waypoint", None, lambda update: sets.extend(key_sets_in(update)))
+            await until(lambda: bool(sets))
+            assert (sets, asked) == ([NO_KEYS], ["https://issuer.test/keys"])
+            answered.set()
+            await until(lambda: len(sets) == 2)
+            assert '"kid":"one"' in sets[1]
+
+    trio.run(main)
+
+
+def test_a_control_plane_that_starts_has_its_key_sets_before_it_serves(world, monkeypatch):
+    """Waypoints have them from the one before, and would refuse good tokens."""
+
+    async def fetch(url: str, *, limit: int, within: float) -> bytes:
+        await trio.sleep(0.05)
+        return b'{"keys":[{"kty":"oct","kid":"one","k":"c2VjcmV0"}]}'
+
+    monkeypatch.setattr("istiod_py.jwks.fetch", fetch)
+
+    async def main() -> None:
+        sets: list[str] = []
+        world.write("waypoint.yaml", WAYPOINT)
+        world.write("service.yaml", SERVICE.replace("namespace: app}", "namespace: app, labels: {istio.io/use-waypoint: waypoint}}"))
+        world.write("tokens.yaml", FETCHED)
+        async with running(world) as nursery:
+            nursery.start_soon(follow_as_waypoint, world, [], "waypoint", None, lambda update: sets.extend(key_sets_in(update)))
+            await until(lambda: bool(sets))
+            assert ['"kid":"one"' in each for each in sets] == [True]
 
     trio.run(main)
 

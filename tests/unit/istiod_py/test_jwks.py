@@ -205,6 +205,21 @@ def test_a_set_that_is_not_wanted_is_not_fetched_but_remembered_for_a_week() -> 
     run(main)
 
 
+def test_all_are_tried_once_each_has_its_set_or_a_reason() -> None:
+    async def main() -> None:
+        web = Web()
+        web.delay = 1
+        async with running(web) as keeper:
+            await keeper.wait_tried()
+            began = trio.current_time()
+            keeper.want({SOURCE: 5, KeySource("https://nobody.example.com/keys"): 5})
+            await keeper.wait_tried()
+            assert (len(keeper.key_sets), len(keeper.problems)) == (1, 1)
+            assert trio.current_time() - began == pytest.approx(1)
+
+    run(main)
+
+
 def test_one_slow_server_holds_up_no_other() -> None:
     async def main() -> None:
         web = Web()

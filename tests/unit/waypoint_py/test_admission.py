@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -12,7 +13,7 @@ from mesh.model.service import Service, ServicePort, Visibility, WeightedWaypoin
 from mesh.model.workload import Workload
 from mesh.state.store import Delta, MeshState
 from mesh.wire.authority import HostPort
-from waypoint_py.admission import Admission, Ourselves, Refused, ToService, ToWorkload, admit
+from waypoint_py.admission import Admission, Charge, Ourselves, Refused, ToService, ToWorkload, admit
 
 OURS = GatewayAddress(NamespacedHostname("shop", "waypoint.shop.svc.cluster.local"))
 OTHERS = GatewayAddress(NamespacedHostname("shop", "another.shop.svc.cluster.local"))
@@ -54,12 +55,18 @@ MESH = Delta(
 OURSELVES = Ourselves(NamespacedHostname("shop", "waypoint.shop.svc.cluster.local"), "", frozenset({OWN_ADDRESS}))
 
 
-def _admit(target: str, waypoint_for: str = "all", namespace: str = "shop", us: Ourselves = OURSELVES) -> Admission:
+def _admit(
+    target: str,
+    waypoint_for: str = "all",
+    namespace: str = "shop",
+    us: Ourselves = OURSELVES,
+    is_assigned: Callable[[str], bool] = lambda service: False,
+) -> Admission:
     state = MeshState()
     state.apply(MESH)
     host, _, port = target.rpartition(":")
     parsed = HostPort(host, int(port)) if host[-1].isalpha() else SocketAddress.parse(target)
-    return admit(state, us, waypoint_for, namespace, parsed)
+    return admit(state, us, Charge(waypoint_for, is_assigned), namespace, parsed)
 
 
 @pytest.mark.parametrize("target", ["10.96.0.1:80", "[fd00::96]:80", "10.96.0.4:80", "10.96.0.5:80", "10.96.0.6:80"])
@@ -137,7 +144,7 @@ def test_our_own_workload_is_refused_also_where_it_is_said_to_have_this_waypoint
     state = MeshState()
     state.apply(MESH)
     state.apply(Delta(workloads=(own,)))
-    admitted = admit(state, replace(OURSELVES, workload=own), "all", "shop", SocketAddress(ip_address("10.1.0.8"), 80))
+    admitted = admit(state, replace(OURSELVES, workload=own), Charge("all"), "shop", SocketAddress(ip_address("10.1.0.8"), 80))
     assert isinstance(admitted, Refused)
 
 
@@ -145,3 +152,15 @@ def test_another_network_has_other_addresses() -> None:
     elsewhere = replace(OURSELVES, network="far")
     assert isinstance(_admit("10.96.0.1:80", us=elsewhere), Refused)
     assert isinstance(_admit("10.1.0.1:80", us=elsewhere), Refused)
+
+
+def test_a_service_that_has_left_is_served_until_it_is_taken_away() -> None:
+    """The control plane does that when clients' agents know; before, they still come here."""
+    elsewhere = "shop/elsewhere.shop.svc.cluster.local"
+    assert isinstance(_admit("10.96.0.2:80"), Refused)
+    admitted = _admit("10.96.0.2:80", is_assigned=lambda service: True)
+    assert isinstance(admitted, ToService)
+    assert isinstance(_admit("10.96.0.2:80", is_assigned=lambda service: service != str(admitted.service.key)), Refused)
+    assert isinstance(_admit("elsewhere.shop.svc.cluster.local:80", is_assigned=lambda service: service == elsewhere), ToService)
+    assert isinstance(_admit("10.96.0.2:80", "workload", is_assigned=lambda service: True), Refused)
+    assert isinstance(_admit("10.1.0.2:80", is_assigned=lambda service: True), Refused), "workloads are never assigned"

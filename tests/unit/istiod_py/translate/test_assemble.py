@@ -164,6 +164,28 @@ def test_routes_rules_and_policies_reach_the_waypoint_they_are_for() -> None:
     assert destination.labels == {"Kubernetes//Pod/shop/bare-1": {"version": "v1"}}
 
 
+BOTH = """
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: both, namespace: shop}
+spec: {targetRefs: [{kind: Service, group: "", name: web}, {kind: Service, group: "", name: own}], rules: [{}]}
+"""
+
+
+def test_a_service_that_moves_to_another_waypoint_is_never_without_its_policy() -> None:
+    """The old one goes on serving it until clients' agents know, and is told of policies before."""
+    moved = "name: web, namespace: shop, labels: {istio.io/use-waypoint: next}"
+    together = OBJECTS.replace("name: own, namespace: shop, labels: {istio.io/use-waypoint: next}", "name: own, namespace: shop") + BOTH
+    before = translated(together)
+    policy = L7Key("shop/waypoint", "AuthorizationPolicy", "AuthorizationPolicy/shop/both")
+    assert keys_of(before, "shop/waypoint", "ServiceConfig") == {WEB, OWN}
+    after = translated(together.replace("name: web, namespace: shop", moved), before)
+    assert keys_of(after, "shop/waypoint", "ServiceConfig") == {OWN}
+    assert after.l7[policy] == before.l7[policy]
+    assert keys_of(after, "shop/next", "AuthorizationPolicy") == {"AuthorizationPolicy/shop/both"}
+
+
 def test_what_becomes_of_routes_rules_and_policies_is_said_of_each() -> None:
     statuses = translated(SELECTING + ROUTED).statuses
     assert statuses[ObjectKey("AuthorizationPolicy", "shop", "get")] == (
