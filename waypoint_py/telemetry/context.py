@@ -22,7 +22,7 @@ _PARENT_ID: Final = b"x-b3-parentspanid"
 _SAMPLED: Final = b"x-b3-sampled"
 _FLAGS: Final = b"x-b3-flags"
 _MULTI: Final = frozenset((_TRACE_ID, _SPAN_ID, _PARENT_ID, _SAMPLED, _FLAGS))
-_ALL: Final = _MULTI | {TRACEPARENT, TRACESTATE, B3}
+TRACE_HEADERS: Final = _MULTI | {TRACEPARENT, TRACESTATE, B3}
 
 _TRACEPARENT_FORM: Final = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL)
 _WIDE_ID: Final = re.compile(rb"[0-9A-Fa-f]{16}(?:[0-9A-Fa-f]{16})?")
@@ -96,7 +96,7 @@ def read_context(headers: Headers) -> Incoming:
     found: dict[bytes, bytes] = {}
     several = False
     for name, value in headers:
-        if name in _ALL:
+        if name in TRACE_HEADERS:
             if name == TRACESTATE:
                 found[name] = found[name] + b"," + value if name in found else value
             elif name in found:
@@ -161,7 +161,7 @@ def _ids(trace: bytes, span: bytes, sampled: bool | None, *, debug: bool) -> Inc
 
 def write_context(headers: Headers, incoming: Incoming, trace_id: int, span_id: int, parent_id: int, *, sampled: bool) -> Headers:
     """The headers with this context in the forms that ``incoming`` had, by default W3C's. ``parent_id`` 0: B3 need not name one."""
-    kept = [pair for pair in headers if pair[0] not in _ALL] if incoming.present else headers.copy()
+    kept = [pair for pair in headers if pair[0] not in TRACE_HEADERS] if incoming.present else headers.copy()
     trace = b"%016x" % trace_id if incoming.narrow else b"%032x" % trace_id
     debug = incoming.debug and sampled
     if incoming.w3c or not (incoming.b3 or incoming.multi):
