@@ -19,6 +19,7 @@ from waypoint_py.telemetry.context import SpanContext
 from waypoint_py.upstream.session import Endpoint, UpstreamProtocol
 from waypoint_py.verdict import Flag
 
+_PSEUDO = frozenset((b":method", b":path", b":scheme", b":authority", b"host"))
 _PROTOCOLS = {UpstreamProtocol.HTTP1: "HTTP/1.1", UpstreamProtocol.HTTP2: "HTTP/2"}
 
 
@@ -197,16 +198,16 @@ class RequestRecord(_Record):
         request = self.request
         if request is None:
             return None
+        if name not in _PSEUDO:
+            return request.first(name)
         match name:
             case b":method":
                 return request.method
             case b":path":
                 return request.path
-            case b":authority" | b"host":
-                return request.authority
             case b":scheme":
                 return request.scheme
-        return request.first(name)
+        return request.authority
 
     def response_header(self, name: bytes) -> bytes | None:
         if self.response is None:
