@@ -76,6 +76,18 @@ class _Record:
 
     # For operators
 
+    def metadata(self, key: str) -> str | None:
+        match key:
+            case "because":
+                return self.because
+            case "policy":
+                return self.policy
+            case "dry_run":
+                return "; ".join([verdict.because for verdict in self.dry_run])
+            case "audit":
+                return ",".join(self.audited)
+        return None
+
     @property
     def duration(self) -> float | None:
         return self._since_start(self.ended)
@@ -193,6 +205,9 @@ class RequestRecord(_Record):
         return self.response_began - self.upstream_began
 
     # For operators
+
+    def metadata(self, key: str) -> str | None:
+        return self.route_because if key == "route" else super().metadata(key)
 
     def request_header(self, name: bytes) -> bytes | None:
         request = self.request
@@ -312,6 +327,9 @@ class RefusalRecord(_WithoutHttp):
         if not self.status:
             return None
         return {b":method": b"CONNECT", b":authority": self.authority.encode(), b"host": self.authority.encode()}.get(name)
+
+    def metadata(self, key: str) -> str | None:
+        return self.because if key == "because" else None
 
     @property
     def downstream_remote_address(self) -> SocketAddress | None:

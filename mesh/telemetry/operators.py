@@ -91,6 +91,11 @@ FLAG_NAMES: Final[Mapping[str, str]] = {
 }
 """Long names of response flags (`%RESPONSE_FLAGS_LONG%`)."""
 
+NAMESPACE: Final = "waypoint"
+METADATA: Final = ("because", "policy", "route", "dry_run", "audit")
+"""Keys of ``%DYNAMIC_METADATA(waypoint:KEY)%``: what decided about a request, for which Envoy has no operator. Other filters' metadata says
+nothing here."""
+
 _GRPC_NAMES: Final = [
     "OK",
     "Canceled",
@@ -144,6 +149,9 @@ class Facts(Protocol):
     def response_header(self, name: bytes) -> bytes | None: ...
 
     def response_trailer(self, name: bytes) -> bytes | None: ...
+
+    def metadata(self, key: str) -> str | None:
+        """What decided, by the keys of `METADATA`."""
 
     @property
     def start_time(self) -> float: ...
@@ -350,6 +358,8 @@ def _reader(command: _Command, warnings: list[str]) -> _Reader:
         return plain
     if (make := _WITH_ARGUMENT.get(command.name)) is not None:
         return make(command)
+    if command.name == "DYNAMIC_METADATA" and (command.argument or "").startswith(f"{NAMESPACE}:"):
+        return _own_metadata(command)
     if command.name in _SILENT or command.name.startswith(_SILENT_PREFIXES):
         if command.name in _SILENT_WITH_ARGUMENT and command.argument is None:
             raise InvalidFormat(f"%{command.name}% needs an argument", command.position)
@@ -426,6 +436,19 @@ def _query_parameter(command: _Command) -> _Reader:
             if pair.startswith(prefix):
                 return _text(pair[len(prefix) :][:length])
         return None
+
+    return read
+
+
+def _own_metadata(command: _Command) -> _Reader:
+    key = (command.argument or "").removeprefix(f"{NAMESPACE}:")
+    length = command.length
+    if key not in METADATA:
+        raise InvalidFormat(f"%{command.name}% has no key {key!r}: expected one of {', '.join(METADATA)}", command.position)
+
+    def read(facts: Facts) -> str | None:
+        value = facts.metadata(key)
+        return value[:length] if value else None
 
     return read
 

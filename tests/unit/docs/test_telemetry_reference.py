@@ -13,6 +13,7 @@ from mesh.model.l7.waypoint import Tracing
 from mesh.runtime.outbound import Dialler
 from mesh.telemetry.access import AccessEvent, AccessPeer, AccessRecord, format_json
 from mesh.telemetry.metrics import DnsMetrics, Registry, TcpMetrics, WorkloadManagerMetrics, XdsMetrics, add_build, add_process, tcp_labels
+from mesh.telemetry.operators import METADATA
 from tests.unit.waypoint_py.telemetry.records import connection_record, request_record
 from waypoint_py.observer import RefusalRecord
 from waypoint_py.policy.authorize import DryRunVerdict, Judgement
@@ -110,6 +111,7 @@ def test_the_headers_of_traces_are_listed() -> None:
 
 def test_the_settings_of_a_waypoints_log_are_those_that_are_read() -> None:
     source = (ROOT / "mesh/kube/meshconfig.py").read_text()
+    assert all(f"`{key}`" in SECTIONS["The access log of a waypoint"].partition("DYNAMIC_METADATA")[2] for key in METADATA)
     assert listed(SECTIONS["The access log of a waypoint"]) == set(re.findall(r'"(accessLog[A-Z][A-Za-z]+)"', source))
 
 

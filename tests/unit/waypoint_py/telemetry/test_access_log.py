@@ -13,10 +13,11 @@ import pytest
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.waypoint import AccessLogging
-from mesh.telemetry.operators import DEFAULT_JSON_FORMAT, Facts
+from mesh.telemetry.operators import DEFAULT_JSON_FORMAT, METADATA, Facts
 from mesh.telemetry.output import LogOutput
 from tests.unit.waypoint_py.telemetry.records import connection_record, request_record
 from waypoint_py.observer import RefusalRecord, RequestRecord
+from waypoint_py.policy.authorize import DryRunVerdict, Judgement
 from waypoint_py.telemetry.access_log import AccessLog, compile_lines
 from waypoint_py.verdict import Flag
 
@@ -112,6 +113,23 @@ def test_a_format_of_the_users_own_is_written() -> None:
     assert rendered(request_record(), AccessLogging(format="%REQ(:METHOD)% %RESPONSE_CODE% 100%% %TRACE_ID%\n")) == "GET 200 100% -\n"
     peer = AccessLogging(format="%DOWNSTREAM_PEER_URI_SAN% %HOSTNAME% %UPSTREAM_PROTOCOL%\n")
     assert rendered(request_record(), peer) == "spiffe://cluster.local/ns/apps/sa/client waypoint-1 HTTP/1.1\n"
+
+
+def test_a_format_may_ask_what_decided() -> None:
+    record = request_record(status=403)
+    record.judged(Judgement("denied by it", "p", dry_run=(DryRunVerdict(True, "q", "dry-run: no"),), audited=("r", "s")))
+    record.route_because = "HTTPRoute shop/web rule 0"
+    logging = AccessLogging(as_json=True, json=tuple((key, f"%DYNAMIC_METADATA(waypoint:{key})%") for key in METADATA))
+    assert json.loads(rendered(record, logging)) == {
+        "because": "denied by it",
+        "policy": "p",
+        "route": "HTTPRoute shop/web rule 0",
+        "dry_run": "dry-run: no",
+        "audit": "r,s",
+    }
+    assert set(json.loads(rendered(connection_record(), logging)).values()) == {None}
+    refused = json.loads(rendered(RefusalRecord(0.0, None, ADDRESS, "", 403, "two URIs"), logging))
+    assert (refused["because"], refused["policy"]) == ("two URIs", None)
 
 
 def test_a_format_without_a_newline_still_writes_lines() -> None:
