@@ -17,7 +17,7 @@ from mesh.model.l7.waypoint import ServiceConfig
 from mesh.runtime.http import Request, Response, Route, Routes
 from mesh.runtime.levels import LevelsPage
 from mesh.runtime.readiness import Readiness
-from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, content_type, render
+from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, content_type, render_lines
 from mesh.tls.rotation import CertificateManager, describe_certificates
 from waypoint_py.config import WaypointConfig
 from waypoint_py.explain import Explainer, InvalidQuestion, Question
@@ -36,6 +36,7 @@ what would happen to a request, and why</li>
 <li><code>POST quitquitquit</code>: drain and stop</li>
 </ul></body></html>
 """
+_LINES_AT_A_TIME = 500
 _WHY_USAGE = (
     "usage: /why?destination=IP:PORT|HOST:PORT&peer=spiffe://...[&peer_address=IP:PORT][&method=][&path=][&authority=][&header.NAME=]\n"
 )
@@ -124,7 +125,12 @@ class Admin:
         return Response.text("shutdown now")
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(200, render(self._registry.snapshot()), content_type(request.headers.get("accept", "")))
+        text: list[str] = []
+        for number, line in enumerate(render_lines(self._registry.snapshot()), 1):
+            text.append(line)
+            if number % _LINES_AT_A_TIME == 0:
+                await trio.lowlevel.checkpoint()  # requests are served in the same thread
+        return Response(200, "".join(text).encode(), content_type(request.headers.get("accept", "")))
 
     def _collect(self) -> list[FamilySnapshot]:
         plane = self._plane

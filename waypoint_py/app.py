@@ -12,7 +12,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Final
 
@@ -28,6 +28,8 @@ from mesh.reactor.loop import Reactor
 from mesh.rpc.tls import client_tls
 from mesh.runtime.env import InvalidEnvironment
 from mesh.runtime.http import BindError, Routes, open_listeners, serve_admin
+from mesh.runtime.outbound import Dialler as Outbound
+from mesh.runtime.outbound import OutboundError, Target
 from mesh.runtime.readiness import Readiness
 from mesh.runtime.signals import watch_signals
 from mesh.state.store import MeshState
@@ -48,12 +50,16 @@ from waypoint_py.http.codec import ClientCodec
 from waypoint_py.http.h1 import Http1Client
 from waypoint_py.http.h2 import Http2Client
 from waypoint_py.listener import DRAINED, HboneListener, open_sockets
-from waypoint_py.observer import Lines, Local
+from waypoint_py.observer import Local
 from waypoint_py.plane import Plane
-from waypoint_py.policy.ext_authz import ExtAuthz
+from waypoint_py.policy.ext_authz import ExtAuthz, Unreachable
 from waypoint_py.policy.jwks import Authenticator, KeyStore
 from waypoint_py.reach import reach
 from waypoint_py.store import Store
+from waypoint_py.telemetry.access_log import SCOPE, AccessLog
+from waypoint_py.telemetry.export import SpanExporter
+from waypoint_py.telemetry.metrics import WaypointMetrics
+from waypoint_py.telemetry.telemetry import Telemetry
 from waypoint_py.upstream.announce import announce
 from waypoint_py.upstream.balancer import Balancer
 from waypoint_py.upstream.dial import Dialler
@@ -66,6 +72,8 @@ EXIT_CONFIG: Final = 78
 _LOG_AGAIN: Final = 0.2
 """Seconds until a reader of the log that stood still is tried again."""
 _LAST_WORDS: Final = 0.05
+_LAST_SPANS: Final = 2.0
+"""For a collector, when all else has ended."""
 _DRAIN_LOOKS: Final = 0.05
 
 _log = log.get_logger("waypoint")
@@ -163,13 +171,23 @@ class Waypoint:
         dialler = Dialler(reactor, self._credentials, lambda endpoint, client: announce(self._where.find().workload, endpoint, client, rng))
         self._pool = Pool(reactor, dialler, make_client_codec)
         self._ext_authz = ExtAuthz(self._reach, identity=str(config.identity))
+        self._outbound = Outbound()
+        self._spans = SpanExporter(
+            lambda: store.settings.tracing,
+            self._dial_collector,
+            self._registry,
+            resource=_describe(config),
+            version=version("ambient-mesh"),
+            rng=rng,
+        )
+        access_log = AccessLog(lambda: store.settings.access_log, output, reactor.call_soon, wanted=lambda: log.wants(SCOPE, "info"))
         self._plane = Plane(
             reactor=reactor,
             state=self._state,
             store=store,
             connections=self._pool,
             balancer=Balancer(self._state, store.find_destination, self._where.workload, rng),
-            observer=Lines(self._write_line),
+            observer=Telemetry(lambda: store.settings, WaypointMetrics(self._registry), access_log, self._spans, rng),
             waits=self._waits,
             authenticator=Authenticator(self._keys),
             ext_authz=self._ext_authz,
@@ -216,6 +234,7 @@ class Waypoint:
                 await working.start(self._waits.run)
                 await working.start(self._keys.run)
                 await working.start(self._ext_authz.run)
+                await working.start(self._spans.run)
                 working.start_soon(self._certificates.run)
                 self._certificates.request(self._config.identity)
                 working.start_soon(self._run_xds)
@@ -225,6 +244,7 @@ class Waypoint:
                 _log.info("serving", gateway=self._config.key, addresses=", ".join(str(sock.getsockname()[:2]) for sock in sockets))
                 await self._stop.wait()
                 await self._drain(sockets)
+                await self._send_last_spans()
                 working.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 
@@ -335,11 +355,34 @@ class Waypoint:
 
     # For others
 
-    def _write_line(self, line: str) -> None:
-        self._output.write(f"{log.timestamp()}\taccess\t{line}")
-        self._reactor.call_soon(self._output.flush)
-
     async def _reach(self, namespace: str, hostname: str, port: int) -> trio.abc.Stream:
         """A connection to a service of the mesh, with our own identity: for authorizers. Raises Unreachable."""
         plane = self._plane
         return await reach(plane.balancer, plane.connections, plane.reactor.now, Destination(namespace, hostname, port))
+
+    async def _dial_collector(self, target: Target) -> trio.abc.Stream:
+        """To where spans go: if the mesh knows the name, as to any service of it. Raises OutboundError, OSError."""
+        found = () if target.secure else self._state.find_services_by_hostname(target.host, self._config.pod_namespace)
+        for service in found:
+            try:
+                return await self._reach(service.namespace, service.hostname, target.port)
+            except Unreachable as exc:
+                raise OutboundError(str(exc)) from exc
+        return await self._outbound(target)
+
+    async def _send_last_spans(self) -> None:
+        self._spans.hurry()
+        with trio.move_on_after(_LAST_SPANS):
+            while self._spans.waiting:  # noqa: ASYNC110 - one look at two numbers, while ending
+                await trio.sleep(_DRAIN_LOOKS)
+
+
+def _describe(config: WaypointConfig) -> Iterator[tuple[str, str]]:
+    """Us, as who reads traces knows whoever sends spans."""
+    yield "service.name", f"{config.gateway_name}.{config.pod_namespace}"
+    yield "k8s.pod.name", config.pod_name
+    yield "k8s.namespace.name", config.pod_namespace
+    yield "k8s.cluster.name", config.cluster_id
+    if config.node_name:
+        yield "k8s.node.name", config.node_name
+    yield "host.name", config.pod_name

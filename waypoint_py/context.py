@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
@@ -28,6 +28,8 @@ class Connection:
     workload: Workload | None
     traceparent: str | None = None
     """What the client's agent sent with CONNECT: of the connection, not of any request in it."""
+    memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """For telemetry: what it has worked out of these facts, which is to be forgotten when they are."""
 
     @property
     def service_key(self) -> str:

@@ -264,7 +264,7 @@ class Exchange:
         if found is None:
             return None
         if isinstance(found, Judgement):
-            self._note(found)
+            self.record.judged(found)
             return found.reply
         body = None if self._body.empty else self
         return self._plane.ext_authz.ask(found, self.request, facts, body, self._allowed)
@@ -284,16 +284,8 @@ class Exchange:
         """DENY, ALLOW, AUDIT."""
         facts = self._conn.facts
         judgement = self._plane.store.judge_of(facts.service_key).judge(self.request, facts, self._claims)
-        self._note(judgement)
+        self.record.judged(judgement)
         return judgement.reply
-
-    def _note(self, judgement: Judgement) -> None:
-        record = self.record
-        record.because, record.policy = judgement.because, judgement.policy
-        if judgement.dry_run:
-            record.tags["dry_run"] = "; ".join(verdict.because for verdict in judgement.dry_run)
-        if judgement.audited:
-            record.tags["audit"] = ",".join(judgement.audited)
 
     def _route(self) -> LocalReply | None:
         if self._port is None:

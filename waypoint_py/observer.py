@@ -6,18 +6,20 @@ A record is also what Envoy's operators are rendered of (`mesh.telemetry.operato
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import Destination
-from mesh.telemetry.log import quoted
 from waypoint_py.context import Connection
 from waypoint_py.http.message import Headers, Request, Response, Version
+from waypoint_py.policy.authorize import DryRunVerdict, Judgement
+from waypoint_py.telemetry.context import SpanContext
 from waypoint_py.upstream.session import Endpoint, UpstreamProtocol
 from waypoint_py.verdict import Flag
 
+_PSEUDO = frozenset((b":method", b":path", b":scheme", b":authority", b"host"))
 _PROTOCOLS = {UpstreamProtocol.HTTP1: "HTTP/1.1", UpstreamProtocol.HTTP2: "HTTP/2"}
 
 
@@ -59,13 +61,32 @@ class _Record:
         self.connection_id: int | None = None
         self.server_name: str | None = None
         """SNI, of TLS that is carried on as it is."""
-        self.tags: dict[str, str] = {}
-        """What filters leave for logs and spans, such as dry-run verdicts."""
+        self.dry_run: tuple[DryRunVerdict, ...] = ()
+        """What policies that are only tried would have done."""
+        self.audited: tuple[str, ...] = ()
+        """Rules of AUDIT policies that matched."""
+
+    def judged(self, judgement: Judgement) -> None:
+        """Policies have decided."""
+        self.because, self.policy = judgement.because, judgement.policy
+        self.dry_run, self.audited = judgement.dry_run, judgement.audited
 
     def add_flags(self, *flags: Flag) -> None:
         self.flags = (*self.flags, *(flag for flag in flags if flag not in self.flags))
 
     # For operators
+
+    def metadata(self, key: str) -> str | None:
+        match key:
+            case "because":
+                return self.because
+            case "policy":
+                return self.policy
+            case "dry_run":
+                return "; ".join([verdict.because for verdict in self.dry_run])
+            case "audit":
+                return ",".join(self.audited)
+        return None
 
     @property
     def duration(self) -> float | None:
@@ -160,6 +181,8 @@ class RequestRecord(_Record):
         self.upstream_kind: UpstreamProtocol | None = None
         self.attempts = 0
         self.trace: str | None = None
+        """The id of its trace, where traces are recorded; ``span`` None: this one is not."""
+        self.span: SpanContext | None = None
         self.request_complete: float | None = None
         """From the client."""
         self.request_sent: float | None = None
@@ -183,20 +206,23 @@ class RequestRecord(_Record):
 
     # For operators
 
+    def metadata(self, key: str) -> str | None:
+        return self.route_because if key == "route" else super().metadata(key)
+
     def request_header(self, name: bytes) -> bytes | None:
         request = self.request
         if request is None:
             return None
+        if name not in _PSEUDO:
+            return request.first(name)
         match name:
             case b":method":
                 return request.method
             case b":path":
                 return request.path
-            case b":authority" | b"host":
-                return request.authority
             case b":scheme":
                 return request.scheme
-        return request.first(name)
+        return request.authority
 
     def response_header(self, name: bytes) -> bytes | None:
         if self.response is None:
@@ -251,8 +277,8 @@ class RequestRecord(_Record):
         return self.trace
 
 
-class ConnectionRecord(_Record):
-    """One TCP connection that was carried on as such."""
+class _WithoutHttp:
+    """What operators say where there is no request."""
 
     def request_header(self, name: bytes) -> bytes | None:
         return None
@@ -266,6 +292,7 @@ class ConnectionRecord(_Record):
     protocol: str | None = None
     upstream_protocol: str | None = None
     response_code: int | None = 0
+    connection_termination_details: str | None = None
     request_duration: float | None = None
     request_tx_duration: float | None = None
     response_duration: float | None = None
@@ -275,23 +302,60 @@ class ConnectionRecord(_Record):
     grpc_status: int | None = None
     trace_id: str | None = None
 
-    @property
-    def connection_termination_details(self) -> str | None:
-        return None
+
+class ConnectionRecord(_WithoutHttp, _Record):
+    """One TCP connection that was carried on as such."""
 
 
-class RefusalRecord:
+class RefusalRecord(_WithoutHttp):
     """A connection, or a CONNECT within one, that was not let in. ``status`` 0: there was no request to answer."""
 
-    __slots__ = ("at", "authority", "because", "peer", "peer_address", "status")
-
     def __init__(self, at: float, peer: SpiffeId | None, peer_address: SocketAddress, authority: str, status: int, because: str) -> None:
-        self.at = at
+        self.start_time = at
         self.peer = peer
         self.peer_address = peer_address
         self.authority = authority
         self.status = status
         self.because = because
+        self.protocol = "HTTP/2" if status else None
+        self.response_code = status
+        # What decided is the one thing that such a line is for.
+        self.response_code_details = because if status else None
+        self.connection_termination_details = None if status else because
+
+    def request_header(self, name: bytes) -> bytes | None:
+        if not self.status:
+            return None
+        return {b":method": b"CONNECT", b":authority": self.authority.encode(), b"host": self.authority.encode()}.get(name)
+
+    def metadata(self, key: str) -> str | None:
+        return self.because if key == "because" else None
+
+    @property
+    def downstream_remote_address(self) -> SocketAddress | None:
+        return self.peer_address
+
+    @property
+    def downstream_direct_remote_address(self) -> SocketAddress | None:
+        return self.peer_address
+
+    @property
+    def downstream_peer_uri_san(self) -> str | None:
+        return str(self.peer) if self.peer is not None else None
+
+    response_flags: Sequence[str] = ()
+    upstream_transport_failure_reason: str | None = None
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    duration: float | None = 0.0
+    upstream_host: SocketAddress | None = None
+    upstream_cluster: str | None = None
+    upstream_local_address: SocketAddress | None = None
+    downstream_local_address: SocketAddress | None = None
+    requested_server_name: str | None = None
+    hostname: str | None = None
+    downstream_local_uri_san: str | None = None
+    connection_id: int | None = None
 
 
 class Observer(Protocol):
@@ -307,44 +371,3 @@ class Observer(Protocol):
     def connection_closed(self, record: ConnectionRecord) -> None: ...
 
     def refused(self, record: RefusalRecord) -> None: ...
-
-
-class Lines:
-    """A plain line for each, given to ``write``."""
-
-    def __init__(self, write: Callable[[str], object]) -> None:
-        self._write = write
-
-    def request_began(self, record: RequestRecord) -> None:
-        pass
-
-    def request_ended(self, record: RequestRecord) -> None:
-        where = record.upstream_host or "-"
-        self._write(
-            f'request "{_text(record.method)} {_text(record.path)} {record.protocol}" status={record.status} '
-            f"flags={','.join(record.response_flags) or '-'} details={record.details or '-'} received={record.bytes_received} "
-            f"sent={record.bytes_sent} ms={round(1000 * (record.duration or 0))} authority={quoted(_text(record.authority))} "
-            f"peer={record.connection.peer} upstream={where} cluster={record.upstream_cluster or '-'} attempts={record.attempts} "
-            f"because={quoted(record.because)}\n"
-        )
-
-    def connection_opened(self, record: ConnectionRecord) -> None:
-        pass
-
-    def connection_closed(self, record: ConnectionRecord) -> None:
-        self._write(
-            f"connection flags={','.join(record.response_flags) or '-'} received={record.bytes_received} sent={record.bytes_sent} "
-            f"ms={round(1000 * (record.duration or 0))} peer={record.connection.peer} upstream={record.upstream_host or '-'} "
-            f"cluster={record.upstream_cluster or '-'} because={quoted(record.because)}\n"
-        )
-
-    def refused(self, record: RefusalRecord) -> None:
-        self._write(
-            f"refused status={record.status} authority={quoted(record.authority)} peer={record.peer or '-'} "
-            f"address={record.peer_address} because={quoted(record.because)}\n"
-        )
-
-
-def _text(raw: bytes) -> str:
-    """What a peer sent, in a line."""
-    return quoted(raw.decode("utf-8", "backslashreplace"))[1:-1]

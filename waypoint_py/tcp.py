@@ -70,7 +70,7 @@ class TcpProxy:
         self._down.hold(self._early)
         asked = plane.store.judge_of(facts.service_key).find_connection_authorizer(facts, self._sni)
         if isinstance(asked, Judgement):
-            self._note(asked)
+            self._record.judged(asked)
             self._refuse(asked.reply)
         elif asked is not None:
             self._parked = plane.waits.wait(plane.ext_authz.ask_connection(asked, facts).run, self._refuse)
@@ -91,18 +91,11 @@ class TcpProxy:
 
     def _judge(self) -> None:
         judgement = self._plane.store.judge_of(self._facts.service_key).judge_connection(self._facts, self._sni)
-        self._note(judgement)
+        self._record.judged(judgement)
         if judgement.reply is not None:
             self._refuse(judgement.reply)
         else:
             self._share_out()
-
-    def _note(self, judgement: Judgement) -> None:
-        self._record.because, self._record.policy = judgement.because, judgement.policy
-        if judgement.dry_run:
-            self._record.tags["dry_run"] = "; ".join(verdict.because for verdict in judgement.dry_run)
-        if judgement.audited:
-            self._record.tags["audit"] = ",".join(judgement.audited)
 
     def _share_out(self) -> None:
         if self._route is not None:

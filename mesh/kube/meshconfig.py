@@ -35,6 +35,7 @@ from mesh.model.l7.destination import H2Upgrade, Keepalive
 from mesh.model.l7.policy import ExtAuthzGrpc, ExtAuthzHttp
 from mesh.model.l7.routing import Retry
 from mesh.model.l7.waypoint import AccessLogging, PathNormalization, Tracing
+from mesh.telemetry.operators import InvalidFormat, compile_format
 
 NAME: Final = "istio"
 KEY: Final = "mesh"
@@ -285,6 +286,7 @@ def _read_access_log(mesh: Fields) -> AccessLogging:
     if file not in ("", "/dev/stdout"):
         _note(mesh, "accessLogFile", "waypoints write to their standard output, and to no file")
     if not as_json:
+        _check_format(mesh, text)
         return AccessLogging(enabled=bool(file), format=text)
     return AccessLogging(enabled=bool(file), as_json=True, json=_read_log_keys(mesh, text) if text else ())
 
@@ -298,7 +300,20 @@ def _read_log_keys(mesh: Fields, text: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         mesh.complain("accessLogFormat", "with accessLogEncoding JSON, expected a JSON object of texts")
         return ()
+    for value in found.values():
+        _check_format(mesh, value)
     return tuple(found.items())
+
+
+def _check_format(mesh: Fields, text: str) -> None:
+    """Here rather than where lines are written: whoever wrote it looks here."""
+    try:
+        warnings = compile_format(text).warnings
+    except InvalidFormat as exc:
+        mesh.complain("accessLogFormat", str(exc))
+        return
+    for warning in warnings:
+        _note(mesh, "accessLogFormat", warning)
 
 
 def _read_tracing(mesh: Fields, providers: Mapping[str, TracingProvider]) -> Tracing:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import resource
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Final, Literal, NamedTuple
 
@@ -239,35 +239,39 @@ def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
 
 def render(snapshot: Snapshot) -> bytes:
     """OpenMetrics 1.0 text, ending ``# EOF``; families without a series are omitted."""
-    lines: list[str] = []
+    return "".join(render_lines(snapshot)).encode()
+
+
+def render_lines(snapshot: Snapshot) -> Iterator[str]:
+    """The same line by line, for who has other things to do in between."""
+    texts: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {}  # a series' labels are the same in many lines, and cost most of each
     for family in snapshot.families:
         if not family.samples:
             continue
+        yield f"# HELP {family.name} {_escaped(family.help)}.\n# TYPE {family.name} {family.kind}\n"
+        histogram = family.kind == "histogram"
         suffix = "_total" if family.kind == "counter" else ""
-        lines += (f"# HELP {family.name} {_escaped(family.help)}.", f"# TYPE {family.name} {family.kind}")
+        names = family.labels[:-1] if histogram else family.labels
         for sample in family.samples:
-            if family.kind == "histogram":
-                lines += _render_part(family, sample)
+            labels, value = sample.labels, sample.value
+            own = labels[:-1] if histogram else labels
+            text = texts.get((names, own))
+            if text is None:
+                text = texts[names, own] = ",".join([f'{name}="{_escaped(of)}"' for name, of in zip(names, own, strict=True)])
+            if histogram:
+                yield _render_part(family.name, text, labels[-1], value)
             else:
-                lines.append(_render_sample(family.name + suffix, family.labels, sample.labels, sample.value))
-    lines.append("# EOF\n")
-    return "\n".join(lines).encode()
+                yield f"{family.name}{suffix}{{{text}}} {value}\n" if text else f"{family.name}{suffix} {value}\n"
+    yield "# EOF\n"
 
 
-def _render_part(family: FamilySnapshot, sample: Sample) -> Iterable[str]:
+def _render_part(name: str, text: str, part: str, value: Number) -> str:
     """A bucket or the sum of a histogram; the last bucket holds all and is the count too."""
-    *labels, part = sample.labels
+    braces = f"{{{text}}}" if text else ""
     if part == SUM:
-        yield _render_sample(f"{family.name}_sum", family.labels[:-1], labels, sample.value)
-        return
-    yield _render_sample(f"{family.name}_bucket", family.labels, sample.labels, sample.value)
-    if part == _ANY:
-        yield _render_sample(f"{family.name}_count", family.labels[:-1], labels, sample.value)
-
-
-def _render_sample(name: str, labels: Sequence[str], values: Sequence[str], value: Number) -> str:
-    text = ",".join([f'{label}="{_escaped(its_value)}"' for label, its_value in zip(labels, values, strict=True)])
-    return f"{name}{{{text}}} {value}" if text else f"{name} {value}"
+        return f"{name}_sum{braces} {value}\n"
+    bucket = f'{name}_bucket{{{text}{"," if text else ""}{BUCKET}="{part}"}} {value}\n'
+    return bucket + f"{name}_count{braces} {value}\n" if part == _ANY else bucket
 
 
 def content_type(accept: str) -> str:
@@ -321,16 +325,17 @@ _TCP_LABELS: Final = (*TcpLabels._fields, "response_flags")
 
 
 def tcp_labels(
-    reporter: Literal["source", "destination"],
+    reporter: Literal["source", "destination", "waypoint"],
     *,
     source: Workload | None,
     destination: Workload | None,
     service: Service | None,
     source_identity: SpiffeId | None,
     mutual_tls: bool,
+    protocol: Literal["tcp", "http", "grpc"] = "tcp",
 ) -> TcpLabels:
-    """The labels of one connection. ``source_identity`` is the proven one (the peer's, or our own when we present it); the destination's
-    principal is what xDS says of it. What is not known is ``unknown``."""
+    """The labels of one connection, or of a request. ``source_identity`` is the proven one (the peer's, or our own when we present it);
+    the destination's principal is what xDS says of it. What is not known is ``unknown``."""
     s_workload, s_namespace, s_name, s_revision, s_cluster, _, s_region, s_zone = _workload_labels(source)
     d_workload, d_namespace, d_name, d_revision, d_cluster, d_principal, d_region, d_zone = _workload_labels(destination)
     s_principal = str(source_identity) if source_identity is not None else UNKNOWN
@@ -355,7 +360,7 @@ def tcp_labels(
         d_name,
         d_revision,
         d_cluster,
-        "tcp",
+        protocol,
         "mutual_tls" if mutual_tls else UNKNOWN,
         s_region,
         s_zone,
@@ -402,10 +407,10 @@ class TcpSeries:
 class TcpMetrics:
     """Istio's tcp families over `TcpSeries`; ``sockets_open`` is counted by reporter."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, reporters: Sequence[str] = ("source", "destination")) -> None:
         self._series: dict[TcpLabels, TcpSeries] = {}
         sockets = registry.gauge("istio_tcp_sockets_open", "The current number of open TCP sockets", ("reporter",))
-        self.sockets_open: Final[Mapping[str, Series]] = {reporter: sockets.labelled(reporter) for reporter in ("source", "destination")}
+        self.sockets_open: Final[Mapping[str, Series]] = {reporter: sockets.labelled(reporter) for reporter in reporters}
         registry.collect_from(self._collect)
 
     def series(self, labels: TcpLabels) -> TcpSeries:

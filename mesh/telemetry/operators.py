@@ -91,6 +91,11 @@ FLAG_NAMES: Final[Mapping[str, str]] = {
 }
 """Long names of response flags (`%RESPONSE_FLAGS_LONG%`)."""
 
+NAMESPACE: Final = "waypoint"
+METADATA: Final = ("because", "policy", "route", "dry_run", "audit")
+"""Keys of ``%DYNAMIC_METADATA(waypoint:KEY)%``: what decided about a request, for which Envoy has no operator. Other filters' metadata says
+nothing here."""
+
 _GRPC_NAMES: Final = [
     "OK",
     "Canceled",
@@ -144,6 +149,9 @@ class Facts(Protocol):
     def response_header(self, name: bytes) -> bytes | None: ...
 
     def response_trailer(self, name: bytes) -> bytes | None: ...
+
+    def metadata(self, key: str) -> str | None:
+        """What decided, by the keys of `METADATA`."""
 
     @property
     def start_time(self) -> float: ...
@@ -253,46 +261,36 @@ _Reader: TypeAlias = Callable[[Facts], Value]
 class Format:
     """A compiled format. ``warnings``: operators that always render as missing, and why."""
 
-    __slots__ = ("_literal", "_missing", "_parts", "text", "warnings")
+    __slots__ = ("_missing", "_parts", "_readers", "_template", "text", "warnings")
 
     def __init__(self, text: str, parts: tuple[str | _Reader, ...], missing: str, warnings: tuple[str, ...]) -> None:
         self.text = text
         self.warnings = warnings
         self._parts = parts
         self._missing = missing
-        self._literal = "".join([part for part in parts if isinstance(part, str)]) if all(isinstance(part, str) for part in parts) else None
+        # One formatting in C for all of it: a line of the access log has two dozen operators, and every request has a line.
+        self._readers = [part for part in parts if not isinstance(part, str)]
+        self._template = "".join([part.replace("%", "%%") if isinstance(part, str) else "%s" for part in parts])
 
     @property
     def literal(self) -> str | None:
         """The text that it always renders as, if it has no operators."""
-        return self._literal
+        return None if self._readers else self._template % ()
 
     def render(self, facts: Facts) -> str:
         """The text, with every operator's value as it is."""
-        if self._literal is not None:
-            return self._literal
         missing = self._missing
-        texts: list[str] = []
-        for part in self._parts:
-            if isinstance(part, str):
-                texts.append(part)
-            else:
-                value = part(facts)
-                texts.append(missing if value is None else value if isinstance(value, str) else str(value))
-        return "".join(texts)
+        values = [read(facts) for read in self._readers]
+        return self._template % tuple([missing if value is None else value for value in values])
 
     def render_line(self, facts: Facts) -> str:
         """The same for a log of lines: in values, which others choose, quotes, backslashes and what does not print are ``\\x22`` and
         the like, so that no value can end a quoted field or start a line."""
         missing = self._missing
-        texts: list[str] = []
-        for part in self._parts:
-            if isinstance(part, str):
-                texts.append(part)
-            else:
-                value = part(facts)
-                texts.append(missing if value is None else _harmless(value) if isinstance(value, str) else str(value))
-        return "".join(texts)
+        values = [read(facts) for read in self._readers]
+        if not _is_harmless("".join([value for value in values if isinstance(value, str)])):
+            values = [_harmless(value) if isinstance(value, str) else value for value in values]
+        return self._template % tuple([missing if value is None else value for value in values])
 
     def value(self, facts: Facts) -> Value:
         """For JSON: a lone operator's value with its type, None if there is none; otherwise the text. What is not UTF-8 is replaced."""
@@ -360,6 +358,8 @@ def _reader(command: _Command, warnings: list[str]) -> _Reader:
         return plain
     if (make := _WITH_ARGUMENT.get(command.name)) is not None:
         return make(command)
+    if command.name == "DYNAMIC_METADATA" and (command.argument or "").startswith(f"{NAMESPACE}:"):
+        return _own_metadata(command)
     if command.name in _SILENT or command.name.startswith(_SILENT_PREFIXES):
         if command.name in _SILENT_WITH_ARGUMENT and command.argument is None:
             raise InvalidFormat(f"%{command.name}% needs an argument", command.position)
@@ -436,6 +436,19 @@ def _query_parameter(command: _Command) -> _Reader:
             if pair.startswith(prefix):
                 return _text(pair[len(prefix) :][:length])
         return None
+
+    return read
+
+
+def _own_metadata(command: _Command) -> _Reader:
+    key = (command.argument or "").removeprefix(f"{NAMESPACE}:")
+    length = command.length
+    if key not in METADATA:
+        raise InvalidFormat(f"%{command.name}% has no key {key!r}: expected one of {', '.join(METADATA)}", command.position)
+
+    def read(facts: Facts) -> str | None:
+        value = facts.metadata(key)
+        return value[:length] if value else None
 
     return read
 
@@ -757,8 +770,12 @@ _SILENT_PREFIXES: Final = (
 )
 
 
+def _is_harmless(text: str) -> bool:
+    return text.isprintable() and '"' not in text and "\\" not in text
+
+
 def _harmless(text: str) -> str:
-    if text.isprintable() and '"' not in text and "\\" not in text:
+    if _is_harmless(text):
         return text
     return "".join([char if char.isprintable() and char not in '"\\' else _escaped(char) for char in text])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.model.address import SocketAddress
 from waypoint_py.http.message import Headers, Request
@@ -46,6 +46,12 @@ class Known:
     grpc_status: int | None = None
     connection_id: int | None = None
     trace_id: str | None = None
+
+    known: dict[str, str] = field(default_factory=dict)
+    """What decided."""
+
+    def metadata(self, key: str) -> str | None:
+        return self.known.get(key)
 
     def request_header(self, name: bytes) -> bytes | None:
         values = () if self.request is None else header_values(self.request, name)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
+from mesh.model.l7.waypoint import Tracing
+from mesh.runtime.outbound import Dialler
 from mesh.telemetry.access import AccessEvent, AccessPeer, AccessRecord, format_json
 from mesh.telemetry.metrics import DnsMetrics, Registry, TcpMetrics, WorkloadManagerMetrics, XdsMetrics, add_build, add_process, tcp_labels
+from mesh.telemetry.operators import METADATA
+from tests.unit.waypoint_py.telemetry.records import connection_record, request_record
+from waypoint_py.observer import RefusalRecord
+from waypoint_py.policy.authorize import DryRunVerdict, Judgement
+from waypoint_py.telemetry.context import TRACE_HEADERS
+from waypoint_py.telemetry.export import BATCH, MAX_WAITING, SpanExporter
+from waypoint_py.telemetry.metrics import BOUNDS, MAX_SERIES, WaypointMetrics
+from waypoint_py.telemetry.spans import attributes_of
+from waypoint_py.verdict import Flag
 from ztunnel_py.mover.ledger import Failure
 from ztunnel_py.mover.outbound import flag_of
 
@@ -44,6 +56,63 @@ def metrics_of_the_agent() -> set[str]:
 
 def test_the_metrics_of_the_agent_are_listed() -> None:
     assert listed(SECTIONS["Metrics of the agent"]) == metrics_of_the_agent()
+
+
+def metrics_of_a_waypoint() -> set[str]:
+    """What its modules register, since the program itself needs a control plane."""
+    registry = Registry()
+    counted = WaypointMetrics(registry)
+    judgement = Judgement("", dry_run=(DryRunVerdict(True, "p", ""),), audited=("p",))
+    request = request_record(headers=[(b"content-type", b"application/grpc")])
+    request.judged(judgement)
+    counted.request(request)
+    connection = connection_record()
+    connection.add_flags(Flag.UPSTREAM_CONNECTION_FAILURE)
+    counted.opened(connection)
+    counted.closed(connection)
+    counted.refused(RefusalRecord(0.0, None, connection.connection.destination, "", 0, ""))
+    counted._merged.labelled()
+    SpanExporter(Tracing, Dialler(), registry, resource=(), version="1", rng=random.Random(1))
+    xds = XdsMetrics(registry)
+    xds.terminated("Error")
+    xds.received("type", 1)
+    add_build(registry, "waypoint", "1")
+    add_process(registry)
+    own = set(re.findall(r'"(waypoint_[a-z_]+)"', (ROOT / "waypoint_py/admin.py").read_text()))
+    return own | {family.name for family in registry.snapshot().families}
+
+
+def test_the_metrics_of_a_waypoint_are_listed() -> None:
+    assert listed(SECTIONS["Metrics of a waypoint"]) == metrics_of_a_waypoint()
+
+
+def test_the_buckets_of_a_waypoint_are_listed() -> None:
+    text = SECTIONS["Metrics of a waypoint"].partition("Upper bounds of buckets")[2].partition(":")[2]
+    assert tuple(map(float, re.findall(r"[0-9.]*[0-9]", text))) == BOUNDS
+    assert str(MAX_SERIES) in SECTIONS["Metrics of a waypoint"]
+
+
+def test_the_attributes_of_spans_are_listed() -> None:
+    record = request_record(headers=[(b"content-type", b"application/grpc")], status=500)
+    record.judged(Judgement("b", "p", dry_run=(DryRunVerdict(True, "p", "b"),), audited=("p",)))
+    record.grpc_status, record.attempts = 14, 2
+    made = {key for key, _ in attributes_of(record, "failed", ())}
+    table = SECTIONS["Traces"].partition("| attribute |")[2]
+    assert listed(table) == made
+    for bound in (BATCH, MAX_WAITING):
+        assert str(bound) in SECTIONS["Traces"]
+
+
+def test_the_headers_of_traces_are_listed() -> None:
+    table = SECTIONS["Traces"].partition("| attribute |")[0]
+    assert listed(table) == {name.decode() for name in TRACE_HEADERS} - {"tracestate"}
+    assert "`tracestate`" in SECTIONS["Traces"]
+
+
+def test_the_settings_of_a_waypoints_log_are_those_that_are_read() -> None:
+    source = (ROOT / "mesh/kube/meshconfig.py").read_text()
+    assert all(f"`{key}`" in SECTIONS["The access log of a waypoint"].partition("DYNAMIC_METADATA")[2] for key in METADATA)
+    assert listed(SECTIONS["The access log of a waypoint"]) == set(re.findall(r'"(accessLog[A-Z][A-Za-z]+)"', source))
 
 
 def test_the_metrics_of_istiod_are_listed() -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,9 @@ import trio
 from mesh.model.address import SocketAddress
 from mesh.model.l7.policy import AuthorizationPolicy, PolicyAction, PolicyRule
 from mesh.model.l7.routing import Origin
-from mesh.model.l7.waypoint import Assigned, PortConfig, Protocol, ServiceConfig, WaypointSettings
+from mesh.model.l7.waypoint import AccessLogging, Assigned, PortConfig, Protocol, ServiceConfig, Tracing, WaypointSettings
+from mesh.model.service import Service, ServicePort
+from mesh.model.workload import PortMapping
 from mesh.rpc import Call, RpcError, Status, Unary, serve
 from mesh.rpc.tls import server_tls
 from mesh.state.store import Delta
@@ -30,6 +32,7 @@ from mesh.xds.names import CREATE_CERTIFICATE_METHOD, role_of_node_id
 from mesh.xds.proto.ca_pb2 import IstioCertificateRequest, IstioCertificateResponse
 from mesh.xds.server import AdsServer, Introduction
 from tests.unit.waypoint_py.harness import CA, CLIENT, HOST, VIP, WAYPOINT, Echo, World, default_route, loopback
+from tests.unit.waypoint_py.telemetry.collector import Collector
 
 OWNER = "shop/waypoint"
 
@@ -120,10 +123,13 @@ class Process:
         self.process: trio.Process
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[trio.Process]:
+    async def running(self, output: Path | None = None) -> AsyncIterator[trio.Process]:
+        """``output``: where its standard output goes; by default where ours does."""
         async with trio.open_nursery() as nursery:
             command = [sys.executable, "-m", "waypoint_py", "proxy"]
-            self.process = await nursery.start(partial(trio.run_process, command, env=self.environment, check=False))
+            with ExitStack() as files:
+                stdout = files.enter_context(output.open("wb")) if output is not None else None
+                self.process = await nursery.start(partial(trio.run_process, command, env=self.environment, check=False, stdout=stdout))
             yield self.process
             nursery.cancel_scope.cancel()
 
@@ -200,7 +206,39 @@ async def _look_at_pages(process: Process) -> None:
     status, text = await process.page("/stats/prometheus", 15020)
     assert status == 200
     assert "waypoint_hbone_connections 1" in text
+    assert 'istio_requests_total{reporter="waypoint",' in text
     assert (await process.page("/logging?level=debug", method="POST"))[0] == 200
+
+
+def test_a_waypoint_logs_to_standard_output_and_sends_its_spans_through_the_mesh(tmp_path: Path) -> None:
+    world, plane, collector = World(), ControlPlane(tmp_path), Collector()
+    name = "collector.shop.svc.cluster.local"
+
+    async def main() -> None:
+        async with world.application(Echo()) as address, world.application(collector.serve) as at, plane.running():
+            _mesh(world, plane, address)
+            service = Service("collector", "shop", name, ports=(ServicePort(4318, at.port),))
+            pod = world.endpoint(at, "collector-1", services={service.key: (PortMapping(4318, at.port),)})
+            plane.change(Delta(services=(service,), workloads=(pod,)))
+            tracing = Tracing(f"http://{name}:4318/v1/traces", 100.0)
+            plane.push(WaypointSettings("shop", "waypoint", access_log=AccessLogging(format="%REQ(:PATH)% %TRACE_ID%"), tracing=tracing))
+            process = Process(plane)
+            async with process.running(tmp_path / "log"):
+                await process.wait_ready()
+                world.address = SocketAddress(process.ip, 15008)
+                client = await world.client()
+                assert (await client.get("/hello")).status == 200
+                await world.until(lambda: "/hello " in (tmp_path / "log").read_text())
+                assert (await client.get("/last")).status == 200
+                process.process.send_signal(signal.SIGTERM)
+                assert await process.process.wait() == 0
+            lines = (tmp_path / "log").read_text().splitlines()
+            traces = [f"/{path} {span.trace_id.hex()}" for path, span in zip(("hello", "last"), collector.spans, strict=True)]
+            assert [line for line in lines if line.startswith("/")] == traces
+            (said,) = {each.resource_spans[0].resource.attributes[0].value.string_value for each in collector.received}
+            assert said == "waypoint.shop"
+
+    world.run(main)
 
 
 def test_a_waypoint_is_not_ready_without_configuration_or_certificate(tmp_path: Path) -> None:

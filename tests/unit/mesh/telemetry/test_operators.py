@@ -215,3 +215,13 @@ def test_what_is_missing_is_left_out_of_a_header() -> None:
 
 def test_every_response_flag_has_a_long_name() -> None:
     assert {flag.value for flag in Flag} <= FLAG_NAMES.keys()
+
+
+def test_what_decided_is_there_under_a_name_that_envoy_would_take():
+    facts = Known(known={"because": "denied by it", "policy": "ns[a]-policy[b]"})
+    assert compile_format("%DYNAMIC_METADATA(waypoint:because)%").render(facts) == "denied by it"
+    assert compile_format("%DYNAMIC_METADATA(waypoint:because):6%").render(facts) == "denied"
+    assert compile_format("%DYNAMIC_METADATA(waypoint:route)% %DYNAMIC_METADATA(waypoint:policy)%").render(facts) == "- ns[a]-policy[b]"
+    assert not compile_format("%DYNAMIC_METADATA(waypoint:audit)%").warnings
+    with pytest.raises(InvalidFormat, match="expected one of because, policy"):
+        compile_format("%DYNAMIC_METADATA(waypoint:else)%")
