@@ -83,6 +83,14 @@ class HboneListener:
         self._listeners: list[Listener] = []
         self._links: set[_Peer] = set()
         self.carried: set[Carried] = set()
+        plane.store.when_changed(self._let_go)
+
+    def _let_go(self) -> None:
+        """Clients of a service that we no longer stand before are to come again elsewhere with their next request, without having to be
+        refused one."""
+        self.plane.store.when_changed(self._let_go)
+        for carried in [each for each in self.carried if each.is_stranded]:
+            carried.go_away()
 
     def listen(self, sock: socket.socket) -> None:
         """Take the connections of a listening socket."""
@@ -288,11 +296,17 @@ class Carried:
         service, port = self._facts.service, self._facts.destination.port
         return service is not None and any(each.service_port == port and each.app_protocol is AppProtocol.TLS for each in service.ports)
 
+    @property
+    def is_stranded(self) -> bool:
+        """Whether it is to a service that is not ours any more."""
+        service = self._facts.service
+        return service is not None and self._plane.store.find_service(str(service.key)) is None
+
     def go_away(self) -> None:
         """No further requests; a connection that is none of HTTP goes on."""
         if self._taken is None and self._only_http and not self._early:
             self._take_over(Carries.HTTP1)
-        elif isinstance(self._taken, HttpConnection):
+        if isinstance(self._taken, HttpConnection):
             self._taken.go_away()
 
     def abort(self, reason: str) -> None:

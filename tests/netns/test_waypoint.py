@@ -404,12 +404,15 @@ def test_a_service_that_moves_to_another_waypoint_loses_no_request_and_no_policy
     try:
         with objects(lab, WRITERS_ARE_DENIED):
             readers, writers = (lab.start(CLIENT, "sh", "-c", script.replace("METHOD", each)) for each in ("-XGET", "-XPOST -dx"))
+            one_connection = ("--rate", "20/s", "-o", "/dev/null", "-w", "%{http_code}\\n", "http://web/?number=[1-120]")
+            keeper = lab.start(CLIENT, "curl", "-sS", "-m", "30", *one_connection)
             for text in (web.replace("metadata: {name: web, namespace: shop}", bound), web) * 3:
                 lab.write("web.yaml", text)
                 time.sleep(1)
             (lab.source / "apps" / "enough").touch()
-            read, written = (Counter(each.communicate(timeout=30)[0].splitlines()) for each in (readers, writers))
+            read, written, kept = (Counter(each.communicate(timeout=30)[0].splitlines()) for each in (readers, writers, keeper))
         assert [*read] == ["200"], read
+        assert kept == {"200": 120}
         assert [*written] == ["403"], written
         assert len(access_lines(lab, "shop/other-0")) > 10
     finally:

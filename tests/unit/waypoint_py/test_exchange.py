@@ -25,10 +25,12 @@ from mesh.model.l7.routing import (
 )
 from mesh.model.l7.waypoint import PathNormalization, Protocol, WaypointSettings
 from mesh.state.store import Delta
+from mesh.xds.l7 import SERVICE_CONFIG
 from tests.unit.waypoint_py.harness import (
     CLIENT,
     HOST,
     ITSELF,
+    KEY,
     Answer,
     Echo,
     Echo2,
@@ -582,7 +584,7 @@ def test_a_change_holds_for_the_next_request_of_a_living_connection() -> None:
             assert (await second.get("/")).status == 418
             from mesh.model.l7.waypoint import ServiceConfig
 
-            world.store.apply(Delta(removed_l7=(_name_of(ServiceConfig("shop", HOST)),)))
+            world.push(ServiceConfig("shop", HOST))
             assert (await client.get("/")).status == 503
             assert world.log.requests[-1].flags == (Flag.NO_CLUSTER_FOUND,)
 
@@ -1132,3 +1134,35 @@ async def _drip(stream: trio.abc.Stream, data: bytes) -> None:
     for byte in data:
         await stream.send_all(bytes([byte]))
         await trio.sleep(0.01)
+
+
+def test_a_client_of_a_service_that_has_left_is_sent_away_and_not_refused() -> None:
+    world = World()
+    release = trio.Event()
+
+    async def slow(stream: trio.SocketStream) -> None:
+        while await stream.receive_some(65536):
+            await release.wait()
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    async def main() -> None:
+        async with world.application(slow) as address:
+            world.describe(world.endpoint(address))
+            link = await world.link()
+            client, second, idle = await world.client(link=link), await world.codec_client(link=link), await world.client(link=link)
+            await client.send("/")
+            stream = await second.send()
+            await world.until(lambda: world.plane.counts.exchanges == 2)
+            world.push(WaypointSettings("shop", "waypoint", "all"))
+            assert not second.going_away, "another change is none of theirs"
+            world.store.apply(Delta(removed_l7=((SERVICE_CONFIG, f"shop/waypoint|{KEY}"),)))
+            await world.until(lambda: second.going_away)
+            assert await idle.stream.receive_some() == b""
+            release.set()
+            answer = await client.answer()
+            assert (answer.body, answer.headers["connection"]) == (b"ok", "close")
+            await world.until(lambda: stream in second.ended)
+            assert link.usable, "other services may be asked for"
+            await world.until(lambda: not world.listener.carried)
+
+    world.run(main)
