@@ -391,14 +391,17 @@ spec:
 """
 
 
+UNTIL_ENOUGH = "while [ ! -e apps/enough ]; do curl -sS -m 5 -o /dev/null -w '%{http_code}\\n' METHOD http://web/ 2>&1; done"
+"""One connection after the other, with what came of each."""
+
+
 def test_a_service_that_moves_to_another_waypoint_loses_no_request_and_no_policy(lab: Lab) -> None:
     web = (lab.source / "web.yaml").read_text()
     bound = "metadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: other}}"
     lab.meshctl("waypoint", "apply", "-n", "shop", "--name", "other", "--wait", "--lab", lab.name, timeout=120)
-    script = "i=0; while [ ! -e apps/enough ]; do i=$((i+1)); curl -sS -m 5 -o /dev/null -w '%{http_code}\\n' METHOD http://web/ 2>&1; done"
     try:
         with objects(lab, WRITERS_ARE_DENIED):
-            readers, writers = (lab.start(CLIENT, "sh", "-c", script.replace("METHOD", each)) for each in ("-XGET", "-XPOST -dx"))
+            readers, writers = (lab.start(CLIENT, "sh", "-c", UNTIL_ENOUGH.replace("METHOD", each)) for each in ("-XGET", "-XPOST -dx"))
             one_connection = ("--rate", "20/s", "-o", "/dev/null", "-w", "%{http_code}\\n", "http://web/?number=[1-120]")
             keeper = lab.start(CLIENT, "curl", "-sS", "-m", "30", *one_connection)
             for text in (web.replace("metadata: {name: web, namespace: shop}", bound), web) * 3:
@@ -412,7 +415,25 @@ def test_a_service_that_moves_to_another_waypoint_loses_no_request_and_no_policy
         assert len([line for line in lab.log("shop/other-0").splitlines() if "\taccess\t" in line]) > 10
     finally:
         lab.write("web.yaml", web)
+        lab.remove("apps/enough")
         lab.meshctl("waypoint", "delete", "other", "-n", "shop", "--lab", lab.name)
+
+
+def test_a_namespace_leaves_its_waypoint_before_that_is_deleted_and_loses_no_request(lab: Lab) -> None:
+    asking = lab.start(CLIENT, "sh", "-c", UNTIL_ENOUGH.replace("METHOD", "-XGET"))
+    try:
+        assert passes(lab)
+        lab.label("shop", "istio.io/use-waypoint-")
+        assert lab.meshctl("waypoint", "delete", "waypoint", "-n", "shop", "--lab", lab.name).stdout == "waypoint shop/waypoint deleted\n"
+        wait_until(lambda: not [each for each in lab.status()["pods"] if each["name"] == "waypoint-0"], "the waypoint's pod is gone")
+        assert not passes(lab)
+        lab.meshctl("waypoint", "apply", "-n", "shop", "--enroll-namespace", "--wait", "--lab", lab.name, timeout=120)
+        wait_until(lambda: passes(lab), "connections pass the waypoint again")
+    finally:
+        (lab.source / "apps" / "enough").touch()
+        answers = Counter(asking.communicate(timeout=30)[0].splitlines())
+        lab.remove("apps/enough")
+    assert [*answers] == ["200"], answers
 
 
 LATER = """\
