@@ -124,6 +124,6 @@ def choose_place(flags: ClusterFlags, lab_name: str | None) -> Lab | None:
     if lab_name is None and not running:
         return None
     try:
-        return Lab(choose_lab(lab_name))
+        return Lab(choose_lab(lab_name, "--lab"))
     except LabError as exc:
         raise click.ClickException(str(exc)) from exc

@@ -136,8 +136,8 @@ def find_labs() -> list[LabHome]:
     return [LabHome(path.name, path) for path in sorted(root.iterdir())] if root.is_dir() else []
 
 
-def choose_lab(name: str | None) -> LabHome:
-    """The running lab of this name, or the only one that runs. Raises LabError."""
+def choose_lab(name: str | None, flag: str = "--name") -> LabHome:
+    """The running lab of this name, or the only one that runs. ``flag``: what names one. Raises LabError."""
     running = [lab for lab in find_labs() if lab.alive]
     if name is not None:
         chosen = [lab for lab in running if lab.name == name]
@@ -147,7 +147,7 @@ def choose_lab(name: str | None) -> LabHome:
     if not running:
         raise LabError("no lab is running: start one with 'meshctl lab up DIR'")
     if len(running) > 1:
-        raise LabError(f"several labs are running ({_names(running)}): choose one with --name")
+        raise LabError(f"several labs are running ({_names(running)}): choose one with {flag}")
     return running[0]
 
 

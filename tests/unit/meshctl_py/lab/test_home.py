@@ -65,6 +65,8 @@ def test_the_only_running_lab_is_meant_where_none_is_named(labs: Path) -> None:
     _, two = claim_lab("two")
     with pytest.raises(LabError, match=r"several labs are running \(one, two\): choose one with --name"):
         choose_lab(None)
+    with pytest.raises(LabError, match="choose one with --lab"):
+        choose_lab(None, "--lab")
     assert choose_lab("two").name == "two"
     with pytest.raises(LabError, match=r"no lab named three is running \(running: one, two\)"):
         choose_lab("three")
