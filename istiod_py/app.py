@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -40,7 +41,7 @@ from mesh.runtime.readiness import Readiness
 from mesh.telemetry.log import get_logger
 from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, add_build, add_process, content_type, render
 from mesh.xds.cache import Changes, ResourceCache
-from mesh.xds.l7 import L7_TYPES
+from mesh.xds.l7 import L7_TYPES, SERVICE_CONFIG
 from mesh.xds.names import CREATE_CERTIFICATE_METHOD, WAYPOINT, pod_of_node_id, role_of_node_id
 from mesh.xds.server import AdsServer, ConnectionStatus, Introduction
 
@@ -49,6 +50,8 @@ UPKEEP_INTERVAL: Final = 60.0
 UPKEEP_SPREAD: Final = 10.0
 PRECEDENCE: Final = 0.5
 """Seconds at most that agents wait for waypoints to take what they have to know first, and waypoints for agents to let go of them."""
+LINGER: Final = 1.0
+"""Seconds that a waypoint keeps a service that has left it, when agents know: connections that came just before have a request to send."""
 FIRST_KEYS: Final = 5.0
 """Seconds at most that a control plane which starts waits for key sets before it serves."""
 
@@ -90,6 +93,7 @@ async def run_istiod(config: Config, *, task_status: trio.TaskStatus[Started] = 
         await nursery.start(partial(serve, agents, istiod.handlers(), tls=istiod.serving.context))
         nursery.start_soon(istiod.watch_source)
         nursery.start_soon(istiod.run_pushes)
+        nursery.start_soon(istiod.run_departures)
         nursery.start_soon(istiod.follow_key_sets)
         nursery.start_soon(istiod.run_upkeep)
         istiod.ready.done()
@@ -146,6 +150,7 @@ class Istiod:
         self._add_metrics()
         self._translation = Translation()
         self._keys = KeySetKeeper()
+        self._leaving, self._departures = trio.open_memory_channel[tuple[float, Changes]](math.inf)
 
     # Source to push
 
@@ -187,7 +192,17 @@ class Istiod:
             self._ads.publish(for_agents, waypoints=False)
             if any(gone.values()):
                 await self._wait_taken(waypoints=False)
-        self._ads.publish(gone, waypoints=True)
+        if gone.get(SERVICE_CONFIG):
+            # The policies that go with a service must not go before it.
+            self._leaving.send_nowait((trio.current_time() + LINGER, gone))
+        else:
+            self._ads.publish(gone, waypoints=True)
+
+    async def run_departures(self) -> None:
+        """Take from waypoints what has left them, a moment later. What came back meanwhile is sent as it is then."""
+        async for due, gone in self._departures:
+            await trio.sleep_until(due)
+            self._ads.publish(gone, waypoints=True)
 
     async def _wait_taken(self, *, waypoints: bool) -> None:
         with trio.move_on_after(PRECEDENCE) as waiting:

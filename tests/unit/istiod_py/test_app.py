@@ -504,7 +504,18 @@ def test_a_waypoint_knows_a_service_before_agents_send_to_it_and_until_they_no_l
             world.write("service.yaml", SERVICE)
             await world.wait_for(lambda updates: has_waypoint(updates, False))
             assert gone not in told
+            known = trio.current_time()
             await until(lambda: gone in told)
+            assert trio.current_time() - known >= 0.8, "connections under way have a request to send"
+            world.write("service.yaml", SERVICE.replace("namespace: app}", "namespace: app, labels: {istio.io/use-waypoint: waypoint}}"))
+            await until(lambda: f"waypoint: ServiceConfig {service}" in told)
+            told.clear()
+            world.write("service.yaml", SERVICE)
+            await world.wait_for(lambda updates: has_waypoint(updates, False))
+            world.write("service.yaml", SERVICE.replace("namespace: app}", "namespace: app, labels: {istio.io/use-waypoint: waypoint}}"))
+            await world.wait_for(lambda updates: has_waypoint(updates, True))
+            await trio.sleep(1.2)
+            assert gone not in told, "what came back in time was never away"
 
     trio.run(main)
 
