@@ -74,6 +74,8 @@ _LOG_AGAIN: Final = 0.2
 _LAST_WORDS: Final = 0.05
 _LAST_SPANS: Final = 2.0
 """For a collector, when all else has ended."""
+_STILL_TAKEN: Final = 3.0
+"""Seconds in which connections are taken after SIGTERM, if there is that much time: agents hear of a pod that ends within one."""
 _DRAIN_LOOKS: Final = 0.05
 
 _log = log.get_logger("waypoint")
@@ -249,10 +251,12 @@ class Waypoint:
             nursery.cancel_scope.cancel()
 
     async def _drain(self, sockets: Sequence[socket.socket]) -> None:
-        """Take nothing new; what lives goes on until it has ended or its time is over."""
+        """Not ready from now on, and closed once agents know of it; what lives goes on until it has ended or its time is over."""
         self._serving.pending("draining")
         seconds = float(self._config.drain)
         _log.info("draining", seconds=seconds, connections=self._plane.counts.connections)
+        # Agents go on sending here until the control plane has told them of another waypoint; to close now would refuse those connections.
+        await trio.sleep(min(_STILL_TAKEN, seconds / 5))
         self.listener.drain()
         for sock in sockets:
             sock.close()

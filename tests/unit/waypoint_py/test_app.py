@@ -149,6 +149,9 @@ class Process:
     async def wait_ready(self) -> None:
         await eventually(lambda: self.page("/healthz/ready", 15021), lambda page: page[0] == 200)
 
+    async def wait_unready(self) -> None:
+        await eventually(lambda: self.page("/healthz/ready", 15021), lambda page: page[0] == 500)
+
     async def wait_busy(self) -> None:
         """Until a request is under way."""
         await eventually(lambda: self.page("/clusters"), lambda page: json.loads(page[1])["counts"]["exchanges"] > 0)
@@ -286,12 +289,15 @@ def test_draining_lets_a_request_end_and_then_the_process(tmp_path: Path) -> Non
                 await client.send("/")
                 await process.wait_busy()
                 process.process.send_signal(signal.SIGTERM)
+                await process.wait_unready()
+                late = await world.client()  # of an agent that has not heard of it yet
+                await late.send("/")
                 await world.until(lambda: not link.usable)
-                assert (await process.page("/healthz/ready", 15021))[0] == 500
                 with socket.socket() as refused:
                     assert refused.connect_ex((str(process.ip), 15008)) != 0
                 release.set()
                 assert (await client.answer()).body == b"ok"
+                assert (await late.answer()).body == b"ok"
                 assert await process.process.wait() == 0
 
     world.run(main)
