@@ -24,6 +24,8 @@ GONE = "pool draining"
 """Why a pool that was closed has no connection."""
 TIMED_OUT = "connection timed out"
 """How the reason of a dial begins that got no answer."""
+REFUSED = "connection failed"
+"""How the reason of a dial begins that the peer's host or the way to it refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,4 +194,9 @@ def dial_error(error: OSError) -> str:
     """ztunnel's words: the commonest cause of a silent HBONE port is a NetworkPolicy."""
     if isinstance(error, TimeoutError):
         return f"{TIMED_OUT}, maybe a NetworkPolicy is blocking HBONE port 15008: {error}"
-    return f"connection failed: {error}"
+    return f"{REFUSED}: {error}"
+
+
+def is_unreachable(because: str) -> bool:
+    """Whether a dial failed before anybody took the connection, by its reason: nothing was said about who the peer is."""
+    return because.startswith((TIMED_OUT, REFUSED))

@@ -46,6 +46,10 @@ class PickList:
         capacities = [candidate.workload.capacity for candidate in self.candidates]
         object.__setattr__(self, "_weights", tuple(accumulate(capacities)) if len(set(capacities)) > 1 else None)
 
+    def without(self, uids: frozenset[str]) -> PickList:
+        """The same without these workloads."""
+        return PickList(tuple(candidate for candidate in self.candidates if candidate.workload.uid not in uids), self.because)
+
     def pick(self, rng: random.Random) -> Candidate | None:
         """One candidate, by weight; None if there is none."""
         if not self.candidates:

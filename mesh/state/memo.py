@@ -38,8 +38,10 @@ class RouteMemo:
         """By the identity of source and target, which are held here, so that no id gets another meaning: to hash an IP address costs
         more than all the rest of a hit."""
 
-    def resolve(self, source: Workload, target: SocketAddress, rng: random.Random) -> Route:
-        """Where a connection goes. Quick when ``target`` is the very object of an earlier call."""
+    def resolve(self, source: Workload, target: SocketAddress, rng: random.Random, unreachable: frozenset[str] = frozenset()) -> Route:
+        """Where a connection goes. Quick when ``target`` is the very object of an earlier call, and nothing is said to be unreachable."""
+        if unreachable:
+            return resolve(self._state, source, target, rng, unreachable)
         state = self._state
         if state.version != self._version:
             self._version = state.version

@@ -10,12 +10,15 @@ from mesh.model.ports import INBOUND_HBONE, RECURSIVE
 from mesh.model.route import Direct, Refusal, Route, Tunnel
 from mesh.model.service import IpFamilies, LoadBalancingMode, Service
 from mesh.model.workload import TunnelProtocol, Workload
-from mesh.state.balance import Candidate, Wanted
+from mesh.state.balance import Candidate, PickList, Wanted
 from mesh.state.store import MeshState
 
 
-def resolve(state: MeshState, source: Workload, target: SocketAddress, rng: random.Random) -> Route:
-    """Decide about one connection of ``source`` to ``target``, its original destination. ``rng`` chooses among endpoints and waypoints.
+def resolve(
+    state: MeshState, source: Workload, target: SocketAddress, rng: random.Random, unreachable: frozenset[str] = frozenset()
+) -> Route:
+    """Decide about one connection of ``source`` to ``target``, its original destination. ``rng`` chooses among endpoints and waypoints,
+    and leaves out those with a uid in ``unreachable``.
 
     An address that a workload and a service both have stands for the workload when a waypoint is looked for, and for the service
     when endpoints are (ztunnel's rule, kept).
@@ -28,12 +31,12 @@ def resolve(state: MeshState, source: Workload, target: SocketAddress, rng: rand
     if service is not None and workload is None:
         waypoint = _choose_waypoint(service, rng)
         if waypoint is not None:
-            return _Attempt(state, source, target, rng, service).through(waypoint, f"service {service.key} has the waypoint")
+            return _Attempt(state, source, target, rng, service, unreachable).through(waypoint, f"service {service.key} has the waypoint")
     if service is not None:
-        return _Attempt(state, source, target, rng, service).to_service(service)
+        return _Attempt(state, source, target, rng, service, unreachable).to_service(service)
     if workload is None:
         return Direct(target, None, None, f"{target.ip} is unknown to the mesh: passed through as plain TCP")
-    attempt = _Attempt(state, source, target, rng, None)
+    attempt = _Attempt(state, source, target, rng, None, unreachable)
     if workload.waypoint is not None and not state.is_gateway(source, workload.waypoint):
         return attempt.through(workload.waypoint, f"workload {_name(workload)} has the waypoint")
     return attempt.to_workload(Candidate(workload, target.port), f"{target.ip} is workload {_name(workload)}")
@@ -42,20 +45,29 @@ def resolve(state: MeshState, source: Workload, target: SocketAddress, rng: rand
 class _Attempt:
     """One connection on its way to a route; ``service`` is the one it was addressed to, if any."""
 
-    __slots__ = ("_rng", "_service", "_source", "_state", "_target")
+    __slots__ = ("_rng", "_service", "_source", "_state", "_target", "_unreachable")
 
-    def __init__(self, state: MeshState, source: Workload, target: SocketAddress, rng: random.Random, service: Service | None) -> None:
+    def __init__(
+        self,
+        state: MeshState,
+        source: Workload,
+        target: SocketAddress,
+        rng: random.Random,
+        service: Service | None,
+        unreachable: frozenset[str],
+    ) -> None:
         self._state = state
         self._source = source
         self._target = target
         self._rng = rng
         self._service = service
+        self._unreachable = unreachable
 
     def to_service(self, service: Service) -> Route:
         """Straight to an endpoint."""
         if service.load_balancing is not None and service.load_balancing.mode is LoadBalancingMode.PASSTHROUGH:
             return Direct(self._target, None, service, f"service {service.key} asks for passthrough: plain TCP to the address as dialled")
-        picks = self._state.picks(service, Wanted(self._target.port), self._source)
+        picks = self._picks(service, Wanted(self._target.port))
         candidate = picks.pick(self._rng)
         if candidate is None:
             return self._refuse(f"no healthy upstream: {self._target} (service {service.key}: {picks.because})")
@@ -107,7 +119,7 @@ class _Attempt:
         destination, port = gateway.destination, gateway.hbone_mtls_port
         service, workload = self._look_up(destination)
         if service is not None:
-            picks = self._state.picks(service, Wanted(port, waypoint=True), self._source)
+            picks = self._picks(service, Wanted(port, waypoint=True))
             candidate = picks.pick(self._rng)
             if candidate is None:
                 return self._refuse(f"unknown waypoint: waypoint {destination} has no healthy upstream ({picks.because})")
@@ -115,6 +127,10 @@ class _Attempt:
         if workload is not None:
             return Candidate(workload, port), None, f"workload {_name(workload)}"
         return self._refuse(f"unknown waypoint: waypoint {destination} not found")
+
+    def _picks(self, service: Service, wanted: Wanted) -> PickList:
+        picks = self._state.picks(service, wanted, self._source)
+        return picks.without(self._unreachable) if self._unreachable else picks
 
     def _look_up(self, destination: NetworkAddress | NamespacedHostname) -> tuple[Service | None, Workload | None]:
         if isinstance(destination, NamespacedHostname):

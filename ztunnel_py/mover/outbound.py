@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 
 from mesh.linux.sockets import local_address, original_destination
 from mesh.model.address import SocketAddress
 from mesh.model.ports import RECURSIVE
-from mesh.model.route import Direct, Refusal, Tunnel
+from mesh.model.route import Direct, Refusal, Route, Tunnel
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink, OnResponse, TunnelFailure
 from mesh.reactor.hbone import Tunnel as OpenTunnel
-from mesh.reactor.pool import PoolKey
+from mesh.reactor.pool import REFUSED, PoolKey, is_unreachable
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import reset
 from mesh.wire.forwarded import write_forwarded
@@ -21,6 +22,8 @@ from ztunnel_py.mover.pod import Dialling, Pod
 
 MOST_RETRIES = 3
 """A peer's agent may have several movers that die at once, and each has pooled connections of which one hears one after the other."""
+MOST_ENDPOINTS = 3
+"""Endpoints of one service that a connection is tried at: the control plane may not have been able yet to say that one has ended."""
 RECURSION = "attempted recursive call to ourselves"
 
 
@@ -33,10 +36,10 @@ class Outbound:
         self._sock = sock
         self._retries = 0
         self._pending: Dialling | None = None
+        self._unreachable: frozenset[str] = frozenset()
         target = original_destination(sock)
         self._target = target if target is not None else client
-        self._living = Living(pod.uid, "outbound", client, self._target, self._plane.reactor.now())
-        self._living.stop = lambda because: self._fail(Failure(because))
+        self._living = self._begin(client)
         self._guarded = self._plane.ledger.guarded
         # Nothing redirects what the pod sends to its own addresses: to our port there, it is for nobody else. Dialled, it would come back
         # for ever, with two more descriptors each time.
@@ -45,13 +48,20 @@ class Outbound:
         else:
             pod.when_workload_known(self._guarded(self._living, self._route))
 
+    def _begin(self, client: SocketAddress) -> Living:
+        living = Living(self._pod.uid, "outbound", client, self._target, self._plane.reactor.now())
+        living.stop = lambda because: self._fail(Failure(because))
+        return living
+
     def _route(self, workload: Workload | None) -> None:
         if workload is None:
             self._refuse(self._pod.unknown_workload())
-            return
+        else:
+            self._follow(self._plane.routes.resolve(workload, self._target, self._plane.rng), workload)
+
+    def _follow(self, route: Route, workload: Workload) -> None:
         living = self._living
         living.source = workload
-        route = self._plane.routes.resolve(workload, self._target, self._plane.rng)
         living.because = route.because
         living.service = route.service
         match route:
@@ -73,7 +83,7 @@ class Outbound:
     def _connected_plain(self, upstream: socket.socket | OSError) -> None:
         self._pending = None
         if isinstance(upstream, OSError):
-            self._fail(Failure(f"connection failed: {upstream}"))
+            self._fail_or_go_elsewhere(Failure(f"{REFUSED}: {upstream}"))
         else:
             self._living.relay = relay_tcp(self._plane.reactor, self._sock, upstream, self._done)
 
@@ -87,7 +97,7 @@ class Outbound:
         if self._living.ended_by is not None:
             return
         if isinstance(link, str):
-            self._fail(Failure(link, flag_of(link)))
+            self._fail_or_go_elsewhere(Failure(link, flag_of(link)))
             return
         headers = {
             "baggage": self._pod.baggage(workload),
@@ -111,6 +121,27 @@ class Outbound:
             self._fail(Failure(answer.because, "DENY" if answer.status == 401 else "CONNECT"))
 
     # Ends
+
+    def _fail_or_go_elsewhere(self, failure: Failure) -> None:
+        """No connection came about. If nobody was there, the service may have another endpoint, or the waypoint another pod.
+
+        ztunnel fails here. Nothing of the application's was sent yet, and it has heard nothing but that its connection is open; every
+        endpoint tried leaves a record of its own.
+        """
+        living = self._living
+        source, tried = living.source, living.target
+        if source is None or tried is None or self._pod.closed or not is_unreachable(failure.because):
+            self._fail(failure)
+            return
+        self._unreachable |= {tried.uid}
+        route = self._plane.routes.resolve(source, self._target, self._plane.rng, self._unreachable)
+        other = None if isinstance(route, Refusal) else route.workload
+        if other is None or other.uid in self._unreachable or len(self._unreachable) == MOST_ENDPOINTS:
+            self._fail(failure)
+            return
+        self._plane.ledger.finish(living, failure=Failure(f"{failure.because}; another endpoint is tried", failure.flags))
+        self._living = self._begin(living.client)
+        self._follow(replace(route, because=f"{route.because}; {len(self._unreachable)} not reached before"), source)
 
     def _done(self, result: RelayResult) -> None:
         self._plane.ledger.finish(self._living, result)

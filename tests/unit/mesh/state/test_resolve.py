@@ -441,3 +441,34 @@ def test_failover_prefers_our_network_and_names_the_other_one_when_it_must() -> 
     far = workload("far", network="far", network_gateway=gateway("10.0.0.99"), services=member("server"))
     assert tunnel("10.96.0.1:80", server, here, far).workload is here
     assert "network 'far'" in refusal("10.96.0.1:80", server, replace(here, status=HealthStatus.UNHEALTHY), far)
+
+
+def test_what_could_not_be_reached_is_left_out() -> None:
+    server = service("server", "10.96.0.1")
+    state = MeshState()
+    state.apply(
+        Delta((CLIENT, *(workload(name, ip, services=member("server")) for name, ip in (("a", "10.0.0.2"), ("b", "10.0.0.3")))), (server,))
+    )
+
+    def decide(*unreachable: str) -> Route:
+        uids = frozenset(f"Kubernetes//Pod/default/{name}" for name in unreachable)
+        return resolve(state, CLIENT, addr("10.96.0.1:80"), random.Random(1), uids)
+
+    for unreachable, left in (("a", "10.0.0.3"), ("b", "10.0.0.2")):
+        decided = decide(unreachable)
+        assert isinstance(decided, Tunnel)
+        assert decided.next_hop == addr(f"{left}:15008")
+    assert isinstance(decide("a", "b"), Refusal)
+
+
+def test_a_waypoint_that_could_not_be_reached_has_another_pod_but_is_never_gone_round() -> None:
+    proxies = service("waypoint", "10.96.0.9", ports=(ServicePort(15008, 15008),))
+    server = service("server", "10.96.0.1", waypoint=gateway("10.96.0.9"))
+    pods = [workload(name, ip, services=member("waypoint")) for name, ip in (("w1", "10.0.0.8"), ("w2", "10.0.0.9"))]
+    state = MeshState()
+    state.apply(Delta((CLIENT, workload("server", "10.0.0.2", services=member("server")), *pods), (server, proxies)))
+    uids = [pod.uid for pod in pods]
+    decided = resolve(state, CLIENT, addr("10.96.0.1:80"), random.Random(1), frozenset(uids[:1]))
+    assert isinstance(decided, Tunnel)
+    assert decided.next_hop == addr("10.0.0.9:15008")
+    assert isinstance(resolve(state, CLIENT, addr("10.96.0.1:80"), random.Random(1), frozenset(uids)), Refusal)

@@ -16,6 +16,7 @@ import trio
 
 from mesh.model.address import IpAddress, SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
+from mesh.model.service import Service
 from mesh.model.workload import TunnelProtocol, Workload
 from mesh.reactor.loop import Reactor
 from mesh.reactor.pool import PoolLimits
@@ -133,8 +134,10 @@ class World:
         """The brain hands over the certificate of the pod's identity."""
         self.plane.credentials.put(CA.issue(pod.identity(), **options))
 
-    def describe(self, pod: LoopbackPod, *policies: str, protocol: TunnelProtocol = TunnelProtocol.HBONE) -> None:
-        """The control plane tells what there is to know about the pod."""
+    def describe(
+        self, pod: LoopbackPod, *policies: str, protocol: TunnelProtocol = TunnelProtocol.HBONE, service: Service | None = None
+    ) -> None:
+        """The control plane tells what there is to know about the pod, and of the service that it is an endpoint of."""
         info = pod.info
         workload = Workload(
             f"Kubernetes//Pod/shop/{info.name}",
@@ -145,8 +148,9 @@ class World:
             service_account=info.service_account,
             node="n1",
             authorization_policies=policies,
+            services={service.key: ()} if service is not None else {},
         )
-        self.change(Delta(workloads=(workload,)))
+        self.change(Delta(workloads=(workload,), services=(service,) if service is not None else ()))
 
     def change(self, delta: Delta) -> None:
         """As the mover does it."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from mesh.model.address import SocketAddress, parse_ip
+from mesh.model.address import NetworkAddress, SocketAddress, parse_ip
+from mesh.model.service import Service, ServicePort
 from mesh.model.workload import TunnelProtocol
 from mesh.reactor import hbone
 from mesh.reactor.hbone import TunnelFailure
@@ -17,7 +18,7 @@ from mesh.testing.ca import FakeCa
 from ztunnel_py.mover import credentials, outbound, pod
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
 from ztunnel_py.mover.ledger import DRAINED, Failure
-from ztunnel_py.mover.outbound import MOST_RETRIES, Outbound
+from ztunnel_py.mover.outbound import MOST_ENDPOINTS, MOST_RETRIES, Outbound
 
 if TYPE_CHECKING:
     from tests.unit.ztunnel_py.mover.conftest import World
@@ -292,6 +293,72 @@ def test_a_peer_that_dies_before_it_answers_costs_nothing(world: World, monkeypa
                     assert await is_echoed(stream)
             await world.until(lambda: world.idle)
         assert len(asked) == 3
+
+    world.run(main)
+
+
+VIP = SocketAddress(parse_ip("10.96.0.1"), 80)
+
+
+def service_of(port: int) -> Service:
+    """At `VIP`, its endpoints serving it on ``port``."""
+    return Service("shop", "shop", "shop.shop.svc.cluster.local", (NetworkAddress("", VIP.ip),), ports=(ServicePort(VIP.port, port),))
+
+
+@pytest.mark.parametrize("protocol", [TunnelProtocol.HBONE, TunnelProtocol.NONE])
+def test_an_endpoint_that_is_not_there_any_more_costs_nothing_while_the_service_has_another(world: World, protocol: TunnelProtocol) -> None:
+    async def main() -> None:
+        client, gone, server = world.pod("client"), world.pod("gone"), world.pod("server")
+        async with world.application(server) as app:
+            for of in (gone, server):
+                world.describe(of, protocol=protocol, service=service_of(app.port))
+            gone.close()
+            for _ in range(20):
+                async with await world.dial(client, VIP) as stream:
+                    assert await is_echoed(stream)
+            await world.until(lambda: world.idle)
+        tried = [record for record in world.log.records if record.direction == "outbound"]
+        failed = [record for record in tried if record.error is not None]
+        assert len(tried) == 20 + len(failed)
+        assert failed
+        for record in failed:
+            assert record.destination.workload == "gone"
+            assert record.error is not None
+            assert record.error.endswith("; another endpoint is tried")
+        assert sum((record.because or "").endswith("; 1 not reached before") for record in tried if record.error is None) == len(failed)
+
+    world.run(main)
+
+
+def test_a_service_of_many_dead_endpoints_is_given_up_after_some(world: World) -> None:
+    async def main() -> None:
+        client = world.pod("client")
+        for number in range(MOST_ENDPOINTS + 1):
+            gone = world.pod(f"gone-{number}")
+            world.describe(gone, service=service_of(8080))
+            gone.close()
+        async with await world.dial(client, VIP) as stream:
+            assert await is_reset(stream)
+        await world.until(lambda: world.idle)
+        assert len({record.destination.workload for record in world.log.records}) == len(world.log.records) == MOST_ENDPOINTS
+
+    world.run(main)
+
+
+def test_an_endpoint_that_proves_another_identity_sends_nobody_elsewhere(world: World) -> None:
+    async def main() -> None:
+        client, impostor, server = world.pod("client"), world.pod("impostor", certified=False), world.pod("server")
+        world.plane.credentials.put(FakeCa().issue(impostor.identity()))
+        async with world.application(server) as app:
+            for of in (impostor, server):
+                world.describe(of, service=service_of(app.port))
+            refused = 0
+            for _ in range(20):
+                async with await world.dial(client, VIP) as stream:
+                    refused += not await is_echoed(stream)
+            await world.until(lambda: world.idle)
+        assert refused
+        assert len([record for record in world.log.records if record.direction == "outbound"]) == 20
 
     world.run(main)
 
