@@ -549,15 +549,16 @@ class Exchange:
             for timer in (self._total, self._per_try):
                 self._cancel(timer)
         record.response = response
-        over = ended and not self._upgraded
-        # Until it has been written it is no answer: what the client's version of HTTP cannot say becomes another one.
+        over = self._response_complete = ended and not self._upgraded
+        if over:
+            self._note_grpc_status(response)
+        # Until it has been written it is no answer: what the client's version of HTTP cannot say becomes another one. Where it is the
+        # connection's last, writing it ends the exchange.
         self._conn.send_response(self._stream, response, ended=over)
         if self._over:
             return
         self._response = response
         if over:
-            self._note_grpc_status(response)
-            self._response_complete = True
             self._answered()
         else:
             self._pump_request()

@@ -666,6 +666,17 @@ class Http1Server(_Http1):
         self._active = False
         self._finish()
 
+    @property
+    def amid_head(self) -> bool:
+        return self._reading is _HEAD and bool(self._buffer)
+
+    def give_up_head(self) -> Sequence[Event]:
+        events: list[Event] = []
+        if self.amid_head:
+            self._buffer.clear()
+            self._refuse(BadHead("the head took too long", 408), events)
+        return events
+
     def receive_eof(self) -> Sequence[Event]:
         events: list[Event] = []
         if self._finished:
