@@ -64,16 +64,15 @@ class HttpConnection:
         self._head_timer: Timer | None = None
         self._linger: Timer | None = None
         self._unread = 0  # what the client had not taken when it was last looked for
-        if plane.draining:
-            codec.go_away()
 
     def start(self, early: bytes = b"") -> None:
         """Listen to the client; ``early``: what it has said already."""
         self._stream.attach(self)
         if early:
             self.data(memoryview(early))
-        else:
-            self._settle()
+        if self.plane.draining:
+            self.go_away()  # after what has come: it is no idle connection
+        self._settle()
 
     @property
     def active(self) -> int:

@@ -185,6 +185,11 @@ class Exchange:
 
     async def buffer(self, limit: int) -> Buffered:
         """The beginning of the body, for an authorizer (`waypoint_py.policy.ext_authz.BodySource`): until it ends or is longer."""
+        if self.request.expect_continue and not self._body.complete:
+            # The application, whose 100 it would be, is asked only when this is over; the client might wait for it as long as we for the
+            # client (RFC 9110 section 10.1.1 lets a proxy say it).
+            self.request.expect_continue = False
+            self._conn.send_informational(self._stream, 100, [])
         self._buffering = limit
         self._grant(self.record.bytes_received)
         while not self._body.complete and self.record.bytes_received <= limit:

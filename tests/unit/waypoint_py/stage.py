@@ -285,11 +285,11 @@ class Stage:
             rng=rng,
             wall=lambda: 1_700_000_000 + self.clock.time,
         )
-        facts = Connection(SpiffeId("cluster.local", "shop", "client"), vip, vip, service, None, None)
+        self.facts = Connection(SpiffeId("cluster.local", "shop", "client"), vip, vip, service, None, None)
         self.wire = Wire(self.clock)
         self.gone = 0
         codec = Http1Server(SERVER_OPTIONS) if serial else Http2Server(SERVER_OPTIONS, now=self.clock.now)
-        self.connection = HttpConnection(self.plane, self.wire, codec, facts, serial=serial, on_gone=self._gone)
+        self.connection = HttpConnection(self.plane, self.wire, codec, self.facts, serial=serial, on_gone=self._gone)
         self.connection.start()
 
     def _gone(self) -> None:

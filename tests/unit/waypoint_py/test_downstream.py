@@ -9,9 +9,10 @@ import pytest
 
 from mesh.model.l7.routing import Fault
 from tests.unit.waypoint_py.stage import ROUTE, Call, Stage
-from waypoint_py.downstream import HEAD_SECONDS, LINGER_SECONDS
-from waypoint_py.http.h1 import DISCARDED, HELD, UNCONSUMED
+from waypoint_py.downstream import HEAD_SECONDS, LINGER_SECONDS, HttpConnection
+from waypoint_py.http.h1 import DISCARDED, HELD, UNCONSUMED, Http1Server
 from waypoint_py.http.message import Response
+from waypoint_py.listener import SERVER_OPTIONS
 from waypoint_py.stream import HIGH_WATER
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure
 
@@ -141,6 +142,18 @@ def test_one_byte_at_a_time_is_heard_like_all_at_once(talk: Talk) -> None:
     talk.respond(b"end")
     assert talk.hear().endswith(b"end")
     assert talk.finish() == [(200, "via_upstream")] * 3
+
+
+def test_a_request_that_came_before_the_waypoint_ends_is_served_and_is_the_last() -> None:
+    talk = Talk()
+    stage = talk.stage
+    stage.plane.draining = True
+    connection = HttpConnection(stage.plane, stage.wire, Http1Server(SERVER_OPTIONS), stage.facts, serial=True, on_gone=lambda: None)
+    connection.start(GET)
+    talk.respond()
+    assert b"connection: close" in talk.hear()
+    assert talk.heard.endswith(b"ok")
+    assert stage.wire.ending
 
 
 # Bodies
