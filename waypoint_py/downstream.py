@@ -32,7 +32,7 @@ from waypoint_py.stream import HIGH_WATER, ByteStream
 HEAD_SECONDS: Final = 60.0
 """For the head of a request that has begun to come (HTTP/1.1): a client that sends a byte now and then holds no connection for ever."""
 LINGER_SECONDS: Final = 5.0
-"""Until a client that was told that we are done must have closed."""
+"""Until a client that was told that we are done must have closed, or read more of what it was told before (Envoy: delayed close)."""
 _BEYOND: Final = 64 * 1024
 """How far above `HIGH_WATER` one writing may go."""
 TOO_MUCH_UNSENT: Final = 2 * HIGH_WATER
@@ -63,16 +63,16 @@ class HttpConnection:
         self._idle_timer = plane.reactor.call_later(IDLE_SECONDS, self._on_idle)
         self._head_timer: Timer | None = None
         self._linger: Timer | None = None
-        if plane.draining:
-            codec.go_away()
+        self._unread = 0  # what the client had not taken when it was last looked for
 
     def start(self, early: bytes = b"") -> None:
         """Listen to the client; ``early``: what it has said already."""
         self._stream.attach(self)
         if early:
             self.data(memoryview(early))
-        else:
-            self._settle()
+        if self.plane.draining:
+            self.go_away()  # after what has come: it is no idle connection
+        self._settle()
 
     @property
     def active(self) -> int:
@@ -95,8 +95,6 @@ class HttpConnection:
         if self._over or self._ending:
             return
         self._handle(lambda: self._codec.receive(data))
-        if self._serial and not self._exchanges and self._head_timer is None and not self._over:
-            self._head_timer = self.plane.reactor.call_later(HEAD_SECONDS, self._on_slow_head)
 
     def ended(self) -> None:
         if not (self._over or self._ending):
@@ -135,6 +133,9 @@ class HttpConnection:
     def send_response(self, stream: int, response: Response, *, ended: bool) -> None:
         self._codec.send_response(stream, response, ended=ended)
         self._settle()
+        if self._serial and response.status == 101:  # what came behind the request is for the other side now
+            self._again = True
+            self.plane.reactor.call_soon(self._settle)
 
     def send_data(self, stream: int, data: bytes | memoryview) -> None:
         self._codec.send_data(stream, data)
@@ -178,20 +179,22 @@ class HttpConnection:
     # --- what the codec says
 
     def _handle(self, receive: Callable[[], Sequence[Event]]) -> None:
+        self._hear(receive)
+        self._tell_blocked()
+        self._settle()
+
+    def _hear(self, receive: Callable[[], Sequence[Event]]) -> None:
         self._handling = True
         begun: list[Exchange] = []
         try:
             self._take(receive(), begun)
+            # After everything that came with them: a request whose body is here already is a whole one.
+            for exchange in begun:
+                self.guard(exchange, exchange.begin)
         except RemoteProtocolError as exc:
-            self._handling = False
             self._fail(exc.reason)
-            return
-        # After everything that came with them: a request whose body is here already is a whole one.
-        for exchange in begun:
-            self.guard(exchange, exchange.begin)
-        self._handling = False
-        self._tell_blocked()
-        self._settle()
+        finally:
+            self._handling = False
 
     def _take(self, events: Sequence[Event], begun: list[Exchange]) -> None:
         exchanges = self._exchanges
@@ -204,7 +207,6 @@ class HttpConnection:
                     else:
                         self.guard(exchange, lambda e=exchange, d=event.data: e.body(d))  # type: ignore[misc]
                 case RequestHead():
-                    self._head_came()
                     exchange = Exchange(self, event.stream, event.request, ended=event.ended)
                     exchanges[event.stream] = exchange
                     begun.append(exchange)
@@ -219,7 +221,6 @@ class HttpConnection:
                         if exchange in begun:
                             begun.remove(exchange)
                 case RefusedHead():
-                    self._head_came()
                     exchange = Exchange(self, event.stream, event.request, ended=True)
                     exchanges[event.stream] = exchange
                     self.guard(exchange, lambda e=exchange, r=event: e.refuse(r.status, r.reason))  # type: ignore[misc]
@@ -239,11 +240,6 @@ class HttpConnection:
         else:
             exchange.gone("downstream_remote_disconnect", reset.reason)
 
-    def _head_came(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
     def guard(self, exchange: Exchange, call: Callable[[], None]) -> None:
         """A defect in one exchange must not cost the others."""
         try:
@@ -262,13 +258,13 @@ class HttpConnection:
 
     def _settle(self) -> None:
         """Send what is to be sent, listen or do not, and close when all is said."""
-        if self._handling or self._over:
+        if self._handling or self._over or self._ending:
             return
         codec, stream = self._codec, self._stream
-        if self._again:
+        while self._again:  # any number of requests that came at once may be answered at once
             self._again = False
-            self._handle(lambda: codec.receive(b""))
-            return
+            self._hear(lambda: codec.receive(b""))
+        self._watch_head()
         outgoing = codec.take_outgoing()
         if outgoing:
             stream.write(outgoing)
@@ -283,6 +279,16 @@ class HttpConnection:
             else:
                 stream.pause()
 
+    def _watch_head(self) -> None:
+        """Of the head that has begun to come last, and of none that has come."""
+        if self._codec.amid_head is (self._head_timer is not None):
+            return
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        else:
+            self._head_timer = self.plane.reactor.call_later(HEAD_SECONDS, self._on_slow_head)
+
     def _end(self) -> None:
         """Nothing more is said on either side; the client has a moment to read and close."""
         if self._ending:
@@ -292,7 +298,17 @@ class HttpConnection:
             exchange.gone("downstream_protocol_error", "the connection cannot go on")
         self._stream.end()
         self._stream.resume()
-        self._linger = self.plane.reactor.call_later(LINGER_SECONDS, lambda: self._stream.abort("the client did not close"))
+        self._wait_for_close()
+
+    def _wait_for_close(self) -> None:
+        self._unread = self._stream.unsent
+        self._linger = self.plane.reactor.call_later(LINGER_SECONDS, self._on_lingered)
+
+    def _on_lingered(self) -> None:
+        if self._stream.unsent < self._unread:
+            self._wait_for_close()  # slowly, but it reads
+        else:
+            self._stream.abort("the client did not close")
 
     def _fail(self, reason: str) -> None:
         """The client broke the protocol for the connection as a whole."""
@@ -305,8 +321,7 @@ class HttpConnection:
 
     def _on_slow_head(self) -> None:
         self._head_timer = None
-        if not self._exchanges:
-            self._stream.abort(f"no whole request head within {HEAD_SECONDS:g} s")
+        self._handle(self._codec.give_up_head)
 
     def _on_idle(self) -> None:
         idle = self.plane.reactor.now() - self._idle_since

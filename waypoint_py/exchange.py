@@ -185,6 +185,11 @@ class Exchange:
 
     async def buffer(self, limit: int) -> Buffered:
         """The beginning of the body, for an authorizer (`waypoint_py.policy.ext_authz.BodySource`): until it ends or is longer."""
+        if self.request.expect_continue and not self._body.complete:
+            # The application, whose 100 it would be, is asked only when this is over; the client might wait for it as long as we for the
+            # client (RFC 9110 section 10.1.1 lets a proxy say it).
+            self.request.expect_continue = False
+            self._conn.send_informational(self._stream, 100, [])
         self._buffering = limit
         self._grant(self.record.bytes_received)
         while not self._body.complete and self.record.bytes_received <= limit:
@@ -549,15 +554,16 @@ class Exchange:
             for timer in (self._total, self._per_try):
                 self._cancel(timer)
         record.response = response
-        over = ended and not self._upgraded
-        # Until it has been written it is no answer: what the client's version of HTTP cannot say becomes another one.
+        over = self._response_complete = ended and not self._upgraded
+        if over:
+            self._note_grpc_status(response)
+        # Until it has been written it is no answer: what the client's version of HTTP cannot say becomes another one. Where it is the
+        # connection's last, writing it ends the exchange.
         self._conn.send_response(self._stream, response, ended=over)
         if self._over:
             return
         self._response = response
         if over:
-            self._note_grpc_status(response)
-            self._response_complete = True
             self._answered()
         else:
             self._pump_request()

@@ -38,6 +38,8 @@ def bad_path(because: str) -> LocalReply:
 
 def refused_head(status: int, reason: str) -> LocalReply:
     """A request that the codec did not let through."""
+    if status == 408:
+        return LocalReply(408, b"request timeout", details="request_header_timeout", because=reason, close=True)
     body = {400: b"Bad Request", 413: b"Payload Too Large", 426: b"Upgrade Required", 501: b"Not Implemented"}.get(status, b"")
     details = "http1.headers_too_large" if status == 431 else f"http.codec_error.{reason.replace(' ', '_')[:100]}"
     return LocalReply(status, body, flags=(Flag.DOWNSTREAM_PROTOCOL_ERROR,), details=details, because=reason, close=True)
@@ -69,11 +71,6 @@ def no_endpoint(because: str) -> LocalReply:
         details="no_healthy_upstream",
         because=f"no healthy upstream: {because}",
     )
-
-
-def request_timeout(because: str) -> LocalReply:
-    """The client took too long."""
-    return LocalReply(408, b"request timeout", details="request_overall_timeout", because=because, close=True)
 
 
 def response_timeout(because: str) -> LocalReply:

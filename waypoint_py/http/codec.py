@@ -27,8 +27,8 @@ class RequestHead:
 
 @dataclass(slots=True)
 class RefusedHead:
-    """A request that must not go on: answer ``status`` (400, 413, 417, 426, 431, 501) with ``reason`` in the access log. ``request`` is
-    what could be read of it, for the log. HTTP/1.1: the connection closes after the answer."""
+    """A request that must not go on: answer ``status`` (400, 403, 408, 417, 426, 431, 501) with ``reason`` in the access log. ``request``
+    is what could be read of it, for the log. HTTP/1.1: the connection closes after the answer."""
 
     stream: int
     status: int
@@ -121,6 +121,13 @@ class Codec(Protocol):
 
 class ServerCodec(Codec, Protocol):
     """We answer."""
+
+    @property
+    def amid_head(self) -> bool:
+        """HTTP/1.1: a request's head has begun to come, and nothing else is waited for. The driver bounds how long."""
+
+    def give_up_head(self) -> Sequence[Event]:
+        """It has taken too long: a `RefusedHead` of 408."""
 
     def send_informational(self, stream: int, status: int, headers: Headers) -> None:
         """100 or 103. Ignored where the client cannot take it (HTTP/1.0)."""

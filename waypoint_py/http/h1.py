@@ -259,6 +259,8 @@ class _Http1(ABC):
         if reading is _HELD:
             return False
         since = self._scanned
+        if not since:
+            return True  # of what was held back nothing has been looked at
         self._scanned = len(buffer)
         if reading is _CHUNK_SIZE:
             return len(buffer) >= MAX_CHUNK_LINE or buffer.find(b"\r\n", max(0, since - 1)) >= 0
@@ -338,7 +340,7 @@ class _Http1(ABC):
             return at + 2
         end = window.find(_END)
         if end < 0:
-            if _has_flaw(window):
+            if window[:1] == b"\n" or _has_flaw(window):
                 return self._break("control character or bare line end in trailers", events)
             if len(window) >= size + len(_END):
                 return self._break("trailers too large", events)
@@ -666,6 +668,17 @@ class Http1Server(_Http1):
         self._active = False
         self._finish()
 
+    @property
+    def amid_head(self) -> bool:
+        return self._reading is _HEAD and bool(self._buffer)
+
+    def give_up_head(self) -> Sequence[Event]:
+        events: list[Event] = []
+        if self.amid_head:
+            self._buffer.clear()
+            self._refuse(BadHead("the head took too long", 408), events)
+        return events
+
     def receive_eof(self) -> Sequence[Event]:
         events: list[Event] = []
         if self._finished:
@@ -877,8 +890,7 @@ class Http1Client(_Http1):
             self._refuse(exc, events)
 
     def _take_informational(self, status: int, fields: _Fields, events: list[Event]) -> None:
-        if fields.coding is not None:
-            raise BadHead("transfer-encoding in a 1xx response")
+        _check_no_body(status, fields)
         response = Response(status, [pair for pair in fields.headers if pair[0] != b"content-length"])
         if status == 101:
             if self._upgrade is None or fields.upgrade != self._upgrade:
@@ -893,6 +905,8 @@ class Http1Client(_Http1):
             events.append(ResponseHead(self._stream, response, False))
 
     def _take_response(self, http10: bool, status: int, fields: _Fields, events: list[Event]) -> None:
+        if status == 204:
+            _check_no_body(status, fields)
         chunked = fields.coding is not None
         if fields.coding is not None:
             read_coding(fields.coding, length=fields.length is not None, http10=http10)
@@ -972,6 +986,15 @@ def _read_status_line(line: bytes) -> tuple[bool, int]:
     if not 100 <= number <= 599:
         raise BadHead(f"status {number}")
     return version == b"HTTP/1.0 ", number
+
+
+def _check_no_body(status: int, fields: _Fields) -> None:
+    """1xx and 204 end with their head (RFC 9112 section 6.3) and may say nothing of a body (RFC 9110 section 8.6). Who does has one in
+    mind, which would be taken for the next response. Raises BadHead, as Envoy does; a length of 0 is harmless and frequent."""
+    if fields.coding is not None:
+        raise BadHead(f"transfer-encoding in a response of {status}")
+    if fields.length:
+        raise BadHead(f"content-length in a response of {status}")
 
 
 def _split_absolute(target: bytes, method: bytes) -> tuple[bytes, bytes]:

@@ -598,6 +598,11 @@ class Http2Server(_Http2):
             return True
         return not self._streams and self._goaway_sent and self._last_accepted != MAX_STREAM_ID
 
+    amid_head = False
+
+    def give_up_head(self) -> Sequence[Event]:
+        return ()
+
     # --- requests ----------------------------------------------------------------------------------------------------------------------
 
     def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:

@@ -67,22 +67,27 @@ def _decode_slashes(path: bytes) -> bytes:
 
 
 def _spell(path: bytes) -> bytes:
-    """Escapes of unreserved characters undone, once, and what must be escaped escaped."""
+    """Escapes of unreserved characters undone, once, and what must be escaped escaped.
+
+    A percent sign that begins no escape stays one, unless what is undone behind it would make one of it: ``%%341`` is a percent sign and
+    41, not an A. Then it says so (``%2541``). Read from behind, each knows what it will stand before.
+    """
     first, *pieces = path.split(b"%")
-    spelt = [_escape(first)]
-    kept = 0
-    for piece in pieces:
+    spelt: list[bytes] = []
+    next_two = b""
+    for piece in reversed(pieces):
         digits = piece[:2]
         if digits in _UNDONE:
-            spelt.append(_UNDONE[digits] + _escape(piece[2:]))
+            text = _UNDONE[digits] + _escape(piece[2:])
         else:
-            spelt.append(b"%" + _escape(piece))
-            kept += digits in _ESCAPES
-    whole = b"".join(spelt)
-    if kept != len(pieces) and kept != sum(piece[:2] in _ESCAPES for piece in whole.split(b"%")[1:]):
-        # A percent sign that began no escape begins one now (%%341 became %41): it stands for itself, and must say so.
-        return _spell(b"%".join([first, *(piece if piece[:2] in _ESCAPES else b"25" + piece for piece in pieces)]))
-    return whole
+            text = b"%" + _escape(piece)
+            if digits not in _ESCAPES and (text[1:3] + next_two)[:2] in _ESCAPES:
+                text = b"%25" + text[1:]
+        spelt.append(text)
+        next_two = (text[:2] + next_two)[:2]
+    spelt.append(_escape(first))
+    spelt.reverse()
+    return b"".join(spelt)
 
 
 def _escape(text: bytes) -> bytes:

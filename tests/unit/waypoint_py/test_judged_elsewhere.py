@@ -109,6 +109,27 @@ def test_an_authorizer_sees_of_the_body_what_it_asks_for_and_the_application_all
     world.run(main)
 
 
+@pytest.mark.parametrize(("allowed", "status"), [(True, 200), (False, 403)])
+def test_a_client_that_waits_for_100_is_told_to_send_what_the_authorizer_wants_to_see(allowed: bool, status: int) -> None:
+    world = World()
+
+    async def main() -> None:
+        echo, authorizer = Echo(), Echo(lambda seen: (200 if allowed else 403, {}, b""))
+        async with world.application(echo) as address, world.application(authorizer) as second:
+            world.describe(world.endpoint(address))
+            _announce(world, second)
+            world.push(_custom(ExtAuthzHttp("shop", AUTHZ, 9000, max_request_bytes=100, timeout=5.0)))
+            stream = await world.open()
+            await stream.send_all(b"POST /guarded HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+            assert await stream.receive_some() == b"HTTP/1.1 100 Continue\r\n\r\n"
+            await stream.send_all(b"hello")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 %d " % status)
+            assert authorizer.seen[0].body == b"hello"
+            assert [seen.headers.get("expect") for seen in echo.seen] == ([None] if allowed else [])
+
+    world.run(main)
+
+
 def test_a_body_that_the_authorizer_cannot_see_whole_is_too_large() -> None:
     world = World()
 

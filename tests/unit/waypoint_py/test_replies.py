@@ -25,7 +25,7 @@ def _request(method: bytes = b"GET", **headers: bytes) -> Request:
         (replies.no_endpoint("x"), 503, b"no healthy upstream", ["UH"], "no_healthy_upstream"),
         (replies.response_timeout("x"), 504, b"upstream request timeout", ["UT"], "response_timeout"),
         (replies.per_try_timeout("x"), 504, b"upstream request timeout", ["UT"], "upstream_per_try_timeout"),
-        (replies.request_timeout("x"), 408, b"request timeout", [], "request_overall_timeout"),
+        (replies.refused_head(408, "x"), 408, b"request timeout", [], "request_header_timeout"),
         (replies.stream_timeout(request_complete=False), 408, b"stream timeout", ["SI"], "stream_idle_timeout"),
         (replies.stream_timeout(request_complete=True), 504, b"stream timeout", ["SI"], "stream_idle_timeout"),
         (replies.refused_head(431, "too large"), 431, b"", ["DPE"], "http1.headers_too_large"),
