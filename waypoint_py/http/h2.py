@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from struct import Struct
 from typing import Final
 
 from h2.settings import SettingCodes
@@ -288,14 +289,25 @@ class _Http2(ABC):
         settings = self._control.remote_settings
         self._max_frame_size = settings.max_frame_size
         self._peer_max_streams = min(settings.max_concurrent_streams, MAX_STREAM_ID)
-        self._writer.resize(settings.header_table_size)
-        self._connect_protocol = self._connect_protocol or _CONNECT_PROTOCOL in [payload[at : at + 6] for at in range(0, len(payload), 6)]
+        self._take_settings(payload)
         by = settings.initial_window_size - self._initial_send_window
         self._initial_send_window = settings.initial_window_size
         for stream in self._streams.values():  # RFC 9113 section 6.9.2: also below zero
             stream.send_window += by
             if stream.send_window > MAX_WINDOW:
                 raise RemoteProtocolError("SETTINGS widen a window beyond 2^31-1", ErrorCode.FLOW_CONTROL_ERROR)
+
+    def _take_settings(self, payload: bytes) -> None:
+        """Settings of which every value counts, not only the last (RFC 7541 section 4.2), and one that `Control` does not know."""
+        self._connect_protocol = bool(self._connect_protocol)
+        for at in range(0, len(payload), 6):
+            code, value = _SETTING.unpack_from(payload, at)
+            if code == SettingCodes.HEADER_TABLE_SIZE:
+                self._writer.resize(value)
+            elif code == SettingCodes.ENABLE_CONNECT_PROTOCOL:
+                if value > 1:
+                    raise RemoteProtocolError("ENABLE_CONNECT_PROTOCOL is neither 0 nor 1")
+                self._connect_protocol = self._connect_protocol or value == 1  # RFC 8441 section 3: never 0 again
 
     def on_ping(self, flags: int, payload: bytes) -> None:
         self._spend_courtesy("PING")
@@ -522,15 +534,15 @@ class _Http2(ABC):
 
     def _send_block(self, state: _Stream, pseudo: Headers, headers: Headers, *, end: bool) -> None:
         """Raises LocalProtocolError for a field that no peer would take, or that a peer's HTTP/1.1 side might take for two."""
-        names = b"".join([name for name, _ in headers])
+        names = [name for name, _ in headers]
         values = b"".join([value for _, value in (*pseudo, *headers)])
-        if values.translate(None, FIELD_TEXT) or names.translate(None, LOWER_TOKEN):
+        if values.translate(None, FIELD_TEXT) or b"".join(names).translate(None, LOWER_TOKEN) or b"" in names:
             raise LocalProtocolError("a header that HTTP/2 cannot carry")
         block = self._writer.write((*pseudo, *headers))
         self._write(header_frames(state.id, block, end_stream=end, max_frame_size=self._max_frame_size))
 
 
-_CONNECT_PROTOCOL: Final = b"\x00\x08\x00\x00\x00\x01"  # SETTINGS_ENABLE_CONNECT_PROTOCOL = 1
+_SETTING: Final = Struct(">HI")
 _MALFORMED: Final = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade", b""})
 _SPECIAL: Final = FRAMING | {b"te", b"expect", b"cookie", b""}
 _DEFAULTS: Final = ServerOptions()
@@ -840,8 +852,13 @@ class Http2Client(_Http2):
         """Raises LocalProtocolError when `capacity` is 0, and for what no request can carry."""
         if not self.capacity:
             raise LocalProtocolError("the server takes no more requests on this connection")
-        if request.path[:1] != b"/" and request.path != b"*":
+        method, path, authority = request.method, request.path, request.authority
+        if method == b"CONNECT" or not method or method.translate(None, TOKEN):
+            raise LocalProtocolError(f"method {method!r}")
+        if path[:1] != b"/" and path != b"*":
             raise LocalProtocolError("a path without a slash")
+        if b" " in path or b" " in authority or b"\t" in path or b"\t" in authority:
+            raise LocalProtocolError("a blank in path or authority")
         length = _length_of(request)
         if ended and length:
             raise LocalProtocolError(f"no body, where {length} bytes were said to come")
@@ -851,7 +868,7 @@ class Http2Client(_Http2):
             self._events.append(StreamReset(stream, ErrorCode.HTTP_1_1_REQUIRED, "the server takes no extended CONNECT", True))
             return stream
         state = _Stream(stream, self._stream_window, self._initial_send_window)
-        pseudo = [(b":method", request.method), (b":scheme", request.scheme), (b":authority", request.authority), (b":path", request.path)]
+        pseudo = [(b":method", method), (b":scheme", request.scheme), (b":authority", authority), (b":path", path)]
         headers = [pair for pair in request.headers if pair[0] not in _NOT_WRITTEN]
         if request.upgrade is not None:
             pseudo[0] = (b":method", b"CONNECT")
@@ -866,7 +883,7 @@ class Http2Client(_Http2):
             headers.append((b"expect", b"100-continue"))
         self._send_block(state, pseudo, headers, end=ended)
         state.sending = _ENDED if ended else _OPEN
-        state.head = request.method == b"HEAD"
+        state.head = method == b"HEAD"
         self._streams[stream] = state
         self._allow(2)
         return stream

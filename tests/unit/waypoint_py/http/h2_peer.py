@@ -56,9 +56,7 @@ def request(method: bytes = b"GET", path: bytes = b"/", headers: list[tuple[byte
 class Peer:
     """One of our codecs, and what a peer without manners sends it. What the codec sends is read by hyperframe and hpack."""
 
-    def __init__(
-        self, codec: Http2Client | Http2Server | None = None, settings: bytes = b"", *, options: ServerOptions | None = None
-    ) -> None:
+    def __init__(self, codec: Http2Client | Http2Server | None = None, settings: bytes = b"", *, options: ServerOptions = DEFAULTS) -> None:
         self.clock = StoppedClock()
         self.codec = codec or Http2Server(options, now=self.clock)
         self.encoder = Encoder()
@@ -112,6 +110,14 @@ class Peer:
         assert heard[-1].error_code == failure.code
         assert self.codec.finished
         return failure
+
+    def fails_again(self) -> int:
+        """A broken connection stays so; the code."""
+        try:
+            self.codec.receive(b"\0")
+        except RemoteProtocolError as exc:
+            return exc.code
+        raise AssertionError("taken")
 
 
 def frames_of(data: bytes) -> list[hyperframe.frame.Frame]:
