@@ -65,6 +65,8 @@ MIN_STREAMS_TO_JUDGE: Final = 500
 MAX_COURTESY: Final = 10_000
 
 _REMEMBERED_RESETS: Final = 1024
+_CROSSING: Final = 4
+"""Weightless frames on a stream that may have been sent before our reset was read: two informational responses, a head, and an end."""
 _OWN_PING: Final = b"\xffgoodbye"
 _OPEN, _SILENT, _ENDED = Direction.OPEN, Direction.SILENT, Direction.ENDED
 _UNCOUNTED: Final = -1
@@ -126,7 +128,7 @@ class _Http2(ABC):
         self._failure: RemoteProtocolError | None = None
         self._ended = False
         self._streams: dict[int, _Stream] = {}
-        self._reset_here: dict[int, None] = {}  # in order of age
+        self._reset_here: dict[int, int] = {}  # in order of age; how many weightless frames may still cross our reset
         self._stream_window = stream_window
         self._stream_credit_portion = stream_window // 4
         self._receive_window = CONNECTION_WINDOW
@@ -298,16 +300,19 @@ class _Http2(ABC):
                 raise RemoteProtocolError("SETTINGS widen a window beyond 2^31-1", ErrorCode.FLOW_CONTROL_ERROR)
 
     def _take_settings(self, payload: bytes) -> None:
-        """Settings of which every value counts, not only the last (RFC 7541 section 4.2), and one that `Control` does not know."""
+        """Settings of which not only the last value counts, and one that `Control` does not know."""
         self._connect_protocol = bool(self._connect_protocol)
-        for at in range(0, len(payload), 6):
-            code, value = _SETTING.unpack_from(payload, at)
-            if code == SettingCodes.HEADER_TABLE_SIZE:
-                self._writer.resize(value)
-            elif code == SettingCodes.ENABLE_CONNECT_PROTOCOL:
+        tables = []
+        for code, value in _SETTING.iter_unpack(payload):
+            if code == _HEADER_TABLE_SIZE:
+                tables.append(value)
+            elif code == _ENABLE_CONNECT_PROTOCOL:
                 if value > 1:
                     raise RemoteProtocolError("ENABLE_CONNECT_PROTOCOL is neither 0 nor 1")
                 self._connect_protocol = self._connect_protocol or value == 1  # RFC 8441 section 3: never 0 again
+        if tables:  # RFC 7541 section 4.2: down to the smallest the peer may have evicted
+            self._writer.resize(min(tables))
+            self._writer.resize(tables[-1])
 
     def on_ping(self, flags: int, payload: bytes) -> None:
         self._spend_courtesy("PING")
@@ -338,7 +343,7 @@ class _Http2(ABC):
                 self._refresh_connection_credit()
         state = self._streams.get(stream)
         if state is None or state.receiving is not _OPEN:
-            self._on_data_out_of_place(stream, state)
+            self._on_data_out_of_place(stream, state, weightless=not (charged or piece))
             return
         if charged:
             state.receive_window -= charged
@@ -360,9 +365,9 @@ class _Http2(ABC):
         if end:
             self._on_end(state, [])
 
-    def _on_data_out_of_place(self, stream: int, state: _Stream | None) -> None:
+    def _on_data_out_of_place(self, stream: int, state: _Stream | None, *, weightless: bool) -> None:
         if state is None:
-            self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED)
+            self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED, weightless=weightless)
         elif state.receiving is _SILENT:
             self._fail_stream(stream, ErrorCode.PROTOCOL_ERROR, "DATA before a head")
         else:
@@ -470,13 +475,22 @@ class _Http2(ABC):
 
     # --- shared ends -------------------------------------------------------------------------------------------------------------------
 
-    def _on_frame_of_no_stream(self, stream: int, *, answer: int | None) -> None:
+    def _on_frame_of_no_stream(self, stream: int, *, answer: int | None, weightless: bool = False) -> None:
+        """``weightless``: it has no byte that a window would hold back."""
         if self._is_idle(stream):
             raise RemoteProtocolError(f"a frame on stream {stream}, which nobody opened")
-        if answer is not None and stream not in self._reset_here:
+        if answer is None:
+            return
+        crossing = self._reset_here.get(stream)
+        if crossing is None:
             self._patience.spend(patience.STALE_FRAME, "frames on closed streams")
             self._write(rst_stream_frame(stream, answer))
             self._remember_reset(stream)
+        elif weightless:
+            if crossing:
+                self._reset_here[stream] = crossing - 1
+            else:
+                self._patience.spend(patience.STALE_FRAME, "frames on closed streams")
 
     def _fail_stream(self, stream: int, code: int, reason: str) -> None:
         """The peer broke the rules of one stream: the others must not suffer."""
@@ -495,7 +509,7 @@ class _Http2(ABC):
         self._remember_reset(stream)
 
     def _remember_reset(self, stream: int) -> None:
-        self._reset_here[stream] = None
+        self._reset_here[stream] = _CROSSING
         if len(self._reset_here) > _REMEMBERED_RESETS:
             del self._reset_here[next(iter(self._reset_here))]
 
@@ -543,6 +557,7 @@ class _Http2(ABC):
 
 
 _SETTING: Final = Struct(">HI")
+_HEADER_TABLE_SIZE, _ENABLE_CONNECT_PROTOCOL = int(SettingCodes.HEADER_TABLE_SIZE), int(SettingCodes.ENABLE_CONNECT_PROTOCOL)
 _MALFORMED: Final = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade", b""})
 _SPECIAL: Final = FRAMING | {b"te", b"expect", b"cookie", b""}
 _DEFAULTS: Final = ServerOptions()
@@ -615,7 +630,7 @@ class Http2Server(_Http2):
     def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:
         if stream <= self._highest or stream % 2 == 0:
             if stream in self._reset_here:  # trailers that crossed our reset
-                self._patience.spend(patience.STALE_FRAME, "HEADERS on closed streams")
+                self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED, weightless=True)
                 return
             raise RemoteProtocolError(f"HEADERS on stream {stream} after {self._highest}")
         self._highest = stream
@@ -947,7 +962,7 @@ class Http2Client(_Http2):
             self._events.append(ResponseHead(state.id, Response(status, headers), False))
 
     def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:
-        self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED)
+        self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED, weightless=True)
 
     def on_goaway(self, last_stream: int, code: int) -> None:
         """RFC 9113 section 6.8: a later GOAWAY may only lower the last stream."""

@@ -82,7 +82,7 @@ class Peer:
         self.events += events
         return events
 
-    def head(self, stream: int, fields: Fields, *, end: bool = True, huffman: bool = True) -> bytes:
+    def head(self, stream: int, fields: Fields, *, end: bool = True, huffman: bool = False) -> bytes:
         """A head as HEADERS, and CONTINUATIONs if it is large."""
         return header_frames(stream, self.encoder.encode(fields, huffman=huffman), end_stream=end, max_frame_size=16384)
 
