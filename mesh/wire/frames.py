@@ -279,7 +279,8 @@ class FrameSplitter:
             raise RemoteProtocolError("PUSH_PROMISE, which nobody may send here")
         else:  # unknown types are ignored (RFC 9113 section 4.1), PRIORITY means nothing any more (section 5.3.2)
             if kind == FrameType.PRIORITY and (stream == 0 or length != 5):
-                raise RemoteProtocolError(f"PRIORITY of {length} bytes on stream {stream}", ErrorCode.FRAME_SIZE_ERROR)
+                code = ErrorCode.FRAME_SIZE_ERROR if stream else ErrorCode.PROTOCOL_ERROR
+                raise RemoteProtocolError(f"PRIORITY of {length} bytes on stream {stream}", code)
             self._skip(length)
             self._sink.on_ignored(kind)
 
@@ -392,6 +393,8 @@ def _unwrapped(payload: bytes, flags: int) -> bytes:
         start, end = 1, end - payload[0]
     if flags & PRIORITY_FLAG:
         start += 5
+        if start > len(payload):
+            raise RemoteProtocolError("HEADERS too short for their priority", ErrorCode.FRAME_SIZE_ERROR)
     if start > end:
-        raise RemoteProtocolError("HEADERS with more padding or less priority than fits")
+        raise RemoteProtocolError("HEADERS with more padding than fits")
     return payload[start:end]

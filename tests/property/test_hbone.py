@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mesh.testing.hbone import StoppedClock, deliver, joined
 from mesh.wire.errors import RemoteProtocolError
-from mesh.wire.frames import PREFACE, FrameType, frame_header, header_frames, rst_stream_frame, window_update_frame
+from mesh.wire.frames import PREFACE, FrameType, frame_header, header_frames, window_update_frame
 from mesh.wire.hbone import (
     HboneClient,
     HboneConnection,
@@ -30,6 +30,7 @@ from mesh.wire.hbone import (
     TunnelResponded,
     WindowOpened,
 )
+from tests.property.http2_frames import frames, mutated
 
 SETTINGS = frame_header(0, FrameType.SETTINGS, 0, 0)
 
@@ -60,65 +61,6 @@ _FIELDS = [
     [("checksum", "1")],
     [("Upper", "x"), ("connection", "close")],
 ]
-_STREAMS = st.sampled_from([1, 1, 1, 3, 3, 5, 7, 0, 2, 99])
-
-
-@st.composite
-def frames(draw: st.DrawFn) -> list[bytes]:
-    encoder = Encoder()
-    wire: list[bytes] = []
-    for _ in range(draw(st.integers(0, 12))):
-        stream = draw(_STREAMS)
-        kind = draw(
-            st.sampled_from(["headers", "headers", "data", "data", "fragments", "window", "reset", "settings", "ping", "goaway", "raw"])
-        )
-        match kind:
-            case "headers" | "fragments":
-                block = encoder.encode(draw(st.sampled_from(_FIELDS)), huffman=draw(st.booleans()))
-                size = 16384 if kind == "headers" else draw(st.integers(1, 20))
-                wire.append(header_frames(stream, block, end_stream=draw(st.booleans()), max_frame_size=size))
-            case "data":
-                flags = draw(st.sampled_from([0, 0, 1, 8, 9]))
-                padding = draw(st.integers(0, 9)) if flags & 8 else 0
-                payload = draw(st.binary(max_size=40))
-                body = (bytes([padding]) if flags & 8 else b"") + payload + bytes(padding)
-                wire.append(frame_header(len(body), FrameType.DATA, flags, stream) + body)
-            case "window":
-                wire.append(window_update_frame(stream, draw(st.sampled_from([0, 1, 1000, 2**31 - 1]))))
-            case "reset":
-                wire.append(rst_stream_frame(stream, draw(st.sampled_from([0, 1, 8, 2**32 - 1]))))
-            case "settings":
-                body = draw(st.binary(max_size=18))
-                wire.append(frame_header(len(body), FrameType.SETTINGS, draw(st.integers(0, 1)), 0) + body)
-                window = b"\0\4" + draw(st.integers(0, 2**31 - 1)).to_bytes(4)
-                wire.append(frame_header(6, FrameType.SETTINGS, 0, 0) + window)
-            case "ping":
-                wire.append(frame_header(8, FrameType.PING, draw(st.integers(0, 1)), 0) + draw(st.binary(min_size=8, max_size=8)))
-            case "goaway":
-                wire.append(frame_header(8, FrameType.GOAWAY, 0, 0) + draw(st.binary(min_size=8, max_size=8)))
-            case _:
-                body = draw(st.binary(max_size=20))
-                wire.append(frame_header(len(body), draw(st.integers(0, 12)), draw(st.integers(0, 255)), stream) + body)
-    return wire
-
-
-@st.composite
-def mutated(draw: st.DrawFn) -> bytes:
-    wire = bytearray(b"".join(draw(frames())))
-    for _ in range(draw(st.integers(0, 5))):
-        if not wire:
-            break
-        at = draw(st.integers(0, len(wire) - 1))
-        match draw(st.sampled_from(["flip", "drop", "double", "insert"])):
-            case "flip":
-                wire[at] ^= draw(st.integers(1, 255))
-            case "drop":
-                del wire[at : at + draw(st.integers(1, 10))]
-            case "double":
-                wire[at:at] = wire[at : at + draw(st.integers(1, 30))]
-            case _:
-                wire[at:at] = draw(st.binary(max_size=10))
-    return bytes(wire)
 
 
 def run(core: HboneConnection, wire: bytes, cuts: list[int]) -> tuple[list[HboneEvent], bytes, str | None]:
@@ -146,7 +88,8 @@ CORES = pytest.mark.parametrize(
     [(new_server, PREFACE + SETTINGS + opening(*_FIELDS[0])), (new_client, SETTINGS + opening((":status", "200")))],
     ids=["server", "client"],
 )
-WIRES = frames().map(b"".join) | mutated()
+FRAMES = frames(_FIELDS)
+WIRES = FRAMES.map(b"".join) | mutated(FRAMES)
 New = Callable[[], HboneConnection]
 
 
@@ -159,7 +102,7 @@ def test_arbitrary_bytes_raise_nothing_but_the_protocol_error(core: New, start: 
 
 @CORES
 @settings(max_examples=400)
-@given(wire=mutated())
+@given(wire=mutated(FRAMES))
 def test_mutated_frames_raise_nothing_but_the_protocol_error(core: New, start: bytes, wire: bytes) -> None:
     run(core(), start + wire, [])
 
@@ -191,7 +134,7 @@ def test_byte_by_byte_is_one_way_of_cutting(core: New, start: bytes, wire: bytes
 
 @CORES
 @settings(max_examples=300)
-@given(wire=frames())
+@given(wire=FRAMES)
 def test_events_keep_the_order_of_a_tunnels_life(core: New, start: bytes, wire: list[bytes]) -> None:
     """Request or response, payload, one end: for every stream, whatever the peer sends."""
     connection = core()
@@ -275,8 +218,8 @@ _ALONE = st.builds(
 LONE_FRAMES = st.lists(_ALONE, min_size=1, max_size=12)
 PIECES = st.one_of(
     LONE_FRAMES,
-    st.lists(st.one_of(frames().map(b"".join), LONE_FRAMES.map(b"".join)), max_size=6),
-    st.lists(frames(), max_size=4).map(lambda several: [frame for each in several for frame in each]),
+    st.lists(st.one_of(FRAMES.map(b"".join), LONE_FRAMES.map(b"".join)), max_size=6),
+    st.lists(FRAMES, max_size=4).map(lambda several: [frame for each in several for frame in each]),
 )
 
 

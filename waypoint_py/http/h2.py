@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from struct import Struct
 from typing import Final
 
 from h2.settings import SettingCodes
@@ -64,6 +65,8 @@ MIN_STREAMS_TO_JUDGE: Final = 500
 MAX_COURTESY: Final = 10_000
 
 _REMEMBERED_RESETS: Final = 1024
+_CROSSING: Final = 4
+"""Weightless frames on a stream that may have been sent before our reset was read: two informational responses, a head, and an end."""
 _OWN_PING: Final = b"\xffgoodbye"
 _OPEN, _SILENT, _ENDED = Direction.OPEN, Direction.SILENT, Direction.ENDED
 _UNCOUNTED: Final = -1
@@ -125,7 +128,7 @@ class _Http2(ABC):
         self._failure: RemoteProtocolError | None = None
         self._ended = False
         self._streams: dict[int, _Stream] = {}
-        self._reset_here: dict[int, None] = {}  # in order of age
+        self._reset_here: dict[int, int] = {}  # in order of age; how many weightless frames may still cross our reset
         self._stream_window = stream_window
         self._stream_credit_portion = stream_window // 4
         self._receive_window = CONNECTION_WINDOW
@@ -288,14 +291,28 @@ class _Http2(ABC):
         settings = self._control.remote_settings
         self._max_frame_size = settings.max_frame_size
         self._peer_max_streams = min(settings.max_concurrent_streams, MAX_STREAM_ID)
-        self._writer.resize(settings.header_table_size)
-        self._connect_protocol = self._connect_protocol or _CONNECT_PROTOCOL in [payload[at : at + 6] for at in range(0, len(payload), 6)]
+        self._take_settings(payload)
         by = settings.initial_window_size - self._initial_send_window
         self._initial_send_window = settings.initial_window_size
         for stream in self._streams.values():  # RFC 9113 section 6.9.2: also below zero
             stream.send_window += by
             if stream.send_window > MAX_WINDOW:
                 raise RemoteProtocolError("SETTINGS widen a window beyond 2^31-1", ErrorCode.FLOW_CONTROL_ERROR)
+
+    def _take_settings(self, payload: bytes) -> None:
+        """Settings of which not only the last value counts, and one that `Control` does not know."""
+        self._connect_protocol = bool(self._connect_protocol)
+        tables = []
+        for code, value in _SETTING.iter_unpack(payload):
+            if code == _HEADER_TABLE_SIZE:
+                tables.append(value)
+            elif code == _ENABLE_CONNECT_PROTOCOL:
+                if value > 1:
+                    raise RemoteProtocolError("ENABLE_CONNECT_PROTOCOL is neither 0 nor 1")
+                self._connect_protocol = self._connect_protocol or value == 1  # RFC 8441 section 3: never 0 again
+        if tables:  # RFC 7541 section 4.2: down to the smallest the peer may have evicted
+            self._writer.resize(min(tables))
+            self._writer.resize(tables[-1])
 
     def on_ping(self, flags: int, payload: bytes) -> None:
         self._spend_courtesy("PING")
@@ -326,7 +343,7 @@ class _Http2(ABC):
                 self._refresh_connection_credit()
         state = self._streams.get(stream)
         if state is None or state.receiving is not _OPEN:
-            self._on_data_out_of_place(stream, state)
+            self._on_data_out_of_place(stream, state, weightless=not (charged or piece))
             return
         if charged:
             state.receive_window -= charged
@@ -348,9 +365,9 @@ class _Http2(ABC):
         if end:
             self._on_end(state, [])
 
-    def _on_data_out_of_place(self, stream: int, state: _Stream | None) -> None:
+    def _on_data_out_of_place(self, stream: int, state: _Stream | None, *, weightless: bool) -> None:
         if state is None:
-            self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED)
+            self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED, weightless=weightless)
         elif state.receiving is _SILENT:
             self._fail_stream(stream, ErrorCode.PROTOCOL_ERROR, "DATA before a head")
         else:
@@ -458,13 +475,22 @@ class _Http2(ABC):
 
     # --- shared ends -------------------------------------------------------------------------------------------------------------------
 
-    def _on_frame_of_no_stream(self, stream: int, *, answer: int | None) -> None:
+    def _on_frame_of_no_stream(self, stream: int, *, answer: int | None, weightless: bool = False) -> None:
+        """``weightless``: it has no byte that a window would hold back."""
         if self._is_idle(stream):
             raise RemoteProtocolError(f"a frame on stream {stream}, which nobody opened")
-        if answer is not None and stream not in self._reset_here:
+        if answer is None:
+            return
+        crossing = self._reset_here.get(stream)
+        if crossing is None:
             self._patience.spend(patience.STALE_FRAME, "frames on closed streams")
             self._write(rst_stream_frame(stream, answer))
             self._remember_reset(stream)
+        elif weightless:
+            if crossing:
+                self._reset_here[stream] = crossing - 1
+            else:
+                self._patience.spend(patience.STALE_FRAME, "frames on closed streams")
 
     def _fail_stream(self, stream: int, code: int, reason: str) -> None:
         """The peer broke the rules of one stream: the others must not suffer."""
@@ -483,7 +509,7 @@ class _Http2(ABC):
         self._remember_reset(stream)
 
     def _remember_reset(self, stream: int) -> None:
-        self._reset_here[stream] = None
+        self._reset_here[stream] = _CROSSING
         if len(self._reset_here) > _REMEMBERED_RESETS:
             del self._reset_here[next(iter(self._reset_here))]
 
@@ -522,15 +548,16 @@ class _Http2(ABC):
 
     def _send_block(self, state: _Stream, pseudo: Headers, headers: Headers, *, end: bool) -> None:
         """Raises LocalProtocolError for a field that no peer would take, or that a peer's HTTP/1.1 side might take for two."""
-        names = b"".join([name for name, _ in headers])
+        names = [name for name, _ in headers]
         values = b"".join([value for _, value in (*pseudo, *headers)])
-        if values.translate(None, FIELD_TEXT) or names.translate(None, LOWER_TOKEN):
+        if values.translate(None, FIELD_TEXT) or b"".join(names).translate(None, LOWER_TOKEN) or b"" in names:
             raise LocalProtocolError("a header that HTTP/2 cannot carry")
         block = self._writer.write((*pseudo, *headers))
         self._write(header_frames(state.id, block, end_stream=end, max_frame_size=self._max_frame_size))
 
 
-_CONNECT_PROTOCOL: Final = b"\x00\x08\x00\x00\x00\x01"  # SETTINGS_ENABLE_CONNECT_PROTOCOL = 1
+_SETTING: Final = Struct(">HI")
+_HEADER_TABLE_SIZE, _ENABLE_CONNECT_PROTOCOL = int(SettingCodes.HEADER_TABLE_SIZE), int(SettingCodes.ENABLE_CONNECT_PROTOCOL)
 _MALFORMED: Final = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade", b""})
 _SPECIAL: Final = FRAMING | {b"te", b"expect", b"cookie", b""}
 _DEFAULTS: Final = ServerOptions()
@@ -608,7 +635,7 @@ class Http2Server(_Http2):
     def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:
         if stream <= self._highest or stream % 2 == 0:
             if stream in self._reset_here:  # trailers that crossed our reset
-                self._patience.spend(patience.STALE_FRAME, "HEADERS on closed streams")
+                self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED, weightless=True)
                 return
             raise RemoteProtocolError(f"HEADERS on stream {stream} after {self._highest}")
         self._highest = stream
@@ -845,8 +872,13 @@ class Http2Client(_Http2):
         """Raises LocalProtocolError when `capacity` is 0, and for what no request can carry."""
         if not self.capacity:
             raise LocalProtocolError("the server takes no more requests on this connection")
-        if request.path[:1] != b"/" and request.path != b"*":
+        method, path, authority = request.method, request.path, request.authority
+        if method == b"CONNECT" or not method or method.translate(None, TOKEN):
+            raise LocalProtocolError(f"method {method!r}")
+        if path[:1] != b"/" and path != b"*":
             raise LocalProtocolError("a path without a slash")
+        if b" " in path or b" " in authority or b"\t" in path or b"\t" in authority:
+            raise LocalProtocolError("a blank in path or authority")
         length = _length_of(request)
         if ended and length:
             raise LocalProtocolError(f"no body, where {length} bytes were said to come")
@@ -856,7 +888,7 @@ class Http2Client(_Http2):
             self._events.append(StreamReset(stream, ErrorCode.HTTP_1_1_REQUIRED, "the server takes no extended CONNECT", True))
             return stream
         state = _Stream(stream, self._stream_window, self._initial_send_window)
-        pseudo = [(b":method", request.method), (b":scheme", request.scheme), (b":authority", request.authority), (b":path", request.path)]
+        pseudo = [(b":method", method), (b":scheme", request.scheme), (b":authority", authority), (b":path", path)]
         headers = [pair for pair in request.headers if pair[0] not in _NOT_WRITTEN]
         if request.upgrade is not None:
             pseudo[0] = (b":method", b"CONNECT")
@@ -871,7 +903,7 @@ class Http2Client(_Http2):
             headers.append((b"expect", b"100-continue"))
         self._send_block(state, pseudo, headers, end=ended)
         state.sending = _ENDED if ended else _OPEN
-        state.head = request.method == b"HEAD"
+        state.head = method == b"HEAD"
         self._streams[stream] = state
         self._allow(2)
         return stream
@@ -935,7 +967,7 @@ class Http2Client(_Http2):
             self._events.append(ResponseHead(state.id, Response(status, headers), False))
 
     def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:
-        self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED)
+        self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED, weightless=True)
 
     def on_goaway(self, last_stream: int, code: int) -> None:
         """RFC 9113 section 6.8: a later GOAWAY may only lower the last stream."""
