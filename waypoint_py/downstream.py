@@ -63,8 +63,7 @@ class HttpConnection:
         self._idle_timer = plane.reactor.call_later(IDLE_SECONDS, self._on_idle)
         self._head_timer: Timer | None = None
         self._linger: Timer | None = None
-        if plane.draining:
-            codec.go_away()
+        self._winding_down = False
 
     def start(self, early: bytes = b"") -> None:
         """Listen to the client; ``early``: what it has said already."""
@@ -78,6 +77,13 @@ class HttpConnection:
     def active(self) -> int:
         """Requests under way."""
         return len(self._exchanges)
+
+    def wind_down(self) -> None:
+        """The next answer is the last, and says so. Unlike `go_away` this closes no connection that a client may be about to ask on."""
+        if self._serial and not self._exchanges:
+            self._winding_down = True
+        else:
+            self.go_away()
 
     def go_away(self) -> None:
         """Take no further requests; those under way go on."""
@@ -240,6 +246,8 @@ class HttpConnection:
             exchange.gone("downstream_remote_disconnect", reset.reason)
 
     def _head_came(self) -> None:
+        if self._winding_down:
+            self._codec.go_away()
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
