@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Final, Protocol
 
 import msgspec
@@ -48,6 +48,16 @@ class Shop(Protocol):
 
     def replace_waypoints(self) -> str:
         """Replace one pod of the waypoint after the other, each when the one before is ready again; how, for who reads."""
+
+
+@contextmanager
+def visiting(shop: Shop) -> Iterator[Visitors]:
+    """Visitors of the shop as long as the context lasts. Raises Unmet."""
+    visitors = Visitors(shop.start("client", *VISIT))
+    try:
+        yield visitors
+    finally:
+        visitors.close()
 
 
 class _Told(msgspec.Struct, frozen=True):
@@ -199,19 +209,16 @@ class RequestClaims:
     # --- the waypoint's own end
 
     def _replaced(self) -> None:
-        with self._shop.applied("two-nodes-waypoint/two-replicas.yaml"), ExitStack() as clean_up:
+        with self._shop.applied("two-nodes-waypoint/two-replicas.yaml"):
             self._shop.settle(lambda: len(self._shop.waypoint_logs()) == 2 and self._ask().status == 200)
-            self._claim(
-                "two waypoints are restarted one after the other under load without a failed request", lambda: self._live_on(clean_up)
-            )
+            self._claim("two waypoints are replaced one after the other under load without a failed request", self._live_on)
 
-    def _live_on(self, clean_up: ExitStack) -> str:
-        visitors = Visitors(self._shop.start("client", *VISIT))
-        clean_up.callback(visitors.close)
-        if not self._shop.settle(lambda: min(self._visits().values(), default=0) > 0 and len(self._visits()) == 2):
-            raise Unmet(f"requests do not pass two waypoints: {self._visits()}")
-        how = self._shop.replace_waypoints()
-        return f"{how}; {visitors.check()}"
+    def _live_on(self) -> str:
+        with visiting(self._shop) as visitors:
+            if not self._shop.settle(lambda: len(self._visits()) == 2 and min(self._visits().values()) > 0):
+                raise Unmet(f"requests do not pass two waypoints: {self._visits()}")
+            how = self._shop.replace_waypoints()
+            return f"{how}; {visitors.check()}"
 
     def _visits(self) -> dict[str, int]:
         return {pod: sum("/visit" in line for line in lines) for pod, lines in self._shop.waypoint_logs().items()}
