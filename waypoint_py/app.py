@@ -256,6 +256,7 @@ class Waypoint:
         seconds = float(self._config.drain)
         _log.info("draining", seconds=seconds, connections=self._plane.counts.connections)
         # Agents go on sending here until the control plane has told them of another waypoint; to close now would refuse those connections.
+        self.listener.wind_down()
         await trio.sleep(min(_STILL_TAKEN, seconds / 5))
         self.listener.drain()
         for sock in sockets:
@@ -305,6 +306,8 @@ class Waypoint:
         self._xds_metrics.received(update.type_url, len(update.raw))
         if update.type_url == ADDRESS:
             changes = self._state.apply(update.delta)
+            if changes.services:
+                self.listener.wind_down_leavers()
             if changes.workloads:
                 self._pool.forget(self._is_gone)
         elif self._plane.store.apply(update.delta):

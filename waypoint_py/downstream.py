@@ -64,6 +64,7 @@ class HttpConnection:
         self._head_timer: Timer | None = None
         self._linger: Timer | None = None
         self._unread = 0  # what the client had not taken when it was last looked for
+        self._winding_down = False
 
     def start(self, early: bytes = b"") -> None:
         """Listen to the client; ``early``: what it has said already."""
@@ -78,6 +79,13 @@ class HttpConnection:
     def active(self) -> int:
         """Requests under way."""
         return len(self._exchanges)
+
+    def wind_down(self) -> None:
+        """The next answer is the last, and says so. Unlike `go_away` this closes no connection that a client may be about to ask on."""
+        if self._serial and not self._exchanges:
+            self._winding_down = True
+        else:
+            self.go_away()
 
     def go_away(self) -> None:
         """Take no further requests; those under way go on."""
@@ -207,6 +215,8 @@ class HttpConnection:
                     else:
                         self.guard(exchange, lambda e=exchange, d=event.data: e.body(d))  # type: ignore[misc]
                 case RequestHead():
+                    if self._winding_down:
+                        self._codec.go_away()
                     exchange = Exchange(self, event.stream, event.request, ended=event.ended)
                     exchanges[event.stream] = exchange
                     begun.append(exchange)
@@ -221,6 +231,8 @@ class HttpConnection:
                         if exchange in begun:
                             begun.remove(exchange)
                 case RefusedHead():
+                    if self._winding_down:
+                        self._codec.go_away()
                     exchange = Exchange(self, event.stream, event.request, ended=True)
                     exchanges[event.stream] = exchange
                     self.guard(exchange, lambda e=exchange, r=event: e.refuse(r.status, r.reason))  # type: ignore[misc]

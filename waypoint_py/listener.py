@@ -24,7 +24,7 @@ from mesh.runtime.env import host_and_port
 from mesh.telemetry.log import get_logger
 from mesh.tls.peer import verify_sole_client
 from mesh.wire.hbone import Limits
-from waypoint_py.admission import Refused, ToService, ToWorkload, admit
+from waypoint_py.admission import Refused, ToService, ToWorkload, admit, fronts
 from waypoint_py.client_hello import NotYet, find_server_name
 from waypoint_py.context import Connection
 from waypoint_py.credentials import Credentials
@@ -101,8 +101,20 @@ class HboneListener:
         """HBONE connections."""
         return len(self._links)
 
+    def wind_down(self) -> None:
+        """Still take connections; tell every client with its next answer to go elsewhere."""
+        self.plane.draining = True
+        for carried in list(self.carried):
+            carried.wind_down()
+
+    def wind_down_leavers(self) -> None:
+        """The same for clients of services that the mesh sends elsewhere by now: before we lose the configuration of these (`_let_go`)."""
+        for carried in [each for each in self.carried if each.is_leaving]:
+            carried.wind_down()
+
     def drain(self) -> None:
-        """Take no new connections; tell every peer to go elsewhere with its next one, and every client with its next request."""
+        """Take no new connections; tell every peer to go elsewhere with its next one, and every client with its next request, or now if it
+        has none under way."""
         self.plane.draining = True
         for listener in self._listeners:
             listener.finish()
@@ -302,6 +314,20 @@ class Carried:
         service = self._facts.service
         return service is not None and self._plane.store.find_service(str(service.key)) is None
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the mesh sends clients of its service past us."""
+        if self._facts.service is None:
+            return False
+        plane = self._plane
+        service = plane.state.find_service(self._facts.service.key)
+        return service is None or not fronts(plane.state, plane.us(), service)
+
+    def wind_down(self) -> None:
+        """One more answer; a connection that is none of HTTP goes on."""
+        if isinstance(self._taken, HttpConnection):
+            self._taken.wind_down()
+
     def go_away(self) -> None:
         """No further requests; a connection that is none of HTTP goes on."""
         if self._taken is None and self._only_http and not self._early:
@@ -379,6 +405,8 @@ class Carried:
         serial = carries is Carries.HTTP1
         codec = Http1Server(SERVER_OPTIONS) if serial else Http2Server(SERVER_OPTIONS, now=plane.reactor.now)
         connection = self._taken = HttpConnection(plane, self._stream, codec, facts, serial=serial, on_gone=self._forget)
+        if plane.draining or self.is_leaving:
+            connection.wind_down()
         connection.start(early)
 
     def _forget(self) -> None:

@@ -26,7 +26,7 @@ _MAX_LOG: Final = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """``state``: waiting (``because`` says for what), running, pausing (before another start), ended."""
+    """``state``: waiting (``because`` says for what), running, ending (told to end), pausing (before another start), ended."""
 
     name: str
     state: str = "waiting"
@@ -91,8 +91,13 @@ class LabProcess:
         return True
 
     def restart(self) -> None:
-        """End the process, or the pause before its next start."""
-        if not self.signal(signal.SIGTERM):
+        """End the process, or the pause before its next start.
+
+        It counts as running no more before it has ended: in a cluster too a pod that is told to end leaves its services at once.
+        """
+        if self.signal(signal.SIGTERM):
+            self._set("ending", pid=self._status.pid)
+        else:
             self._restart_now.set()
 
     def tail(self, lines: int = 15) -> list[str]:

@@ -13,7 +13,7 @@ from meshctl_py.lab.assign import CONTROL_PLANE
 from meshctl_py.lab.enter import Entry
 from meshctl_py.lab.home import LabHome
 from meshctl_py.lab.network import Wires
-from meshctl_py.lab.spec import DEFAULT_GRACE, Cluster, Container, EnvVar, PodSpec
+from meshctl_py.lab.spec import Cluster, Container, EnvVar, PodSpec
 
 MONITORING: Final = 15014
 ISTIOD_HOST: Final = "istiod.istio-system.svc"
@@ -21,6 +21,8 @@ WAYPOINT: Final = "waypoint-py"
 """The command of a waypoint's container, as it is deployed everywhere."""
 GRACE: Final = 5.0
 """Seconds a program of the mesh has to end by itself when the lab goes."""
+WAYPOINT_GRACE: Final = 10
+"""The same for waypoints. Theirs is longer because for a fifth of it they still take connections, until agents know that they are going."""
 
 
 def istiod(home: LabHome, wires: Wires, source: Path) -> Entry:
@@ -92,7 +94,7 @@ def _equip(pod: PodSpec, home: LabHome, directory: str) -> PodSpec:
     told = {
         **_control_plane(home),
         "AUTH_TOKEN": str(home.tokens / f"pod_{pod.key.namespace}_{pod.key.name}.token"),
-        "TERMINATION_DRAIN_DURATION_SECONDS": str(DEFAULT_GRACE - 1),
+        "TERMINATION_DRAIN_DURATION_SECONDS": str(WAYPOINT_GRACE - 1),
     }
 
     def equip(container: Container) -> Container:
@@ -105,7 +107,7 @@ def _equip(pod: PodSpec, home: LabHome, directory: str) -> PodSpec:
             return told_all  # somebody's own, by an overlay
         return replace(told_all, argv=(sys.executable, "-m", "waypoint_py"), directory=directory)
 
-    return replace(pod, containers=tuple(map(equip, pod.containers)), grace=DEFAULT_GRACE)
+    return replace(pod, containers=tuple(map(equip, pod.containers)), grace=WAYPOINT_GRACE)
 
 
 def make_agent_directories(home: LabHome, node: str) -> None:

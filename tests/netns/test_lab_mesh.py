@@ -173,7 +173,7 @@ def demo(**options: Any) -> subprocess.Popen[str]:
 def test_every_claim_of_the_demo_holds() -> None:
     running = demo()
     output, _ = running.communicate(timeout=180)
-    assert output.splitlines()[-1] == "21 passed, 0 failed", output
+    assert output.splitlines()[-1] == "45 passed, 0 failed", output
     assert running.returncode == 0
     assert not (own_labs() / f"demo-{running.pid}").exists()
 

@@ -3,53 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
-from jwt.algorithms import RSAAlgorithm
 
 from mesh.testing.lab import Lab, running_lab, wait_until
+from meshctl_py.lab.demo.examples import EXAMPLES, read_example
+from meshctl_py.lab.demo.tokens import Issuer
 
 pytestmark = pytest.mark.netns
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "two-nodes"
-VERSIONED_WEB = Path(__file__).with_name("versioned_web.py")
 WAYPOINT = "spiffe://cluster.local/ns/shop/sa/waypoint"
 CLIENT, STRANGER = "shop/client", "shop/stranger"
-
-VERSION = """\
-apiVersion: v1
-kind: Pod
-metadata: {name: web-VERSION, namespace: shop, labels: {app: web, version: VERSION}}
-spec:
-  nodeName: n2
-  serviceAccountName: server
-  containers:
-    - name: web
-      command: [python3, apps/versioned_web.py, "8080", VERSION]
-      readinessProbe: {tcpSocket: {port: 8080}}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web-VERSION, namespace: shop}
-spec: {selector: {app: web, version: VERSION}, ports: [{name: http, port: 80, targetPort: 8080}]}
----
-"""
-WEB = """\
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}
-"""
 
 
 class Answer(NamedTuple):
@@ -65,11 +35,14 @@ class Answer(NamedTuple):
         return found
 
 
+def example(name: str, **values: str) -> str:
+    return read_example(f"two-nodes-waypoint/{name}.yaml", **values)
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with running_lab(EXAMPLE, tmp_path_factory.mktemp("waypoint")) as lab:
-        shutil.copy(VERSIONED_WEB, lab.source / "apps")
-        lab.write("web.yaml", "".join(VERSION.replace("VERSION", version) for version in ("v1", "v2")) + WEB)
+    with running_lab(EXAMPLES / "two-nodes", tmp_path_factory.mktemp("waypoint")) as lab:
+        lab.write("web.yaml", example("versions"))
         lab.label("shop", "istio.io/dataplane-mode=ambient")
         wait_until(lambda: len(lab.pods_in_mesh()) == 6, "the pods of the shop are captured")
         told = lab.meshctl("waypoint", "apply", "-n", "shop", "--enroll-namespace", "--wait", "--lab", lab.name, timeout=120).stdout
@@ -167,23 +140,9 @@ def test_bodies_pass_in_both_directions(lab: Lab) -> None:
 
 # Routes
 
-HTTP_ROUTE = """\
-apiVersion: gateway.networking.k8s.io/v1
-kind: HTTPRoute
-metadata: {name: web, namespace: shop}
-spec:
-  parentRefs: [{group: "", kind: Service, name: web, port: 80}]
-  rules:
-    - matches: [{headers: [{name: x-version, value: v2}]}]
-      backendRefs: [{name: web-v2, port: 80}]
-    - backendRefs:
-        - {name: web-v1, port: 80, weight: 90}
-        - {name: web-v2, port: 80, weight: 10}
-"""
-
 
 def test_an_http_route_splits_and_matches_headers(lab: Lab) -> None:
-    with objects(lab, HTTP_ROUTE):
+    with objects(lab, example("split")):
         split = Counter(answer.told["version"] for answer in ask_often(lab, 200))
         # 20 are expected; five standard deviations are 21.
         assert 2 <= split["v2"] <= 41
@@ -192,32 +151,8 @@ def test_an_http_route_splits_and_matches_headers(lab: Lab) -> None:
         assert chosen == {"v2": 20}
 
 
-VIRTUAL_SERVICE = """\
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: web, namespace: shop}
-spec:
-  hosts: [web]
-  http:
-    - match: [{headers: {x-fault: {exact: abort}}}]
-      fault: {abort: {httpStatus: 418, percentage: {value: 100}}}
-      route: [{destination: {host: web-v1}}]
-    - match: [{headers: {x-fault: {exact: delay}}}]
-      fault: {delay: {fixedDelay: 1s, percentage: {value: 100}}}
-      route: [{destination: {host: web-v1}}]
-    - match: [{headers: {x-retry: {exact: none}}}]
-      retries: {attempts: 0}
-      route: [{destination: {host: web-v1}}]
-    - match: [{uri: {prefix: /slow}}]
-      timeout: 0.2s
-      route: [{destination: {host: web-v1}}]
-    - retries: {attempts: 2, retryOn: 5xx}
-      route: [{destination: {host: web-v1}}]
-"""
-
-
 def test_a_virtual_service_makes_faults_and_hides_those_of_the_application(lab: Lab) -> None:
-    with objects(lab, VIRTUAL_SERVICE):
+    with objects(lab, example("faults")):
         assert ask(lab, "http://web/", "-H", "x-fault: abort") == Answer(418, "fault filter abort")
         began = time.monotonic()
         assert ask(lab, "http://web/", "-H", "x-fault: delay").status == 200
@@ -259,17 +194,7 @@ def test_a_subset_is_the_pods_with_its_labels(lab: Lab) -> None:
 
 # Policies
 
-READERS = """\
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: readers, namespace: shop}
-spec:
-  targetRefs: [{group: "", kind: Service, name: web}]
-  action: ALLOW
-  rules:
-    - from: [{source: {principals: [cluster.local/ns/shop/sa/client]}}]
-      to: [{operation: {methods: [GET]}}]
-"""
+READERS = example("readers")
 DENIED = Answer(403, "RBAC: access denied")
 
 
@@ -297,20 +222,8 @@ def test_a_policy_that_cannot_be_understood_denies_until_it_can(lab: Lab) -> Non
         wait_until(lambda: ask(lab).status == 200, "the policy that was mended allows")
 
 
-KEY, ANOTHER = (rsa.generate_private_key(65537, 2048) for _ in range(2))
-JWKS = json.dumps({"keys": [{**RSAAlgorithm.to_jwk(KEY.public_key(), as_dict=True), "kid": "one", "alg": "RS256", "use": "sig"}]})
-AUTHENTICATION = f"""\
-apiVersion: security.istio.io/v1
-kind: RequestAuthentication
-metadata: {{name: tokens, namespace: shop}}
-spec:
-  targetRefs: [{{group: "", kind: Service, name: web}}]
-  jwtRules:
-    - issuer: https://issuer.test
-      audiences: [shop]
-      jwks: '{JWKS}'
-      outputClaimToHeaders: [{{header: x-group, claim: group}}]
-"""
+ISSUER = Issuer()
+AUTHENTICATION = example("tokens", JWKS=ISSUER.key_set)
 BUYERS = """\
 ---
 apiVersion: security.istio.io/v1
@@ -322,25 +235,12 @@ spec:
     - from: [{source: {requestPrincipals: ["https://issuer.test/*"]}}]
       when: [{key: "request.auth.claims[group]", values: [buyers]}]
 """
-BY_CLAIM = """\
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: web, namespace: shop}
-spec:
-  hosts: [web]
-  http:
-    - match: [{headers: {x-group: {exact: buyers}}}]
-      route: [{destination: {host: web-v2}}]
-    - route: [{destination: {host: web-v1}}]
-"""
+BY_CLAIM = "---\n" + example("by-claim")
 
 
-def bearer(key: rsa.RSAPrivateKey = KEY, **claims: object) -> tuple[str, str]:
+def bearer(issuer: Issuer = ISSUER, **claims: object) -> tuple[str, str]:
     """Options of curl that present a token."""
-    usual = {"iss": "https://issuer.test", "sub": "ann", "aud": "shop", "exp": int(time.time()) + 600, "group": "buyers"}
-    token = jwt.encode({**usual, **claims}, key, "RS256", headers={"kid": "one"})
-    return "-H", f"authorization: Bearer {token}"
+    return "-H", f"authorization: Bearer {issuer.sign(**claims)}"
 
 
 def test_tokens_are_proved_and_refused_with_what_is_wrong(lab: Lab) -> None:
@@ -348,7 +248,7 @@ def test_tokens_are_proved_and_refused_with_what_is_wrong(lab: Lab) -> None:
         valid = ask(lab, "http://web/", *bearer())
         assert (valid.status, valid.told["headers"]["x-group"]) == (200, "buyers")
         assert "authorization" not in valid.told["headers"]
-        assert ask(lab, "http://web/", *bearer(ANOTHER)) == Answer(401, "Jwt verification fails")
+        assert ask(lab, "http://web/", *bearer(Issuer())) == Answer(401, "Jwt verification fails")
         assert ask(lab, "http://web/", *bearer(exp=int(time.time()) - 600)) == Answer(401, "Jwt is expired")
         assert ask(lab, "http://web/", *bearer(aud="bank")) == Answer(403, "Audiences in Jwt are not allowed")
         assert ask(lab).status == 200, "who has none passes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import trio
@@ -1107,6 +1108,49 @@ def test_draining_lets_requests_end_and_takes_no_more() -> None:
             assert second.bodies[stream] == b"ok"
             assert await idle.stream.receive_some() == b""
             await world.until(lambda: not world.listener.links)
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("leaves", ["the waypoint", "the service"])
+def test_clients_are_told_to_go_with_an_answer_before_they_are_cut_off(leaves: str) -> None:
+    """Who asks at the moment when an idle connection is closed gets no answer at all."""
+    world = World()
+
+    async def main() -> None:
+        async with world.application(Echo()) as address:
+            world.describe(world.endpoint(address))
+            link = await world.link()
+            kept, unused = await world.client(link=link), await world.client(link=link)
+            await kept.send("/a")
+            assert "connection" not in (await kept.answer()).headers
+            if leaves == "the waypoint":
+                world.listener.wind_down()
+            else:
+                (service,) = world.state.find_services_by_hostname(HOST, "shop")
+                world.state.apply(Delta(services=(replace(service, waypoint=None),)))
+                world.listener.wind_down_leavers()
+            late = await world.client(link=link)
+            for client in (kept, unused, late):
+                await client.send("/b")
+                answer = await client.answer()
+                assert (answer.status, answer.headers["connection"]) == (200, "close")
+                assert await client.stream.receive_some() == b""
+
+    world.run(main)
+
+
+def test_clients_of_a_service_that_stays_are_not_told_to_go() -> None:
+    world = World()
+
+    async def main() -> None:
+        async with world.application(Echo()) as address:
+            world.describe(world.endpoint(address))
+            client = await world.client()
+            for _ in range(2):
+                world.listener.wind_down_leavers()
+                await client.send("/")
+                assert "connection" not in (await client.answer()).headers
 
     world.run(main)
 
