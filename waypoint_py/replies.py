@@ -29,6 +29,14 @@ _REASONS: Final = {
 }
 """The body's word, the details' word, the flag."""
 
+_OF_CODEC: Final = {
+    400: b"Bad Request",
+    413: b"Payload Too Large",
+    426: b"Upgrade Required",
+    431: b"Request Header Fields Too Large",
+    501: b"Not Implemented",
+}
+
 # Situations without variables, in the order of a request's life
 
 
@@ -40,7 +48,7 @@ def refused_head(status: int, reason: str) -> LocalReply:
     """A request that the codec did not let through."""
     if status == 408:
         return LocalReply(408, b"request timeout", details="request_header_timeout", because=reason, close=True)
-    body = {400: b"Bad Request", 413: b"Payload Too Large", 426: b"Upgrade Required", 501: b"Not Implemented"}.get(status, b"")
+    body = _OF_CODEC.get(status, b"")
     details = "http1.headers_too_large" if status == 431 else f"http.codec_error.{reason.replace(' ', '_')[:100]}"
     return LocalReply(status, body, flags=(Flag.DOWNSTREAM_PROTOCOL_ERROR,), details=details, because=reason, close=True)
 

