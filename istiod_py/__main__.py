@@ -45,6 +45,13 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
     "--debounce-ms", default=100, type=click.IntRange(0, 10_000), help="Changes that come within so many milliseconds are one push."
 )
 @click.option(
+    "--jwks-refresh",
+    default=1200,
+    type=click.IntRange(1, 7 * 24 * 3600),
+    metavar="SECONDS",
+    help="Until a key set of tokens (jwksUri) is fetched again.",
+)
+@click.option(
     "--trusted-node-account",
     "trusted",
     multiple=True,
@@ -69,6 +76,7 @@ def main(
     status_dir: Path | None,
     waypoint_image: str | None,
     debounce_ms: int,
+    jwks_refresh: int,
     trusted: tuple[str, ...],
     read_secrets: bool,
 ) -> None:
@@ -94,6 +102,7 @@ def main(
         cluster_id=cluster_id,
         root_namespace=root_namespace,
         debounce=debounce_ms / 1000,
+        jwks_refresh=float(jwks_refresh),
         kubeconfig=kubeconfig or "",
         trusted_node_accounts=frozenset(trusted),
         read_secrets=read_secrets,

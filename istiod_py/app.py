@@ -149,7 +149,7 @@ class Istiod:
         self._pushed = self._registry.counter("pilot_xds_pushes", "Pushes that changed a type", ("type",))
         self._add_metrics()
         self._translation = Translation()
-        self._keys = KeySetKeeper()
+        self._keys = KeySetKeeper(refresh=config.jwks_refresh)
         self._leaving, self._departures = trio.open_memory_channel[tuple[float, Changes]](math.inf)
 
     # Source to push

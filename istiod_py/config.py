@@ -29,6 +29,8 @@ class Config:
     cluster_id: str = "Kubernetes"
     root_namespace: str = "istio-system"
     debounce: float = 0.1
+    jwks_refresh: float = 20 * 60.0
+    """Until a key set that was fetched is fetched again. Istio's default."""
     kubeconfig: str = ""
     """``in-cluster``, or the path of a kubeconfig; instead of ``source``."""
     trusted_node_accounts: frozenset[str] = frozenset({"istio-system/ztunnel"})

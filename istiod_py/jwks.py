@@ -23,6 +23,8 @@ REFRESH: Final = 20 * 60.0
 """Seconds after which a set is fetched again. This and the next are Istio's."""
 RETRY: Final = (60.0, 3600.0)
 """Seconds until a failed fetch is tried again, doubled each time up to the second."""
+FIRST_RETRY: Final = 1.0
+"""The same where there is no set yet: tokens are refused meanwhile, and its server may have come with the policy and be starting."""
 KEPT: Final = 7 * 24 * 3600.0
 """Seconds that a set which nobody wants is remembered: a policy that comes back must not start with no keys."""
 SPREAD: Final = 0.1
@@ -68,8 +70,9 @@ class _Entry:
 class KeySetKeeper:
     """Told what is wanted, and has what there is."""
 
-    def __init__(self, fetch: Fetch = fetch_from_outside, *, rng: random.Random | None = None) -> None:
+    def __init__(self, fetch: Fetch = fetch_from_outside, *, refresh: float = REFRESH, rng: random.Random | None = None) -> None:
         self._fetch = fetch
+        self._refresh = refresh
         self._rng = rng or random.Random()
         self._entries: dict[KeySource, _Entry] = {}
         self._wanted: Mapping[KeySource, float] = {}
@@ -183,13 +186,14 @@ class KeySetKeeper:
     def _note_keys(self, source: KeySource, entry: _Entry, keys: str) -> None:
         news = keys != entry.keys or bool(entry.problem)
         entry.keys, entry.problem, entry.failures = keys, "", 0
-        entry.due = trio.current_time() + self._spread(REFRESH)
+        entry.due = trio.current_time() + self._spread(self._refresh)
         if news:
             _log.info("key_set.fetched", source=source.uri or source.issuer)
             self._tell()
 
     def _note_failure(self, source: KeySource, entry: _Entry, because: str) -> None:
         first, longest = RETRY
+        first = FIRST_RETRY if entry.keys is None else min(first, self._refresh)
         pause = self._spread(min(longest, first * 2**entry.failures))
         entry.failures = min(entry.failures + 1, 16)
         entry.due = trio.current_time() + pause

@@ -65,17 +65,27 @@ def _in_lab(command: Callable[Concatenate[Lab, _P], _T]) -> Callable[_P, _T]:
 @click.option("--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds until everything must be ready.")
 @click.option("--keep", is_flag=True, help="Leave the lab running when not everything becomes ready in time.")
 @click.option("--movers", type=click.IntRange(1, 64), help="Data plane processes of each agent; by default one per CPU, at most 4.")
+@click.option("--istiod-arg", "istiod", metavar="ARG", multiple=True, help="More of the control plane's command line; repeat.")
 @click.option("--copy", is_flag=True, help="Follow a copy of DIR, which goes with the lab; 'lab status' shows where it is.")
 @click.option("--foreground", is_flag=True, help="Stay until Ctrl-C, which ends the lab.")
 @_refusing
-def up(directory: Path, name: str | None, timeout: float, keep: bool, movers: int | None, copy: bool, foreground: bool) -> None:
+def up(
+    directory: Path,
+    name: str | None,
+    timeout: float,
+    keep: bool,
+    movers: int | None,
+    istiod: tuple[str, ...],
+    copy: bool,
+    foreground: bool,
+) -> None:
     """Build the cluster that the YAML files in DIR describe, and wait until it is ready.
 
     Changes to the files are followed while the lab runs. Ctrl-C before it is ready removes everything.
     """
     began = time.monotonic()
     signal.signal(signal.SIGTERM, _interrupt)
-    options = UpOptions(patience=timeout, keep=keep, movers=movers, copy=copy, tied=foreground)
+    options = UpOptions(patience=timeout, keep=keep, movers=movers, istiod=istiod, copy=copy, tied=foreground)
     with start_lab(directory, name or name_from_directory(directory), options) as starting, render.progress() as progress:
         try:
             for event in starting:

@@ -100,13 +100,15 @@ class StartingLab:
 class UpOptions:
     """See `LabConfig`. ``patience`` in seconds; ``movers`` None: the agent's own choice.
 
-    ``copy``: the lab follows a copy of the directory, which goes with it. ``agents``: more of their environment.
+    ``copy``: the lab follows a copy of the directory, which goes with it. ``agents``: more of their environment. ``istiod``: more options
+    of its command line.
     """
 
     patience: float = 60.0
     keep: bool = False
     movers: int | None = None
     agents: Mapping[str, str] = field(default_factory=dict)
+    istiod: tuple[str, ...] = ()
     with_mesh: bool = True
     tied: bool = False
     copy: bool = False
@@ -134,6 +136,7 @@ def start_lab(directory: Path, name: str, options: UpOptions) -> StartingLab:
             with_mesh=options.with_mesh,
             movers=options.movers,
             agents=options.agents,
+            istiod=options.istiod,
             patience=options.patience,
             keep=options.keep,
             tied=options.tied,

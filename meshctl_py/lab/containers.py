@@ -40,11 +40,15 @@ class Place:
 
     def entry(self, argv: tuple[str, ...], hostname: str, directory: str | None = None) -> Entry:
         """A command in this place; relative directories are the source's, so that a lab's programs lie beside its YAML."""
-        binds = tuple((str(self.files / name), f"/etc/{name}") for name in ETC_FILES)
-        return Entry(argv, (str(self.netns),), str(self.hide), binds, hostname, str(self.source / (directory or "")))
+        return Entry(argv, (str(self.netns),), str(self.hide), etc_binds(self.files), hostname, str(self.source / (directory or "")))
 
 
 ETC_FILES: Final = ("resolv.conf", "hosts", "nsswitch.conf")
+
+
+def etc_binds(files: Path) -> tuple[tuple[str, str], ...]:
+    """What lays a directory's /etc files over the machine's."""
+    return tuple((str(files / name), f"/etc/{name}") for name in ETC_FILES)
 
 
 def write_etc_files(directory: Path, hostname: str, ips: tuple[str, ...], namespace: str) -> None:

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
@@ -27,7 +27,8 @@ class LabConfig:
 
     ``with_mesh`` False leaves control plane and agents out: nodes, pods, VIPs and DNS alone. ``patience``: seconds until everything must
     be ready; then the lab ends, unless ``keep``. ``tied``: it also ends when its starter does, however that ends. ``user_namespace``: the
-    lab has one of its own, because no root started it. ``agents``: variables that every agent's environment has besides.
+    lab has one of its own, because no root started it. ``agents``: variables that every agent's environment has besides. ``istiod``:
+    options that the control plane's command line has besides.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LabConfig:
     with_mesh: bool = True
     movers: int | None = None
     agents: Mapping[str, str] = field(default_factory=dict)
+    istiod: Sequence[str] = ()
     patience: float = 60.0
     keep: bool = False
     tied: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -10,12 +11,14 @@ from typing import Final
 from mesh.model import ports
 from mesh.model.labels import GATEWAY_MANAGED, MESH_CONTROLLER
 from meshctl_py.lab.assign import CONTROL_PLANE
+from meshctl_py.lab.containers import etc_binds
 from meshctl_py.lab.enter import Entry
 from meshctl_py.lab.home import LabHome
 from meshctl_py.lab.network import Wires
 from meshctl_py.lab.spec import Cluster, Container, EnvVar, PodSpec
 
 MONITORING: Final = 15014
+ISTIOD: Final = "istiod"
 ISTIOD_HOST: Final = "istiod.istio-system.svc"
 WAYPOINT: Final = "waypoint-py"
 """The command of a waypoint's container, as it is deployed everywhere."""
@@ -25,13 +28,16 @@ WAYPOINT_GRACE: Final = 10
 """The same for waypoints. Theirs is longer because for a fifth of it they still take connections, until agents know that they are going."""
 
 
-def istiod(home: LabHome, wires: Wires, source: Path) -> Entry:
-    """The control plane, in a namespace of its own. It reads what the lab and all agents report, also those of nodes yet to come."""
+def istiod(home: LabHome, wires: Wires, source: Path, further: Sequence[str]) -> Entry:
+    """The control plane, in a namespace of its own, where it resolves names as a pod does: key sets may be in the cluster.
+
+    It reads what the lab and all agents report, also those of nodes yet to come. ``further``: more of its command line.
+    """
     command = ("--source", str(source), "--overlay", str(home.status), "--state-dir", str(home.istiod))
     where = ("--listen", f"{CONTROL_PLANE[0]}:{ports.XDS_AND_CA}", "--monitoring", f":{MONITORING}")
     deploys = ("--deploy-dir", str(home.deployed), "--status-dir", str(home.status_of("istiod")))
-    argv = (sys.executable, "-m", "istiod_py", *command, *where, *deploys, "--token-dir", str(home.tokens))
-    return Entry(argv, (str(wires.control_plane),), hostname="istiod")
+    argv = (sys.executable, "-m", "istiod_py", *command, *where, *deploys, "--token-dir", str(home.tokens), *further)
+    return Entry(argv, (str(wires.control_plane),), str(home.netns), etc_binds(home.files / ISTIOD), hostname=ISTIOD)
 
 
 def ztunnel(home: LabHome, wires: Wires, node: str) -> Entry:

@@ -103,6 +103,7 @@ class World:
         self._with_mesh = config.with_mesh
         self._movers = config.movers
         self._agents_environment = config.agents
+        self._istiod_options = config.istiod
         self._cluster = Cluster()
         self._assignments = Assignments()
         self._pods: dict[PodKey, _Pod] = {}
@@ -111,7 +112,8 @@ class World:
         """The movers that run beside the agents, by node."""
         self._istiod: _Program | None = None
         self._published: dict[ObjectKey, Mapping[str, object]] = {}
-        self._rules: dict[str, tuple[VirtualPort, ...]] = {}
+        self._rules: dict[Path, tuple[VirtualPort, ...]] = {}
+        """What was applied, by network namespace."""
         self._built: dict[str, NodeAssignment] = {}
         """Nodes whose namespaces are there."""
         self._broken: dict[str, str] = {}
@@ -125,8 +127,9 @@ class World:
         if self._with_mesh:
             await trio.to_thread.run_sync(network.add_control_plane, self.wires)
             health = (self.wires.control_plane, str(CONTROL_PLANE[0]), programs.MONITORING, "/ready")
-            entry = programs.istiod(self.home, self.wires, self.source)
-            self._istiod = self._start_program("istiod", entry, base_environment(), health)
+            write_etc_files(self.home.files / programs.ISTIOD, programs.ISTIOD, tuple(map(str, CONTROL_PLANE)), "default")
+            entry = programs.istiod(self.home, self.wires, self.source, self._istiod_options)
+            self._istiod = self._start_program(programs.ISTIOD, entry, base_environment(), health)
         nursery.start_soon(self._publish_for_ever)
 
     async def reconcile(self) -> None:
@@ -201,7 +204,7 @@ class World:
         if target == "router":
             return self._infrastructure_entry(Path("/proc/self/ns/net"), "router", argv)
         if target == "istiod" and self._istiod is not None:
-            return self._infrastructure_entry(self.wires.control_plane, "istiod", argv)
+            return self._infrastructure_entry(self.wires.control_plane, programs.ISTIOD, argv)
         known = ", ".join(["router", *self._assignments.nodes, *map(str, self._assignments.pods)])
         where = "" if namespace is None else f" in namespace {namespace}"
         return f"there is no pod or node {name}{where} (there are: {known})"
@@ -257,7 +260,7 @@ class World:
             if name in started:
                 await started.pop(name).task.end()
         await trio.to_thread.run_sync(network.remove_node, self.wires, name)
-        self._rules.pop(name, None)
+        self._rules.pop(self.wires.node(name), None)
         self._published.pop(ObjectKey("Node", "", name), None)
         remove_overlay(self.home.status_of("lab"), "Node", "", name)
 
@@ -368,14 +371,17 @@ class World:
 
     async def _apply_services(self) -> None:
         table = self._virtual_ports()
-        for name, node in list(self._built.items()):
-            if self._rules.get(name) == table:
+        places = {self.wires.node(name): node.ips for name, node in self._built.items()}
+        if self._istiod is not None:
+            places[self.wires.control_plane] = CONTROL_PLANE
+        for place, ips in places.items():
+            if self._rules.get(place) == table:
                 continue
             try:
-                await trio.to_thread.run_sync(apply_services, self.wires.node(name), plan_services(table, node.ips))
-                self._rules[name] = table
+                await trio.to_thread.run_sync(apply_services, place, plan_services(table, ips))
+                self._rules[place] = table
             except CannotBuild as exc:
-                log.error("services.failed", node=name, error=str(exc))
+                log.error("services.failed", place=place.name, error=str(exc))
 
     def _publish(self, key: ObjectKey, patch: Mapping[str, object]) -> None:
         if self._published.get(key) != patch:

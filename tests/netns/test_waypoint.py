@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
 
 import pytest
 
-from mesh.testing.lab import Lab, running_lab, wait_until
-from meshctl_py.lab.demo.examples import EXAMPLES, read_example
+from mesh.testing.lab import Lab, wait_until
+from mesh.testing.waypoints import (
+    CLIENT,
+    DENIED,
+    STRANGER,
+    WAYPOINT,
+    Answer,
+    access_lines,
+    ask,
+    ask_often,
+    lines_of,
+    objects,
+    passes,
+    running_shop,
+)
+from meshctl_py.lab.demo.examples import read_example
 from meshctl_py.lab.demo.tokens import Issuer
 
 pytestmark = pytest.mark.netns
-
-WAYPOINT = "spiffe://cluster.local/ns/shop/sa/waypoint"
-CLIENT, STRANGER = "shop/client", "shop/stranger"
-
-
-class Answer(NamedTuple):
-    """What a client got. ``status`` 0: no answer; ``text`` says why then."""
-
-    status: int
-    text: str
-
-    @property
-    def told(self) -> dict[str, Any]:
-        """What the server says of itself and the request."""
-        found: dict[str, Any] = json.loads(self.text)
-        return found
 
 
 def example(name: str, **values: str) -> str:
@@ -41,70 +36,8 @@ def example(name: str, **values: str) -> str:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with running_lab(EXAMPLES / "two-nodes", tmp_path_factory.mktemp("waypoint")) as lab:
-        lab.write("web.yaml", example("versions"))
-        lab.label("shop", "istio.io/dataplane-mode=ambient")
-        wait_until(lambda: len(lab.pods_in_mesh()) == 6, "the pods of the shop are captured")
-        told = lab.meshctl("waypoint", "apply", "-n", "shop", "--enroll-namespace", "--wait", "--lab", lab.name, timeout=120).stdout
-        assert "✅ waypoint shop/waypoint is ready!" in told
-        wait_until(lambda: passes(lab), "connections pass the waypoint")
+    with running_shop(tmp_path_factory.mktemp("waypoint")) as lab:
         yield lab
-
-
-def ask(lab: Lab, url: str = "http://web/", *options: str, client: str = CLIENT) -> Answer:
-    done = lab.curl(client, url, "-w", "\n%{http_code}", *options)
-    text, _, status = done.stdout.rpartition("\n")
-    return Answer(int(status), text.strip() or done.stderr.strip())
-
-
-def ask_often(lab: Lab, times: int, url: str = "http://web/", *options: str) -> list[Answer]:
-    """One connection after the other."""
-    separator = "\x1e"
-    quoted = " ".join(f"'{option}'" for option in (*options, url))
-    script = f"for i in $(seq {times}); do curl -sS -m 15 -w '\\n%{{http_code}}{separator}' {quoted}; done"
-    done = lab.run(CLIENT, "sh", "-c", script, timeout=120)
-    found = []
-    for each in done.stdout.split(separator)[:-1]:
-        text, _, status = each.rpartition("\n")
-        found.append(Answer(int(status), text.strip()))
-    return found
-
-
-def passes(lab: Lab, url: str = "http://web/") -> bool:
-    """Whether a request passes the waypoint: applications see no such header otherwise."""
-    answer = ask(lab, url)
-    return answer.status == 200 and "x-request-id" in answer.told["headers"]
-
-
-@contextmanager
-def objects(lab: Lab, text: str, *, mistaken: bool = False) -> Iterator[None]:
-    """These are there, and gone afterwards, at the waypoint too. ``mistaken``: something is wrong with them, and must be told of."""
-    before = told_of(lab)
-    lab.write("tested.yaml", text)
-    wait_until(lambda: (told := told_of(lab)) != before and told == told_of(lab), "the waypoint is told all of it")
-    problems = [problem for problem in lab.status()["problems"] if problem["file"].endswith("tested.yaml")]
-    assert bool(problems) is mistaken, problems
-    try:
-        yield
-    finally:
-        lab.remove("tested.yaml")
-        wait_until(lambda: told_of(lab) == before, "the waypoint is told that it is gone")
-
-
-def told_of(lab: Lab) -> object:
-    """The waypoint's configuration as it is served."""
-    dump = json.loads(lab.run("shop/waypoint-0", "curl", "-sS", "localhost:15000/config_dump").stdout)
-    return dump["resources"]
-
-
-def lines_of(lab: Lab, *words: str) -> list[str]:
-    """Lines of the waypoint's access log that hold all the words."""
-    return [line for line in access_lines(lab, "shop/waypoint-0") if all(word in line for word in words)]
-
-
-def access_lines(lab: Lab, pod: str) -> list[str]:
-    """Envoy's format begins with the time in brackets."""
-    return [line for line in lab.log(pod).splitlines() if line.startswith("[2")]
 
 
 # The way
@@ -195,7 +128,6 @@ def test_a_subset_is_the_pods_with_its_labels(lab: Lab) -> None:
 # Policies
 
 READERS = example("readers")
-DENIED = Answer(403, "RBAC: access denied")
 
 
 def test_a_principal_may_read_and_not_write_and_another_may_neither(lab: Lab) -> None:

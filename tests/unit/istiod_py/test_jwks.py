@@ -51,8 +51,8 @@ class Steady(random.Random):
 
 
 @asynccontextmanager
-async def running(web: Web) -> AsyncGenerator[KeySetKeeper, None]:
-    keeper = KeySetKeeper(web.fetch, rng=Steady())
+async def running(web: Web, refresh: float = REFRESH) -> AsyncGenerator[KeySetKeeper, None]:
+    keeper = KeySetKeeper(web.fetch, refresh=refresh, rng=Steady())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(keeper.run)
         yield keeper
@@ -103,12 +103,39 @@ def test_a_set_that_cannot_be_renewed_stays_and_the_reason_is_told() -> None:
 def test_failures_are_tried_again_after_one_minute_up_to_sixty() -> None:
     async def main() -> None:
         web = Web()
+        async with running(web) as keeper:
+            keeper.want({SOURCE: 5.0})
+            await wait_until(lambda: SOURCE in keeper.key_sets, keeper)
+            web.answers.clear()
+            await trio.sleep(6 * 3600)
+            assert web.times[:10] == [REFRESH, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+            assert keeper.key_sets == {SOURCE: KEYS}
+
+    run(main)
+
+
+def test_a_set_that_was_never_had_is_tried_again_at_once_and_seldom_later() -> None:
+    async def main() -> None:
+        web = Web()
         web.answers.clear()
         async with running(web) as keeper:
             keeper.want({SOURCE: 5.0})
             await trio.sleep(5 * 3600)
-            assert web.times[:9] == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+            assert web.times[:14] == [*(2**power for power in range(12)), 3600, 3600]
             assert keeper.key_sets == {}
+
+    run(main)
+
+
+def test_a_set_can_be_renewed_oftener_and_its_failures_are_then_no_reason_to_wait_longer() -> None:
+    async def main() -> None:
+        web = Web()
+        async with running(web, refresh=5.0) as keeper:
+            keeper.want({SOURCE: 5.0})
+            await trio.sleep(11)
+            web.answers.clear()
+            await trio.sleep(40)
+            assert web.times[:5] == [5, 5, 5, 5, 10]
 
     run(main)
 
@@ -247,7 +274,7 @@ def test_more_sources_than_can_be_looked_after_are_not_taken() -> None:
         async with running(web) as keeper:
             keeper.want({KeySource(f"https://h{index}.example.com/"): 5.0 for index in range(MAX_SOURCES + 50)})
             await trio.sleep(30)
-            assert len(web.asked) == MAX_SOURCES
+            assert len({url for _, url in web.asked}) == MAX_SOURCES
 
     run(main)
 
