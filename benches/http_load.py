@@ -266,12 +266,15 @@ class _GrpcTalk:
         return times, self._http2.take_answers() + self._begin(now)
 
 
+_Kept: TypeAlias = tuple[socket.socket, _Talk]
+
+
 class HttpClient(load.Client):
     """Keeps its connections from one piece of work to the next."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: dict[tuple[str, int, str, int], list[tuple[socket.socket, _Talk]]] = {}
+        self._kept: dict[tuple[object, ...], list[_Kept]] = {}
 
     def ask(
         self, host: str, port: int, protocol: str, path: str, fields: Fields, parallel: int, seconds: float, rate: float = 0
@@ -280,24 +283,35 @@ class HttpClient(load.Client):
         connections, gRPC on one. Percentiles are in seconds.
         """
         connections, each = (parallel, 1) if protocol == HTTP1 else (1, parallel)
-        key = (host, port, protocol, connections)
+        key = (host, port, protocol, path, *fields.items(), connections)
         kept = self._kept.setdefault(key, [])
-        while len(kept) < connections:
-            sock = socket.create_connection((host, port), timeout=load.PATIENCE)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            make: type[_Http1Talk | _GrpcTalk] = _Http1Talk if protocol == HTTP1 else _GrpcTalk
-            talk = make(f"{host}:{port}", path, fields)
-            _one(sock, talk)
-            kept.append((sock, talk))
-        began = time.perf_counter()
         try:
+            while len(kept) < connections:
+                sock = socket.create_connection((host, port), timeout=load.PATIENCE)
+                kept.append((sock, talk := _talk(protocol, f"{host}:{port}", path, fields)))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _one(sock, talk)
+            began = time.perf_counter()
             times = _paced(*kept[0], seconds, rate) if rate else _saturated(kept, each, seconds)
         except OSError:
-            for sock, _ in self._kept.pop(key):
-                sock.close()
+            _close(self._kept.pop(key))
             raise
-        took = time.perf_counter() - began
-        return {"seconds": took, "requests": len(times), **load.percentiles(times)}
+        return {"seconds": time.perf_counter() - began, "requests": len(times), **load.percentiles(times)}
+
+    def close(self) -> None:
+        """All that is kept."""
+        for kept in self._kept.values():
+            _close(kept)
+        self._kept.clear()
+
+
+def _talk(protocol: str, host: str, path: str, fields: Fields) -> _Talk:
+    return _Http1Talk(host, path, fields) if protocol == HTTP1 else _GrpcTalk(host, path, fields)
+
+
+def _close(kept: list[_Kept]) -> None:
+    for sock, _ in kept:
+        sock.close()
 
 
 def _one(sock: socket.socket, talk: _Talk) -> float:
@@ -325,7 +339,7 @@ def _paced(sock: socket.socket, talk: _Talk, seconds: float, rate: float) -> lis
     return times
 
 
-def _saturated(connections: list[tuple[socket.socket, _Talk]], each: int, seconds: float) -> list[float]:
+def _saturated(connections: list[_Kept], each: int, seconds: float) -> list[float]:
     """The next request begins when one has ended."""
     epoll, clock, times = select.epoll(), time.perf_counter, list[float]()
     by_descriptor = {sock.fileno(): (sock, talk) for sock, talk in connections}
