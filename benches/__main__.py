@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from benches import machine, relay, render, wire
-from benches.figures import bulk, connections, dns, handshakes, idle, passthrough, pods, round_trip, state
+from benches.figures import bulk, connections, dns, handshakes, idle, passthrough, pods, round_trip, state, waypoint
 from benches.rows import InvalidRows, Row, dump
 from benches.stage import Broken, Say
 from benches.table import text_table
@@ -20,7 +20,7 @@ from benches.table import text_table
 Measure = Callable[[Say], list[Row]]
 
 FIGURES: Final[Mapping[str, Measure]] = {
-    module.FIGURE: module.measure for module in (bulk, connections, round_trip, passthrough, handshakes, idle, state, pods, dns)
+    module.FIGURE: module.measure for module in (bulk, connections, round_trip, passthrough, handshakes, idle, state, pods, dns, waypoint)
 }
 PARTS: Final[Mapping[str, Measure]] = {relay.FIGURE: relay.measure, wire.FIGURE: wire.measure}
 """Of the data path; run by name only."""

@@ -186,7 +186,7 @@ class Client:
             flow.sock.sendall(_HEADER.pack(BULK, up, down))
             flow.sock.setblocking(False)
         while flows:
-            for descriptor, events in _wait(epoll):
+            for descriptor, events in wait(epoll):
                 flow = flows[descriptor]
                 if events & select.EPOLLOUT and flow.send():
                     epoll.modify(descriptor, select.EPOLLIN)
@@ -230,7 +230,7 @@ class Client:
                 living[sock.fileno()] = [sock, 0]
                 epoll.register(sock.fileno(), select.EPOLLOUT)
                 started += 1
-            for descriptor, events in _wait(epoll):
+            for descriptor, events in wait(epoll):
                 entry = living[descriptor]
                 sock = entry[0]  # type: ignore[assignment]
                 if events == select.EPOLLOUT:
@@ -265,9 +265,7 @@ class Client:
         finally:
             for sock in socks:
                 sock.close()
-        times.sort()
-        at = {name: times[min(len(times) - 1, int(len(times) * share))] for name, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))}
-        return {"seconds": took, "trips": len(times), **at}
+        return {"seconds": took, "trips": len(times), **percentiles(times)}
 
     def look_up(self, host: str, port: int, name: str, count: int, parallel: int) -> dict[str, float]:
         """Ask a server for the IPv4 addresses of a name, so many times, so many at a time; a socket a query, as resolvers do it."""
@@ -285,7 +283,7 @@ class Client:
                 asking[sock.fileno()] = sock
                 epoll.register(sock.fileno(), select.EPOLLIN)
                 started += 1
-            for descriptor, _ in _wait(epoll):
+            for descriptor, _ in wait(epoll):
                 sock = asking.pop(descriptor)
                 _check_answer(sock.recv(MESSAGE))
                 epoll.unregister(descriptor)
@@ -293,6 +291,12 @@ class Client:
                 finished += 1
         epoll.close()
         return {"seconds": time.perf_counter() - began}
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    """The median and the two that say how bad it gets, by name."""
+    times = sorted(times)
+    return {name: times[min(len(times) - 1, int(len(times) * share))] for name, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))}
 
 
 def _encode_name(name: str) -> bytes:
@@ -332,7 +336,7 @@ def _saturated(socks: list[socket.socket], seconds: float) -> list[float]:
         sent[descriptor], got[descriptor] = clock(), 0
         sock.send(_REQUEST)
     while sent:
-        for descriptor, _ in _wait(epoll):
+        for descriptor, _ in wait(epoll):
             sock = by_descriptor[descriptor]
             size = sock.recv_into(_scratch)
             if not size:
@@ -359,16 +363,15 @@ def _receive_message(sock: socket.socket) -> None:
         left -= size
 
 
-def _wait(epoll: select.epoll) -> list[tuple[int, int]]:
+def wait(epoll: select.epoll) -> list[tuple[int, int]]:
     events = epoll.poll(PATIENCE)
     if not events:
         raise TimeoutError(f"nothing happened for {PATIENCE:g} s")
     return events
 
 
-def work() -> None:
+def work(client: Client) -> None:
     """Do what standard input says, a JSON object a line with the method's name as ``do``, and print what was seen."""
-    client = Client()
     for line in sys.stdin:
         command = json.loads(line)
         try:
@@ -378,15 +381,16 @@ def work() -> None:
         print(json.dumps(seen), flush=True)
 
 
-def main(arguments: list[str]) -> None:
+def run(arguments: list[str], server: type[Server], client: Client) -> None:
+    """What the command line says."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     gc.disable()  # a pause of ours would count as the subject's
     if arguments[0] == "serve":
         listener = socket.create_server(("::", int(arguments[1])), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-        Server(listener).run()
-    work()
+        server(listener).run()
+    work(client)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(sys.argv[1:], Server, Client())

@@ -38,9 +38,9 @@ def ratios(figure: str, unit: str, *, cases: Sequence[str] | None = None) -> Fin
     return find
 
 
-def medians(figure: str, unit: str, case: str) -> Find:
-    """Ours, of one case."""
-    return lambda rows: [row.median for row in _of(rows, figure, unit, OURS) if row.case == case]
+def medians(figure: str, unit: str, case: str | None = None) -> Find:
+    """Ours, of one case or of all that have the unit."""
+    return lambda rows: [row.median for row in _of(rows, figure, unit, OURS) if case in (None, row.case)]
 
 
 def growth(figure: str, unit: str, case: str) -> Find:
@@ -86,4 +86,7 @@ MARKS: Final = (
     ),
     Mark("state", "resolution from 100 to 100 000 workloads", 1.5, "times", growth("state", "cpu us", "resolve one connection")),
     Mark("pods", "250 pods more than none", 150.0, "MB", medians("pods", "MB", "250 pods more than none")),
+    Mark("waypoint", "CPU of a request, waypoint alone", 2.5, "x", ratios("waypoint", "cpu us/request")),
+    Mark("waypoint", "median latency that it adds", 2000.0, "us", medians("waypoint", "us p50 added")),
+    Mark("waypoint", "CPU of a request, many rules beside few", 1.1, "times", medians("waypoint", "cpu, times that of few rules")),
 )

@@ -19,7 +19,7 @@ from benches.table import markdown_table, number
 ROWS: Final = Path("bench.json")
 DOCUMENTS: Final = (Path("README.md"), Path("docs/reference/performance.md"))
 PLOTS: Final = Path("docs/reference")
-DATA_PATH: Final = ("bulk", "connections", "round-trip", "passthrough", "handshakes", "dns")
+DATA_PATH: Final = ("bulk", "connections", "round-trip", "passthrough", "handshakes", "dns", "waypoint")
 _BLOCK: Final = re.compile(r"(<!-- bench: ([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _NUMBER: Final = re.compile(r"\d+")
 _HEADLINES: Final = (
@@ -32,6 +32,8 @@ _HEADLINES: Final = (
     ("passthrough", "cpu s/GB", "CPU of a gigabyte, plain"),
     ("dns", "queries/cpu s", "look-ups of names a CPU second"),
     ("idle", "KiB/connection", "memory of an idle connection"),
+    ("waypoint", "cpu us/request", "CPU of a request, in a waypoint"),
+    ("waypoint", "us p50 added", "latency that a waypoint adds, median"),
 )
 
 

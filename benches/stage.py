@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,7 +146,7 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
         made: dict[str, Subject] = {}
         refused = 0.0
         lab = stack.enter_context(_two_nodes(say, [name for name in wanted if name != OURS_TWO], movers=1, agents=agents))
-        outsider = _ip(lab, _NAMESPACES[NO_PROXY], "server")
+        outsider = pod_ip(lab, _NAMESPACES[NO_PROXY], "server")
         for name in wanted:
             where = lab if name != OURS_TWO else stack.enter_context(_two_nodes(say, [OURS_TWO], movers=2, agents=agents))
             pids: tuple[int, ...] = ()
@@ -156,9 +156,9 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
                 pids = stack.enter_context(_envoys(where, tunnel_each=tunnel_each))
             elif name == ZTUNNEL:
                 pids = stack.enter_context(_ztunnels(where, tunnel_each=tunnel_each))
-            there = outsider if where is lab else _ip(where, _NAMESPACES[NO_PROXY], "server")
-            server = _ip(where, _NAMESPACES[name], "server")
-            made[name] = subject = Subject(name, stack.enter_context(_load_client(where, _NAMESPACES[name])), server, there, pids)
+            there = outsider if where is lab else pod_ip(where, _NAMESPACES[NO_PROXY], "server")
+            server = pod_ip(where, _NAMESPACES[name], "server")
+            made[name] = subject = Subject(name, stack.enter_context(load_client(where, _NAMESPACES[name])), server, there, pids)
             refused = max(refused, _warm(subject))
         # The agent of the server would be given the port of a refused client for one of its own connections, and be refused as well.
         time.sleep(max(refused + _FORGOTTEN - time.monotonic(), 0))
@@ -212,16 +212,29 @@ def _labels(captured: bool) -> dict[str, str]:
 
 def agent_of(home: LabHome, node: str) -> list[int]:
     """The processes of a node's agent: those that its environment was given to. Raises Broken."""
-    mark = f"RUN_DIR={home.run_of(node)}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
+    found = _given("RUN_DIR", home.run_of(node))
     if len(found) < 3:
         raise Broken(f"the agent of {node} has only the processes {found}")
+    return found
+
+
+def waypoint_of(home: LabHome, namespace: str, name: str) -> int:
+    """The process of a waypoint's only pod. Raises Broken."""
+    found = _given("AUTH_TOKEN", home.tokens / f"pod_{namespace}_{name}-0.token")
+    if len(found) != 1:
+        raise Broken(f"waypoint {namespace}/{name} is the processes {found}, and not one")
+    return found[0]
+
+
+def _given(variable: str, path: Path) -> list[int]:
+    """Processes whose environment has it so."""
+    mark, found = f"{variable}={path}".encode(), []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in environment.read_bytes().split(b"\0"):
+                found.append(int(environment.parent.name))
+        except OSError:
+            continue
     return found
 
 
@@ -249,8 +262,9 @@ def _two_nodes(say: Say, wanted: Collection[str], *, movers: int, agents: Mappin
 
 
 @contextmanager
-def _load_client(lab: Lab, namespace: str) -> Iterator[LoadClient]:
-    started = lab.open_command("client", [sys.executable, _LOAD, "work"], namespace=namespace)
+def load_client(lab: Lab, namespace: str, run: Sequence[str] = (sys.executable, _LOAD)) -> Iterator[LoadClient]:
+    """The load in the pod ``client`` of a namespace. ``run``: how it is started."""
+    started = lab.open_command("client", [*run, "work"], namespace=namespace)
     with _ended(started.start(stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)) as process:
         yield LoadClient(process, namespace)
 
@@ -258,7 +272,7 @@ def _load_client(lab: Lab, namespace: str) -> Iterator[LoadClient]:
 @contextmanager
 def _envoys(lab: Lab, *, tunnel_each: bool) -> Iterator[tuple[int, ...]]:
     namespace = _NAMESPACES[ENVOY]
-    client, server = envoy.pair(FakeCa(), namespace, _ip(lab, namespace, "server"), SERVICE, lab.home.logs, tunnel_each=tunnel_each)
+    client, server = envoy.pair(FakeCa(), namespace, pod_ip(lab, namespace, "server"), SERVICE, lab.home.logs, tunnel_each=tunnel_each)
 
     def write(name: str, config: Config) -> list[str]:
         path = lab.home.path / f"envoy-{name}.json"
@@ -273,7 +287,7 @@ def _envoys(lab: Lab, *, tunnel_each: bool) -> Iterator[tuple[int, ...]]:
 def _ztunnels(lab: Lab, *, tunnel_each: bool) -> Iterator[tuple[int, ...]]:
     assert ZTUNNEL_BIN is not None
     namespace = _NAMESPACES[ZTUNNEL]
-    mesh = ztunnel.local_mesh(namespace, _ip(lab, namespace, "client"), _ip(lab, namespace, "server"))
+    mesh = ztunnel.local_mesh(namespace, pod_ip(lab, namespace, "client"), pod_ip(lab, namespace, "server"))
 
     def argv(name: str, node: str) -> list[str]:
         told = ztunnel.environment(namespace, name, node, mesh, tunnel_each=tunnel_each)
@@ -332,7 +346,8 @@ def _warm(subject: Subject) -> float:
     return refused
 
 
-def _ip(lab: Lab, namespace: str, name: str) -> str:
+def pod_ip(lab: Lab, namespace: str, name: str) -> str:
+    """Its first address."""
     return next(pod.ips[0] for pod in lab.status().pods if (pod.namespace, pod.name) == (namespace, name))
 
 

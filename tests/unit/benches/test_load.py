@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,16 @@ from benches.cpu import cpu_seconds, descriptors, proportional_kib, resident_kib
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
+    with serving(str(Path(load.__file__))) as port:
+        yield port
+
+
+@contextmanager
+def serving(*program: str) -> Iterator[int]:
+    """A server of the load; its port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         free: int = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(Path(load.__file__)), "serve", str(free)])
+    process = subprocess.Popen([sys.executable, *program, "serve", str(free)])
     while True:
         try:
             socket.create_connection(("127.0.0.1", free)).close()
