@@ -35,7 +35,7 @@ cluster: $(STAMP) system  ## bring such a cluster up and keep it; prints the kub
 cluster-down:  ## end it
 	@$(BIN)/python -m tests.cluster.harness down
 
-demo: $(STAMP)  ## two nodes on this machine: watch plaintext become mutual TLS because a namespace is labelled
+demo: $(STAMP)  ## two nodes on this machine: watch a label make mutual TLS of plaintext, and a waypoint route and guard requests
 	@$(BIN)/python -m meshctl_py.lab.demo
 
 lint: $(STAMP)  ## ruff, mypy --strict, import contracts

@@ -77,6 +77,14 @@ def uninstall(cluster: Cluster, directory: Path) -> None:
     cluster.kubectl("delete", "-k", str(overlay(directory)), "--ignore-not-found", "--wait=true", timeout=180)
 
 
+def meshctl(cluster: Cluster, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """``meshctl`` as the cluster's user runs it, with its output as text."""
+    command = [sys.executable, "-m", "meshctl_py", *arguments, "--kubeconfig", str(cluster.kubeconfig)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=REPOSITORY)
+    assert not check or done.returncode == 0, f"meshctl {' '.join(arguments)}: {done.stdout}{done.stderr}"
+    return done
+
+
 def wait_rolled_out(cluster: Cluster, patience: float = 120) -> None:
     """Until every replica and every node's agent is of the present template, ready, and no other is left."""
     wait_until(lambda: all(rolled_out(cluster, kind, name) for kind, name in WORKERS), "the mesh is rolled out", patience)

@@ -19,7 +19,7 @@ from mesh.model.labels import DATAPLANE_MODE
 from tests.cluster.harness.api import Object
 from tests.cluster.harness.client import PATIENCE, Cluster, wait_until
 from tests.cluster.harness.images import PROJECT
-from tests.cluster.mesh import REPOSITORY, uninstall, wait_captured
+from tests.cluster.mesh import meshctl, uninstall, wait_captured
 from tests.cluster.workloads import addresses, apply_pods, attempt, echo_pod, loading
 
 NAMESPACE = "meshctl"
@@ -44,13 +44,6 @@ class World:
         """The items that ``meshctl node`` prints as JSON."""
         items: list[dict[str, Any]] = json.loads(self.meshctl("node", node, what, "-o", "json", *arguments).stdout)["items"]
         return items
-
-
-def meshctl(cluster: Cluster, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "meshctl_py", *arguments, "--kubeconfig", str(cluster.kubeconfig)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=REPOSITORY)
-    assert not check or done.returncode == 0, f"meshctl {' '.join(arguments)}: {done.stdout}{done.stderr}"
-    return done
 
 
 def snapshot(cluster: Cluster, pods: dict[str, Object]) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from http import HTTPStatus
@@ -9,9 +10,13 @@ from http import HTTPStatus
 import pytest
 
 from mesh.kube.resources import AUTOSCALERS, DEPLOYMENTS, DISRUPTION_BUDGETS, RESOURCES, Resource
+from mesh.model.labels import USE_WAYPOINT
+from meshctl_py.lab.demo.report import Report
+from meshctl_py.lab.demo.requests import RequestClaims, visiting
 from tests.cluster.harness.api import ApiRefused, Object
 from tests.cluster.harness.client import Cluster, wait_until
-from tests.cluster.mesh import wait_captured
+from tests.cluster.mesh import meshctl, wait_captured
+from tests.cluster.shop import ClusterShop, open_shop
 from tests.cluster.waypoints import apply, conditions_of, gateway, of, overlay, rules, status_of
 from tests.cluster.workloads import apply_pods, echo_pod
 
@@ -128,3 +133,26 @@ def test_requests_pass_the_waypoint_and_are_judged_by_it(mesh: Cluster, shop: st
 
     wait_until(lambda: ask("/secret") == "403", "the policy holds")
     assert ask("/") == "200"
+
+
+def test_requests_are_treated_as_the_demo_claims_also_when_the_waypoint_comes_is_replaced_and_goes(mesh: Cluster) -> None:
+    with open_shop(mesh) as shop:
+        assert "waypoint shop/waypoint is ready!" in meshctl(mesh, "waypoint", "apply", "-n", "shop", "--enroll-namespace", "--wait").stdout
+        wait_until(lambda: passes(shop), "requests pass the waypoint")
+        report = Report()
+        RequestClaims(shop, report).run()
+        assert report.failed == 0, "the output says which claims failed, and what was seen"
+        with visiting(shop) as visitors:
+            mesh.kubectl("label", "namespace", "shop", f"{USE_WAYPOINT}-")
+            wait_until(lambda: not passes(shop), "requests go directly")
+            meshctl(mesh, "waypoint", "delete", "waypoint", "-n", "shop")
+            wait_until(lambda: not shop.waypoints(), "the waypoint's pods are gone")
+            print(visitors.check())
+
+
+def passes(shop: ClusterShop) -> bool:
+    """Whether a request is in the waypoint's access log: it has a path of its own."""
+    path = f"/pass-{uuid.uuid4()}"
+    answer = shop.run("client", "python3", "apps/ask.py", f"http://web.shop{path}")
+    assert '"status": 200' in answer, answer
+    return shop.settle(lambda: any(path in line for lines in shop.waypoint_logs().values() for line in lines), 2)
