@@ -64,9 +64,14 @@ class Attempt:
     # --- what the exchange does
 
     @property
+    def began(self) -> bool:
+        """The head has been written."""
+        return self._stream is not None
+
+    @property
     def open(self) -> bool:
         """The head has been written, and the response is not over."""
-        return self._stream is not None and not self._ended
+        return self.began and not self._ended
 
     @property
     def local_address(self) -> SocketAddress | None:

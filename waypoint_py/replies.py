@@ -15,20 +15,18 @@ from waypoint_py.verdict import Flag, LocalReply
 SERVER: Final = b"istio-envoy"
 """What every answer says of its server, ours and the applications'."""
 
-_RESET: Final = "upstream connect error or disconnect/reset before headers. "
 _REASONS: Final = {
-    FailureKind.CONNECT: ("connection failure", "remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
-    FailureKind.CONNECT_TIMEOUT: ("connection timeout", "connection timeout", Flag.UPSTREAM_CONNECTION_FAILURE),
-    FailureKind.TLS: ("connection failure", "remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
-    FailureKind.REFUSED: ("connection failure", "remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
-    FailureKind.TERMINATED: ("connection termination", "connection termination", Flag.UPSTREAM_CONNECTION_TERMINATION),
-    FailureKind.RESET: ("remote reset", "remote reset", Flag.UPSTREAM_REMOTE_RESET),
-    FailureKind.REFUSED_STREAM: ("remote refused stream reset", "remote refused stream reset", Flag.UPSTREAM_REMOTE_RESET),
-    FailureKind.PROTOCOL: ("protocol error", "protocol error", Flag.UPSTREAM_PROTOCOL_ERROR),
-    FailureKind.OVERFLOW: ("overflow", "overflow", Flag.UPSTREAM_OVERFLOW),
+    FailureKind.CONNECT: ("remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
+    FailureKind.CONNECT_TIMEOUT: ("connection timeout", Flag.UPSTREAM_CONNECTION_FAILURE),
+    FailureKind.TLS: ("remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
+    FailureKind.REFUSED: ("remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
+    FailureKind.TERMINATED: ("connection termination", Flag.UPSTREAM_CONNECTION_TERMINATION),
+    FailureKind.RESET: ("remote reset", Flag.UPSTREAM_REMOTE_RESET),
+    FailureKind.REFUSED_STREAM: ("remote refused stream reset", Flag.UPSTREAM_REMOTE_RESET),
+    FailureKind.PROTOCOL: ("protocol error", Flag.UPSTREAM_PROTOCOL_ERROR),
+    FailureKind.OVERFLOW: ("overflow", Flag.UPSTREAM_OVERFLOW),
 }
-"""The body's word, the details' word, the flag."""
-
+"""The word of body and details, the flag."""
 _OF_CODEC: Final = {
     400: b"Bad Request",
     413: b"Payload Too Large",
@@ -109,19 +107,15 @@ def internal_error(because: str) -> LocalReply:
     return LocalReply(500, b"", details="internal_error", because=because)
 
 
-def upstream_failed(failure: UpstreamFailure) -> LocalReply:
-    """Before the response began, and not to be tried again."""
-    word, details, flag = _REASONS[failure.kind]
-    body = f"{_RESET}reset reason: {word}"
-    if failure.transport:
-        body += f", transport failure reason: {failure.transport}"
+def upstream_failed(failure: UpstreamFailure, *, retried: bool = False) -> LocalReply:
+    """Before the response began, and not to be tried again. What was wrong with a certificate is for the log, not for the client."""
+    word, flag = _REASONS[failure.kind]
+    again = "retried and the latest " if retried else ""
     headers: Headers = [(b"x-envoy-overloaded", b"true")] if failure.kind is FailureKind.OVERFLOW else []
-    reason = details.replace(" ", "_")
-    if failure.transport:
-        reason += f"|{failure.transport.replace(' ', '_')}"
+    reason = "|".join(text.replace(" ", "_") for text in (word, failure.transport) if text)
     return LocalReply(
-        503,
-        body.encode(),
+        502 if failure.kind is FailureKind.PROTOCOL else 503,
+        f"upstream connect error or disconnect/reset before headers. {again}reset reason: {word}".encode(),
         headers,
         flags=(flag,),
         details=f"upstream_reset_before_response_started{{{reason}}}",
@@ -130,7 +124,7 @@ def upstream_failed(failure: UpstreamFailure) -> LocalReply:
 
 
 def flag_of_failure(failure: UpstreamFailure) -> Flag:
-    return _REASONS[failure.kind][2]
+    return _REASONS[failure.kind][1]
 
 
 # What goes out

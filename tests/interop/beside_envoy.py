@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,9 +23,13 @@ from typing import Any
 import h11
 import trio
 
-from mesh.model.address import SocketAddress
+from mesh.model.address import NamespacedHostname, SocketAddress
+from mesh.model.l7.destination import DestinationConfig, TrafficPolicy
 from mesh.model.l7.routing import Route
 from mesh.model.l7.waypoint import PathNormalization, WaypointSettings
+from mesh.model.service import AppProtocol, Service, ServicePort
+from mesh.model.workload import PortMapping
+from mesh.state.store import Delta
 from mesh.testing.envoy import Config, free_address, http_filter, running
 from tests.unit.waypoint_py.harness import World, loopback
 
@@ -377,7 +381,7 @@ class Pair:
             ):
                 self.application.seen.clear()
                 answer = await ask(stream, case)
-                answers.append(replace(answer, seen=tuple(self.application.seen)))
+                answers.append(replace(answer, seen=tuple(sorted(self.application.seen, key=repr))))
             self.ours[case.name], self.theirs[case.name] = answers
             self.beside.asked += 1
             await self.world.until(lambda: len(self.world.log.requests) == began + len(self.ours))
@@ -409,25 +413,50 @@ def told(different: Mapping[str, tuple[Outcome, Outcome]]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Reached:
+    """Another destination: by what routes call it. ``theirs``: what the policy is in Envoy's words."""
+
+    endpoints: tuple[SocketAddress, ...] = ()
+    policy: TrafficPolicy = field(default_factory=TrafficPolicy)
+    theirs: Config = field(default_factory=dict)
+    http2: bool = False
+
+
 def compare(
     cases: Sequence[Case],
     *,
+    application: Application | None = None,
     paths: PathNormalization = PathNormalization.BASE,
-    behaviours: Mapping[str, Behaviour] | None = None,
     ours: Sequence[Route] | None = None,
     theirs: Sequence[Config] = (DEFAULT,),
+    others: Mapping[str, Reached] | None = None,
 ) -> Pair:
     """Ask both with one application behind them. The routes are the same said twice; by default that of a service without any."""
-    application = Application(behaviours or {})
+    application = application or Application({})
     world = World()
-    with envoy([cluster("application", application.address)], lambda log: manager(log, theirs, paths)) as beside:
+    others = others or {}
+    clusters = [cluster("application", application.address)]
+    clusters += [cluster(name, *each.endpoints, http2=each.http2, **each.theirs) for name, each in others.items()]
+    with closing(application), envoy(clusters, lambda log: manager(log, theirs, paths)) as beside:
         pair = Pair(world, beside, application)
 
         async def main() -> None:
             world.describe(world.endpoint(application.address), routes=ours)
+            for name, each in others.items():
+                _describe(world, name, each)
             world.push(WaypointSettings("shop", "waypoint", "all", path_normalization=paths))
             await pair.ask(cases)
 
         world.run(main)
-    application.close()
     return pair
+
+
+def _describe(world: World, name: str, reached: Reached) -> None:
+    """A service beside that of the waypoint, and its endpoints."""
+    protocol = AppProtocol.HTTP2 if reached.http2 else AppProtocol.HTTP11
+    ports = (ServicePort(80, endpoint.port, app_protocol=protocol) for endpoint in reached.endpoints or (SocketAddress(loopback(), 80),))
+    service = Service(name, "shop", name, (), ports=(next(ports),))
+    pods = [world.endpoint(each, services={NamespacedHostname("shop", name): (PortMapping(80, each.port),)}) for each in reached.endpoints]
+    world.state.apply(Delta(services=(service,), workloads=tuple(pods)))
+    world.push(DestinationConfig("shop", name, policy=reached.policy))

@@ -153,7 +153,7 @@ class Dialling:
             return
         tls = self._endpoint.policy.tls
         if tls is not None and tls.broken:
-            self._fail(FailureKind.TLS, f"TLS is configured and cannot be used: {tls.broken}", tls.broken)
+            self._fail(FailureKind.TLS, f"TLS is configured and cannot be used: {tls.broken}", _tls_error(tls.broken))
             return
         timeout = self._endpoint.policy.pool.connect_timeout
         self._timer = self._dialler.reactor.call_later(timeout, lambda: self._timed_out(timeout))
@@ -186,7 +186,8 @@ class Dialling:
             if isinstance(error, TimeoutError):
                 self._timed_out(pool.connect_timeout)
             else:
-                self._fail(FailureKind.CONNECT, f"connection to {endpoint.address} failed: {error}")
+                transport = f"delayed connect error: {error.strerror}"
+                self._fail(FailureKind.CONNECT, f"connection to {endpoint.address} failed: {error}", transport)
 
         pending = connect(reactor, sock, endpoint.address, pool.connect_timeout, connected)
 
@@ -206,7 +207,7 @@ class Dialling:
         if self._on_done is None:
             return
         if isinstance(link, str):
-            self._fail(kind_of(link), f"{_agent_of(self._endpoint, workload)}: {link}", link)
+            self._tunnel_failed(kind_of(link), f"{_agent_of(self._endpoint, workload)}: {link}", link)
             return
         headers = self._dialler.announce(self._endpoint, self._wanted.client)
         tunnel = link.open_tunnel(str(self._endpoint.address), headers, lambda answer: self._answered(answer, workload))
@@ -223,7 +224,11 @@ class Dialling:
             self._checkout(workload)
         else:
             kind = FailureKind.REFUSED if answer.status is not None else kind_of(answer.because)
-            self._fail(kind, f"{_agent_of(self._endpoint, workload)}: CONNECT {self._endpoint.address}: {answer.because}", answer.because)
+            because = f"{_agent_of(self._endpoint, workload)}: CONNECT {self._endpoint.address}: {answer.because}"
+            self._tunnel_failed(kind, because, answer.because)
+
+    def _tunnel_failed(self, kind: FailureKind, because: str, reason: str) -> None:
+        self._fail(kind, because, _tls_error(reason) if kind is FailureKind.TLS else "")
 
     # --- within either
 
@@ -242,7 +247,7 @@ class Dialling:
             plan = plan_tls(tls, self._wanted.protocol, self._wanted.host)
         except UnusableTls as exc:
             carrier.abort(exc.reason)
-            self._fail(FailureKind.TLS, f"TLS is configured and cannot be used: {exc.reason}", exc.reason)
+            self._fail(FailureKind.TLS, f"TLS is configured and cannot be used: {exc.reason}", _tls_error(exc.reason))
             return
 
         def established(failure: str | None) -> None:
@@ -250,7 +255,7 @@ class Dialling:
             if failure is None:
                 self._succeed(stream)
             else:
-                self._fail(FailureKind.TLS, f"TLS to {self._endpoint.address}: {failure}", failure)
+                self._fail(FailureKind.TLS, f"TLS to {self._endpoint.address}: {failure}", _tls_error(failure))
 
         stream = TlsStream(self._dialler.reactor, carrier, plan.context, established, server_name=plan.server_name, verify_peer=plan.judge)
         self._undo = lambda: stream.abort("the dial was given up")
@@ -268,7 +273,7 @@ class Dialling:
         on_done = self._settle()
         if on_done is not None:
             self._undo()
-            on_done(UpstreamFailure(kind, because, f"TLS_error: {transport}" if kind is FailureKind.TLS else ""))
+            on_done(UpstreamFailure(kind, because, transport))
 
     def _settle(self) -> OnDialled | None:
         on_done, self._on_done = self._on_done, None
@@ -326,6 +331,10 @@ def _keep_alive(sock: socket.socket, keepalive: Keepalive) -> None:
 
 def _agent_of(endpoint: Endpoint, workload: Workload) -> str:
     return f"HBONE to {workload.namespace}/{workload.name} at {endpoint.address.ip}"
+
+
+def _tls_error(reason: str) -> str:
+    return f"TLS_error: {reason}"
 
 
 def _nothing() -> None:

@@ -61,7 +61,8 @@ class FailureKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class UpstreamFailure:
-    """Before or after the response began. ``transport``: Envoy's ``UPSTREAM_TRANSPORT_FAILURE_REASON``, for TLS."""
+    """Before or after the response began. ``transport``: Envoy's ``UPSTREAM_TRANSPORT_FAILURE_REASON``, where
+    the connection itself was not made."""
 
     kind: FailureKind
     because: str

@@ -43,6 +43,7 @@ from tests.unit.waypoint_py.harness import (
 )
 from waypoint_py.verdict import Flag
 
+BEFORE_HEADERS = "upstream connect error or disconnect/reset before headers."
 GRPC = {"content-type": "application/grpc", "te": "trailers"}
 
 
@@ -833,10 +834,28 @@ def test_a_connection_refused_everywhere_is_told_with_its_reason() -> None:
         client = await world.client()
         answer = await client.get("/")
         assert answer.status == 503
-        assert answer.text.startswith("upstream connect error or disconnect/reset before headers. reset reason: connection failure")
+        assert answer.text == f"{BEFORE_HEADERS} retried and the latest reset reason: remote connection failure"
         record = world.log.requests[0]
         assert record.flags == (Flag.UPSTREAM_RETRY_LIMIT_EXCEEDED, Flag.UPSTREAM_CONNECTION_FAILURE)
         assert record.attempts == 2
+        assert record.details.endswith("|delayed_connect_error:_Connection_refused}")
+
+    world.run(main)
+
+
+def test_a_request_that_was_seen_is_not_one_that_was_reset_before() -> None:
+    world = World()
+    seen: list[bytes] = []
+
+    async def closes(stream: trio.SocketStream) -> None:
+        seen.append(bytes(await stream.receive_some(65536)))
+
+    async def main() -> None:
+        async with world.application(closes) as address:
+            retry = Retry(attempts=2, on=("reset-before-request",), backoff_base=0.001, previous_hosts=True)
+            world.describe(world.endpoint(address), routes=[default_route(retry=retry)])
+            assert (await (await world.client()).get("/", "POST", b"pay")).status == 503
+            assert len(seen) == 1
 
     world.run(main)
 
@@ -860,8 +879,8 @@ def _closes_after(data: bytes) -> object:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", 200, True, Flag.UPSTREAM_CONNECTION_TERMINATION),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", 200, True, Flag.UPSTREAM_CONNECTION_TERMINATION),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 200, True, Flag.UPSTREAM_PROTOCOL_ERROR),
-        (b"gibberish\r\n\r\n", 503, False, Flag.UPSTREAM_PROTOCOL_ERROR),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na", 503, False, Flag.UPSTREAM_PROTOCOL_ERROR),
+        (b"gibberish\r\n\r\n", 502, False, Flag.UPSTREAM_PROTOCOL_ERROR),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na", 502, False, Flag.UPSTREAM_PROTOCOL_ERROR),
     ],
 )
 @pytest.mark.parametrize("downstream", [1, 2])

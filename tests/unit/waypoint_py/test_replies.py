@@ -9,7 +9,7 @@ from waypoint_py.http.message import Request
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure
 from waypoint_py.verdict import Flag, LocalReply
 
-BEFORE = "upstream connect error or disconnect/reset before headers. reset reason: "
+BEFORE = "upstream connect error or disconnect/reset before headers. "
 
 
 def _request(method: bytes = b"GET", **headers: bytes) -> Request:
@@ -43,10 +43,10 @@ def test_a_situation_has_its_status_body_flag_and_details(
 @pytest.mark.parametrize(
     ("kind", "word", "flag"),
     [
-        (FailureKind.CONNECT, "connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
+        (FailureKind.CONNECT, "remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
         (FailureKind.CONNECT_TIMEOUT, "connection timeout", Flag.UPSTREAM_CONNECTION_FAILURE),
-        (FailureKind.TLS, "connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
-        (FailureKind.REFUSED, "connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
+        (FailureKind.TLS, "remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
+        (FailureKind.REFUSED, "remote connection failure", Flag.UPSTREAM_CONNECTION_FAILURE),
         (FailureKind.TERMINATED, "connection termination", Flag.UPSTREAM_CONNECTION_TERMINATION),
         (FailureKind.RESET, "remote reset", Flag.UPSTREAM_REMOTE_RESET),
         (FailureKind.REFUSED_STREAM, "remote refused stream reset", Flag.UPSTREAM_REMOTE_RESET),
@@ -56,8 +56,11 @@ def test_a_situation_has_its_status_body_flag_and_details(
 )
 def test_every_failure_upstream_has_its_words(kind: FailureKind, word: str, flag: Flag) -> None:
     reply = replies.upstream_failed(UpstreamFailure(kind, "because"))
-    assert (reply.status, reply.body.decode(), reply.flags) == (503, BEFORE + word, (flag,))
-    assert reply.details.startswith("upstream_reset_before_response_started{")
+    status = 502 if kind is FailureKind.PROTOCOL else 503
+    assert (reply.status, reply.body.decode(), reply.flags) == (status, f"{BEFORE}reset reason: {word}", (flag,))
+    assert reply.details == f"upstream_reset_before_response_started{{{word.replace(' ', '_')}}}"
+    again = replies.upstream_failed(UpstreamFailure(kind, "because"), retried=True)
+    assert again.body.decode() == f"{BEFORE}retried and the latest reset reason: {word}"
     assert (reply.headers == [(b"x-envoy-overloaded", b"true")]) is (kind is FailureKind.OVERFLOW)
     assert replies.flag_of_failure(UpstreamFailure(kind, "")) is flag
 
@@ -67,9 +70,10 @@ def test_all_kinds_of_failure_are_in_the_table() -> None:
         replies.upstream_failed(UpstreamFailure(kind, ""))
 
 
-def test_a_tls_failure_is_told_with_its_reason() -> None:
+def test_what_was_wrong_with_a_connection_is_for_the_log_and_not_for_the_client() -> None:
     reply = replies.upstream_failed(UpstreamFailure(FailureKind.TLS, "x", "TLS_error: certificate expired"))
-    assert reply.body.endswith(b", transport failure reason: TLS_error: certificate expired")
+    assert b"certificate" not in reply.body
+    assert reply.details == "upstream_reset_before_response_started{remote_connection_failure|TLS_error:_certificate_expired}"
 
 
 @pytest.mark.parametrize(
