@@ -27,8 +27,8 @@ class LabConfig:
 
     ``with_mesh`` False leaves control plane and agents out: nodes, pods, VIPs and DNS alone. ``patience``: seconds until everything must
     be ready; then the lab ends, unless ``keep``. ``tied``: it also ends when its starter does, however that ends. ``user_namespace``: the
-    lab has one of its own, because no root started it. ``agents``: variables that every agent's environment has besides. ``istiod``: options that the
-    control plane's command line has besides.
+    lab has one of its own, because no root started it. ``agents``: variables that every agent's environment has besides. ``istiod``:
+    options that the control plane's command line has besides.
     """
 
     name: str
