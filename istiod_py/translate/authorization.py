@@ -57,7 +57,7 @@ class L4Policy:
 
 
 def translate_authorization(policy: AuthorizationPolicy, config: Config) -> L4Policy:
-    if policy.has_target_refs:
+    if not policy.audience.has_agents:
         return L4Policy(None, None, None)
     if policy.action not in ("ALLOW", "DENY"):
         message = f"ztunnel does not support the {policy.action} action"
@@ -85,11 +85,11 @@ def close(obj: KubeObject, policy: AuthorizationPolicy, problems: tuple[SourcePr
     An ALLOW allows nothing of its own: what other policies allow goes on, as it would beside any ALLOW. A DENY, or what cannot be told
     from one, denies everything it may have selected. When the selection itself is not certain it is the whole namespace (the whole mesh in
     the root namespace). What would not be enforced anyway (dry run, other actions, waypoint policies) is not sent; of a waypoint's policy
-    nothing is said either.
+    nothing is said either. One that may be for waypoints or not is enforced by both.
     """
     because = str(problems[0])
     raw_action = obj.spec.get("action", "ALLOW")
-    if policy.has_target_refs and policy.selector is None:
+    if not policy.audience.has_agents and policy.selector is None:
         return L4Policy(None, None, None)
     if policy.dry_run or raw_action in ("AUDIT", "CUSTOM"):
         return L4Policy(None, None, Condition("ZtunnelAccepted", False, "Invalid", f"not enforced: {because}"))

@@ -15,7 +15,7 @@ from typing import Final
 from mesh.kube.addresses import CIDR, PORT
 from mesh.kube.fields import Fields, Rule, Text, did_you_mean
 from mesh.kube.objects import FieldPath, KubeObject, SourceProblem
-from mesh.kube.targets import TargetRef, read_attachment
+from mesh.kube.targets import Audience, TargetRef, read_attachment
 from mesh.model.labels import DRY_RUN
 
 ACTIONS = ("ALLOW", "DENY", "AUDIT", "CUSTOM")
@@ -86,8 +86,7 @@ class AuthorizationPolicy:
     name: str
     selector: Mapping[str, str] | None
     """None: no selector given. An empty one selects every pod."""
-    has_target_refs: bool
-    """Whether the policy is for waypoints: also where what it targets could not be read."""
+    audience: Audience
     action: str
     rules: tuple[PolicyRule, ...]
     dry_run: bool
@@ -126,7 +125,7 @@ def parse_authorization_policy(fields: Fields) -> AuthorizationPolicy:
         namespace=obj.namespace,
         name=obj.name,
         selector=attachment.selector,
-        has_target_refs=attachment.has_targets,
+        audience=attachment.audience,
         action=spec.string("action", "ALLOW", choices=ACTIONS),
         rules=tuple(_read_rule(rule) for rule in spec.mappings("rules", most=MAX_ITEMS)),
         dry_run=dry_run == "true",

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from mesh.kube.durations import read_duration
 from mesh.kube.fields import Fields, Text
 from mesh.kube.objects import KubeObject, SourceProblem
-from mesh.kube.targets import TargetRef, read_attachment
+from mesh.kube.targets import Audience, TargetRef, read_attachment
 
 MAX_RULES: Final = 4096
 """As Istio's schema."""
@@ -76,7 +76,7 @@ class RequestAuthentication:
     namespace: str
     name: str
     selector: Mapping[str, str] | None
-    has_target_refs: bool
+    audience: Audience
     targets: tuple[TargetRef, ...]
     rules: tuple[JwtRule, ...]
 
@@ -98,7 +98,7 @@ def parse_request_authentication(fields: Fields) -> RequestAuthentication:
         namespace=obj.namespace,
         name=obj.name,
         selector=attachment.selector,
-        has_target_refs=attachment.has_targets,
+        audience=attachment.audience,
         targets=attachment.targets,
         rules=tuple(_read_rule(rule) for rule in spec.mappings("jwtRules", most=MAX_RULES)),
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Final
 
 from mesh.kube.fields import Fields, Rule, Text
+from mesh.kube.objects import KubeObject
 
 GROUPS: Final[Mapping[str, str]] = {
     "Gateway": "gateway.networking.k8s.io",
@@ -27,14 +29,48 @@ class TargetRef:
     name: str
 
 
+class Audience(Enum):
+    """Who enforces a policy. `EITHER`: a mistake leaves it open, and both must fear that they are meant."""
+
+    AGENTS = auto()
+    WAYPOINTS = auto()
+    EITHER = auto()
+
+    @property
+    def has_waypoints(self) -> bool:
+        return self is not Audience.AGENTS
+
+    @property
+    def has_agents(self) -> bool:
+        return self is not Audience.WAYPOINTS
+
+
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """``selector`` None: none given; an empty one selects every pod. ``has_targets``: some were given, whether they could be read or not;
-    such a policy is for waypoints alone."""
+    """``selector`` None: none given; an empty one selects every pod."""
 
     selector: Mapping[str, str] | None
     targets: tuple[TargetRef, ...]
-    has_targets: bool
+    audience: Audience
+
+
+def audience_of(obj: KubeObject) -> Audience:
+    """Of a policy, right or not. With targets, even unreadable ones, it is for waypoints alone; without, for node agents.
+
+    Not certain, and never of a policy without mistakes: a ``spec`` that is none, or goes by another name; ``targetRefs`` with nothing in
+    it, which Istio reads as no targets at all; a field that seems to be meant for targets (``targetrefs``, ``targets``), or stands beside
+    ``spec``.
+    """
+    beside = obj.raw.keys() - _BESIDE_SPEC
+    spec = obj.raw.get("spec", {})
+    if not isinstance(spec, Mapping) or ("spec" not in obj.raw and beside):
+        return Audience.EITHER
+    if any(spec.get(key) for key in ("targetRef", "targetRefs")):
+        return Audience.WAYPOINTS
+    return Audience.EITHER if any(key.lower().startswith("target") for key in (*spec, *beside)) else Audience.AGENTS
+
+
+_BESIDE_SPEC: Final = frozenset({"apiVersion", "kind", "metadata", "spec", "status"})
 
 
 def read_attachment(spec: Fields) -> Attachment:
@@ -46,10 +82,9 @@ def read_attachment(spec: Fields) -> Attachment:
     one = spec.mapping("targetRef")
     several = spec.mappings("targetRefs", empty="is empty: add an item, or leave 'targetRefs' out", most=MAX_TARGETS)
     found = [_read_target(item) for item in ((one,) if one is not None else ()) + several]
-    has_targets = one is not None or bool(several)
-    spec.demand(_SELECTOR_OR_TARGETS, [("selector",)] if labels is not None and has_targets else ())
+    spec.demand(_SELECTOR_OR_TARGETS, [("selector",)] if labels is not None and (one is not None or several) else ())
     spec.demand(_ONE_OR_SEVERAL, [("targetRef",)] if one is not None and several else ())
-    return Attachment(labels, tuple(dict.fromkeys(target for target in found if target is not None)), has_targets)
+    return Attachment(labels, tuple(dict.fromkeys(target for target in found if target is not None)), audience_of(spec.whole))
 
 
 def _read_target(item: Fields) -> TargetRef | None:

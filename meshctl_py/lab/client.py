@@ -100,8 +100,8 @@ class StartingLab:
 class UpOptions:
     """See `LabConfig`. ``patience`` in seconds; ``movers`` None: the agent's own choice.
 
-    ``copy``: the lab follows a copy of the directory, which goes with it. ``agents``: more of their environment. ``istiod``: more options
-    of its command line.
+    ``copy``: the lab follows a copy of the directory, which goes with it. ``agents``: more of their environment. ``istiod``: more
+    options of its command line.
     """
 
     patience: float = 60.0

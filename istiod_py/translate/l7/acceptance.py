@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from istiod_py.translate.config import Condition
 from istiod_py.translate.l7.attachment import ISTIO_CLASS
+from istiod_py.translate.l7.notices import Notice
 from istiod_py.translate.reading import Read
+from mesh.kube.objects import FieldPath, KubeObject
 from mesh.kube.policies import AuthorizationPolicy
 from mesh.kube.requestauthentication import RequestAuthentication
 from mesh.kube.targets import GROUPS, TargetRef
@@ -44,7 +46,7 @@ class _Bound:
 def acceptance_of(read: Read[AuthorizationPolicy] | Read[RequestAuthentication], targets: Targets) -> Condition | None:
     """None: the policy is not for waypoints."""
     policy = read.value
-    if not policy.has_target_refs:
+    if not policy.audience.has_waypoints:
         return None
     if read.problems:
         because = read.problems[0]
@@ -57,6 +59,23 @@ def acceptance_of(read: Read[AuthorizationPolicy] | Read[RequestAuthentication],
     bound = len(unbound) < len(found)
     reason = ("PartiallyInvalid" if unbound else "Accepted") if bound else "Invalid"
     return Condition(TYPE, bound, reason, f"Invalid targetRefs: {', '.join(unbound)}" if unbound else "")
+
+
+def find_unbound(read: Read[AuthorizationPolicy] | Read[RequestAuthentication], targets: Targets) -> Iterator[Notice]:
+    """The targets at which a policy without mistakes does nothing: it may be meant to guard them."""
+    policy = read.value
+    for target in policy.targets if policy.audience.has_waypoints and not read.problems else ():
+        found = _bind(target, policy.namespace, read.obj.kind, targets)
+        if not found.bound:
+            yield Notice(_path_of(target, read.obj), f"no effect for {target.kind} {target.name}: {found.message}")
+
+
+def _path_of(target: TargetRef, obj: KubeObject) -> FieldPath:
+    several = obj.spec.get("targetRefs")
+    for index, item in enumerate(several if isinstance(several, list) else ()):
+        if isinstance(item, Mapping) and (item.get("kind"), item.get("name")) == (target.kind, target.name):
+            return "spec", "targetRefs", index
+    return "spec", "targetRef"
 
 
 def _effect_of_mistakes(read: Read[AuthorizationPolicy] | Read[RequestAuthentication]) -> str:

@@ -6,7 +6,7 @@ would either be passed over or deny what it never spoke of, so that it counts fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -91,11 +91,11 @@ def find_targets(targets: Iterable[TargetRef], namespace: str, fronted: Fronted,
 
 
 def find_feared_targets(
-    targets: Iterable[TargetRef], problems: Iterable[SourceProblem], namespace: str, fronted: Fronted, root_namespace: str
+    targets: Collection[TargetRef], problems: Iterable[SourceProblem], namespace: str, fronted: Fronted, root_namespace: str
 ) -> tuple[str, ...] | None:
-    """The same of a policy with mistakes, for all that it may have meant: where what it targets is part of the mistake, everything that a
-    policy of its namespace can target."""
-    if not any(problem.field in ("", "spec") or problem.field.startswith("spec.targetRef") for problem in problems):
+    """The same of a policy with mistakes, for all that it may have meant: where what it targets is part of the mistake, or nothing of it
+    can be read, everything that a policy of its namespace can target."""
+    if targets and not any(problem.field in ("", "spec") or problem.field.startswith("spec.targetRef") for problem in problems):
         return find_targets(targets, namespace, fronted, root_namespace)
     if namespace in (root_namespace, fronted.waypoint.namespace):
         return ()

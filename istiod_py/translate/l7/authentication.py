@@ -50,7 +50,7 @@ def find_wanted(authentications: Iterable[Read[KubeAuthentication]], *, by_waypo
     """The key sets that rules in use need, and how long fetching each may take, in seconds."""
     wanted: dict[KeySource, float] = {}
     for read in authentications:
-        for rule in read.value.rules if read.good and read.value.has_target_refs else ():
+        for rule in read.value.rules if read.good and read.value.audience.has_waypoints else ():
             source = source_of(rule)
             if source is not None and not (by_waypoints and source.uri):
                 wanted[source] = max(rule.timeout, wanted.get(source, 0.0))
@@ -74,7 +74,7 @@ def authentication_for(
 ) -> RequestAuthentication | None:
     """None: this waypoint has nothing to do with it."""
     policy = read.value
-    if not policy.has_target_refs:
+    if not policy.audience.has_waypoints:
         return None
     origin = Origin("RequestAuthentication", policy.namespace, policy.name)
     if not read.good:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from istiod_py.translate.l7.policies import parse_key
+from istiod_py.translate.l7.policies import PolicyFacts, find_provider, parse_key
+from mesh.kube.fields import did_you_mean
 from mesh.kube.objects import FieldPath
 from mesh.kube.policies import TEMPLATE_OPERATORS, AuthorizationPolicy, PolicyRule
 from mesh.model.l7.policy import Attribute
@@ -38,6 +39,18 @@ class Notice:
 def find_notices(policy: AuthorizationPolicy) -> tuple[Notice, ...]:
     """Of a policy for waypoints, in order of its fields."""
     return tuple(notice for index, rule in enumerate(policy.rules) for notice in _look_at_rule(rule, ("spec", "rules", index)))
+
+
+def find_provider_notices(policy: AuthorizationPolicy, facts: PolicyFacts) -> Iterator[Notice]:
+    """That nobody can be asked, and so what the rules match is refused."""
+    if policy.action != "CUSTOM" or find_provider(policy.provider, facts) is not None:
+        return
+    known = facts.providers.get(policy.provider)
+    if known is None:
+        because = f"the mesh configuration has no provider '{policy.provider}'{did_you_mean(policy.provider, facts.providers)}"
+    else:
+        because = f"the mesh has no service {known.namespace or '*'}/{known.hostname}, at which this provider is"
+    yield Notice(("spec", "provider", "name"), f"what the rules match is refused: {because}")
 
 
 def _look_at_rule(rule: PolicyRule, path: FieldPath) -> Iterator[Notice]:

@@ -64,7 +64,7 @@ def policies_for(
 def policy_for(fronted: Fronted, read: Read[KubePolicy], facts: PolicyFacts) -> AuthorizationPolicy | None:
     """None: this waypoint has nothing to do with it."""
     policy = read.value
-    if not policy.has_target_refs:
+    if not policy.audience.has_waypoints:
         return None
     if not read.good:
         return _close(fronted, read, facts)

@@ -10,13 +10,13 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from istiod_py.translate.config import Condition, Config
-from istiod_py.translate.l7.acceptance import TYPE, Targets, acceptance_of
+from istiod_py.translate.l7.acceptance import TYPE, Targets, acceptance_of, find_unbound
 from istiod_py.translate.l7.attachment import Fronted, FrontedService, WaypointRef
 from istiod_py.translate.l7.authentication import KeySets, KeySource, authentications_for, find_wanted
 from istiod_py.translate.l7.destination_configs import Destined, Endpoint, configure, label_endpoints, wanted_labels
 from istiod_py.translate.l7.destination_rules import DestinationRules, Merged
 from istiod_py.translate.l7.effects import find_without_effect
-from istiod_py.translate.l7.notices import Notice, find_notices
+from istiod_py.translate.l7.notices import Notice, find_notices, find_provider_notices
 from istiod_py.translate.l7.policies import PolicyFacts, ServiceFinder, policies_for
 from istiod_py.translate.l7.sources import RouteDefaults
 from istiod_py.translate.l7.traffic import TrafficFacts
@@ -209,13 +209,16 @@ class WaypointRules:
                 found[key] = told
         return found
 
-    def notices(self) -> Iterator[SourceProblem]:
+    def notices(self, targets: Targets) -> Iterator[SourceProblem]:
         """What has no effect though it is right, or hardly the effect that was meant."""
         for read in self._authorizations.values():
-            if read.value.has_target_refs and read.good and not read.problems:
+            yield from _as_problems(read.obj, find_unbound(read, targets))
+            if read.value.audience.has_waypoints and read.good and not read.problems:
                 yield from _as_problems(read.obj, find_notices(read.value))
+                yield from _as_problems(read.obj, find_provider_notices(read.value, self._policy_facts))
         for authentication in self._reads.authentications.values():
-            if authentication.good and not authentication.value.has_target_refs:
+            yield from _as_problems(authentication.obj, find_unbound(authentication, targets))
+            if authentication.good and not authentication.value.audience.has_waypoints:
                 message = "has no effect: waypoints verify tokens, and look at targetRefs alone"
                 yield authentication.obj.problem(("spec",), message)
         for key, rule in self._reads.destination_rules.items():

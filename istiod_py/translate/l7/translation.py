@@ -176,7 +176,7 @@ def _of_kind(reads: Mapping[ObjectKey, Read[_T]], kind: str) -> dict[ObjectKey, 
 
 def translate_l7(memory: L7Memory, facts: MeshFacts, config: Config, key_sets: KeySets) -> L7Outcome:
     """``memory``: of this translation (`L7Memory.next`), with all that was read."""
-    speaks = bool(memory.routes) or any(read.value.has_target_refs for read in facts.authorizations.values())
+    speaks = bool(memory.routes) or any(read.value.audience.has_waypoints for read in facts.authorizations.values())
     if not (speaks or facts.waypoints or memory.rules.authentications or memory.rules.backend_tls):
         return L7Outcome(problems=tuple(memory.rules.problems))
     return _L7Translator(memory, facts, config, key_sets).translate()
@@ -205,19 +205,20 @@ class _L7Translator:
             default_retry=DEFAULT_RETRY if mesh.retry is None else (mesh.retry if mesh.retry.attempts else None),
             defaults=RouteDefaults(config.domain_suffix, mesh.virtual_service_export_to),
         )
-        self._targeting = tuple(read for read in facts.authorizations.values() if read.value.has_target_refs)
+        self._targeting = tuple(read for read in facts.authorizations.values() if read.value.audience.has_waypoints)
 
     def translate(self) -> L7Outcome:
         resources = Assembler(self, self._memory.named).assemble(self._facts.waypoints.values(), self._facts.fronted, self._services)
         report = self._routing.report(self._fronting())
         statuses: dict[ObjectKey, tuple[StatusEntry, ...]] = dict(report.statuses)
-        for key, condition in self._rules.conditions(self._targets()).items():
+        targets = self._targets()
+        for key, condition in self._rules.conditions(targets).items():
             statuses[key] = (condition,)
         for key, (waypoints, verdict) in self._rules.backend_verdicts().items():
             statuses[key] = tuple(_ancestor(waypoint, verdict.accepted, verdict.resolved) for waypoint in sorted(waypoints))
         for key in self._find_stale(statuses):
             statuses[key] = ()
-        problems = (*self._memory.routes.problems, *self._memory.rules.problems, *report.problems, *self._rules.notices())
+        problems = (*self._memory.routes.problems, *self._memory.rules.problems, *report.problems, *self._rules.notices(targets))
         return L7Outcome(resources, statuses, problems, self._rules.wanted_keys)
 
     def _list_services(self) -> Iterable[L7Service]:

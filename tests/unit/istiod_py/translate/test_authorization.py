@@ -38,7 +38,9 @@ def translated(spec: str) -> Policy:
 
 
 def condition_of(translation: Translation) -> Condition:
-    ((condition,),) = translation.statuses.values()
+    """What node agents make of it."""
+    ((condition, *others),) = translation.statuses.values()
+    assert {other.type for other in others if isinstance(other, Condition)} <= {"WaypointAccepted"}
     return condition
 
 
@@ -213,6 +215,9 @@ ALLOW_NOTHING = Policy("p", "shop", Scope.NAMESPACE, Action.ALLOW)
      Scope.WORKLOAD_SELECTOR),
     ("{action: DENYY, rules: []}", Action.DENY, Scope.NAMESPACE),
     ("[]", Action.DENY, Scope.NAMESPACE),
+    ("{targetRefs: [], rules: [{}]}", Action.ALLOW, Scope.NAMESPACE),
+    ("{targetRefs: , rules: [{}]}", Action.ALLOW, Scope.NAMESPACE),
+    ("{targetrefs: [{kind: Service, name: x}], action: DENY, rules: [{}]}", Action.DENY, Scope.NAMESPACE),
 ])  # fmt: skip
 def test_a_policy_that_never_was_good_is_enforced_closed(spec: str, action: Action, scope: Scope) -> None:
     translation = translation_of(f"{HEAD}spec: {spec}\n")
@@ -232,6 +237,8 @@ def test_a_policy_that_never_was_good_is_enforced_closed(spec: str, action: Acti
 @pytest.mark.parametrize("text", [
     f"{HEAD}spec: {{action: AUDIT, rules: [{{frm: x}}]}}\n",
     f"{HEAD}spec: {{targetRefs: [{{kind: Service, name: x}}], rules: [{{frm: x}}]}}\n",
+    f"{HEAD}spec: {{targetRefs: {{kind: Service, name: x}}, rules: [{{}}]}}\n",
+    f"{HEAD}spec: {{targetRefs: [x], rules: [{{}}]}}\n",
     HEAD.replace("namespace: shop", "namespace: shop, annotations: {istio.io/dry-run: 'true'}") + "spec: {rules: [{frm: x}]}\n",
 ])  # fmt: skip
 def test_a_mistake_in_what_is_not_enforced_here_enforces_nothing(text: str) -> None:

@@ -11,7 +11,7 @@ from mesh.kube.checked import check_object
 from mesh.kube.objects import KubeObject, Layer, ObjectKey, Origin
 from mesh.kube.policies import read_authorization_policy
 from mesh.kube.requestauthentication import ClaimHeader, JwtRule, TokenHeader, read_request_authentication
-from mesh.kube.targets import TargetRef
+from mesh.kube.targets import Audience, TargetRef
 
 
 def made(kind: str, spec: str) -> KubeObject:
@@ -38,7 +38,7 @@ def test_targets_are_read(kind: str, refs: str, targets: tuple[TargetRef, ...]) 
     obj = made(kind, f"{{{refs}}}")
     assert obj.problems == ()
     read = read_authorization_policy(obj)[0] if kind == "AuthorizationPolicy" else read_request_authentication(obj)[0]
-    assert (read.targets, read.has_target_refs, read.selector) == (targets, True, None)
+    assert (read.targets, read.audience, read.selector) == (targets, Audience.WAYPOINTS, None)
 
 
 @pytest.mark.parametrize(("refs", "mistake"), [
@@ -61,7 +61,33 @@ def test_a_target_that_is_none_is_a_mistake_and_still_no_policy_for_node_proxies
     if refs != "targetRefs: []":
         obj = made(kind, f"{{{refs}}}")
         read = read_authorization_policy(obj)[0] if kind == "AuthorizationPolicy" else read_request_authentication(obj)[0]
-        assert read.has_target_refs
+        assert read.audience is Audience.WAYPOINTS
+
+
+@pytest.mark.parametrize(("raw", "audience"), [
+    ("{}", Audience.AGENTS),
+    ("{spec: {}, status: {}}", Audience.AGENTS),
+    ("{spec: {selector: {}}}", Audience.AGENTS),
+    ("{spec: {slector: {}}}", Audience.AGENTS),
+    ("{spec: {targetRefs: web}}", Audience.WAYPOINTS),
+    ("{spec: {targetRef: [web]}}", Audience.WAYPOINTS),
+    ("{spec: {targetRefs: {kind: Service, name: web}}}", Audience.WAYPOINTS),
+    ("{spec: {targetRefs: []}}", Audience.EITHER),
+    ("{spec: {targetRefs: }}", Audience.EITHER),
+    ("{spec: {targetref: {kind: Service, name: web}}}", Audience.EITHER),
+    ("{spec: {}, targetRefs: [{kind: Service, name: web}]}", Audience.EITHER),
+    ("{spec: }", Audience.EITHER),
+    ("{spec: []}", Audience.EITHER),
+    ("{spce: {targetRefs: [{kind: Service, name: web}]}}", Audience.EITHER),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["AuthorizationPolicy", "RequestAuthentication"])
+def test_a_policy_of_which_nobody_can_tell_for_whom_it_is_has_a_mistake(kind: str, raw: str, audience: Audience) -> None:
+    tree = YAML(typ="safe", pure=True).load(raw)
+    obj = check_object("security.istio.io/v1", ObjectKey(kind, "shop", "p"), tree, (Layer(Origin("x", 0, 1), tree),))
+    read, found = read_authorization_policy(obj) if kind == "AuthorizationPolicy" else read_request_authentication(obj)
+    assert read.audience is audience
+    if audience is Audience.EITHER:
+        assert found
 
 
 @pytest.mark.parametrize("spec", [

@@ -496,7 +496,8 @@ def told(spec: str, *, use: bool = True) -> tuple[Condition | None, list[str]]:
     rules = rules_of(rule("a", spec))
     if use:
         rules.destination_config(KEY, AT_HOME)
-    return rules.conditions(Targets("istio-system")).get(RULE), [problem.field for problem in rules.notices()]
+    targets = Targets("istio-system")
+    return rules.conditions(targets).get(RULE), [problem.field for problem in rules.notices(targets)]
 
 
 @pytest.mark.parametrize(("spec", "fields"), [

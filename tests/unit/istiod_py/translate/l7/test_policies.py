@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from istiod_py.translate.config import Condition
-from istiod_py.translate.l7.acceptance import Targets, acceptance_of
+from istiod_py.translate.l7.acceptance import Targets, acceptance_of, find_unbound
 from istiod_py.translate.l7.attachment import Fronted, WaypointRef
 from istiod_py.translate.l7.authentication import KeySets, KeySource, authentications_for, find_wanted
 from istiod_py.translate.l7.known import KnownServices, L7Port, L7Service, know
-from istiod_py.translate.l7.notices import find_notices
+from istiod_py.translate.l7.notices import find_notices, find_provider_notices
 from istiod_py.translate.l7.policies import PolicyFacts, policies_for
 from istiod_py.translate.l7.values import match_text
 from istiod_py.translate.reading import Read, read_objects
@@ -289,6 +289,11 @@ BAD_RULE = "rules: [{frm: [{source: {namespaces: [a]}}]}]"
     ("targetRefs: [{kind: Service, name: far, namespace: other}], rules: [{}]", "other", (FAR.key,)),
     ("targetRefs: [{kind: Pod, name: x}], rules: [{}]", "istio-system", ()),
     (f"targetRefs: [{SERVICE % 'web'}, 7], rules: [{{}}]", "shop", ()),
+    ("targetRefs: [], rules: [{}]", "shop", ()),
+    ("targetRefs: , rules: [{}]", "other", (FAR.key,)),
+    ("targetRefs: {kind: Service, name: web}, rules: [{}]", "shop", ()),
+    (f"targetrefs: [{SERVICE % 'web'}], rules: [{{}}]", "shop", ()),
+    ("slector: {}, rules: [{}]", "shop", None),
     (f"selector: {{}}, targetRef: {SERVICE % 'web'}, rules: [{{}}]", "shop", (WEB.key,)),
 ])  # fmt: skip
 @pytest.mark.parametrize("action", ["ALLOW", "DENY", "CUSTOM", "PERMIT"])
@@ -358,6 +363,35 @@ def accepted(spec: str, namespace: str = "shop", previous: str = "", annotations
 ])  # fmt: skip
 def test_the_status_says_what_each_target_came_to(refs: str, namespace: str, status: bool, reason: str, message: str) -> None:
     assert accepted(f"{{targetRefs: [{refs}], rules: [{{}}]}}", namespace) == Condition("WaypointAccepted", status, reason, message)
+
+
+@pytest.mark.parametrize(("refs", "notices"), [
+    (f"targetRefs: [{SERVICE % 'web'}]", []),
+    (f"targetRefs: [{SERVICE % 'web'}, {SERVICE % 'free'}, {ENTRY % 'nobody'}]",
+     [(("spec", "targetRefs", 1), "no effect for Service free: Service shop/free is not bound to a waypoint"),
+      (("spec", "targetRefs", 2), "no effect for ServiceEntry nobody: ServiceEntry shop/nobody was not found")]),
+    (f"targetRef: {GATEWAY % 'else'}", [(("spec", "targetRef"), "no effect for Gateway else: not bound")]),
+    ("selector: {}", []),
+    (f"targetRef: {SERVICE % 'free'}, {BAD_RULE}", []),
+])  # fmt: skip
+def test_a_target_at_which_a_policy_does_nothing_is_a_problem(refs: str, notices: list[tuple[tuple[str | int, ...], str]]) -> None:
+    rules = "" if "rules" in refs else ", rules: [{}]"
+    (read,) = reads_of(policy(f"{{{refs}{rules}}}")).values()
+    assert [(notice.path, notice.message) for notice in find_unbound(read, TARGETS)] == notices
+
+
+@pytest.mark.parametrize(("spec", "providers", "messages"), [
+    (CUSTOM, {"x": ExtAuthzHttp("", WEB.hostname, 80)}, []),
+    (CUSTOM, {"xy": ExtAuthzHttp("", WEB.hostname, 80)},
+     ["what the rules match is refused: the mesh configuration has no provider 'x'; did you mean 'xy'?"]),
+    (CUSTOM, {"x": ExtAuthzHttp("other", WEB.hostname, 80)},
+     [f"what the rules match is refused: the mesh has no service other/{WEB.hostname}, at which this provider is"]),
+    (f"{{targetRef: {SERVICE % 'web'}, rules: [{{}}]}}", {}, []),
+])  # fmt: skip
+def test_an_authorizer_that_cannot_be_asked_is_told(spec: str, providers: Mapping[str, Provider], messages: list[str]) -> None:
+    (read,) = reads_of(policy(spec)).values()
+    found = find_provider_notices(read.value, Mesh(providers=providers).facts())
+    assert [(notice.path, notice.message) for notice in found] == [(("spec", "provider", "name"), message) for message in messages]
 
 
 def test_a_policy_that_is_not_for_waypoints_says_nothing_of_them() -> None:
