@@ -55,7 +55,8 @@ _PATIENCE: Final = 120.0
 _ISSUER: Final = "https://issuer.test"
 _ALLOWED: Final = "/bench.Echo/Unary"
 _REFUSED: Final = "/bench.Secret/Unary"
-_LOAD: Final = (sys.executable, "-m", http_load.__name__)
+_LOAD: Final = ("env", f"PYTHONPATH={Path(http_load.__file__).parents[1]}", sys.executable, "-m", http_load.__name__)
+"""In a pod, whose directory is another."""
 
 
 def measure(say: Say) -> list[Row]:

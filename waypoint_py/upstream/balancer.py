@@ -29,6 +29,8 @@ from waypoint_py.upstream.session import Endpoint
 
 REPICKS: Final = 5
 """How often another endpoint is drawn for a retry when the one drawn was tried already (Istio's ``hostSelectionRetryMaxAttempts``)."""
+MAX_ENDPOINTS: Final = 4096
+"""Remembered of one destination."""
 
 _DEFAULTS: Final = TrafficPolicy()
 _NO_LABELS: Final[Labels] = {}
@@ -179,6 +181,8 @@ class _Cluster:
         self._algorithms: dict[tuple[int, int], Algorithm] = {}
         self._healths: list[Health] = []
         self._panics = False
+        self._endpoints: dict[tuple[str, int, IpAddress], Endpoint] = {}
+        """By workload, level and what address the asker would like: what is asked for again is the same object, by which others know it."""
         self.hosts: dict[str, Host] = {}
 
     def is_of(self, service: Service, config: DestinationConfig | None, seen: PickList | None, source: Workload | None) -> bool:
@@ -313,7 +317,14 @@ class _Cluster:
     def _endpoint(self, host: Host, level: int, wish: Wish) -> Endpoint:
         workload = host.workload
         like = wish.like if wish.like is not None else workload.addresses[0]
-        ip = choose_ip(workload, self._service, like, like=like)
-        address = SocketAddress(workload.addresses[0] if ip is None else ip, host.port)
-        because = f"{self._name}: {workload.namespace}/{workload.name}, {self._levels[level].because}"
-        return Endpoint(address, workload, self._service, self._destination, self._policy, because)
+        key = (workload.uid, level, like)
+        endpoint = self._endpoints.get(key)
+        if endpoint is None:
+            ip = choose_ip(workload, self._service, like, like=like)
+            address = SocketAddress(workload.addresses[0] if ip is None else ip, host.port)
+            because = f"{self._name}: {workload.namespace}/{workload.name}, {self._levels[level].because}"
+            endpoint = Endpoint(address, workload, self._service, self._destination, self._policy, because)
+            if len(self._endpoints) >= MAX_ENDPOINTS:
+                self._endpoints.clear()
+            self._endpoints[key] = endpoint
+        return endpoint

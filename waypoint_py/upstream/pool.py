@@ -510,6 +510,8 @@ class Pool:
         if version is None and (tls is None or tls.sni):  # no other request can belong to another shelf
             if len(self._recent) >= REMEMBERED:
                 self._recent.clear()
+                for each in self._shelves.values():
+                    each.remembered_as.clear()
             self._recent[id(endpoint), protocol] = endpoint, shelf
             shelf.remembered_as.append((id(endpoint), protocol))
         return shelf

@@ -98,6 +98,15 @@ def test_an_endpoint_is_dialled_on_its_target_port_in_the_family_that_the_client
     assert str(world.choose(like=ip_address("fd00::99")).address) == "[fd00::1]:8080"
 
 
+def test_an_endpoint_that_is_chosen_again_is_the_same_object_until_something_changes() -> None:
+    world = World(pod(1))
+    first, six = world.choose(like=ip_address("10.96.0.1")), world.choose(like=ip_address("fd00::99"))
+    assert world.choose(like=ip_address("10.96.0.1")) is first
+    assert world.choose(like=ip_address("fd00::99")) is six
+    world.state.apply(Delta(workloads=(pod(1, services={KEY: (PortMapping(80, 9090),)}),)))
+    assert str(world.choose(like=ip_address("10.96.0.1")).address) == "10.0.1.1:9090"
+
+
 def test_unhealthy_endpoints_take_nothing_and_none_left_is_said() -> None:
     world = World(pod(1, status=HealthStatus.UNHEALTHY))
     assert world.refusal() == NoEndpoint("shop/reviews.shop.svc.cluster.local port 80 has no healthy endpoint", known=True)
