@@ -107,7 +107,9 @@ def test_streams_beyond_what_a_connection_takes_get_another(world: World, serve:
 
     application = serve(script)
     endpoint = endpoint_at(application.address, limited(max_concurrent_streams=3))
-    answers = [world.ask(endpoint, protocol=HTTP2) for _ in range(7)]
+    answers = [world.ask(endpoint, protocol=HTTP2) for _ in range(6)]
+    wait_until(lambda: gate.requests == 6, "two connections are full")
+    answers.append(world.ask(endpoint, protocol=HTTP2))
     assert {answer.wait().status for answer in answers} == {200}
     assert application.connections == 3
 
