@@ -275,8 +275,8 @@ def test_the_captured_server_sees_the_address_of_envoys_pod(mesh: Mesh, family: 
     target = mesh.address("shop/server", family, 8080)
     with mesh.envoy_dialling(target, expected=identity("shop", "server")) as observed:
         answer = mesh.lab.curl("foreign/caller", f"http://127.0.0.1:{ENTRY}/")
+        response = json.dumps(records(observed)[0]["response"])  # as long as it runs: an Envoy that ends may leave its last line out
     assert answer.stdout.startswith(f"hello {mesh.ips['foreign/caller', family]},")
-    response = json.dumps(records(observed)[0]["response"])
     assert "k8s.pod.name=server" in response
 
 

@@ -231,8 +231,13 @@ spec:
 """
 
 
-UNTIL_ENOUGH = "while [ ! -e apps/enough ]; do curl -sS -m 5 -o /dev/null -w '%{http_code}\\n' METHOD http://web/ 2>&1; done"
+UNTIL_ENOUGH = "until [ -e apps/enough ]; do curl -sS -m 5 -o /dev/null -w '%{http_code}\\n' METHOD http://web/ 2>&1; done"
 """One connection after the other, with what came of each."""
+
+
+def method_of(line: str) -> str:
+    """Of the request that a line of the access log is about."""
+    return line.split('"')[1].split()[0]
 
 
 def test_a_service_that_moves_to_another_waypoint_loses_no_request_and_no_policy(lab: Lab) -> None:
@@ -241,9 +246,14 @@ def test_a_service_that_moves_to_another_waypoint_loses_no_request_and_no_policy
     lab.meshctl("waypoint", "apply", "-n", "shop", "--name", "other", "--wait", "--lab", lab.name, timeout=120)
     try:
         with objects(lab, WRITERS_ARE_DENIED):
+            before = Counter(method_of(line) for line in access_lines(lab, "shop/waypoint-0"))
             readers, writers = (lab.start(CLIENT, "sh", "-c", UNTIL_ENOUGH.replace("METHOD", each)) for each in ("-XGET", "-XPOST -dx"))
             one_connection = ("--rate", "20/s", "-o", "/dev/null", "-w", "%{http_code}\\n", "http://web/?number=[1-120]")
             keeper = lab.start(CLIENT, "curl", "-sS", "-m", "30", *one_connection)
+            wait_until(
+                lambda: {"GET", "POST"} <= {*(Counter(method_of(line) for line in access_lines(lab, "shop/waypoint-0")) - before)},
+                "both ask",
+            )
             for text in (web.replace("metadata: {name: web, namespace: shop}", bound), web) * 3:
                 lab.write("web.yaml", text)
                 time.sleep(1)
