@@ -29,7 +29,11 @@ class Message:
         self.headers = headers
 
     def find(self, name: bytes) -> bytes | None:
-        """The values of a header joined by ``,``, as routing and policies compare them; None if it is absent."""
+        """The values of a header joined by ``,`` (RFC 9110 section 5.3); None if it is absent.
+
+        For who wants one text. Routes compare each value by itself (`waypoint_py.routing.predicates`) and policies each as well as the
+        joined text (`waypoint_py.policy.predicates`): joined alone, a second value would hide the first from an exact match.
+        """
         found: bytes | None = None
         for key, value in self.headers:
             if key == name:

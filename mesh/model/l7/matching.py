@@ -71,7 +71,7 @@ class HeaderMatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """``name`` in lower case; ``:method``, ``:authority``, ``:scheme`` and ``:path`` stand for what they say. Of several values of one
     header each is compared by itself: one that hits is enough, and an inverted match fails then. A header that is absent matches nothing,
     and so makes an inverted match true, except with ``absent_fails``: then it makes the inverted match false as well (VirtualService's
-    ``withoutHeaders`` with a regex)."""
+    ``withoutHeaders``, which takes an absent header for an empty one, with a text that an empty value matches)."""
 
     name: str
     match: TextMatch

@@ -98,6 +98,25 @@ def test_either_version_is_carried_by_either(downstream: int, upstream: int) -> 
     world.run(main)
 
 
+def test_a_thousand_requests_may_come_at_once_and_be_refused() -> None:
+    world = World()
+
+    async def main() -> None:
+        async with world.application(Echo()) as address:
+            world.describe(world.endpoint(address))
+            world.push(_deny("GET"))
+            link = await world.link()
+            stream, other = await world.open(link=link), await world.client(link=link)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.send_all, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
+                received = b""
+                while received.count(b"RBAC: access denied") < 1000:
+                    received += await stream.receive_some()
+            assert (await other.get("/", "POST", b"x")).status == 200, "others of the same peer go on"
+
+    world.run(main)
+
+
 def test_many_requests_share_a_connection_of_http2() -> None:
     world = World()
 
@@ -458,6 +477,28 @@ def test_a_websocket_of_http1_is_carried(upstream: int) -> None:
             assert await stream.receive_some() == b""
             await world.until(lambda: world.log.requests)
             assert world.log.requests[0].status == 101
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("size", [10, 200_000])  # the second is more than is held back before the application has agreed
+@pytest.mark.parametrize("upstream", [1, 2])
+def test_frames_that_came_with_the_handshake_are_carried_too(upstream: int, size: int) -> None:
+    world = World()
+
+    async def main() -> None:
+        handler = _websocket_echo if upstream == 1 else Echo2(extended_connect=True)
+        async with world.application(handler) as address:
+            world.describe(world.endpoint(address), protocol=Protocol.HTTP if upstream == 1 else Protocol.HTTP2)
+            stream = await world.open()
+            frames = b"f" * size
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.send_all, HANDSHAKE + frames)
+                received = b""
+                while len(received.partition(b"\r\n\r\n")[2]) < len(frames):
+                    received += await stream.receive_some()
+            assert received.startswith(b"HTTP/1.1 101 ")
+            assert received.partition(b"\r\n\r\n")[2] == frames
 
     world.run(main)
 
