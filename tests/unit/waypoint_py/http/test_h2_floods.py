@@ -335,6 +335,7 @@ def test_a_client_is_forgotten_with_what_it_had_sent() -> None:
     finally:
         tracemalloc.stop()
     assert after - before < 64 * 1024
+    assert len(peer.codec._reset_here) == 1024, "of the resets the latest"
 
 
 # --- after our goodbye, and the other way round -------------------------------------------------------------------------------------------
