@@ -1,8 +1,8 @@
 """HTTP/2 without its I/O, both ends (RFC 9113, and RFC 8441 for WebSockets).
 
 Theory of operation. Frames are cut, header blocks read and SETTINGS kept by what HBONE uses too (`mesh.wire.frames`, `mesh.wire.headers`,
-`mesh.wire.hbone.control`); streams, windows, floods and the meaning of headers are here. The h2 library, which the tests have as the
-other side, costs 150 us a request at either end, takes a malformed request for a broken connection, and after a GOAWAY nothing at all.
+`mesh.wire.hbone.control`); streams, windows, floods and the meaning of headers are here. Why all this, and not the h2 library, which the
+tests have as the other side: docs/design/decisions/0007-http2-in-waypoints.md.
 
 - What breaks one stream resets that stream; `StreamReset` says why, also of streams that no `RequestHead` told of: pass over those. What
   breaks the connection is a RemoteProtocolError, with GOAWAY among the outgoing bytes; events of the same portion are lost with it.
