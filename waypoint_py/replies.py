@@ -115,7 +115,7 @@ def upstream_failed(failure: UpstreamFailure) -> LocalReply:
     if failure.transport:
         reason += f"|{failure.transport.replace(' ', '_')}"
     return LocalReply(
-        503,
+        502 if failure.kind is FailureKind.PROTOCOL else 503,  # as Envoy
         body.encode(),
         headers,
         flags=(flag,),

@@ -859,8 +859,8 @@ def _closes_after(data: bytes) -> object:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", 200, True, Flag.UPSTREAM_CONNECTION_TERMINATION),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", 200, True, Flag.UPSTREAM_CONNECTION_TERMINATION),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 200, True, Flag.UPSTREAM_PROTOCOL_ERROR),
-        (b"gibberish\r\n\r\n", 503, False, Flag.UPSTREAM_PROTOCOL_ERROR),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na", 503, False, Flag.UPSTREAM_PROTOCOL_ERROR),
+        (b"gibberish\r\n\r\n", 502, False, Flag.UPSTREAM_PROTOCOL_ERROR),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na", 502, False, Flag.UPSTREAM_PROTOCOL_ERROR),
     ],
 )
 @pytest.mark.parametrize("downstream", [1, 2])

@@ -56,7 +56,7 @@ def test_a_situation_has_its_status_body_flag_and_details(
 )
 def test_every_failure_upstream_has_its_words(kind: FailureKind, word: str, flag: Flag) -> None:
     reply = replies.upstream_failed(UpstreamFailure(kind, "because"))
-    assert (reply.status, reply.body.decode(), reply.flags) == (503, BEFORE + word, (flag,))
+    assert (reply.status, reply.body.decode(), reply.flags) == (502 if word == "protocol error" else 503, BEFORE + word, (flag,))
     assert reply.details.startswith("upstream_reset_before_response_started{")
     assert (reply.headers == [(b"x-envoy-overloaded", b"true")]) is (kind is FailureKind.OVERFLOW)
     assert replies.flag_of_failure(UpstreamFailure(kind, "")) is flag
