@@ -1,8 +1,8 @@
 """HTTP/2 without its I/O, both ends (RFC 9113, and RFC 8441 for WebSockets).
 
 Theory of operation. Frames are cut, header blocks read and SETTINGS kept by what HBONE uses too (`mesh.wire.frames`, `mesh.wire.headers`,
-`mesh.wire.hbone.control`); streams, windows, floods and the meaning of headers are here. The h2 library, which the tests have as the
-other side, costs 150 us a request at either end, takes a malformed request for a broken connection, and after a GOAWAY nothing at all.
+`mesh.wire.hbone.control`); streams, windows, floods and the meaning of headers are here. Why all this, and not the h2 library, which the
+tests have as the other side: docs/design/decisions/0007-http2-in-waypoints.md.
 
 - What breaks one stream resets that stream; `StreamReset` says why, also of streams that no `RequestHead` told of: pass over those. What
   breaks the connection is a RemoteProtocolError, with GOAWAY among the outgoing bytes; events of the same portion are lost with it.
@@ -59,6 +59,9 @@ MAX_BLOCK: Final = 96 * 1024
 """Bytes of a header block: Huffman's code costs us 0.2 us a byte. A larger one ends the connection."""
 MAX_LIST: Final = 256 * 1024
 """Bytes of the fields in it, likewise. What is below both and over the head's limits gets a 431."""
+MAX_HEADS: Final = 8 << 20
+"""Bytes of the heads of all requests under way, beyond which more get REFUSED_STREAM: a thousand of the usual size, and not a thousand of
+60 KiB, each of which HPACK lets a client ask for with a few bytes."""
 ASSUMED_STREAMS: Final = 100
 """Requests at once that a server is taken to allow before its SETTINGS have come."""
 MIN_STREAMS_TO_JUDGE: Final = 500
@@ -78,7 +81,7 @@ _BLANKS: Final = b" \t"
 class _Stream(Stream):
     """One request and its response. ``left`` and ``to_send``: bytes of either body that are still due, or `_UNCOUNTED`."""
 
-    __slots__ = ("answered", "bodiless", "dropped", "head", "left", "to_send", "upgrade")
+    __slots__ = ("answered", "bodiless", "dropped", "head", "left", "to_send", "upgrade", "weight")
 
     def __init__(self, stream_id: int, receive_window: int, send_window: int) -> None:
         super().__init__(stream_id, receive_window, send_window)
@@ -92,6 +95,8 @@ class _Stream(Stream):
         """Server: the request was refused, and nobody wants the rest of it."""
         self.upgrade = False
         self.answered = False
+        self.weight = 0
+        """Server: bytes of the request's head."""
 
 
 class _Http2(ABC):
@@ -133,6 +138,7 @@ class _Http2(ABC):
         self._stream_credit_portion = stream_window // 4
         self._receive_window = CONNECTION_WINDOW
         self._waiting = 0
+        self._heads = 0
         self._send_window = DEFAULT_WINDOW
         self._initial_send_window = DEFAULT_WINDOW
         self._max_frame_size = DEFAULT_FRAME_SIZE
@@ -516,6 +522,7 @@ class _Http2(ABC):
     def _forget(self, state: _Stream) -> None:
         del self._streams[state.id]
         state.drop()
+        self._heads -= state.weight
         self._waiting -= self._stream_window - state.receive_window - state.owed  # nobody will say that they were consumed
         self._refresh_connection_credit()
 
@@ -644,7 +651,7 @@ class Http2Server(_Http2):
             self._remember_reset(stream)
             return
         self._opened += 1
-        if len(self._streams) >= self._options.max_streams:
+        if len(self._streams) >= self._options.max_streams or self._heads > MAX_HEADS:
             self._patience.spend(patience.REFUSED, "requests over the limit of streams")
             self._reset(stream, ErrorCode.REFUSED_STREAM)
             return
@@ -665,6 +672,8 @@ class Http2Server(_Http2):
             if size > self._limits.size or len(fields) - len(pseudo) > self._limits.count:
                 raise BadHead("head too large", 431)
             self._judge(request)
+            state.weight = size
+            self._heads += size
         except MalformedHeaders as exc:
             self._fail_stream(stream, ErrorCode.PROTOCOL_ERROR, f"malformed request: {exc}")
             return

@@ -23,6 +23,9 @@ from waypoint_py.upstream.session import FailureKind, ResponseSink, UpstreamFail
 LINGER: Final = 2.0
 """Seconds for the peer to end a connection after we have ended it."""
 
+UNREAD_ANSWERS: Final = 64 * 1024
+"""Bytes of answers to what only wants answers (PING, SETTINGS) that a server may ask for and not read. Bodies have their own bound."""
+
 SWITCHING_PROTOCOLS: Final = 101
 
 _OfStream: TypeAlias = RequestHead | RefusedHead | ResponseHead | BodyData | BodyEnd | StreamReset
@@ -190,6 +193,8 @@ class HttpSession:
     """The sink of one connection. It keeps to those of its owner's bounds that concern one connection. ``pings``: the codec has them."""
 
     __slots__ = (
+        "_answers",
+        "_answers_since",
         "_broken",
         "_calls",
         "_closing",
@@ -226,6 +231,8 @@ class HttpSession:
         """Calls that were told of less room than they may want."""
         self._served = 0
         self._written = 0  # bytes given to the stream
+        self._answers = 0  # bytes of them that only answer, from `_answers_since` on
+        self._answers_since = 0
         self._heard = False
         self._paused = False
         self._dispatching = False
@@ -421,7 +428,19 @@ class HttpSession:
         except RemoteProtocolError as exc:
             self._break(FailureKind.PROTOCOL, exc.reason, explained=True)
             return
+        answers = self._codec.unsent()
+        if answers and self._is_deaf(answers):
+            self._break(FailureKind.PROTOCOL, "the peer sends and does not read")
+            return
         self._dispatch(events)
+
+    def _is_deaf(self, answers: int) -> bool:
+        """Whether it has had us answer too much since it last took anything. Reading stops at nothing else here: a server that does not
+        read while it cannot write would wait for us, and we for it."""
+        if self._written - self._stream.unsent >= self._answers_since:  # what was written when we began to count has gone
+            self._answers, self._answers_since = 0, self._written
+        self._answers += answers
+        return self._answers > UNREAD_ANSWERS
 
     def ended(self) -> None:
         if self._broken:

@@ -253,12 +253,35 @@ def test_a_field_named_often_is_kept_once() -> None:
     again = b"\x82\x86\x84\x01\x09shop.test" + b"\xbe" * 14
     tracemalloc.start()
     try:
-        kept = [peer.codec.receive(frame(FrameType.HEADERS, END_HEADERS | END_STREAM, stream, again)) for stream in range(3, 1003, 2)]
+        kept = [peer.codec.receive(frame(FrameType.HEADERS, END_HEADERS | END_STREAM, stream, again)) for stream in range(3, 203, 2)]
         size, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert all(isinstance(events[0], RequestHead) and len(events[0].request.headers) == 14 for events in kept)
-    assert size < 500 * 4096, "less than one field each"
+    assert size < 100 * 4096, "less than one field each"
+
+
+def test_heads_of_all_requests_under_way_are_bounded_together() -> None:
+    """What comes in with a few bytes may have to go on with 60 KiB each: to an application without HPACK, or that does not read."""
+    peer = Peer()
+    peer.sends(frame(FrameType.HEADERS, END_HEADERS | END_STREAM, 1, bomb(10)))
+    again = b"\x82\x86\x84\x01\x09shop.test" + b"\xbe" * 14
+    streams = iter(range(3, 10_000, 2))
+    for _ in range(200):
+        peer.sends(frame(FrameType.HEADERS, END_HEADERS | END_STREAM, next(streams), again))
+    taken = [event.stream for event in peer.events if isinstance(event, RequestHead)]
+    assert 140 < len(taken) < 155, "8 MiB, counted as RFC 9113 section 6.5.2 has it"
+    refused = [frame for frame in peer.hears() if frame.type == FrameType.RST_STREAM]
+    assert {frame.error_code for frame in refused} == {ErrorCode.REFUSED_STREAM}
+    assert len(taken) + len(refused) == 201
+    peer.answers(taken[0])
+    peer.codec.reset(taken[1], ErrorCode.CANCEL)
+    peer.sends(frame(FrameType.HEADERS, END_HEADERS | END_STREAM, next(streams), again))
+    assert isinstance(peer.events[-1], RequestHead), "there is room again"
+    for stream in taken[2:]:
+        peer.answers(stream)
+    peer.answers(peer.events[-1].stream)
+    assert peer.codec._heads == 0
 
 
 def test_a_table_full_of_fields_is_as_large_as_was_agreed() -> None:
@@ -335,6 +358,7 @@ def test_a_client_is_forgotten_with_what_it_had_sent() -> None:
     finally:
         tracemalloc.stop()
     assert after - before < 64 * 1024
+    assert len(peer.codec._reset_here) == 1024, "of the resets the latest"
 
 
 # --- after our goodbye, and the other way round -------------------------------------------------------------------------------------------

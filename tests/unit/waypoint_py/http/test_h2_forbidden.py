@@ -615,6 +615,22 @@ def test_a_body_of_ours_that_differs_from_its_length_is_reset_not_ended(sent: by
     assert (frames[-1].type, frames[-1].error_code) == (FrameType.RST_STREAM, ErrorCode.INTERNAL_ERROR)
 
 
+@pytest.mark.parametrize("between", [False, True])
+def test_our_end_goes_with_the_data_that_it_follows_and_with_no_other_frame(between: bool) -> None:
+    peer = Peer()
+    peer.sends(peer.head(1, GET), peer.head(3, GET))
+    peer.server.send_response(1, Response(200, []), ended=False)
+    peer.server.send_data(1, b"body")
+    if between:
+        peer.server.reset(3, ErrorCode.CANCEL)
+    peer.server.send_end(1)
+    frames = [(frame.stream_id, frame.type, "END_STREAM" in frame.flags) for frame in peer.hears()[1:]]
+    if between:
+        assert frames == [(1, FrameType.DATA, False), (3, FrameType.RST_STREAM, False), (1, FrameType.DATA, True)]
+    else:
+        assert frames == [(1, FrameType.DATA, True)]
+
+
 def test_a_table_resized_twice_at_once_is_emptied() -> None:
     """RFC 7541 section 4.2: the smallest size between two blocks must be told, for the peer may have evicted down to it."""
     peer = Peer()
