@@ -13,7 +13,7 @@ from typing import NoReturn
 from meshctl_py.lab.client import Lab, UpOptions, start_lab
 from meshctl_py.lab.demo.examples import EXAMPLES
 from meshctl_py.lab.demo.mesh import MeshAct
-from meshctl_py.lab.demo.report import Report
+from meshctl_py.lab.demo.report import Report, Unmet
 from meshctl_py.lab.demo.stage import Stage, Tap
 from meshctl_py.lab.demo.waypoint import WaypointAct
 from meshctl_py.lab.demo.wire import Wire
@@ -31,7 +31,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; everything is removed", file=sys.stderr)
         sys.exit(130)
-    except LabError as exc:
+    except (LabError, Unmet) as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(1)
     print(f"{report.passed} passed, {report.failed} failed")
