@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NoReturn
 
 from meshctl_py.lab.client import Lab, UpOptions, start_lab
@@ -59,11 +60,17 @@ def _run(report: Report, clean_up: ExitStack) -> None:
     try:
         MeshAct(stage, wire).run()
         WaypointAct(stage, wire).run()
-    finally:
-        if report.failed:
-            kept = tempfile.mkdtemp(prefix="ambient-mesh-demo-logs-")
-            shutil.copytree(starting.home.logs, kept, dirs_exist_ok=True)
-            print(f"the logs of this run are kept in {kept}", flush=True)
+    except Unmet:
+        _keep(starting.home.logs)
+        raise
+    if report.failed:
+        _keep(starting.home.logs)
+
+
+def _keep(logs: Path) -> None:
+    kept = tempfile.mkdtemp(prefix="ambient-mesh-demo-logs-")
+    shutil.copytree(logs, kept, dirs_exist_ok=True)
+    print(f"the logs of this run are kept in {kept}", flush=True)
 
 
 if __name__ == "__main__":
