@@ -8,12 +8,13 @@ import signal
 import sys
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NoReturn
 
 from meshctl_py.lab.client import Lab, UpOptions, start_lab
 from meshctl_py.lab.demo.examples import EXAMPLES
 from meshctl_py.lab.demo.mesh import MeshAct
-from meshctl_py.lab.demo.report import Report
+from meshctl_py.lab.demo.report import Report, Unmet
 from meshctl_py.lab.demo.stage import Stage, Tap
 from meshctl_py.lab.demo.waypoint import WaypointAct
 from meshctl_py.lab.demo.wire import Wire
@@ -31,7 +32,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; everything is removed", file=sys.stderr)
         sys.exit(130)
-    except LabError as exc:
+    except (LabError, Unmet) as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(1)
     print(f"{report.passed} passed, {report.failed} failed")
@@ -59,11 +60,17 @@ def _run(report: Report, clean_up: ExitStack) -> None:
     try:
         MeshAct(stage, wire).run()
         WaypointAct(stage, wire).run()
-    finally:
-        if report.failed:
-            kept = tempfile.mkdtemp(prefix="ambient-mesh-demo-logs-")
-            shutil.copytree(starting.home.logs, kept, dirs_exist_ok=True)
-            print(f"the logs of this run are kept in {kept}", flush=True)
+    except Unmet:
+        _keep(starting.home.logs)
+        raise
+    if report.failed:
+        _keep(starting.home.logs)
+
+
+def _keep(logs: Path) -> None:
+    kept = tempfile.mkdtemp(prefix="ambient-mesh-demo-logs-")
+    shutil.copytree(logs, kept, dirs_exist_ok=True)
+    print(f"the logs of this run are kept in {kept}", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from meshctl_py.lab.wiretap import Segment, decode_segments
 SETTLE: Final = 10.0
 """Seconds in which a change of configuration must have taken effect; it takes a fraction of one."""
 _COMMAND_WITHIN: Final = 20.0
+_OWN_GROUP: Final = 0
+"""``process_group`` of what the demo starts: Ctrl-C in the terminal is the demo's own to act on, which ends them all."""
 
 
 class Tap:
@@ -31,7 +33,7 @@ class Tap:
 
     def __init__(self, lab: Lab, node: str) -> None:
         command = [sys.executable, "-m", "meshctl_py.lab.wiretap", interface_name(node)]
-        self._process = lab.open_command("router", command).start(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = lab.open_command("router", command).start(stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=_OWN_GROUP)
         self._ask("")
 
     def hear(self) -> list[Segment]:
@@ -59,7 +61,9 @@ class Stage:
 
     def run(self, pod: str, *command: str, namespace: str = "shop") -> str:
         """The output of a command in a pod, whatever its exit status."""
-        process = self.lab.open_command(pod, command, namespace=namespace).start(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = self.lab.open_command(pod, command, namespace=namespace).start(
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=_OWN_GROUP
+        )
         output, _ = process.communicate(timeout=_COMMAND_WITHIN)
         return output.strip()
 
@@ -81,7 +85,7 @@ class Stage:
     def settle(self, seen: Callable[[], bool]) -> bool:
         """Try until something has come true; False if it has not in a time that is more than enough."""
         deadline = time.monotonic() + SETTLE
-        while not seen():
+        while not _comes_true(seen):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
@@ -109,14 +113,18 @@ class Stage:
         """What ``meshctl`` says, run as a user would. Raises Unmet if it fails."""
         self.report.step(f"meshctl {' '.join(arguments)}")
         command = [sys.executable, "-m", "meshctl_py", *arguments, "--lab", self.lab.home.name]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_COMMAND_WITHIN)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_COMMAND_WITHIN, process_group=_OWN_GROUP
+        )
         if done.returncode != 0:
             raise Unmet(f"meshctl fails: {done.stderr.strip()}")
         return done.stdout.strip()
 
     def start(self, pod: str, *command: str) -> Popen:
         """A command in a pod of the shop; its input and output are pipes."""
-        return self.lab.open_command(pod, command, namespace="shop").start(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self.lab.open_command(pod, command, namespace="shop").start(
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=_OWN_GROUP
+        )
 
     def address(self, pod: str, family: str) -> str:
         """A pod's address."""
@@ -137,6 +145,13 @@ class Stage:
     def read_log(self, name: str) -> list[str]:
         """Lines that a process of the lab has logged; ``name`` is that of the file."""
         return (self.lab.home.logs / f"{name}.log").read_text(errors="replace").splitlines()
+
+
+def _comes_true(seen: Callable[[], bool]) -> bool:
+    try:
+        return seen()
+    except (Unmet, ValueError, subprocess.TimeoutExpired):
+        return False  # what cannot even be asked for is not there yet
 
 
 def _between_pods(segment: Segment) -> bool:
