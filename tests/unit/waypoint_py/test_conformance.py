@@ -203,7 +203,7 @@ def namespace_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A request, and what must come of it. ``sent``: headers that the backend saw, ``got``: that the client got; None: none of that name."""
+    """A request, and what must come of it. ``sent``: headers that the backend saw, ``got``: that the client got; None: there is none."""
 
     path: str = "/"
     headers: Mapping[str, str] = field(default_factory=dict)
