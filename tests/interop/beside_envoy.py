@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import h11
 import trio
 
-from mesh.model.address import NamespacedHostname, SocketAddress
+from mesh.model.address import NamespacedHostname, SocketAddress, parse_ip
 from mesh.model.l7.destination import DestinationConfig, TrafficPolicy
 from mesh.model.l7.routing import Route
 from mesh.model.l7.waypoint import PathNormalization, WaypointSettings
@@ -42,12 +42,15 @@ _CHANGING = ("x-envoy-upstream-service-time", "x-envoy-expected-rq-timeout-ms")
 
 @dataclass(frozen=True)
 class Case:
-    """A request as bytes. ``method`` so that its answer can be read; ``then``: what is sent once the head was answered with 1xx."""
+    """A request as bytes. ``method`` so that its answer can be read; ``then``: what is sent once the head was answered with 1xx, and read
+    again after 101. ``ends``: the client ends its direction, ``leaves``: it goes, once the application has its request."""
 
     name: str
     raw: bytes
     method: str = "GET"
     then: bytes = b""
+    ends: bool = False
+    leaves: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,20 @@ def stay_silent(sock: socket.socket) -> None:
 class Application:
     """HTTP/1.1 on a thread for each connection: keeps what it saw, answers 200 with the request's line, or does what its path says."""
 
-    def __init__(self, behaviours: Mapping[str, Behaviour]) -> None:
+    def __init__(self, behaviours: Mapping[str, Behaviour], ip: str = "") -> None:
         self.seen: list[Seen] = []
+        self.open: set[socket.socket] = set()
         self._behaviours = behaviours
-        ip = loopback()
-        self._listener = socket.create_server((str(ip), 0))
-        self.address = SocketAddress(ip, self._listener.getsockname()[1])
+        address = parse_ip(ip) if ip else loopback()
+        self._listener = socket.create_server((str(address), 0))
+        self.address = SocketAddress(address, self._listener.getsockname()[1])
         threading.Thread(target=self._serve, daemon=True).start()
+
+    def hang_up(self) -> None:
+        """End the connections that there are: they are descriptors of this process, and a `World` looks for what it has left."""
+        for sock in list(self.open):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -130,28 +140,32 @@ class Application:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+            self.open.add(connection)
+            threading.Thread(target=self._take, args=(connection,), daemon=True).start()
+
+    def _take(self, sock: socket.socket) -> None:
+        with suppress(OSError, h11.RemoteProtocolError):
+            self._talk(sock)
+        sock.close()
+        self.open.discard(sock)
 
     def _talk(self, sock: socket.socket) -> None:
-        with sock, suppress(OSError, h11.RemoteProtocolError):
-            http = h11.Connection(h11.SERVER)
-            while (seen := self._read(http, sock)) is not None:
-                self.seen.append(seen)
-                path = seen.line.split(" ")[1].partition("?")[0]
-                behaviour = self._behaviours.get(path)
-                if behaviour is not None:
-                    behaviour(sock)
-                    return
-                body = seen.line.encode("latin-1")
-                data = http.send(
-                    h11.Response(status_code=200, headers=[("x-app", "1"), ("server", "app"), ("content-length", str(len(body)))])
-                )
-                if not seen.line.startswith("HEAD "):
-                    data = (data or b"") + (http.send(h11.Data(body)) or b"")
-                sock.sendall((data or b"") + (http.send(h11.EndOfMessage()) or b""))
-                if http.our_state is not h11.DONE:
-                    return
-                http.start_next_cycle()
+        http = h11.Connection(h11.SERVER)
+        while (seen := self._read(http, sock)) is not None:
+            self.seen.append(seen)
+            behaviour = self._behaviours.get(seen.line.split(" ")[1].partition("?")[0])
+            if behaviour is not None:
+                behaviour(sock)
+                return
+            body = seen.line.encode("latin-1")
+            headers = [("x-app", "1"), ("server", "app"), ("content-length", str(len(body)))]
+            data = http.send(h11.Response(status_code=200, headers=headers)) or b""
+            if not seen.line.startswith("HEAD "):
+                data += http.send(h11.Data(body)) or b""
+            sock.sendall(data + (http.send(h11.EndOfMessage()) or b""))
+            if http.our_state is not h11.DONE:
+                return
+            http.start_next_cycle()
 
     def _read(self, http: h11.Connection, sock: socket.socket) -> Seen | None:
         head: h11.Request | None = None
@@ -311,8 +325,8 @@ def envoy(clusters: Sequence[Config], make_manager: Callable[[Path], Config]) ->
 # Asking both
 
 
-async def ask(stream: trio.abc.Stream, case: Case) -> Outcome:
-    """Send a request and read its answer, to its end if it has one."""
+async def ask(stream: trio.abc.HalfCloseableStream, case: Case, arrived: Callable[[], Awaitable[None]]) -> Outcome:
+    """Send a request and read its answer, to its end if it has one. ``arrived`` waits until the application has the request."""
     http = h11.Connection(h11.CLIENT, max_incomplete_event_size=1 << 20)
     # For h11 to know what may follow: which method was asked with.
     http.send(h11.Request(method=case.method, target="/", headers=[("host", "x")]))
@@ -324,6 +338,13 @@ async def ask(stream: trio.abc.Stream, case: Case) -> Outcome:
     broken = False
     with suppress(trio.BrokenResourceError):
         await stream.send_all(case.raw)
+        if case.ends:
+            await arrived()
+            await stream.send_eof()
+        elif case.leaves:
+            await arrived()
+            await stream.aclose()
+            return Outcome(0)
     then = case.then
     with trio.fail_after(10):
         while True:
@@ -342,6 +363,8 @@ async def ask(stream: trio.abc.Stream, case: Case) -> Outcome:
                     then = b""
                 if event.status_code == 101:
                     head = h11.Response(status_code=200, headers=event.headers)
+                    while len(body) < len(case.then) and (data := await stream.receive_some(65536)):
+                        body += data
                     break
             elif isinstance(event, h11.Response):
                 head = event
@@ -380,7 +403,7 @@ class Pair:
                 await trio.open_tcp_stream(str(self.beside.address.ip), self.beside.address.port),
             ):
                 self.application.seen.clear()
-                answer = await ask(stream, case)
+                answer = await ask(stream, case, self._arrived)
                 answers.append(replace(answer, seen=tuple(sorted(self.application.seen, key=repr))))
             self.ours[case.name], self.theirs[case.name] = answers
             self.beside.asked += 1
@@ -390,6 +413,9 @@ class Pair:
             flags = ",".join(flag.value for flag in logged.flags) or "-"
             self.ours[case.name] = replace(self.ours[case.name], flags=flags, details=logged.details)
             self.theirs[case.name] = replace(self.theirs[case.name], flags=record["flags"] or "-", details=record["details"])
+
+    async def _arrived(self) -> None:
+        await self.world.until(lambda: self.application.seen)
 
     def different(self, *, logged: bool = True) -> dict[str, tuple[Outcome, Outcome]]:
         """Ours and theirs. ``logged``: flags and details count too."""
@@ -447,6 +473,8 @@ def compare(
                 _describe(world, name, each)
             world.push(WaypointSettings("shop", "waypoint", "all", path_normalization=paths))
             await pair.ask(cases)
+            application.hang_up()
+            await world.until(lambda: not application.open)
 
         world.run(main)
     return pair

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from mesh.model.address import SocketAddress
 from mesh.model.l7.destination import ConnectionPool, TlsMode, TrafficPolicy, UpstreamTls
 from mesh.model.l7.matching import PathKind, PathMatch, RouteMatch
-from mesh.model.l7.routing import Destination, Fault, Forward, Mirror, Retry, Route, WeightedDestination
+from mesh.model.l7.routing import Destination, DirectResponse, Fault, Forward, Mirror, Retry, Route, WeightedDestination
+from mesh.reactor.tcp import socket_address
 from mesh.testing.envoy import Config
 from tests.interop.beside_envoy import TYPE, Application, Behaviour, Case, Reached, compare, request, reset, say, stay_silent, told
 from tests.unit.waypoint_py.harness import ITSELF, ORIGIN, loopback
@@ -37,6 +39,10 @@ class Situation:
     headers: tuple[tuple[str, str], ...] = ()
     method: str = "GET"
     body: bytes = b""
+    direct: int | None = None
+    then: bytes = b""
+    ends: bool = False
+    leaves: bool = False
     why: str = ""
 
     @property
@@ -45,14 +51,15 @@ class Situation:
 
     @property
     def case(self) -> Case:
-        return Case(self.name, request(self.path, *self.headers, method=self.method, body=self.body), self.method)
+        raw = request(self.path, *self.headers, method=self.method, body=self.body)
+        return Case(self.name, raw, self.method, self.then, self.ends, self.leaves)
 
     @property
     def ours(self) -> Route:
         to = ITSELF if self.to == "application" else WeightedDestination(Destination("shop", self.to, 80))
         return Route(
             ORIGIN,
-            Forward((to,)),
+            Forward((to,)) if self.direct is None else DirectResponse(self.direct, b"direct"),
             matches=(RouteMatch(path=PathMatch(PathKind.EXACT, self.path)),),
             retry=self.retry,
             timeout=self.timeout,
@@ -69,6 +76,8 @@ class Situation:
             action["retry_policy"] = _retries(self.retry)
         if self.mirror:
             action["request_mirror_policies"] = [{"cluster": self.mirror}]
+        if self.direct is not None:
+            return {"match": {"path": self.path}, "direct_response": {"status": self.direct, "body": {"inline_string": "direct"}}}
         filters = {} if self.fault is None else {"typed_per_filter_config": {"envoy.filters.http.fault": _fault(self.fault)}}
         return {"match": {"path": self.path}, "route": action, **filters}
 
@@ -112,6 +121,18 @@ def answers(*statuses: int) -> Behaviour:
     return lambda sock: sock.sendall(b"HTTP/1.1 %d X\r\nconnection: close\r\ncontent-length: 2\r\n\r\nhi" % next(turns))
 
 
+def change_protocol(sock: socket.socket) -> None:
+    """To one that says back what it hears."""
+    sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: x\r\n\r\n")
+    while data := sock.recv(65536):
+        sock.sendall(data)
+
+
+def answer_late(sock: socket.socket) -> None:
+    time.sleep(0.3)
+    sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nlate")
+
+
 def said(head: str, body: bytes = b"") -> Behaviour:
     return say(head.replace("\n", "\r\n").encode("latin-1") + body)
 
@@ -119,9 +140,15 @@ def said(head: str, body: bytes = b"") -> Behaviour:
 ENDED = "that the connection ended is told as that (UC, 503), and not as a mistake of the protocol"
 NO_ANSWER = "what is no answer of the application gets one of the waypoint, where Envoy breaks the connection off"
 STRICT = "what readers could understand differently is refused (RFC 9112 section 5.2)"
+DONE = "a WebSocket that its client ends has ended well: no flag"
+KEPT = "the answer is whole, and the connection good for the next request"
 ONCE = Retry(attempts=1, backoff_base=0.001)
 ON_5XX = Retry(attempts=2, on=("5xx",), backoff_base=0.001, previous_hosts=True)
 GRPC = (("content-type", "application/grpc"), ("te", "trailers"))
+WEBSOCKET = (
+    *(("connection", "Upgrade"), ("upgrade", "websocket"), ("sec-websocket-version", "13")),
+    ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+)
 OK = "HTTP/1.1 200 OK\n"
 
 SITUATIONS = (
@@ -144,6 +171,20 @@ SITUATIONS = (
     Situation("short chunks", said("HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n", b"3\r\nabc\r\n"), why=ENDED),
     Situation("bad chunk", said("HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n", b"zz\r\n")),
     # Breakers
+    # The client goes
+    Situation("client gone", stay_silent, leaves=True),
+    Situation("client ends", answer_late, ends=True),
+    # WebSocket
+    Situation("websocket", change_protocol, headers=WEBSOCKET, then=b"frames", why=DONE),
+    Situation("websocket in its own time", change_protocol, headers=WEBSOCKET, then=b"frames", timeout=5.0, why=DONE),
+    Situation("websocket refused", answers(403), headers=WEBSOCKET, why=KEPT),
+    Situation("websocket to nobody", to="nobody", headers=WEBSOCKET, why=KEPT),
+    # Answers of a route, to a gRPC client
+    Situation("grpc 400", direct=400, headers=GRPC, method="POST", why=KEPT),
+    *(Situation(f"grpc {status}", direct=status, headers=GRPC, method="POST") for status in (200, 401, 403, 404, 408, 418, 429, 500)),
+    *(Situation(f"grpc {status}", direct=status, headers=GRPC, method="POST") for status in (501, 502, 503, 504)),
+    Situation("direct", direct=418),
+    Situation("nobody is not tried again", to="nobody", retry=ON_5XX),
     Situation("no more requests", to="no-requests"),
     Situation("no more waiting", to="no-pending"),
     # Time
@@ -151,7 +192,7 @@ SITUATIONS = (
     Situation("a try times out", stay_silent, retry=Retry(attempts=0, per_try_timeout=0.1), timeout=5.0),
     Situation("tries time out", stay_silent, retry=Retry(attempts=1, on=("5xx",), per_try_timeout=0.1, backoff_base=0.001)),
     Situation("in time", timeout=5.0),
-    Situation("times out for grpc", to="silent2", timeout=0.2, headers=GRPC, method="POST"),
+    Situation("times out for grpc", to="deaf", timeout=0.2, headers=GRPC, method="POST"),
     # Tries
     Situation("503", answers(503)),
     Situation("503 again and again", answers(503), retry=ON_5XX),
@@ -212,6 +253,11 @@ SITUATIONS = (
 )  # fmt: skip
 
 
+def deaf() -> socket.socket:
+    """A listener whose connections nobody reads."""
+    return socket.create_server((str(loopback()), 0))
+
+
 def blackhole() -> tuple[SocketAddress, list[socket.socket]]:
     """A listener that accepts nothing, its queue full: the kernel drops what comes."""
     listener = socket.socket()
@@ -230,6 +276,7 @@ def blackhole() -> tuple[SocketAddress, list[socket.socket]]:
 def test_what_goes_wrong_has_the_same_outcome() -> None:
     application = Application({each.path: each.behaviour for each in SITUATIONS if each.behaviour is not None})
     hole, held = blackhole()
+    held.append(unheard := deaf())
     tls = {"@type": f"{TYPE}.transport_sockets.tls.v3.UpstreamTlsContext"}
     quick = ConnectionPool(connect_timeout=0.3)
     others = {
@@ -248,7 +295,7 @@ def test_what_goes_wrong_has_the_same_outcome() -> None:
             *((application.address,), TrafficPolicy(pool=ConnectionPool(max_pending=0))),
             {"circuit_breakers": {"thresholds": [{"max_pending_requests": 0}]}},
         ),
-        "silent2": Reached((application.address,), http2=True),
+        "deaf": Reached((socket_address(unheard.getsockname()),), http2=True),
         "mirror": Reached((application.address,)),
     }
     pair = compare(

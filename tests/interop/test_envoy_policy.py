@@ -305,6 +305,8 @@ def _principal(predicate: Predicate) -> Config:
             each = [_header(predicate.key[0], match) for match in predicate.texts]
         case A.SOURCE_IP:
             each = [{"direct_remote_ip": _cidr(cidr)} for cidr in predicate.cidrs]
+        case A.REMOTE_IP:
+            each = [{"remote_ip": _cidr(cidr)} for cidr in predicate.cidrs]
         case A.AUTH_PRINCIPAL:
             each = [_auth_principal(match) for match in predicate.texts]
         case A.AUDIENCE:
@@ -384,10 +386,17 @@ def _bearer(**claims: Any) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {sign(**claims)}"),)
 
 
+OUTSIDE = ("GET", "/allow/admin/[a]", HOST, ())
 TWICE = ("GET", "/", HOST, (("x-h", "v"), ("x-h", "w")))
 REQUESTS: list[tuple[str, str, str, tuple[tuple[str, str], ...]]] = [
     *(("GET", path, HOST, ()) for path in ("/", "/a", "/a?b=/c", "/a/", "/b/c", "/prefix", "/pre?x", "/A")),
     *((method, "/a", HOST, ()) for method in ("POST", "PUT", "OPTIONS")),
+    *(
+        ("GET", f"/foo/{segment}/bar/x", HOST, ())
+        for segment in ("a=b", "a%20b", "a*b", "~a", "a:b@c", "a;b", "a'b", "(a)", "a,b", "$&!+", "%2F")
+    ),
+    *(("GET", f"/allow/admin/{rest}", HOST, ()) for rest in ("a=b/c", "a%20b", "a*b", "a//b")),
+    OUTSIDE,
     *(("GET", path, HOST, ()) for path in ("/allow/admin/", "/allow/admin/temp", "/allow/admin/foo/temp.txt", "/allow/admin")),
     *(("GET", path, HOST, ()) for path in ("/allow/admin?param=value", "/foo/buzz/bar/bat", "/foo/bar/bat.txt", "/foo/buzz/bar/")),
     *(("GET", path, HOST, ()) for path in ("/store/foo/cart", "/store/foo/bar/cart", "/store/cart", "/store//cart", "/foo//bar/bat.txt")),
@@ -441,10 +450,38 @@ def test_policies_are_judged_as_envoy_judges_them(action: PolicyAction) -> None:
     for name, (ours, theirs) in answers.items():
         seen = Seen(theirs.status, theirs.body, theirs.challenge, details[name])
         request = REQUESTS[int(name.rpartition("-")[2])]
-        if request == TWICE and ours.status == 403:
+        if request in (TWICE, OUTSIDE) and ours.status == 403:
             stricter |= {name.rpartition("-")[0]} if ours != seen else set()
         elif ours != seen:
             different[name, request] = (ours, seen)
     assert different == {}
-    # Of a header that comes twice Envoy takes either value for it, we the one for which more is refused.
-    assert stricter == ({"header"} if action is PolicyAction.ALLOW else {"not-header"})
+    # Of a header that comes twice Envoy takes either value for it, we the one for which more is refused. And what a path may not hold
+    # makes no template of a DENY policy miss it.
+    assert stricter == ({"header"} if action is PolicyAction.ALLOW else {"not-header", "template"})
+
+
+FORWARDED = (
+    *((), ("9.9.9.9",), ("9.9.9.9, 8.8.8.8",), ("8.8.8.8,9.9.9.9",), ("8.8.8.8", "9.9.9.9"), ("9.9.9.9", "8.8.8.8"), ("9.9.9.9 ",)),
+    *(("no address",), ("9.9.9.9:80",), ("9.9.9.9, no address",), ("",), ("9.9.9.9,",), ("9.9.9.999",), ("::ffff:9.9.9.9",)),
+)
+
+
+def test_the_address_that_a_gateway_forwards_is_read_as_envoy_reads_it() -> None:
+    """Envoy believes whoever sends it, a waypoint only gateways."""
+    rule = PolicyRule(sources=((Predicate(A.REMOTE_IP, cidrs=("9.9.9.9/32",)),),))
+    policy = AuthorizationPolicy(Origin("AuthorizationPolicy", "ns", "remote"), PolicyAction.DENY, rules=(rule,))
+    loopback = parse_ip("127.0.0.1")
+    connection = Connection(
+        SpiffeId("cluster.local", "ns", "sa"), SocketAddress(loopback, 1), SocketAddress(loopback, 80), None, None, None
+    )
+    different = {}
+    with _envoy({"remote": [_rbac_filter(policy)]}) as (addresses, _):
+        for values in FORWARDED:
+            headers = tuple(("x-forwarded-for", value) for value in values)
+            theirs = _ask(addresses["remote"], "remote", "GET", "/", HOST, headers).status
+            request = _request("GET", "/", HOST, headers)
+            believed = Judge([policy], trusts_forwarded=lambda peer: True).judge(request, connection, None).reply
+            if (200 if believed is None else believed.status) != theirs:
+                different[values] = theirs
+            assert Judge([policy]).judge(request, connection, None).reply is None
+    assert different == {("::ffff:9.9.9.9",): 200}  # the same address in another spelling is the same address

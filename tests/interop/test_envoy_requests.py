@@ -217,6 +217,8 @@ posted(
 )
 case("expects 100", request("/", ("Expect", "100-continue"), ("Content-Length", "3"), method="POST"), method="POST", then=b"abc")
 case("expects something else", request("/", ("Expect", "x"), method="POST", body=b"abc"), "417: RFC 9110 section 10.1.1", method="POST")
+GRPC = (("content-type", "application/grpc"), ("te", "trailers"))
+case("gRPC to HTTP", request("/a.B/C", *GRPC, method="POST", body=b"\0" * 5), "it goes in HTTP/2 whatever the port declares", method="POST")
 
 
 def test_requests_are_read_and_sent_on_alike() -> None:

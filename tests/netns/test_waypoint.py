@@ -84,6 +84,48 @@ def test_an_http_route_splits_and_matches_headers(lab: Lab) -> None:
         assert chosen == {"v2": 20}
 
 
+ROWS = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: rows, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: web}]
+  rules:
+    - matches: [{path: {type: Exact, value: /exact}}]
+      backendRefs: [{name: web-v2, port: 80}]
+    - matches: [{path: {value: /redirect}}]
+      filters: [{type: RequestRedirect, requestRedirect: {hostname: example.org, statusCode: 301}}]
+    - matches: [{path: {value: /strip-prefix}}]
+      filters:
+        - {type: URLRewrite, urlRewrite: {hostname: one.example.org, path: {type: ReplacePrefixMatch, replacePrefixMatch: /}}}
+        - {type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: X-Set, value: set}], remove: [x-remove]}}
+        - {type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: X-Header-Set, value: answered}]}}
+      backendRefs: [{name: web-v1, port: 80}]
+    - matches: [{path: {value: /slow}}]
+      timeouts: {request: 200ms}
+      backendRefs: [{name: web-v1, port: 80}]
+    - matches: [{path: {value: /nobody}}]
+    - matches: [{path: {value: /partly}, method: GET}]
+      backendRefs: [{name: nobody, port: 80}]
+"""
+
+
+def test_rows_of_the_conformance_suite(lab: Lab) -> None:
+    """What the suite's client sees and its echo server; the rows themselves are unit tests."""
+    with objects(lab, ROWS, mistaken=True):
+        assert {answer.told["version"] for answer in ask_often(lab, 5, "http://web/exact")} == {"v2"}
+        assert ask(lab, "http://web/exact/").status == 404
+        redirected = ask(lab, "http://web/redirect/x?y=1", "-w", "%{redirect_url}\n%{http_code}")
+        assert redirected == Answer(301, "http://example.org/redirect/x?y=1")
+        rewritten = ask(lab, "http://web/strip-prefix/a?b=c", "-H", "x-set: old", "-H", "x-remove: it", "-H", "host: whatever.example")
+        headers = rewritten.told["headers"]
+        assert (rewritten.told["path"], headers["host"], headers["x-set"]) == ("/a?b=c", "one.example.org", "set")
+        assert "x-remove" not in headers
+        assert "x-header-set: answered" in ask(lab, "http://web/strip-prefix", "-D", "-", "-o", "/dev/null").text
+        assert ask(lab, "http://web/slow") == Answer(504, "upstream request timeout")
+        assert [ask(lab, f"http://web/{path}").status for path in ("nobody", "partly", "else")] == [500, 500, 404]
+
+
 def test_a_virtual_service_makes_faults_and_hides_those_of_the_application(lab: Lab) -> None:
     with objects(lab, example("faults")):
         assert ask(lab, "http://web/", "-H", "x-fault: abort") == Answer(418, "fault filter abort")

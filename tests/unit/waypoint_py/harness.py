@@ -257,15 +257,18 @@ class World:
     # Who serves
 
     @asynccontextmanager
-    async def application(self, handler: Handler, *, buffer: int | None = None) -> AsyncIterator[SocketAddress]:
-        """A TCP server; ``handler`` gets each connection, which closes after it. ``buffer``: bytes that its kernel takes ahead of it."""
-        address = loopback()
+    async def application(
+        self, handler: Handler, *, buffer: int | None = None, at: SocketAddress | None = None
+    ) -> AsyncIterator[SocketAddress]:
+        """A TCP server; ``handler`` gets each connection, which closes after it. ``buffer``: bytes that its kernel takes ahead of it.
+        ``at``: where; else anywhere."""
+        address, port = (at.ip, at.port) if at is not None else (loopback(), 0)
 
         async def serve(stream: trio.SocketStream) -> None:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 await handler(stream)
 
-        listeners = await trio.open_tcp_listeners(0, host=str(address))
+        listeners = await trio.open_tcp_listeners(port, host=str(address))
         if buffer is not None:
             listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         async with trio.open_nursery() as nursery:
@@ -409,7 +412,11 @@ class H1Client:
 
 
 def _decoded(headers: h11._headers.Headers | list[tuple[bytes, bytes]]) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in headers}
+    joined: dict[str, str] = {}
+    for name, value in headers:
+        key = name.decode()
+        joined[key] = f"{joined[key]},{value.decode()}" if key in joined else value.decode()
+    return joined
 
 
 @dataclass
@@ -475,6 +482,29 @@ class Echo:
                 return seen
             else:
                 return None
+
+
+# WebSocket
+
+HANDSHAKE = (
+    b"GET /chat HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+async def websocket_echo(stream: trio.SocketStream) -> None:
+    """An application that changes to WebSocket as `HANDSHAKE` asks, and says back what it hears."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += await stream.receive_some(4096)
+    assert b"upgrade: websocket" in head.lower()
+    assert b"sec-websocket-key" in head.lower()
+    await stream.send_all(
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+    )
+    async for data in stream:
+        await stream.send_all(data)
 
 
 # HTTP/2, by h2

@@ -29,6 +29,7 @@ from mesh.state.store import Delta
 from mesh.xds.l7 import SERVICE_CONFIG
 from tests.unit.waypoint_py.harness import (
     CLIENT,
+    HANDSHAKE,
     HOST,
     ITSELF,
     KEY,
@@ -40,6 +41,7 @@ from tests.unit.waypoint_py.harness import (
     World,
     default_route,
     loopback,
+    websocket_echo,
 )
 from waypoint_py.verdict import Flag
 
@@ -435,32 +437,12 @@ def test_the_clients_grpc_timeout_holds() -> None:
 # WebSockets
 
 
-async def _websocket_echo(stream: trio.SocketStream) -> None:
-    head = b""
-    while b"\r\n\r\n" not in head:
-        head += await stream.receive_some(4096)
-    assert b"upgrade: websocket" in head.lower()
-    assert b"sec-websocket-key" in head.lower()
-    await stream.send_all(
-        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-        b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
-    )
-    async for data in stream:
-        await stream.send_all(data)
-
-
-HANDSHAKE = (
-    b"GET /chat HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-)
-
-
 @pytest.mark.parametrize("upstream", [1, 2])
 def test_a_websocket_of_http1_is_carried(upstream: int) -> None:
     world = World()
 
     async def main() -> None:
-        handler = _websocket_echo if upstream == 1 else Echo2(extended_connect=True)
+        handler = websocket_echo if upstream == 1 else Echo2(extended_connect=True)
         async with world.application(handler) as address:
             route = default_route(timeout=0.2)
             world.describe(world.endpoint(address), protocol=Protocol.HTTP if upstream == 1 else Protocol.HTTP2, routes=[route])
@@ -508,7 +490,7 @@ def test_a_websocket_of_http2_is_carried(upstream: int) -> None:
     world = World()
 
     async def main() -> None:
-        handler = _websocket_echo if upstream == 1 else Echo2(extended_connect=True)
+        handler = websocket_echo if upstream == 1 else Echo2(extended_connect=True)
         async with world.application(handler) as address:
             world.describe(world.endpoint(address), protocol=Protocol.HTTP if upstream == 1 else Protocol.HTTP2)
             client = await world.h2_client()
@@ -529,7 +511,7 @@ def test_an_upgrade_is_judged_as_any_request() -> None:
     world = World()
 
     async def main() -> None:
-        async with world.application(_websocket_echo) as address:
+        async with world.application(websocket_echo) as address:
             world.describe(world.endpoint(address))
             world.push(_deny("GET"))
             stream = await world.open()
