@@ -497,7 +497,6 @@ class Exchange:
         """A try is over without, or within, its response."""
         if attempt is not self._attempt or self._over:
             return
-        request_sent = attempt.open
         self._drop_attempt()
         record = self.record
         record.transport_failure = failure.transport
@@ -510,7 +509,7 @@ class Exchange:
             self._break_off()
             return
         decision = self._retry.after_failure(
-            failure, self._plane.rng, self._room(), request_sent=request_sent, replayable=self._body.replayable
+            failure, self._plane.rng, self._room(), request_sent=attempt.begun, replayable=self._body.replayable
         )
         self._again_or(decision, replies.upstream_failed(failure))
 
