@@ -38,7 +38,7 @@ class Listener(Shape):
 class Attempt:
     """A `ResponseSink`. A defect of the listener ends the listener's request, not the connection that others share."""
 
-    __slots__ = ("_cancel", "_ended", "_listener", "_plane", "_stream", "endpoint", "sent")
+    __slots__ = ("_cancel", "_ended", "_listener", "_plane", "_stream", "begun", "endpoint", "sent")
 
     def __init__(
         self,
@@ -56,6 +56,8 @@ class Attempt:
         self.endpoint = endpoint
         self.sent = ended
         """The request has been given away whole."""
+        self.begun = False
+        """Its head has been written."""
         self._ended = False
         self._stream: UpstreamStream | None = None
         plane.balancer.began(endpoint)
@@ -64,14 +66,9 @@ class Attempt:
     # --- what the exchange does
 
     @property
-    def began(self) -> bool:
-        """The head has been written."""
-        return self._stream is not None
-
-    @property
     def open(self) -> bool:
         """The head has been written, and the response is not over."""
-        return self.began and not self._ended
+        return self._stream is not None
 
     @property
     def local_address(self) -> SocketAddress | None:
@@ -95,13 +92,14 @@ class Attempt:
 
     def drop(self) -> None:
         """Give it up, if it is not over already. Idempotent."""
+        stream, cancel = self._stream, self._cancel
         if self._ended:
             return
         self._over()
-        if self._stream is not None:
-            self._stream.reset()
-        elif self._cancel is not None:
-            self._cancel.cancel()
+        if stream is not None:
+            stream.reset()
+        elif cancel is not None:
+            cancel.cancel()
 
     # --- what it hears
 
@@ -110,6 +108,7 @@ class Attempt:
             stream.reset()
             return
         self._stream = stream
+        self.begun = True
         self._tell(lambda: self._listener.opened(self))
 
     def informational(self, status: int, headers: Headers) -> None:
@@ -140,6 +139,7 @@ class Attempt:
     def _over(self) -> None:
         if not self._ended:
             self._ended = True
+            self._stream = self._cancel = None  # which know us: nothing of a request is left to the collector of cycles
             self._plane.balancer.ended(self.endpoint)
 
     def _tell(self, call: Callable[[], None]) -> None:

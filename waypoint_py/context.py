@@ -31,7 +31,8 @@ class Connection:
     memo: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
     """For telemetry: what it has worked out of these facts, which is to be forgotten when they are."""
 
-    @property
-    def service_key(self) -> str:
-        """``namespace/hostname``; empty for traffic to a workload."""
-        return "" if self.service is None else str(self.service.key)
+    service_key: str = field(init=False, repr=False, compare=False)
+    """``namespace/hostname`` of the service; empty for traffic to a workload."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "service_key", "" if self.service is None else str(self.service.key))

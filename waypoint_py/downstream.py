@@ -55,6 +55,7 @@ class HttpConnection:
         self._exchanges: dict[int, Exchange] = {}
         self._blocked: dict[Exchange, None] = {}
         self._handling = False
+        self._settling = False  # `_settle` will be called
         self._again = False  # an exchange ended: what waits behind it may begin
         self._paused = False
         self._over = False
@@ -136,31 +137,31 @@ class HttpConnection:
 
     def send_informational(self, stream: int, status: int, headers: Headers) -> None:
         self._codec.send_informational(stream, status, headers)
-        self._settle()
+        self._settle_soon()
 
     def send_response(self, stream: int, response: Response, *, ended: bool) -> None:
         self._codec.send_response(stream, response, ended=ended)
-        self._settle()
+        self._settle_soon()
         if self._serial and response.status == 101:  # what came behind the request is for the other side now
             self._again = True
             self.plane.reactor.call_soon(self._settle)
 
     def send_data(self, stream: int, data: bytes | memoryview) -> None:
         self._codec.send_data(stream, data)
-        self._settle()
+        self._settle_soon()
 
     def send_end(self, stream: int, trailers: Headers) -> None:
         self._codec.send_end(stream, trailers or None)
-        self._settle()
+        self._settle_soon()
 
     def reset(self, stream: int, code: int) -> None:
         self._codec.reset(stream, code)
-        self._settle()
+        self._settle_soon()
 
     def consumed(self, stream: int, size: int) -> None:
         if size and not self._over:
             self._codec.consumed(stream, size)
-            self._settle()
+            self._settle_soon()
 
     def last_answer(self) -> None:
         """The answer that comes next is the last on this connection, if requests follow one another: the present one is not read to its
@@ -182,7 +183,7 @@ class HttpConnection:
             self._idle_since = self.plane.reactor.now()
         if self._serial and not self._over:
             self._again = True
-            self._settle()
+            self._settle_soon()
 
     # --- what the codec says
 
@@ -268,8 +269,20 @@ class HttpConnection:
 
     # --- after anything happened
 
+    def _settle_soon(self) -> None:
+        """Before the loop waits again: a head, its body and its end, and the answers of many streams, leave together. At once when `room`
+        may be none: the stream tells that it has drained only of what it has been given."""
+        if self._handling or self._over:
+            return
+        if self._stream.unsent + self._codec.unsent() > HIGH_WATER:
+            self._settle()
+        elif not self._settling:
+            self._settling = True
+            self.plane.reactor.call_soon(self._settle, self.abort)
+
     def _settle(self) -> None:
         """Send what is to be sent, listen or do not, and close when all is said."""
+        self._settling = False
         if self._handling or self._over or self._ending:
             return
         codec, stream = self._codec, self._stream

@@ -38,7 +38,7 @@ from waypoint_py.routing.grpc import find_status, http_from_status, reply_status
 from waypoint_py.routing.match import Matched
 from waypoint_py.routing.mirror import draw_mirrors, mirrored
 from waypoint_py.routing.retry import UNBOUNDED, Again, Enough, RetryState, Room
-from waypoint_py.routing.timeouts import Timeouts, find_grpc_timeout, find_timeouts, tell_upstream
+from waypoint_py.routing.timeouts import CLIENTS_WORD, UNLIMITED, Timeouts, find_grpc_timeout, find_timeouts, tell_upstream
 from waypoint_py.store import PortRuntime
 from waypoint_py.upstream.affinity import NO_AFFINITY
 from waypoint_py.upstream.balancer import NoEndpoint, Wish
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
 WEBSOCKET: Final = b"websocket"
 PREFLIGHT: Final = "cors_response"
-_NO_TIMEOUTS: Final = Timeouts(None, None, "")
 
 
 class _Wait:
@@ -104,8 +103,8 @@ class Exchange:
         self._policy = TrafficPolicy()
         self._load: Load | None = None
         self._affinity = NO_AFFINITY
-        self._timeouts = _NO_TIMEOUTS
-        self._retry = RetryState(None, self.request)
+        self._timeouts = UNLIMITED
+        self._retry: RetryState  # from `_act` on
         self._retrying = False
         self._upstream_request = self.request
         self._mirrors: list[MirrorCopy] = []
@@ -333,7 +332,8 @@ class Exchange:
         matched, request = self._matched, self.request
         if matched is None:
             self._upstream_request = request
-            self._timeouts = Timeouts(find_grpc_timeout(request), None, "the client's grpc-timeout")
+            self._timeouts = Timeouts(find_grpc_timeout(request), None, CLIENTS_WORD)
+            self._retry = RetryState(None, request)
             self._send()
             return None
         own = answer(matched.route, request, matched.path, self._conn.facts.destination.port)
@@ -514,7 +514,7 @@ class Exchange:
             self._break_off()
             return
         decision = self._retry.after_failure(
-            failure, self._plane.rng, self._room(), request_sent=attempt.began, replayable=self._body.replayable
+            failure, self._plane.rng, self._room(), request_sent=attempt.begun, replayable=self._body.replayable
         )
         self._again_or(decision, replies.upstream_failed(failure, retried=record.attempts > 1))
 

@@ -183,6 +183,8 @@ class RetryState:
         if "retriable-status-codes" in on and status in self._statuses:
             return f"{status} (retriable-status-codes)"
         grpc = find_status(response)
+        if grpc is None:
+            return None
         return next((f"gRPC {name}" for name, code in _GRPC_CONDITIONS.items() if name in on and grpc == code), None)
 
     def _wants_failure(self, kind: FailureKind, request_sent: bool) -> str | None:

@@ -18,24 +18,30 @@ GRPC_TIMEOUT: Final = b"grpc-timeout"
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """``total`` for the exchange with all its tries and the waiting between them; ``per_try`` for one, None: what is left of the total.
-    ``because``: whose word ``total`` is."""
+    ``because``: whose word ``total`` is; nobody's: empty."""
 
     total: float | None
     per_try: float | None
     because: str
 
 
+UNLIMITED: Final = Timeouts(None, None, "")
+CLIENTS_WORD: Final = "the client's grpc-timeout"
+
+
 def find_timeouts(route: Route, request: Request) -> Timeouts:
     """Of one request. A client may shorten what the route grants, by ``grpc-timeout``, never lengthen it; without a route's timeout its
     word alone counts."""
-    total, because = route.timeout or None, f"timeout of {route.origin}"
-    asked = find_grpc_timeout(request)
-    if asked is not None and (total is None or asked < total):
-        total, because = asked, "the client's grpc-timeout"
+    total, asked = route.timeout or None, find_grpc_timeout(request)
+    shorter = asked is not None and (total is None or asked < total)
+    if shorter:
+        total = asked
     per_try = None if route.retry is None else route.retry.per_try_timeout or None
+    if total is None and per_try is None:
+        return UNLIMITED
     if per_try is not None and total is not None and per_try >= total:
         per_try = None
-    return Timeouts(total, per_try, because)
+    return Timeouts(total, per_try, CLIENTS_WORD if shorter else f"timeout of {route.origin}")
 
 
 def find_grpc_timeout(request: Request) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from mesh.model.address import IpAddress, NamespacedHostname, SocketAddress
@@ -121,7 +122,7 @@ class Balancer:
 
     def _cluster(self, destination: Destination, service: Service, now: float) -> _Cluster | NoEndpoint:
         source = self._source()
-        config = self._find_config(service.key)
+        config = self._find_config(_key(destination))
         # The list itself is not what we choose from: it is another object whenever the service or one of its endpoints is.
         seen = self._state.picks(service, Wanted(destination.port), source) if source is not None else None
         kept = self._clusters.get(destination)
@@ -151,6 +152,7 @@ def policy_of(config: DestinationConfig | None, destination: Destination) -> Tra
     return config.ports.get(destination.port, config.policy)
 
 
+@lru_cache(maxsize=4096)
 def _key(destination: Destination) -> NamespacedHostname:
     return NamespacedHostname(destination.namespace, destination.hostname)
 

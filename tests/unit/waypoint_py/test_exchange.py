@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from dataclasses import replace
 
@@ -43,6 +44,9 @@ from tests.unit.waypoint_py.harness import (
     loopback,
     websocket_echo,
 )
+from waypoint_py.attempt import Attempt
+from waypoint_py.exchange import Exchange
+from waypoint_py.upstream.client import Call
 from waypoint_py.verdict import Flag
 
 BEFORE_HEADERS = "upstream connect error or disconnect/reset before headers."
@@ -469,7 +473,7 @@ def test_frames_that_came_with_the_handshake_are_carried_too(upstream: int, size
     world = World()
 
     async def main() -> None:
-        handler = _websocket_echo if upstream == 1 else Echo2(extended_connect=True)
+        handler = websocket_echo if upstream == 1 else Echo2(extended_connect=True)
         async with world.application(handler) as address:
             world.describe(world.endpoint(address), protocol=Protocol.HTTP if upstream == 1 else Protocol.HTTP2)
             stream = await world.open()
@@ -943,6 +947,40 @@ def test_a_5xx_is_tried_again_where_the_route_says_so_and_the_body_comes_again()
             assert (answer.status, len(answer.body)) == (200, 500_000)
             assert [len(seen.body) for seen in echo.seen] == [500_000] * 3
             assert world.log.requests[0].attempts == 3
+
+    world.run(main)
+
+
+def test_a_request_that_was_sent_is_not_tried_again_where_only_unsent_ones_are() -> None:
+    world = World()
+
+    async def main() -> None:
+        async with world.application(_closes_after(b"")) as address:  # type: ignore[arg-type]  # a handler
+            retry = Retry(attempts=2, on=("reset-before-request",), backoff_base=0.001, previous_hosts=True)
+            world.describe(world.endpoint(address), routes=[default_route(retry=retry)])
+            assert (await (await world.client()).get("/")).status == 503
+            assert world.log.requests[0].attempts == 1
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("downstream", [1, 2])
+def test_nothing_of_a_request_is_left_to_the_collector_of_cycles(downstream: int) -> None:
+    world = World()
+
+    async def main() -> None:
+        async with world.application(Echo()) as address:
+            world.describe(world.endpoint(address))
+            client = await world.client() if downstream == 1 else await world.h2_client()
+            gc.disable()
+            try:
+                for _ in range(3):
+                    assert (await client.get("/", "POST", b"hello")).status == 200
+                await world.until(lambda: not world.plane.counts.exchanges)
+                left = [type(each).__name__ for each in gc.get_objects() if isinstance(each, Exchange | Attempt | Call)]
+            finally:
+                gc.enable()
+            assert left == []
 
     world.run(main)
 
