@@ -184,7 +184,11 @@ class ServerEnd:
         return kind.decode(), int(stream), payload
 
     def _more(self) -> bool:
-        piece = self.sock.recv(1 << 18)
+        """More of what came; False when the other side is gone, however it went."""
+        try:
+            piece = self.sock.recv(1 << 18)
+        except ConnectionResetError:
+            return False
         self._in += piece
         return bool(piece)
 

@@ -6,7 +6,7 @@ import pytest
 
 from mesh.model.l7.destination import ConnectionPool
 from mesh.wire.frames import FrameType, frame_header
-from tests.property.test_waypoint_exchange import Clockwork, Wire
+from tests.unit.waypoint_py.stage import Clockwork, Wire
 from waypoint_py.http.h2 import Http2Client
 from waypoint_py.upstream.client import UNREAD_ANSWERS, Call, HttpSession
 
