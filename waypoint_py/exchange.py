@@ -124,7 +124,7 @@ class Exchange:
 
     def refuse(self, status: int, reason: str) -> None:
         """The codec did not let it through."""
-        self.reply(replies.refused_head(status, reason))
+        self.reply(replies.refused_head(status, reason, serial=self._conn.serial))
 
     def body(self, data: bytes | memoryview) -> None:
         record = self.record

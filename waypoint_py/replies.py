@@ -42,12 +42,19 @@ def bad_path(because: str) -> LocalReply:
     return LocalReply(400, b"", flags=(), details="path_normalization_failed", because=because)
 
 
-def refused_head(status: int, reason: str) -> LocalReply:
-    """A request that the codec did not let through."""
+def refused_head(status: int, reason: str, *, serial: bool = True) -> LocalReply:
+    """A request that the codec did not let through; ``serial``: that of HTTP/1.1."""
     if status == 408:
         return LocalReply(408, b"request timeout", details="request_header_timeout", because=reason, close=True)
+    codec = "http1" if serial else "http2"
+    match status:
+        case 426:
+            details = "low_version"
+        case 431:
+            details = f"{codec}.headers_too_large"
+        case _:
+            details = f"{codec}.codec_error.{reason.replace(' ', '_')[:100]}"
     body = _OF_CODEC.get(status, b"")
-    details = "http1.headers_too_large" if status == 431 else f"http.codec_error.{reason.replace(' ', '_')[:100]}"
     return LocalReply(status, body, flags=(Flag.DOWNSTREAM_PROTOCOL_ERROR,), details=details, because=reason, close=True)
 
 

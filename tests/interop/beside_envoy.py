@@ -20,6 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import h2.config
+import h2.connection
+import h2.events
+import h2.exceptions
 import h11
 import trio
 
@@ -51,6 +55,16 @@ class Case:
     then: bytes = b""
     ends: bool = False
     leaves: bool = False
+
+
+@dataclass(frozen=True)
+class Http2Case:
+    """A request by HTTP/2, its header block as it is: nothing is checked or put right. ``trailers`` None: none."""
+
+    name: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes = b""
+    trailers: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +261,7 @@ def manager(log: Path, routes: Sequence[Config], paths: PathNormalization = Path
         "use_remote_address": False,
         "proxy_100_continue": True,
         "stream_idle_timeout": "0s",
+        "delayed_close_timeout": "0.02s",  # not a second for each request that is refused
         "forward_client_cert_details": "SANITIZE",
         "upgrade_configs": [{"upgrade_type": "websocket"}],
         "normalize_path": paths is not PathNormalization.NONE,
@@ -382,6 +397,46 @@ async def ask(stream: trio.abc.HalfCloseableStream, case: Case, arrived: Callabl
     return Outcome(status, _kept(head.headers), body.decode("latin-1"), trailers, tuple(informational), broken)
 
 
+async def ask_http2(stream: trio.abc.HalfCloseableStream, case: Http2Case) -> Outcome:
+    """Likewise by HTTP/2. A stream that is reset and a connection that ends are one: no answer."""
+    config = h2.config.H2Configuration(
+        header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False, validate_inbound_headers=False
+    )
+    http = h2.connection.H2Connection(config)
+    http.initiate_connection()
+    over = not case.body and case.trailers is None
+    http.send_headers(1, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in case.headers], end_stream=over)
+    if case.body:
+        http.send_data(1, case.body, end_stream=case.trailers is None)
+    if case.trailers is not None:
+        http.send_headers(1, [(name.encode(), value.encode()) for name, value in case.trailers], end_stream=True)
+    with suppress(trio.BrokenResourceError):
+        await stream.send_all(http.data_to_send())
+    found: Outcome | None = None
+    body = b""
+    with trio.fail_after(10), suppress(trio.BrokenResourceError, h2.exceptions.ProtocolError):
+        while data := await stream.receive_some(65536):
+            for event in http.receive_data(bytes(data)):
+                match event:
+                    case h2.events.ResponseReceived():
+                        headers = [(name, value) for name, value in event.headers if name != b":status"]
+                        found = Outcome(int(dict(event.headers)[b":status"]), _kept(headers))
+                    case h2.events.DataReceived():
+                        body += event.data
+                    case h2.events.TrailersReceived() if found is not None:
+                        found = replace(found, trailers=_sorted(event.headers))
+                    case h2.events.StreamEnded() if found is not None:
+                        await stream.aclose()
+                        return replace(found, body=body.decode("latin-1"))
+                    case h2.events.StreamReset() | h2.events.ConnectionTerminated():
+                        await stream.aclose()
+                        return Outcome(0, broken=True)
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(http.data_to_send())
+    await stream.aclose()
+    return Outcome(0, broken=True)
+
+
 @dataclass
 class Pair:
     """Both, before one application."""
@@ -393,19 +448,10 @@ class Pair:
     theirs: dict[str, Outcome] = field(default_factory=dict)
 
     async def ask(self, cases: Sequence[Case]) -> None:
-        """One request after the other, each on a connection of its own."""
-        link = await self.world.link()
+        """One request after the other, each on a connection of its own; and what both logs say of them."""
         began = len(self.world.log.requests)
         for case in cases:
-            answers = []
-            for stream in (
-                await self.world.open(link=link),
-                await trio.open_tcp_stream(str(self.beside.address.ip), self.beside.address.port),
-            ):
-                self.application.seen.clear()
-                answer = await ask(stream, case, self._arrived)
-                answers.append(replace(answer, seen=tuple(sorted(self.application.seen, key=repr))))
-            self.ours[case.name], self.theirs[case.name] = answers
+            await self._ask_both(case.name, lambda stream, case=case: ask(stream, case, self._arrived))  # type: ignore[misc]
             self.beside.asked += 1
             await self.world.until(lambda: len(self.world.log.requests) == began + len(self.ours))
         records = await trio.to_thread.run_sync(self.beside.records)
@@ -413,6 +459,21 @@ class Pair:
             flags = ",".join(flag.value for flag in logged.flags) or "-"
             self.ours[case.name] = replace(self.ours[case.name], flags=flags, details=logged.details)
             self.theirs[case.name] = replace(self.theirs[case.name], flags=record["flags"] or "-", details=record["details"])
+
+    async def ask_http2(self, cases: Sequence[Http2Case]) -> None:
+        """Likewise; logs are not looked at, since what is malformed may not become a request at all."""
+        for case in cases:
+            await self._ask_both(case.name, lambda stream, case=case: ask_http2(stream, case))  # type: ignore[misc]
+
+    async def _ask_both(self, name: str, how: Callable[[trio.abc.HalfCloseableStream], Awaitable[Outcome]]) -> None:
+        if not self.world.links:
+            await self.world.link()
+        ours = await self.world.open(link=self.world.links[0])
+        theirs = await trio.open_tcp_stream(str(self.beside.address.ip), self.beside.address.port)
+        for stream, outcomes in ((ours, self.ours), (theirs, self.theirs)):
+            self.application.seen.clear()
+            answer = await how(stream)
+            outcomes[name] = replace(answer, seen=tuple(sorted(self.application.seen, key=repr)))
 
     async def _arrived(self) -> None:
         await self.world.until(lambda: self.application.seen)
@@ -450,13 +511,14 @@ class Reached:
 
 
 def compare(
-    cases: Sequence[Case],
+    cases: Sequence[Case] = (),
     *,
     application: Application | None = None,
     paths: PathNormalization = PathNormalization.BASE,
     ours: Sequence[Route] | None = None,
     theirs: Sequence[Config] = (DEFAULT,),
     others: Mapping[str, Reached] | None = None,
+    by_http2: Sequence[Http2Case] = (),
 ) -> Pair:
     """Ask both with one application behind them. The routes are the same said twice; by default that of a service without any."""
     application = application or Application({})
@@ -473,6 +535,7 @@ def compare(
                 _describe(world, name, each)
             world.push(WaypointSettings("shop", "waypoint", "all", path_normalization=paths))
             await pair.ask(cases)
+            await pair.ask_http2(by_http2)
             application.hang_up()
             await world.until(lambda: not application.open)
 

@@ -8,6 +8,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 
 from mesh.model.address import SocketAddress
@@ -16,7 +19,7 @@ from mesh.model.l7.matching import PathKind, PathMatch, RouteMatch
 from mesh.model.l7.routing import Destination, DirectResponse, Fault, Forward, Mirror, Retry, Route, WeightedDestination
 from mesh.reactor.tcp import socket_address
 from mesh.testing.envoy import Config
-from tests.interop.beside_envoy import TYPE, Application, Behaviour, Case, Reached, compare, request, reset, say, stay_silent, told
+from tests.interop.beside_envoy import TYPE, Application, Behaviour, Case, Reached, Seen, compare, request, reset, say, stay_silent, told
 from tests.unit.waypoint_py.harness import ITSELF, ORIGIN, loopback
 
 pytestmark = pytest.mark.interop
@@ -121,6 +124,30 @@ def answers(*statuses: int) -> Behaviour:
     return lambda sock: sock.sendall(b"HTTP/1.1 %d X\r\nconnection: close\r\ncontent-length: 2\r\n\r\nhi" % next(turns))
 
 
+class Http2Application(Application):
+    """HTTP/2: what becomes of a request is in its path, ``/reset-CODE``: the stream is reset; ``/after-CODE``: after the answer's head;
+    ``/grpc-CODE``: the answer is a head with that status."""
+
+    def _talk(self, sock: socket.socket) -> None:
+        http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
+        http.initiate_connection()
+        sock.sendall(http.data_to_send())
+        while data := sock.recv(65536):
+            for event in http.receive_data(data):
+                if isinstance(event, h2.events.RequestReceived):
+                    path = dict(event.headers)[":path"]
+                    self.seen.append(Seen(path, ()))
+                    kind, code = path[1:].split("-")[:2]
+                    if kind == "grpc":
+                        fields = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-status", code)]
+                        http.send_headers(event.stream_id, fields, end_stream=True)
+                        continue
+                    if kind == "after":
+                        http.send_headers(event.stream_id, [(":status", "200")])
+                    http.reset_stream(event.stream_id, int(code))
+            sock.sendall(http.data_to_send())
+
+
 def change_protocol(sock: socket.socket) -> None:
     """To one that says back what it hears."""
     sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: x\r\n\r\n")
@@ -140,6 +167,7 @@ def said(head: str, body: bytes = b"") -> Behaviour:
 ENDED = "that the connection ended is told as that (UC, 503), and not as a mistake of the protocol"
 NO_ANSWER = "what is no answer of the application gets one of the waypoint, where Envoy breaks the connection off"
 STRICT = "what readers could understand differently is refused (RFC 9112 section 5.2)"
+UNTOUCHED = "a stream that was refused is begun anew once, whatever the route says (RFC 9113 section 8.7)"
 DONE = "a WebSocket that its client ends has ended well: no flag"
 KEPT = "the answer is whole, and the connection good for the next request"
 ONCE = Retry(attempts=1, backoff_base=0.001)
@@ -170,6 +198,14 @@ SITUATIONS = (
     Situation("short body", said("HTTP/1.1 200 OK\ncontent-length: 10\n\n", b"abc"), why=ENDED),
     Situation("short chunks", said("HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n", b"3\r\nabc\r\n"), why=ENDED),
     Situation("bad chunk", said("HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n", b"zz\r\n")),
+    # By HTTP/2
+    *(Situation(f"reset {code}", to="http2", retry=None) for code in (0, 1, 2, 8, 11)),
+    Situation("reset 7", to="http2", retry=None, why=UNTOUCHED),
+    Situation("after 2", to="http2"),
+    Situation("after 0", to="http2"),
+    Situation("reset 7 by default", to="http2", why=UNTOUCHED),
+    Situation("reset 2 by default", to="http2"),
+    *(Situation(f"grpc-{code} from there", to="http2", headers=GRPC, method="POST") for code in (0, 1, 2, 4, 8, 13, 14)),
     # Breakers
     # The client goes
     Situation("client gone", stay_silent, leaves=True),
@@ -275,6 +311,8 @@ def blackhole() -> tuple[SocketAddress, list[socket.socket]]:
 
 def test_what_goes_wrong_has_the_same_outcome() -> None:
     application = Application({each.path: each.behaviour for each in SITUATIONS if each.behaviour is not None})
+    http2 = Http2Application({})
+    application.seen, application.open = http2.seen, http2.open
     hole, held = blackhole()
     held.append(unheard := deaf())
     tls = {"@type": f"{TYPE}.transport_sockets.tls.v3.UpstreamTlsContext"}
@@ -297,14 +335,17 @@ def test_what_goes_wrong_has_the_same_outcome() -> None:
         ),
         "deaf": Reached((socket_address(unheard.getsockname()),), http2=True),
         "mirror": Reached((application.address,)),
+        "http2": Reached((http2.address,), http2=True),
     }
+    no_route = Case("no route", request("/elsewhere"))
     pair = compare(
-        [each.case for each in SITUATIONS],
+        [*(each.case for each in SITUATIONS), no_route],
         application=application,
         ours=[each.ours for each in SITUATIONS],
         theirs=[each.theirs for each in SITUATIONS],
         others=others,
     )
+    http2.close()
     for each in held:
         each.close()
     different = pair.different()

@@ -299,7 +299,7 @@ def test_mesh_ports(parent: str, alt: str) -> None:
 
 
 def test_mesh_consumer_route() -> None:
-    """A route of a client's namespace is for sidecars: at a waypoint it does nothing, as in Istio, and says so."""
+    """A route of a client's namespace is for sidecars: at a waypoint it does nothing, as in Istio."""
     route = http_route(
         f"- {{{SET}, backendRefs: [{{name: echo-v1, namespace: shop, port: 80}}]}}", namespace="far", parent="name: echo, namespace: shop"
     )

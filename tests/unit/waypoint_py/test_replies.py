@@ -29,8 +29,9 @@ def _request(method: bytes = b"GET", **headers: bytes) -> Request:
         (replies.stream_timeout(request_complete=False), 408, b"stream timeout", ["SI"], "stream_idle_timeout"),
         (replies.stream_timeout(request_complete=True), 504, b"stream timeout", ["SI"], "stream_idle_timeout"),
         (replies.refused_head(431, "too large"), 431, b"Request Header Fields Too Large", ["DPE"], "http1.headers_too_large"),
-        (replies.refused_head(400, "bad head"), 400, b"Bad Request", ["DPE"], "http.codec_error.bad_head"),
-        (replies.refused_head(426, "HTTP/1.0"), 426, b"Upgrade Required", ["DPE"], "http.codec_error.HTTP/1.0"),
+        (replies.refused_head(400, "bad head"), 400, b"Bad Request", ["DPE"], "http1.codec_error.bad_head"),
+        (replies.refused_head(400, "bad head", serial=False), 400, b"Bad Request", ["DPE"], "http2.codec_error.bad_head"),
+        (replies.refused_head(426, "HTTP/1.0"), 426, b"Upgrade Required", ["DPE"], "low_version"),
         (replies.too_large(), 413, b"Payload Too Large", [], "request_payload_too_large"),
     ],
 )

@@ -45,7 +45,7 @@ def unread() -> RequestRecord:
     record.request = None
     record.method = record.path = record.authority = b""
     record.add_flags(Flag.DOWNSTREAM_PROTOCOL_ERROR)
-    record.details = "http.codec_error.a_bad_header"
+    record.details = "http1.codec_error.a_bad_header"
     record.upstream = record.upstream_local_address = record.destination = None
     return record
 
@@ -66,7 +66,7 @@ def test_a_denied_request_is_logged_as_istio_logs_it() -> None:
 
 
 def test_a_request_that_could_not_be_read_is_logged() -> None:
-    assert rendered(unread()).startswith('[2026-11-29T03:01:21.810Z] "- - HTTP/1.1" 400 DPE http.codec_error.a_bad_header - "-" 7 ')
+    assert rendered(unread()).startswith('[2026-11-29T03:01:21.810Z] "- - HTTP/1.1" 400 DPE http1.codec_error.a_bad_header - "-" 7 ')
 
 
 def test_a_connection_is_logged_as_istio_logs_it() -> None:
