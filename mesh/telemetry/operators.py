@@ -620,11 +620,24 @@ def _grpc_status(command: _Command) -> _Reader:
 
 
 def _address(get: Callable[[Facts], SocketAddress | None]) -> _Reader:
+    # By identity: a connection and an endpoint keep their addresses, and an address is put together anew, and even hashed, in Python.
+    texts: dict[int, tuple[SocketAddress, str]] = {}
+
     def read(facts: Facts) -> str | None:
         address = get(facts)
-        return None if address is None else str(address)
+        if address is None:
+            return None
+        known = texts.get(id(address))
+        if known is None:
+            if len(texts) >= _REMEMBERED:
+                texts.clear()
+            known = texts[id(address)] = address, str(address)
+        return known[1]
 
     return read
+
+
+_REMEMBERED: Final = 1024
 
 
 def _ip(get: Callable[[Facts], SocketAddress | None]) -> _Reader:
