@@ -476,7 +476,7 @@ class _Http1(ABC):
         self._unsent += len(data)
 
 
-_CLOSED: Final = frozenset({_Sending.SILENT, _Sending.NO_BODY, _Sending.ENDED})
+_CLOSED: Final = (_Sending.SILENT, _Sending.NO_BODY, _Sending.ENDED)  # no set: hashing a member of an enum is a call
 _SILENT: Final = _Sending.SILENT
 
 
