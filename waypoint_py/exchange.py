@@ -532,7 +532,7 @@ class Exchange:
         now = record.response_began = plane.reactor.now()
         decision = self._retry.after_response(response, plane.rng, self._room(), replayable=self._body.replayable)
         if not record.is_grpc or ended:
-            self._tell_outcome(attempt, response.status, response)
+            self._tell_outcome(attempt, response.status, self._grpc_status(response))
         if isinstance(decision, Again):
             self._drop_attempt()
             self._retry_later(decision)
@@ -555,7 +555,7 @@ class Exchange:
         record.response = response
         over = self._response_complete = ended and not self._upgraded
         if over:
-            self._note_grpc_status(response)
+            record.grpc_status = self._grpc_status(response)
         # Until it has been written it is no answer: what the client's version of HTTP cannot say becomes another one. Where it is the
         # connection's last, writing it ends the exchange.
         self._conn.send_response(self._stream, response, ended=over)
@@ -587,11 +587,12 @@ class Exchange:
     def completed(self, attempt: Attempt, trailers: Headers) -> None:
         if attempt is not self._attempt or self._over:
             return
-        if self._response is not None and self.record.is_grpc:
-            self._tell_outcome(attempt, self._response.status, Message(trailers))
+        record = self.record
+        record.grpc_status = grpc = self._grpc_status(Message(trailers))
+        if self._response is not None and record.is_grpc:
+            self._tell_outcome(attempt, self._response.status, grpc)
         self._response_complete = True
-        self._trailers = self.record.response_trailers = trailers
-        self._note_grpc_status(Message(trailers))
+        self._trailers = record.response_trailers = trailers
         self._pump_response()
 
     def _pump_response(self) -> None:
@@ -629,16 +630,13 @@ class Exchange:
         if self._affinity.set_cookie is not None:
             response.append(b"set-cookie", self._affinity.set_cookie)
 
-    def _note_grpc_status(self, message: Message) -> None:
-        if self.record.is_grpc:
-            status = find_status(message)
-            if status is not None:
-                self.record.grpc_status = int(status)
+    def _grpc_status(self, message: Message) -> Status | None:
+        """Of a gRPC call, if the message says it."""
+        return find_status(message) if self.record.is_grpc else None
 
-    def _tell_outcome(self, attempt: Attempt, status: int, message: Message) -> None:
+    def _tell_outcome(self, attempt: Attempt, status: int, grpc: Status | None) -> None:
         """How the application answered, of a gRPC call by its own status."""
-        grpc = find_status(message) if self.record.is_grpc else None
-        status = http_from_status(Status(grpc)) if grpc is not None else status
+        status = http_from_status(grpc) if grpc is not None else status
         self._plane.balancer.answered(attempt.endpoint, status, self._plane.reactor.now())
 
     # --- ends

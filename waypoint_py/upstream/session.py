@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -36,11 +36,12 @@ class Endpoint:
     destination: Destination | None
     policy: TrafficPolicy
     because: str
+    key: str = field(init=False, repr=False, compare=False)
+    """What tries, ejections and counts go by."""
 
-    @property
-    def key(self) -> str:
-        """What tries, ejections and counts go by."""
-        return str(self.address) if self.workload is None else f"{self.workload.uid} {self.address}"
+    def __post_init__(self) -> None:
+        key = str(self.address) if self.workload is None else f"{self.workload.uid} {self.address}"
+        object.__setattr__(self, "key", key)
 
 
 class FailureKind(Enum):
