@@ -72,8 +72,6 @@ class HttpConnection:
         self._stream.attach(self)
         if early:
             self.data(memoryview(early))
-        if self.plane.draining:
-            self.go_away()  # after what has come: it is no idle connection
         self._settle()
 
     @property
