@@ -31,8 +31,6 @@ from tests.unit.waypoint_py.upstream.conftest import (
 from waypoint_py.http.message import Request
 from waypoint_py.stream import ByteStream
 from waypoint_py.upstream import pool
-from waypoint_py.upstream import pool
-from waypoint_py.upstream import pool
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure, UpstreamProtocol
 
 HTTP2 = UpstreamProtocol.HTTP2
@@ -136,24 +134,6 @@ def test_an_equal_endpoint_that_is_another_object_shares_the_connection(world: W
     for _ in range(5):
         world.get(endpoint_at(application.address))
     assert application.connections == 1
-
-
-def test_what_is_remembered_of_endpoints_is_bounded(world: World, application: Application, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "REMEMBERED", 4)
-    for _ in range(50):
-        world.get(endpoint_at(application.address))
-    (shelf,) = world.pool._shelves.values()
-    assert len(world.pool._recent) <= 4
-    assert len(shelf.remembered_as) <= 4
-
-
-def test_what_is_remembered_of_endpoints_is_bounded(world: World, application: Application, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "REMEMBERED", 4)
-    for _ in range(50):
-        world.get(endpoint_at(application.address))
-    (shelf,) = world.pool._shelves.values()
-    assert len(world.pool._recent) <= 4
-    assert len(shelf.remembered_as) <= 4
 
 
 def test_what_is_remembered_of_endpoints_is_bounded(world: World, application: Application, monkeypatch: pytest.MonkeyPatch) -> None:
