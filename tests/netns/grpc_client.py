@@ -1,5 +1,5 @@
-"""A gRPC client: ``grpc_client.py TARGET CALL...``, each call a JSON object with ``method`` and, if wanted, ``body``, ``times``, ``deadline``
-(seconds) and ``metadata``. Prints one JSON object a call: status, details, messages and trailers.
+"""A gRPC client: ``grpc_client.py TARGET CALL...``, each call a JSON object with ``method`` and, if wanted, ``body``, ``times``,
+``deadline`` (seconds) and ``metadata``. Prints one JSON object a call: status, details, messages and trailers.
 """
 
 from __future__ import annotations

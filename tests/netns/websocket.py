@@ -43,7 +43,7 @@ def serve(sock: socket.socket) -> None:
 def talk(host: str, port: int, path: str) -> None:
     connection = WSConnection(ConnectionType.CLIENT)
     with socket.create_connection((host, port), timeout=20) as sock:
-        sock.sendall(connection.send(Request(host=host, target=path, subprotocols=["echo"])))
+        sock.sendall(connection.send(Request(host=f"[{host}]" if ":" in host else host, target=path, subprotocols=["echo"])))
         for event in receive(sock, connection):
             match event:
                 case AcceptConnection():
