@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from mesh.testing.lab import Lab, wait_until
-from mesh.testing.waypoints import access_lines, ask, ask_often, problems_of, running_shop
+from mesh.testing.waypoints import ask, ask_often, problems_of, running_shop
 
 pytestmark = pytest.mark.netns
 
@@ -86,7 +86,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 def passed(lab: Lab, path: str) -> set[str]:
     """The waypoints that a request for this path has passed."""
-    return {waypoint for waypoint in EVERY if any(f" {path} " in line for line in access_lines(lab, waypoint))}
+    logs = {waypoint: lab.home / "logs" / f"{waypoint.replace('/', '_')}_istio-proxy.log" for waypoint in EVERY}
+    return {waypoint for waypoint, log in logs.items() if f" {path} HTTP" in log.read_text()}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_traffic_to_a_pods_address_passes_a_waypoint_for_workloads(lab: Lab, pod
 
 def test_a_label_that_asks_in_vain_is_told_with_its_reason(lab: Lab) -> None:
     found = wait_until(partial(problems_of, lab, "refused.yaml"), "the lab's status tells")
-    assert [problem.partition("use-waypoint: ")[2] for problem in found] == [
+    assert [problem.partition(": ")[2] for problem in found] == [
         'we are not permitted to attach to waypoint "infra/closed" (missing allowedRoutes?) (AttachmentDenied)',
         'waypoint "shop/waypiont" is not ready (WaypointIsNotReady)',
         'attempting to bind to traffic type "service" which the waypoint "shop/pods" does not support (UnsupportedTrafficType)',
