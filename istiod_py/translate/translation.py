@@ -56,7 +56,7 @@ from mesh.kube.serviceentry import KubeServiceEntry, read_service_entry
 from mesh.kube.workloadentry import KubeWorkloadEntry, read_workload_entry
 from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname
 from mesh.model.l7.waypoint import L7Resource
-from mesh.model.labels import GATEWAY_NAME, NETWORK, REVISION
+from mesh.model.labels import GATEWAY_NAME, NETWORK, REVISION, USE_WAYPOINT
 from mesh.model.policy import Policy
 from mesh.model.service import Service, Visibility, WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, Locality, Workload
@@ -413,8 +413,17 @@ class _Translator:
         """On the object; one that no longer asks for a waypoint is told as long as its status still speaks of one."""
         if binding.condition is not None:
             self._statuses[obj.key] = (binding.condition,)
+            self._report_unbound(obj, binding.condition)
         elif _has_condition(obj, BOUND):
             self._statuses[obj.key] = ()
+
+    def _report_unbound(self, obj: KubeObject, condition: Condition) -> None:
+        """At the label that asks in vain, once for all who inherit it. A namespace's waypoint for workloads alone is no mistake."""
+        own = USE_WAYPOINT in obj.labels
+        if condition.status or (not own and condition.reason == "UnsupportedTrafficType"):
+            return
+        asking = obj if own else self._namespaces.get(obj.namespace, obj)
+        self._problems.append(asking.problem(("metadata", "labels", USE_WAYPOINT), f"{condition.message} ({condition.reason})"))
 
     # Each of these yields the workloads of one kind of object.
 

@@ -84,6 +84,7 @@ class LoadBalancer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     simple: Balance = Balance.LEAST_REQUEST
     hash: ConsistentHash | None = None
     locality: Locality | None = None
+    """None: as `Locality` without anything."""
     warmup: Warmup | None = None
 
 
