@@ -15,6 +15,7 @@ from typing import Final
 from istiod_py.translate.config import Condition, Config
 from mesh.kube.gatewayapi.gateway import AllowedNamespaces, KubeGateway, KubeGatewayClass, Listener
 from mesh.kube.gatewayapi.gateway import GatewayAddress as KubeGatewayAddress
+from mesh.kube.ownership import BOUND
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, parse_ip
 from mesh.model.labels import (
     CANARY_WEIGHT,
@@ -37,8 +38,6 @@ from mesh.model.ports import INBOUND_HBONE
 from mesh.model.service import WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, TunnelApplicationProtocol
 
-BOUND: Final = "istio.io/WaypointBound"
-"""The condition on Services, ServiceEntries and WorkloadEntries."""
 _NONE: Final = "none"
 _MANAGED: Final = (MESH_CONTROLLER, EAST_WEST_CONTROLLER)
 """What is deployed by these has no waypoint: its traffic would come back to it."""
