@@ -75,8 +75,8 @@ def run_on_cluster(flags: ClusterFlags, work: Callable[[ApiClient], Awaitable[_T
         return _run(access, work)
     except NoKubeconfigError as exc:
         running = _running_labs()
-        hint = f"; a lab is running ({', '.join(running)}), but this is for clusters: see 'meshctl lab --help'" if running else ""
-        raise click.ClickException(f"{exc}{hint}") from exc
+        beside = f"; a lab is running ({', '.join(running)}), but this is for clusters: see 'meshctl lab --help'" if running else ""
+        raise click.ClickException(f"{exc}{beside}") from exc
     except KubeconfigError as exc:
         raise click.ClickException(str(exc)) from exc
     except ApiError as exc:
