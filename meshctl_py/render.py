@@ -98,7 +98,7 @@ def show_labs(labs: Sequence[tuple[LabHome, LabStatus | str]]) -> None:
 
 def show_status(status: LabStatus) -> None:
     """Tables of everything in a lab."""
-    OUT.print(f"lab {status.name}  source {status.source}  logs {status.logs}\n", markup=False)
+    OUT.print(f"lab {status.name}  source {status.source}  logs {status.logs}", markup=False)
     nodes = Table("NODE", "ADDRESSES", "PODS", "AGENT")
     for node in status.nodes:
         nodes.add_row(node.name, ",".join(node.ips), str(node.pods), colour_state(node.agent, node.agent in ("ready", "off")))
@@ -119,9 +119,12 @@ def show_status(status: LabStatus) -> None:
         processes.add_row(process.name, state, str(process.pid or ""), str(process.starts), process.last_exit, process.because)
     for table in (nodes, pods, services, waypoints, processes):
         if table.rows:
-            table.print()
             OUT.print()
-    if status.control_plane not in ("ready", "off"):
+            table.print()
+    unready = status.control_plane not in ("ready", "off")
+    if unready or status.problems:
+        OUT.print()
+    if unready:
         OUT.print(f"istiod: {status.control_plane}", markup=False)
     _show_problems(status.problems)
 

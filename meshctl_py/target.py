@@ -13,7 +13,7 @@ import click
 import trio
 
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
-from mesh.kube.kubeconfig import ClusterAccess, KubeconfigError, Overrides, choose_access, kubeconfig_files
+from mesh.kube.kubeconfig import ClusterAccess, KubeconfigError, NoKubeconfigError, Overrides, choose_access, kubeconfig_files
 from meshctl_py.cluster.errors import ClusterProblem
 from meshctl_py.lab.client import Lab
 from meshctl_py.lab.home import LabError, choose_lab, find_labs
@@ -73,6 +73,10 @@ def run_on_cluster(flags: ClusterFlags, work: Callable[[ApiClient], Awaitable[_T
         access = flags.find_access()
         where = f"{access.host}:{access.port}, by {access.origin}"
         return _run(access, work)
+    except NoKubeconfigError as exc:
+        running = _running_labs()
+        beside = f"; a lab is running ({', '.join(running)}), but this is for clusters: see 'meshctl lab --help'" if running else ""
+        raise click.ClickException(f"{exc}{beside}") from exc
     except KubeconfigError as exc:
         raise click.ClickException(str(exc)) from exc
     except ApiError as exc:
@@ -114,7 +118,7 @@ def choose_place(flags: ClusterFlags, lab_name: str | None) -> Lab | None:
         raise click.UsageError("a lab and a cluster are named: which of them is meant?")
     if flags.chosen:
         return None
-    running = [home.name for home in find_labs() if home.alive]
+    running = _running_labs()
     files = kubeconfig_files(os.environ, Path.home())
     if lab_name is None and running and files:
         names = " or ".join(f"--lab {name}" for name in running)
@@ -122,8 +126,23 @@ def choose_place(flags: ClusterFlags, lab_name: str | None) -> Lab | None:
             f"a lab is running ({', '.join(running)}) and there is a kubeconfig ({files[0]}): say which is meant, {names} or --context NAME"
         )
     if lab_name is None and not running:
+        _require_cluster(flags)
         return None
     try:
         return Lab(choose_lab(lab_name, "--lab"))
     except LabError as exc:
         raise click.ClickException(str(exc)) from exc
+
+
+def _require_cluster(flags: ClusterFlags) -> None:
+    """Raises ClickException where there is nothing to act on: who meant a lab must not read of kubeconfigs alone."""
+    try:
+        flags.find_access()
+    except NoKubeconfigError as exc:
+        raise click.ClickException(f"no lab is running ('meshctl lab up DIR' starts one), and {exc}") from exc
+    except KubeconfigError:
+        return  # told where the cluster is used
+
+
+def _running_labs() -> list[str]:
+    return [home.name for home in find_labs() if home.alive]

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from mesh.model.address import InvalidAddress, NetworkAddress, SocketAddress
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.l7.policy import AuthorizationPolicy, PolicyAction
-from mesh.model.l7.routing import Forward, WeightedDestination
+from mesh.model.l7.routing import Fault, Forward, Retry, WeightedDestination
 from mesh.state.store import MeshState
 from mesh.wire.authority import Authority, parse_authority
 from mesh.wire.errors import RemoteProtocolError
@@ -217,9 +217,13 @@ class Explainer:
             return "answered 404: no route"
         self._note("route", matched.because, name=matched.name)
         route = matched.route.route
-        for feature, setting in (("fault", route.fault), ("timeout", route.timeout), ("retry", route.retry)):
-            if setting is not None:
-                self._note(feature, str(setting))
+        for feature, words in (
+            ("fault", _say_fault(route.fault)),
+            ("timeout", f"{route.timeout:g} s" if route.timeout is not None else ""),
+            ("retry", _say_retry(route.retry)),
+        ):
+            if words:
+                self._note(feature, words)
         own = answer(matched.route, request, matched.path, facts.destination.port)
         if own is not None:
             self._note("action", own.because, status=own.status)
@@ -245,3 +249,21 @@ def describe_share(share: WeightedDestination) -> Json:
     to = share.destination
     subset = f" subset {to.subset}" if to.subset else ""
     return {"destination": f"{to.namespace}/{to.hostname}:{to.port}{subset}", "weight": share.weight}
+
+
+def _say_fault(fault: Fault | None) -> str:
+    if fault is None:
+        return ""
+    said = [f"{fault.delay_percent:g}% are held up for {fault.delay:g} s"] if fault.delay and fault.delay_percent else []
+    if fault.abort_percent and (fault.status is not None or fault.grpc_status is not None):
+        what = f"status {fault.status}" if fault.status is not None else f"gRPC status {fault.grpc_status}"
+        said.append(f"{fault.abort_percent:g}% end with {what}")
+    return ", ".join(said)
+
+
+def _say_retry(retry: Retry | None) -> str:
+    if retry is None or not retry.attempts:
+        return ""
+    statuses = f", for statuses {', '.join(map(str, retry.statuses))}" if retry.statuses else ""
+    limit = f"; {retry.per_try_timeout:g} s for each try" if retry.per_try_timeout is not None else ""
+    return f"up to {retry.attempts} on {', '.join(retry.on)}{statuses}{limit}"

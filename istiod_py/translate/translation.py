@@ -42,6 +42,8 @@ from istiod_py.translate.waypoints import (
     Waypoints,
     bind_service,
     bind_workload,
+    find_gateway_mistakes,
+    find_label_mistake,
     find_own,
     find_waypoints,
 )
@@ -158,6 +160,7 @@ class _Translator:
         gateways = self._read("Gateway", read_gateway, self._memory.gateways)
         classes = self._read("GatewayClass", read_gateway_class, self._memory.gateway_classes)
         self._waypoints = self._find_waypoints(gateways, classes)
+        self._report_waypoints(gateways, classes)
         self._statuses.update({key: (CLASS_ACCEPTED,) for key, read in classes.items() if read.value.controller == WAYPOINT_CONTROLLER})
         selectors = self._translate_authorizations(authorizations)
         mtls = self._resolve_mtls(peers)
@@ -369,6 +372,26 @@ class _Translator:
 
         return self._waypoints_found.make(None, (tuple(_good(gateways)), tuple(_good(classes)), self._network), find)
 
+    def _report_waypoints(
+        self, gateways: Mapping[ObjectKey, Read[KubeGateway]], classes: Mapping[ObjectKey, Read[KubeGatewayClass]]
+    ) -> None:
+        """What Gateways and the labels of Namespaces say in vain; those of single objects are looked at as the objects are bound."""
+        by_name = {each.name: each for each in _good(classes)}
+        for read in gateways.values():
+            if read.good:
+                self._problems.extend(read.obj.problem(path, message) for path, message in find_gateway_mistakes(read.value, by_name))
+        for name, obj in self._namespaces.items():
+            if USE_WAYPOINT in obj.labels:
+                binding = bind_service(name, Asking(), self._asking_of(name), self._waypoints, self._config)
+                if binding.condition is not None and binding.condition.reason != "UnsupportedTrafficType":  # it may be for workloads
+                    self._report_label(obj, name, binding)
+
+    def _report_label(self, obj: KubeObject, namespace: str, binding: Binding) -> None:
+        if USE_WAYPOINT in obj.labels:
+            mistake = find_label_mistake(namespace, Asking(obj.labels, obj.annotations), binding, self._waypoints)
+            if mistake:
+                self._problems.append(obj.problem(("metadata", "labels", USE_WAYPOINT), mistake))
+
     def _asking_of(self, namespace: str) -> Asking:
         known = self._asking.get(namespace)
         if known is None:
@@ -411,19 +434,11 @@ class _Translator:
 
     def _report_binding(self, obj: KubeObject, binding: Binding) -> None:
         """On the object; one that no longer asks for a waypoint is told as long as its status still speaks of one."""
+        self._report_label(obj, obj.namespace, binding)
         if binding.condition is not None:
             self._statuses[obj.key] = (binding.condition,)
-            self._report_unbound(obj, binding.condition)
         elif _has_condition(obj, BOUND):
             self._statuses[obj.key] = ()
-
-    def _report_unbound(self, obj: KubeObject, condition: Condition) -> None:
-        """At the label that asks in vain, once for all who inherit it. A namespace's waypoint for workloads alone is no mistake."""
-        own = USE_WAYPOINT in obj.labels
-        if condition.status or (not own and condition.reason == "UnsupportedTrafficType"):
-            return
-        asking = obj if own else self._namespaces.get(obj.namespace, obj)
-        self._problems.append(asking.problem(("metadata", "labels", USE_WAYPOINT), f"{condition.message} ({condition.reason})"))
 
     # Each of these yields the workloads of one kind of object.
 
@@ -447,10 +462,11 @@ class _Translator:
             if read.good:
                 pod = read.value
                 locality = self._localities.get(pod.node, _NOWHERE)
-                waypoint = self._bind_workload(key, pod.labels, pod.annotations).address
+                binding = self._bind_workload(key, pod.labels, pod.annotations)
+                self._report_label(read.obj, key.namespace, binding)
                 own = find_own(key.namespace, Asking(pod.labels), self._waypoints) if GATEWAY_NAME in pod.labels else None
                 tunnel = own.tunnel if own is not None else None
-                inputs = pod, surroundings[key.namespace], listed.services_of(pod), locality, waypoint, tunnel
+                inputs = pod, surroundings[key.namespace], listed.services_of(pod), locality, binding.address, tunnel
                 yield from self._workloads.make(key, inputs, make)
 
     def _translate_workload_entries(

@@ -8,13 +8,22 @@ and connections are refused with it, by any node proxy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from istiod_py.translate.config import Condition, Config
-from mesh.kube.gatewayapi.gateway import AllowedNamespaces, KubeGateway, KubeGatewayClass, Listener
+from mesh.kube.fields import did_you_mean
+from mesh.kube.gatewayapi.gateway import (
+    WAYPOINT_CLASS,
+    WAYPOINT_CONTROLLER,
+    AllowedNamespaces,
+    KubeGateway,
+    KubeGatewayClass,
+    Listener,
+)
 from mesh.kube.gatewayapi.gateway import GatewayAddress as KubeGatewayAddress
+from mesh.kube.objects import FieldPath
 from mesh.kube.ownership import BOUND
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, parse_ip
 from mesh.model.labels import (
@@ -27,6 +36,7 @@ from mesh.model.labels import (
     INCLUDE_CLIENT_IDENTITY,
     INGRESS_USE_WAYPOINT,
     MESH_CONTROLLER,
+    TRAFFIC_TYPES,
     USE_WAYPOINT,
     USE_WAYPOINT_CANARY,
     USE_WAYPOINT_CANARY_NAMESPACE,
@@ -223,6 +233,40 @@ def bind_workload(namespace: str, own: Asking, around: Asking, waypoints: Waypoi
     if for_services_alone or not _is_required(own, around):
         return Binding(condition=waypoint)
     return _refuse(waypoint, named, waypoints, config)
+
+
+def find_label_mistake(namespace: str, asking: Asking, binding: Binding, waypoints: Waypoints) -> str:
+    """What is wrong with the label ``istio.io/use-waypoint`` of ``asking``, which was bound so; empty: nothing, or nothing but that the
+    waypoint is not ready yet, which its Gateway tells."""
+    condition, named = binding.condition, _named(asking, Asking(), namespace)
+    if condition is None or condition.status or named is None:
+        return ""
+    if condition.reason != "WaypointIsNotReady":
+        return f"no effect: {condition.message}"
+    if named in waypoints:
+        return ""
+    place, _, name = named.partition("/")
+    effect = "traffic is refused" if binding.address is not None else "traffic goes directly"
+    elsewhere = sorted(each.namespace for each in waypoints.values() if each.name == name)
+    if elsewhere and USE_WAYPOINT_NAMESPACE not in asking.labels:
+        hint = f"; there is one in namespace {', '.join(elsewhere)}, which the label {USE_WAYPOINT_NAMESPACE} would name"
+    else:
+        hint = did_you_mean(name, [each.name for each in waypoints.values() if each.namespace == place])
+    return f"there is no Gateway {named}, and {effect}{hint}"
+
+
+def find_gateway_mistakes(gateway: KubeGateway, classes: Mapping[str, KubeGatewayClass]) -> Iterator[tuple[FieldPath, str]]:
+    """Fields of a Gateway that would be a waypoint and, as it stands, is none, and why. ``classes``: by name."""
+    known = {*classes, WAYPOINT_CLASS}
+    if gateway.class_name not in known:
+        message = f"there is no GatewayClass {gateway.class_name}: nobody makes anything of this Gateway"
+        yield ("spec", "gatewayClassName"), message + did_you_mean(gateway.class_name, known)
+    kind = classes.get(gateway.class_name)
+    ours = kind.controller == WAYPOINT_CONTROLLER if kind is not None else gateway.class_name == WAYPOINT_CLASS
+    traffic = gateway.labels.get(WAYPOINT_FOR)
+    if ours and traffic and traffic not in TRAFFIC_TYPES:
+        message = f"'{traffic}' is no type of traffic: the waypoint gets none"
+        yield ("metadata", "labels", WAYPOINT_FOR), message + did_you_mean(traffic, TRAFFIC_TYPES)
 
 
 def find_own(namespace: str, own: Asking, waypoints: Waypoints) -> Waypoint | None:

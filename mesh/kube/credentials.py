@@ -32,6 +32,10 @@ class KubeconfigError(Exception):
     """There is no usable way to an API server; the text names file and field. The operator must act."""
 
 
+class NoKubeconfigError(KubeconfigError):
+    """There is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClientCertificate:
     """PEM, the chain with the leaf first."""

@@ -23,6 +23,7 @@ from mesh.kube.credentials import (
     ClientCertificate,
     ExecPlugin,
     KubeconfigError,
+    NoKubeconfigError,
     PluginCommand,
 )
 from mesh.kube.documents import MalformedDocument, parse_chunk, split_documents
@@ -32,6 +33,7 @@ __all__ = [
     "ClientCertificate",
     "ClusterAccess",
     "KubeconfigError",
+    "NoKubeconfigError",
     "Overrides",
     "choose_access",
     "find_access",
@@ -176,7 +178,7 @@ def choose_access(
             access = in_cluster(environ)
             return replace(access, namespace=chosen.namespace or access.namespace, origin="the pod's own service account")
         looked = environ.get("KUBECONFIG") or str((home or Path.home()) / ".kube/config")
-        raise KubeconfigError(f"there is no kubeconfig ({looked}): give one with --kubeconfig or KUBECONFIG")
+        raise NoKubeconfigError(f"there is no kubeconfig ({looked}): give one with --kubeconfig or KUBECONFIG")
     return _Reader([_File(path, _parse(path)) for path in paths], plugins=True).read(chosen)
 
 

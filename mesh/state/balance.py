@@ -170,6 +170,8 @@ def _by_locality(candidates: list[Candidate], balancing: LoadBalancing, place: P
             ranks = [_rank(c.workload, scopes, place) for c in candidates]
             best = max(ranks)
             near = [c for c, rank in zip(candidates, ranks, strict=True) if rank == best]
+            if len(near) == len(candidates):
+                return PickList(tuple(near), f"one of {len(near)}, equally near by {_names(scopes)}" if len(near) > 1 else "one of 1")
             return PickList(tuple(near), f"one of the {len(near)} nearest by {_names(scopes)} of {len(candidates)}")
         case _:
             assert_never(balancing.mode)

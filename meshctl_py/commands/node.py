@@ -56,7 +56,7 @@ class _Question:
 
 @click.command()
 @click.argument("node")
-@click.argument("what", type=click.Choice([*_PAGES, "logs"]))
+@click.argument("what", type=click.Choice([*_PAGES, "logs"]), metavar="WHAT")
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", help="As a table, JSON or YAML.")
 @click.option("--pod", metavar="[NS/]NAME", help="Of this pod alone.")
 @click.option("--limit", type=click.IntRange(1, MAX_LIMIT), default=inspection.DEFAULT_LIMIT, show_default=True, help="At most so many.")
@@ -80,6 +80,8 @@ def node(
     socket_path: Path | None,
 ) -> None:
     """Show what the agent of NODE knows and does; only the agent is asked.
+
+    WHAT is one of pods, connections, certificates, policies, workloads, services, rules and logs.
 
     On the node itself this goes over the agent's own socket, which is root's; elsewhere through the API server, which needs the right to
     pods/portforward in istio-system. 'meshctl node n1 rules' reads the pods' nftables rules back from the kernel.

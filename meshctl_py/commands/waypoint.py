@@ -11,11 +11,12 @@ from typing import Concatenate, Final, ParamSpec, TypeAlias, TypeVar
 import click
 import trio
 
+from mesh.model.labels import TRAFFIC_TYPES
 from meshctl_py.cluster.errors import ClusterProblem
 from meshctl_py.lab.home import LabError
 from meshctl_py.target import ClusterFlags, choose_place, cluster_flags, run_on_cluster
 from meshctl_py.waypoints.actions import Wanted, apply_waypoint, build, delete_waypoints, list_waypoints, show_status
-from meshctl_py.waypoints.gateway import DEFAULT_NAME, TRAFFIC_TYPES, as_yaml
+from meshctl_py.waypoints.gateway import DEFAULT_NAME, as_yaml
 from meshctl_py.waypoints.place import ClusterWaypoints, DirectoryWaypoints, WaypointPlace
 
 _P = ParamSpec("_P")

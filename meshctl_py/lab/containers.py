@@ -25,6 +25,8 @@ _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "TZ", "HOME", "TERM")
 
 _FIRST_PROBES: Final = 0.1
 """Seconds between probes of a container that is not ready yet: somebody is waiting for it."""
+_TRIAL: Final = 1.0
+"""Seconds that a container without a probe must run, once it has been started again, until it is ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,19 +182,27 @@ class PodRunner:
         return await process.run_once(self._entry(container), self._variables(container), grace=self.pod.spec.grace)
 
     async def _watch_readiness(self, container: Container, process: LabProcess) -> None:
-        """Ready while running, and, with a probe, as it says; a container that was started again begins anew."""
+        """Ready while running, and, with a probe, as it says; a container that was started again begins anew. Without a probe it must have
+        lived for a moment then: one that ends as soon as it starts would be ready again and again."""
         while True:
             changed, status = process.status_changed, process.status
             running = status.state == "running"
             if not running:
                 self._set_ready(container.name, False, status.because or status.last_exit)
-            elif container.readiness is None:
+            elif container.readiness is None and status.starts <= 1:
                 self._set_ready(container.name, True)
             async with trio.open_nursery() as nursery:
                 if running and container.readiness is not None:
                     nursery.start_soon(self._probe_for_ever, container, container.readiness)
+                elif running and status.starts > 1:
+                    nursery.start_soon(self._try, container, status.last_exit)
                 await changed.wait()
                 nursery.cancel_scope.cancel()
+
+    async def _try(self, container: Container, last_exit: str) -> None:
+        self._set_ready(container.name, False, f"{last_exit}; started again")
+        await trio.sleep(_TRIAL)
+        self._set_ready(container.name, True)
 
     async def _probe_for_ever(self, container: Container, probe: Probe) -> None:
         good = bad = 0

@@ -38,9 +38,17 @@ class Wanted:
 async def apply_waypoint(place: WaypointPlace, wanted: Wanted, tell: Tell) -> None:
     """Raises ClusterProblem; on a cluster also ApiError, ApiUnavailable."""
     namespace = wanted.namespace or place.namespace
-    labels = await place.namespace_labels(namespace)
+    try:
+        labels = await place.namespace_labels(namespace)
+    except ClusterProblem as exc:
+        if wanted.namespace:
+            raise
+        raise ClusterProblem(f"{exc}; name yours with -n") from exc
+    gateway = build(wanted.name, namespace, wanted.traffic, wanted.revision)
+    name = gateway["metadata"]["name"]
     if wanted.enroll:
-        if labels.get(USE_WAYPOINT) and not wanted.overwrite:
+        # Unlike istioctl not where it is this very waypoint: a command that is repeated is to do what it did.
+        if labels.get(USE_WAYPOINT, name) not in ("", name) and not wanted.overwrite:
             tell(
                 f"⚠️ Warning: namespace ({namespace}) already has an enrolled Waypoint. Consider adding the `--overwrite` flag to your "
                 "apply command."
@@ -49,8 +57,6 @@ async def apply_waypoint(place: WaypointPlace, wanted: Wanted, tell: Tell) -> No
         if labels.get(DATAPLANE_MODE) != "ambient":
             command = f"`{place.label_command} namespace {namespace} {DATAPLANE_MODE}=ambient`"
             tell(f"⚠️ Warning: namespace is not enrolled in ambient. Consider running\t{command}")
-    gateway = build(wanted.name, namespace, wanted.traffic, wanted.revision)
-    name = gateway["metadata"]["name"]
     await place.apply(gateway)
     tell(f"✅ waypoint {namespace}/{name} applied")
     if wanted.wait:
@@ -70,13 +76,20 @@ def build(name: str, namespace: str, traffic: str, revision: str) -> dict[str, d
 
 
 async def _wait_programmed(place: WaypointPlace, namespace: str, name: str, *, within: float) -> None:
+    found = None
     with trio.move_on_after(within):
         while True:
             found = await place.find(namespace, name)
             if found is not None and found.is_programmed:
                 return
             await trio.sleep(POLL)
-    raise ClusterProblem(f"timed out while waiting for waypoint\t{namespace}/{name}")
+    raise ClusterProblem(f"timed out while waiting for waypoint\t{namespace}/{name}{_why(found)}")
+
+
+def _why(found: Found | None) -> str:
+    """What the condition that is not true says."""
+    told = found.told() if found is not None else {}
+    return f": {told['message']}" if told.get("status") == "False" and told.get("message") else ""
 
 
 async def delete_waypoints(
@@ -85,7 +98,10 @@ async def delete_waypoints(
     """Those of these names, or all of the namespace, or of a revision in it."""
     namespace = namespace or place.namespace
     there = [each.name for each in await place.list(namespace, revision)]
-    for name in there if everything or revision else names:
+    chosen = there if everything or revision else names
+    if not chosen:
+        tell(_NONE)
+    for name in chosen:
         if name in there and await place.delete(namespace, name):
             tell(f"waypoint {namespace}/{name} deleted")
         else:
@@ -110,10 +126,12 @@ async def show_status(place: WaypointPlace, namespace: str, tell: Tell, *, every
 
 
 async def _wait_told(place: WaypointPlace, waypoint: Found, deadline: float) -> Found:
+    found: Found | None = waypoint
     with trio.move_on_at(deadline):
         while True:
             found = await place.find(waypoint.namespace, waypoint.name)
             if found is not None and found.is_programmed:
                 return found
             await trio.sleep(POLL)
-    raise ClusterProblem(f"failed to print waypoint status: timed out while retrieving status for waypoint\t{waypoint.key}")
+    message = f"timed out while retrieving status for waypoint\t{waypoint.key}{_why(found)}"
+    raise ClusterProblem(f"failed to print waypoint status: {message}")

@@ -10,11 +10,10 @@ from typing import Any, Final
 from ruamel.yaml import YAML
 
 from mesh.kube.gatewayapi.gateway import GROUP, WAYPOINT_CLASS
-from mesh.model.labels import REVISION, WAYPOINT_FOR
+from mesh.model.labels import REVISION, TRAFFIC_TYPES, WAYPOINT_FOR
 from mesh.model.ports import INBOUND_HBONE
 
 DEFAULT_NAME: Final = "waypoint"
-TRAFFIC_TYPES: Final = ("all", "none", "service", "workload")
 PROGRAMMED: Final = "Programmed"
 _PADDING: Final = 5
 """Blanks between columns."""

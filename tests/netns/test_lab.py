@@ -194,6 +194,23 @@ def test_a_process_that_ends_is_started_again_and_its_service_knows(world: World
     wait_until(lambda: world.get("client", "http://server/").startswith("200"), "the service works again")
 
 
+def test_a_container_that_ends_again_and_again_is_not_ready_in_between(world: World) -> None:
+    head = "apiVersion: v1\nkind: Pod\nmetadata: {name: failing, namespace: shop}\n"
+    world.write("failing.yaml", head + 'spec: {nodeName: n1, containers: [{name: a, command: [sh, -c, "sleep 0.3; exit 3"]}]}\n')
+    seen: list[PodStatus] = []
+
+    def look() -> bool:
+        found = world.pod("failing")
+        seen.extend([found] if found is not None and found.restarts else [])
+        return found is not None and found.restarts >= 3
+
+    wait_until(look, "three starts after the first")
+    assert [pod for pod in seen if pod.ready] == []
+    assert {pod.because.partition(";")[0] for pod in seen} == {"a: exit status 3"}
+    (world.source / "failing.yaml").unlink()
+    wait_until(lambda: world.pod("failing") is None, "the pod is gone")
+
+
 def test_a_pod_that_is_added_changed_and_removed_while_the_lab_runs_is_followed(world: World) -> None:
     pod = """
 apiVersion: v1

@@ -133,7 +133,7 @@ def test_traffic_to_a_pods_address_passes_a_waypoint_for_workloads(lab: Lab, pod
 def test_a_label_that_asks_in_vain_is_told_with_its_reason(lab: Lab) -> None:
     found = wait_until(partial(problems_of, lab, "refused.yaml"), "the lab's status tells")
     assert [problem.partition(": ")[2] for problem in found] == [
-        'we are not permitted to attach to waypoint "infra/closed" (missing allowedRoutes?) (AttachmentDenied)',
-        'waypoint "shop/waypiont" is not ready (WaypointIsNotReady)',
-        'attempting to bind to traffic type "service" which the waypoint "shop/pods" does not support (UnsupportedTrafficType)',
+        'no effect: we are not permitted to attach to waypoint "infra/closed" (missing allowedRoutes?)',
+        "there is no Gateway shop/waypiont, and traffic goes directly; did you mean 'waypoint'?",
+        'no effect: attempting to bind to traffic type "service" which the waypoint "shop/pods" does not support',
     ]

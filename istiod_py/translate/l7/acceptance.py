@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from istiod_py.translate.config import Condition
 from istiod_py.translate.l7.attachment import ISTIO_CLASS
-from istiod_py.translate.l7.notices import Notice
+from istiod_py.translate.l7.notices import Notice, names_in
 from istiod_py.translate.reading import Read
+from mesh.kube.fields import did_you_mean
 from mesh.kube.gatewayapi.gateway import WAYPOINT_CONTROLLER
 from mesh.kube.objects import FieldPath, KubeObject
 from mesh.kube.ownership import WAYPOINT_ACCEPTED
@@ -24,11 +25,14 @@ class Targets:
 
     root_namespace: str
     waypoints: frozenset[str] = frozenset()
+    """Those that are ready."""
     classes: Mapping[str, str] = field(default_factory=dict)
     """GatewayClasses and the names of their controllers."""
     services: Mapping[str, str] = field(default_factory=dict)
     """Services and the waypoints they are bound to (``namespace/name``); empty: to none."""
     service_entries: Mapping[str, str] = field(default_factory=dict)
+    gateways: Collection[str] = ()
+    """All there are, ready or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,15 @@ def find_unbound(read: Read[AuthorizationPolicy] | Read[RequestAuthentication], 
     for target in policy.targets if policy.audience.has_waypoints and not read.problems else ():
         found = _bind(target, policy.namespace, read.obj.kind, targets)
         if not found.bound:
-            yield Notice(_path_of(target, read.obj), f"no effect for {target.kind} {target.name}: {found.message}")
+            why = _why_no_waypoint(f"{policy.namespace}/{target.name}", targets) if target.kind == "Gateway" else found.message
+            yield Notice(_path_of(target, read.obj), f"no effect for {target.kind} {target.name}: {why}")
+
+
+def _why_no_waypoint(key: str, targets: Targets) -> str:
+    if key in targets.gateways:
+        return f"waypoint {key} is not ready"
+    namespace, _, name = key.partition("/")
+    return f"there is no Gateway {key}{did_you_mean(name, names_in(targets.gateways, namespace))}"
 
 
 def _path_of(target: TargetRef, obj: KubeObject) -> FieldPath:

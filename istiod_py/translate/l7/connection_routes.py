@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import msgspec
 
-from istiod_py.translate.l7.destinations import resolve_target, weigh_backend
+from istiod_py.translate.l7.destinations import note_subset, resolve_target, weigh_backend
 from istiod_py.translate.l7.gateway_routes import attaches
 from istiod_py.translate.l7.sources import Gathered, Note, Sourced, expand
 from istiod_py.translate.l7.virtual_services import Place
@@ -110,5 +110,8 @@ def _resolve(
         if found.fails_with is not None:
             message = f"{found.because}: its connections are reset"
             notes.append(Note(obj.key, (*path, "route", index, "destination"), message))
+        elif target.subset:
+            here = (*path, "route", index, "destination", "subset")
+            notes.append(note_subset(obj.key, here, found.destination, "its connections are reset"))
         made.append(msgspec.structs.replace(found, weight=each.weight if len(targets) > 1 else 1))
     return tuple(made)

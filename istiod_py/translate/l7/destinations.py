@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from istiod_py.translate.l7.known import KnownServices, L7Service
-from istiod_py.translate.l7.sources import RouteDefaults, backend_host
+from istiod_py.translate.l7.sources import Note, RouteDefaults, backend_host
 from mesh.kube.gatewayapi.references import BackendRef
+from mesh.kube.objects import FieldPath, ObjectKey
 from mesh.kube.routeactions import Target
 from mesh.model.l7.routing import Destination, HeaderChanges, WeightedDestination
 
@@ -39,6 +40,12 @@ def resolve_target(target: Target, port: int, namespace: str, known: KnownServic
     if not service.has_port(chosen):
         return WeightedDestination(destination, fails_with=NO_SUCH, because=_lacks(service, chosen))
     return WeightedDestination(destination)
+
+
+def note_subset(key: ObjectKey, path: FieldPath, destination: Destination, effect: str) -> Note:
+    """For a VirtualService that names a subset: which there are is known only when everything that is routed is."""
+    message = f"no DestinationRule defines subset {destination.subset} of {destination.hostname}: {effect}"
+    return Note(key, path, message, destination)
 
 
 def resolve_backend(ref: BackendRef, namespace: str, known: KnownServices, defaults: RouteDefaults) -> Destination | Broken:

@@ -4,7 +4,7 @@ stands. Istio takes all of this without a word."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,6 +34,11 @@ _PATTERN_KEYS: Final = frozenset(
 class Notice:
     path: FieldPath
     message: str
+
+
+def names_in(keys: Iterable[str], namespace: str) -> list[str]:
+    """Names that one may have meant: of ``namespace/name``, those of a namespace."""
+    return [key.removeprefix(f"{namespace}/") for key in keys if key.startswith(f"{namespace}/")]
 
 
 def find_notices(policy: AuthorizationPolicy) -> tuple[Notice, ...]:

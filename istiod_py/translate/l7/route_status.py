@@ -6,22 +6,26 @@ mesh (reference: Istio's `conditions.go`). Parents that are Gateways are other c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeAlias
 
 from istiod_py.translate.config import Condition, ParentStatus, StatusEntry
 from istiod_py.translate.l7.connection_routes import names
+from istiod_py.translate.l7.destinations import ISTIO_GROUP
 from istiod_py.translate.l7.gateway_routes import find_broken, find_unsupported
 from istiod_py.translate.l7.known import L7Service
+from istiod_py.translate.l7.notices import names_in
 from istiod_py.translate.l7.routes import RoutedService
 from istiod_py.translate.l7.sources import Note, RouteIndex, Sourced, expand, is_exported, is_producer, service_parent
-from mesh.kube.gatewayapi.references import ParentRef
+from mesh.kube.fields import did_you_mean
+from mesh.kube.gatewayapi.references import GROUP, ParentRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, RequestRoute
 from mesh.kube.objects import FieldPath, ObjectKey, SourceProblem, format_path
 from mesh.kube.ownership import ROUTE_CONTROLLER, WAYPOINT_ACCEPTED
 from mesh.kube.virtualservice import VirtualService, hosts_meet, patterns_of
+from mesh.model.l7.routing import Destination
 
 _LONGEST: Final = 4096
 """Characters of a message: of many problems the first are enough."""
@@ -39,19 +43,33 @@ class RouteReport:
     problems: tuple[SourceProblem, ...] = ()
 
 
-def report_routes(index: RouteIndex, fronting: Fronting, routed: Iterable[RoutedService]) -> RouteReport:
-    return _Reporter(index, fronting, tuple(routed)).report()
+@dataclass(frozen=True, slots=True)
+class NamedThings:
+    """What routes may name besides services. ``gateways``: all Gateways (``namespace/name``), and whether each is a waypoint; None: not
+    known. ``has_subset``: whether a DestinationRule defines the subset, seen from waypoints of a namespace."""
+
+    gateways: Mapping[str, bool] | None = None
+    has_subset: Callable[[Destination, str], bool] = lambda destination, namespace: True
+
+
+NOTHING_NAMED: Final = NamedThings()
+
+
+def report_routes(index: RouteIndex, fronting: Fronting, routed: Iterable[RoutedService], named: NamedThings) -> RouteReport:
+    return _Reporter(index, fronting, tuple(routed), named).report()
 
 
 class _Reporter:
-    def __init__(self, index: RouteIndex, fronting: Fronting, routed: tuple[RoutedService, ...]) -> None:
+    def __init__(self, index: RouteIndex, fronting: Fronting, routed: tuple[RoutedService, ...], named: NamedThings) -> None:
         self._index = index
+        self._gateways = named.gateways
         self._fronting = fronting
         self._notes: dict[ObjectKey, list[Note]] = {}
         self._served: dict[ObjectKey, list[RoutedService]] = {}
         for service in routed:
             for note in service.notes:
-                self._note(note.key, note.path, note.message)
+                if note.lacking is None or not named.has_subset(note.lacking, service.waypoint_namespace):
+                    self._note(note.key, note.path, note.message)
             for key in service.used:
                 self._served.setdefault(key, []).append(service)
         self._by_object: dict[tuple[str, str, str], list[L7Service]] = {}
@@ -152,6 +170,23 @@ class _Reporter:
                 accepted, waypoints = self._say_parent(route, number, ref)
                 conditions = (_mark_stale(accepted, route.mistake), *partial, resolved, waypoints)
                 yield ParentStatus(ref.as_object(), ROUTE_CONTROLLER, conditions)
+            elif mistake := self._find_wrong_parent(ref, value.namespace):
+                self._note(route.obj.key, ("spec", "parentRefs", number), mistake)
+
+    def _find_wrong_parent(self, ref: ParentRef, namespace: str) -> str:
+        """Why a parent that is no service takes no route; empty: it is another controller's to say."""
+        for group, kind in (("", "Service"), (ISTIO_GROUP, "ServiceEntry")):
+            if ref.kind == kind:
+                return f'there is no {kind} in group {ref.group or "core"}: write group: "{group}"'
+        if (ref.group, ref.kind) != (GROUP, "Gateway") or self._gateways is None:
+            return ""
+        place = ref.namespace or namespace
+        key = f"{place}/{ref.name}"
+        if key in self._gateways:
+            return f'waypoint {key} takes no routes: name the Service, with group: "" and kind: Service' if self._gateways[key] else ""
+        if ("Service", place, ref.name) in self._by_object:
+            return f'there is no Gateway {key}; for the Service write group: "" and kind: Service'
+        return f"there is no Gateway {key}" + did_you_mean(ref.name, names_in(self._gateways, place))
 
     def _say_parent(self, route: AnyRoute, number: int, ref: ParentRef) -> tuple[Condition, Condition]:
         value = route.value

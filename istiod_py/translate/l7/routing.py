@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 from istiod_py.translate.l7.known import KnownServices, L7Service
-from istiod_py.translate.l7.route_status import Fronting, RouteReport, report_routes
+from istiod_py.translate.l7.route_status import NOTHING_NAMED, Fronting, NamedThings, RouteReport, report_routes
 from istiod_py.translate.l7.routes import RoutedService, route_service
 from istiod_py.translate.l7.sources import Gathered, RouteDefaults, RouteIndex, RouteSources
 from istiod_py.translate.memo import Memo
@@ -50,9 +50,9 @@ class Routing:
     def service_config(self, service: L7Service, waypoint_namespace: str) -> ServiceConfig:
         return self.route(service, waypoint_namespace).config
 
-    def report(self, fronting: Fronting) -> RouteReport:
+    def report(self, fronting: Fronting, named: NamedThings = NOTHING_NAMED) -> RouteReport:
         """What is said of all route objects, after `route` was asked for all that ``fronting`` names."""
-        return report_routes(self._index, fronting, self._routed.values())
+        return report_routes(self._index, fronting, self._routed.values(), named)
 
 
 def _route(

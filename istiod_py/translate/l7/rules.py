@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias, TypeVar
 
 import msgspec
@@ -18,7 +19,7 @@ from istiod_py.translate.l7.destination_rules import DestinationRules, Merged
 from istiod_py.translate.l7.effects import find_without_effect
 from istiod_py.translate.l7.notices import Notice, find_notices, find_provider_notices
 from istiod_py.translate.l7.policies import PolicyFacts, ServiceFinder, policies_for
-from istiod_py.translate.l7.sources import RouteDefaults
+from istiod_py.translate.l7.sources import RouteDefaults, expand
 from istiod_py.translate.l7.traffic import TrafficFacts
 from istiod_py.translate.l7.upstream_tls import BackendTls, BackendVerdict, Credentials
 from istiod_py.translate.memo import Memo
@@ -33,8 +34,10 @@ from mesh.kube.policies import AuthorizationPolicy as KubePolicy
 from mesh.kube.requestauthentication import RequestAuthentication as KubeAuthentication
 from mesh.kube.requestauthentication import read_request_authentication
 from mesh.kube.secret import KubeSecret, read_secret
+from mesh.kube.virtualservice import patterns_of
 from mesh.model.l7.destination import DestinationConfig
 from mesh.model.l7.policy import AuthorizationPolicy, RequestAuthentication
+from mesh.model.l7.routing import Destination
 from mesh.model.l7.waypoint import WaypointSettings
 from mesh.model.service import LoadBalancing, LoadBalancingMode
 
@@ -134,8 +137,8 @@ class WaypointRules:
         self.mesh = reads.mesh.config
         self._policy_facts = PolicyFacts(config.root_namespace, self.trust_domains, self.mesh.providers, facts.services)
         self._credentials = Credentials(_by_place(reads.secrets), _by_place(reads.config_maps))
-        defaults = RouteDefaults(config.domain_suffix, self.mesh.destination_rule_export_to)
-        self._rules = DestinationRules(reads.destination_rules.values(), defaults, config.root_namespace)
+        self._defaults = RouteDefaults(config.domain_suffix, self.mesh.destination_rule_export_to)
+        self._rules = DestinationRules(reads.destination_rules.values(), self._defaults, config.root_namespace)
         self._backend = BackendTls(reads.backend_tls.values(), self._credentials)
         self._used: dict[ObjectKey, set[str]] = {}
 
@@ -190,6 +193,11 @@ class WaypointRules:
         labels = label_endpoints(keys, self._facts.endpoints_of(key, waypoint.namespace))
         return msgspec.structs.replace(config, labels=labels)
 
+    def has_subset(self, destination: Destination, namespace: str) -> bool:
+        """Whether the destination's subset is defined, seen from waypoints of ``namespace``."""
+        merged = self._rules.find(destination.hostname, destination.namespace, namespace)
+        return any(subset.name == destination.subset for subset in merged.subsets)
+
     # What is said of the objects
 
     def backend_verdicts(self) -> dict[ObjectKey, tuple[frozenset[str], BackendVerdict]]:
@@ -225,6 +233,16 @@ class WaypointRules:
         for key, rule in self._reads.destination_rules.items():
             if rule.good and not rule.problems and (key in self._used or rule.value.selects_workloads):
                 yield from _as_problems(rule.obj, find_without_effect(rule.value))
+            elif rule.good and not rule.problems and self._is_unknown(rule.value):
+                yield rule.obj.problem(("spec", "host"), f"no service has the hostname {rule.value.host}: it has no effect")
+
+    def _is_unknown(self, rule: KubeDestinationRule) -> bool:
+        host = expand(rule.host, rule.namespace, self._defaults)
+        return not host.startswith("*") and self._hostnames.isdisjoint(patterns_of(host))
+
+    @cached_property
+    def _hostnames(self) -> frozenset[str]:
+        return frozenset(key.partition("/")[2] for key in self._facts.destined)
 
 
 def _condition_of_rule(read: Read[KubeDestinationRule], waypoints: list[str]) -> Condition | None:

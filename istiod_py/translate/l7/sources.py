@@ -11,6 +11,7 @@ from mesh.kube.gatewayapi.references import BackendRef, ParentRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, RequestRoute
 from mesh.kube.objects import FieldPath, KubeObject, ObjectKey, SourceProblem
 from mesh.kube.virtualservice import VirtualService, covers, patterns_of
+from mesh.model.l7.routing import Destination
 
 _T = TypeVar("_T")
 
@@ -37,6 +38,8 @@ class Note:
     key: ObjectKey
     path: FieldPath
     message: str
+    lacking: Destination | None = None
+    """It holds only where no DestinationRule defines the subset of this destination."""
 
 
 @dataclass(frozen=True, slots=True)

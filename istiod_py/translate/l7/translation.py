@@ -14,10 +14,11 @@ from istiod_py.translate.config import AncestorStatus, Condition, Config, Status
 from istiod_py.translate.hosts import Hosts
 from istiod_py.translate.l7.acceptance import Targets
 from istiod_py.translate.l7.assemble import Assembler, L7Key, L7Policy, NamedMemo
-from istiod_py.translate.l7.attachment import WaypointRef
+from istiod_py.translate.l7.attachment import ISTIO_CLASS, WaypointRef
 from istiod_py.translate.l7.authentication import KeySets, KeySource
 from istiod_py.translate.l7.destination_configs import Destined, Endpoint
 from istiod_py.translate.l7.known import KnownServices, L7Service, know, of_host, of_service
+from istiod_py.translate.l7.route_status import NamedThings
 from istiod_py.translate.l7.routing import DEFAULT_RETRY, RouteMemo, Routing
 from istiod_py.translate.l7.rules import DestinationMemo, L7Facts, RuleReads, WaypointRules
 from istiod_py.translate.l7.sources import RouteDefaults, RouteSources, Sourced
@@ -210,7 +211,7 @@ class _L7Translator:
 
     def translate(self) -> L7Outcome:
         resources = Assembler(self, self._memory.named).assemble(self._facts.waypoints.values(), self._facts.fronted, self._services)
-        report = self._routing.report(self._fronting())
+        report = self._routing.report(self._fronting(), NamedThings(self._list_gateways(), self._rules.has_subset))
         statuses: dict[ObjectKey, tuple[StatusEntry, ...]] = dict(report.statuses)
         targets = self._targets()
         for key, condition in self._rules.conditions(targets).items():
@@ -245,6 +246,11 @@ class _L7Translator:
                     fronting[service] = (*fronting.get(service, ()), (waypoint.namespace, waypoint.name))
         return fronting
 
+    def _list_gateways(self) -> dict[str, bool]:
+        """And whether each is a waypoint of ours."""
+        classes = {ISTIO_CLASS: WAYPOINT_CONTROLLER, **self._facts.classes}
+        return {key: classes.get(each.class_name) == WAYPOINT_CONTROLLER for key, each in self._facts.waypoints.items()}
+
     def _targets(self) -> Targets:
         facts = self._facts
 
@@ -254,6 +260,7 @@ class _L7Translator:
         return Targets(
             root_namespace=self._config.root_namespace,
             waypoints=frozenset(key for key, waypoint in facts.waypoints.items() if waypoint.address is not None),
+            gateways=facts.waypoints.keys(),
             classes=facts.classes,
             services=bound(facts.services),
             service_entries=bound(facts.entries),

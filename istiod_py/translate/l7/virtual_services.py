@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from istiod_py.translate.l7.delegates import PlacedRule
-from istiod_py.translate.l7.destinations import combine, resolve_target
+from istiod_py.translate.l7.destinations import NO_SUCH, combine, note_subset, resolve_target
 from istiod_py.translate.l7.known import KnownServices, L7Service
 from istiod_py.translate.l7.sources import Note, RouteDefaults, hosts_of
 from mesh.kube.headeredits import NO_EDITS, HeaderEdits
@@ -310,6 +310,9 @@ def _make_destination(placed: PlacedRule, index: int, target: WeightedTarget, pl
     if found.fails_with is not None:
         path = ("spec", "http", placed.index, "route", index, "destination")
         notes.append(Note(placed.obj.key, path, f"{found.because}: its requests are answered {found.fails_with}"))
+    elif target.target.subset:
+        named = ("spec", "http", placed.index, "route", index, "destination", "subset")
+        notes.append(note_subset(placed.obj.key, named, found.destination, f"its requests are answered {NO_SUCH}"))
     return found
 
 
@@ -323,6 +326,9 @@ def _make_mirrors(placed: PlacedRule, place: Place, notes: list[Note]) -> tuple[
             path = ("spec", "http", placed.index, *(("mirror",) if one else ("mirrors", index)))
             notes.append(Note(placed.obj.key, path, f"{found.because}: nothing is mirrored"))
         elif mirror.percent:
+            if mirror.target.subset:
+                named = ("spec", "http", placed.index, *(("mirror",) if one else ("mirrors", index, "destination")), "subset")
+                notes.append(note_subset(placed.obj.key, named, found.destination, "nothing is mirrored"))
             made.append(Mirror(found.destination, mirror.percent))
     return tuple(made)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 
+from rich.text import Text
+
 from meshctl_py.lab.home import LabError
+from meshctl_py.table import OUT
 
 
 class Unmet(Exception):
@@ -27,12 +29,11 @@ class Report:
 
     def __init__(self) -> None:
         self.passed = self.failed = 0
-        self._colours = sys.stdout.isatty()
         self._began = time.monotonic()
 
     def step(self, text: str) -> None:
         """What is being done now."""
-        print(self._paint("2", f"[{time.monotonic() - self._began:5.1f} s] {text}"), flush=True)
+        OUT.print(Text(f"[{time.monotonic() - self._began:5.1f} s] {text}", style="dim"))
 
     def claim(self, text: str, check: Callable[[], str]) -> None:
         """Try a claim: ``check`` returns its evidence, or raises what speaks against it."""
@@ -40,15 +41,12 @@ class Report:
             evidence = check()
         except (Unmet, LabError, OSError, ValueError, subprocess.SubprocessError) as exc:
             self.failed += 1
-            print(f"{self._paint('31', 'FAILED')} {text}: {exc}", flush=True)
+            OUT.print(Text.assemble(("FAILED", "red"), f" {text}: {exc}"))
         else:
             self.passed += 1
-            print(f"{self._paint('32', 'ok')}     {text}: {evidence}", flush=True)
+            OUT.print(Text.assemble(("ok", "green"), f"     {text}: {evidence}"))
 
     def claim_both(self, text: str, check: Callable[[str], str]) -> None:
         """Try a claim over IPv4 and over IPv6; ``check`` is given "4" or "6"."""
         for family in ("4", "6"):
             self.claim(f"{text}, IPv{family}", partial(check, family))
-
-    def _paint(self, colour: str, text: str) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if self._colours else text

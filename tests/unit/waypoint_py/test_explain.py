@@ -7,7 +7,7 @@ import pytest
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, RouteMatch
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, ExtAuthzHttp, PolicyAction, PolicyRule, Predicate
-from mesh.model.l7.routing import DirectResponse, Fault, Origin
+from mesh.model.l7.routing import DirectResponse, Fault, Origin, Retry
 from mesh.model.l7.waypoint import Protocol
 from tests.unit.waypoint_py.harness import CLIENT, HOST, VIP, Echo, World, default_route
 from waypoint_py.explain import Explainer, InvalidQuestion, Question
@@ -44,7 +44,12 @@ def test_each_decision_is_told_in_order_and_the_request_goes_the_same_way() -> N
             short = default_route(
                 matches=(RouteMatch(path=PathMatch(PathKind.PREFIX, "/short")),), action=DirectResponse(299, b"x"), name="short"
             )
-            slow = default_route(matches=(RouteMatch(path=PathMatch(PathKind.PREFIX, "/slow")),), fault=Fault(delay=1.0), timeout=3.0)
+            slow = default_route(
+                matches=(RouteMatch(path=PathMatch(PathKind.PREFIX, "/slow")),),
+                fault=Fault(status=418, abort_percent=2.5),
+                timeout=3.0,
+                retry=Retry(attempts=3, on=("5xx", "reset"), per_try_timeout=0.5),
+            )
             world.describe(world.endpoint(address, "pod"), routes=[short, slow])
             world.push(
                 _policy("deny-delete", PolicyAction.DENY, _rule(Attribute.METHOD, "DELETE")),
@@ -73,7 +78,12 @@ def test_each_decision_is_told_in_order_and_the_request_goes_the_same_way() -> N
             assert isinstance(policies, list)
             matches = {str(each["policy"]).rpartition("/")[2]: each["matches"] for each in policies}
             assert matches == {"deny-delete": False, "allow-get": True, "try-get": True, "audit": True, "ask": False}
-            assert _step(_ask(world, method="GET", path="/slow"), "timeout")["because"] == "3.0"
+            told = _ask(world, method="GET", path="/slow")
+            assert {name: _step(told, name)["because"] for name in ("fault", "timeout", "retry")} == {
+                "fault": "2.5% end with status 418",
+                "timeout": "3 s",
+                "retry": "up to 3 on 5xx, reset; 0.5 s for each try",
+            }
             assert _step(_ask(world, method="TRACE", path="/"), "custom")["because"]
 
     world.run(main)

@@ -113,7 +113,7 @@ def test_a_waypoint_that_is_not_ready_is_passed_by(there: str) -> None:
 
 
 def test_a_label_that_asks_in_vain_is_a_problem_where_it_stands_and_once() -> None:
-    waiting = 'metadata.labels["istio.io/use-waypoint"]: waypoint "shop/waypoint" is not ready (WaypointIsNotReady)'
+    waiting = 'metadata.labels["istio.io/use-waypoint"]: there is no Gateway shop/waypoint, and traffic goes directly'
     (own,) = told(namespace(), service(metadata=USE)).problems
     (inherited,) = told(namespace(metadata=USE), service(), service("other").replace("10.96.1.1", "10.96.1.2")).problems
     assert [str(problem).partition(": ")[2] for problem in (own, inherited)] == [waiting] * 2
@@ -487,3 +487,70 @@ def test_a_change_of_a_waypoint_remakes_what_it_stands_before_and_nothing_else()
     assert waypoint_of(after) != waypoint_of(before)
     changed = {key for key in after.services if after.services[key] != before.services[key]}
     assert changed == {"shop/web.shop.svc.cluster.local"}
+
+
+# What is told of labels that lead nowhere
+
+
+def problems_of(*texts: str) -> list[str]:
+    return [f"{problem.field}: {problem.message}" for problem in told(*texts).problems]
+
+
+LABEL = 'metadata.labels["istio.io/use-waypoint"]: '
+WRONG = "labels: {istio.io/use-waypoint: waypiont}"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        (namespace(metadata=WRONG), gateway(), service(), service("other"), pod()),
+        (namespace(), gateway(), service(metadata=WRONG), pod()),
+        (namespace(), gateway(), service(), pod(metadata=WRONG)),
+    ],
+    ids=["namespace", "service", "pod"],
+)
+def test_a_label_that_names_no_gateway_is_told_once_where_it_stands(texts: tuple[str, ...]) -> None:
+    message = "there is no Gateway shop/waypiont, and traffic goes directly; did you mean 'waypoint'?"
+    assert problems_of(*texts) == [LABEL + message]
+
+
+def test_a_label_that_names_no_gateway_says_that_traffic_is_refused_where_it_is() -> None:
+    both = f"{USE}, {REQUIRED}"
+    assert problems_of(namespace(metadata=both), service()) == [f"{LABEL}there is no Gateway shop/waypoint, and traffic is refused"]
+
+
+def test_a_waypoint_of_another_namespace_that_the_label_may_have_meant_is_named() -> None:
+    message = (
+        "there is no Gateway shop/waypoint, and traffic goes directly; there is one in namespace infra, which the label "
+        "istio.io/use-waypoint-namespace would name"
+    )
+    assert problems_of(namespace(metadata=USE), gateway(namespace="infra"), service()) == [LABEL + message]
+
+
+def test_a_waypoint_that_does_not_let_the_namespace_in_is_a_mistake_of_the_label() -> None:
+    there = "labels: {istio.io/use-waypoint: waypoint, istio.io/use-waypoint-namespace: infra}"
+    message = 'no effect: we are not permitted to attach to waypoint "infra/waypoint" (missing allowedRoutes?)'
+    assert problems_of(namespace(metadata=there), gateway(namespace="infra"), service()) == [LABEL + message]
+
+
+def test_a_waypoint_for_other_traffic_is_a_mistake_of_a_service_and_none_of_a_namespace() -> None:
+    workloads = gateway(metadata="labels: {istio.io/waypoint-for: workload}")
+    message = 'no effect: attempting to bind to traffic type "service" which the waypoint "shop/waypoint" does not support'
+    assert problems_of(namespace(), workloads, service(metadata=USE)) == [LABEL + message]
+    assert problems_of(namespace(metadata=USE), workloads, service(), pod()) == []
+
+
+def test_a_waypoint_that_is_on_its_way_is_no_mistake() -> None:
+    assert problems_of(namespace(metadata=USE), gateway(ready=False), service(), pod()) == []
+
+
+def test_a_gateway_of_a_class_that_nobody_has_is_told() -> None:
+    message = "there is no GatewayClass istio-waypiont: nobody makes anything of this Gateway; did you mean 'istio-waypoint'?"
+    assert problems_of(gateway().replace("istio-waypoint", "istio-waypiont")) == [f"spec.gatewayClassName: {message}"]
+    assert problems_of(gateway()) == []
+
+
+def test_a_waypoint_for_a_traffic_that_is_none_is_told() -> None:
+    message = "'servce' is no type of traffic: the waypoint gets none; did you mean 'service'?"
+    labelled = gateway(metadata="labels: {istio.io/waypoint-for: servce}")
+    assert problems_of(labelled) == [f'metadata.labels["istio.io/waypoint-for"]: {message}']

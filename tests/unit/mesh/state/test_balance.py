@@ -129,6 +129,13 @@ def test_failover_takes_those_that_share_most_leading_scopes() -> None:
     assert names(failover, none, here("other", locality=Locality("r3", "z1"))) == ["none", "other"]
 
 
+def test_the_reason_speaks_of_nearness_where_there_is_a_choice() -> None:
+    failover, far = service(LoadBalancingMode.FAILOVER, REGION, ZONE), workload("far", locality=Locality("r9", "z9"))
+    assert why(failover, here("a")) == "one of 1"
+    assert why(failover, here("a"), here("b")) == "one of 2, equally near by region, zone"
+    assert why(failover, here("a"), far) == "one of the 1 nearest by region, zone of 2"
+
+
 def test_failover_goes_on_when_the_nearest_is_unhealthy() -> None:
     failover = service(LoadBalancingMode.FAILOVER, REGION)
     assert names(failover, here("near", status=HealthStatus.UNHEALTHY), workload("far")) == ["far"]

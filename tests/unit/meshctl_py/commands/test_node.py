@@ -125,7 +125,7 @@ def test_logs_come_from_the_api_server_of_all_containers_by_time(mesh: Cluster) 
         (("n1", "services"), "it has no such page: it is of another version, or not ours"),
         (("n1", "pods", "-w"), "-w goes with connections"),
         (("n1", "pods", "-f"), "-f and --tail go with logs"),
-        (("n1", "things"), "'things' is not one of"),
+        (("n1", "things"), "Invalid value for 'WHAT': 'things' is not one of 'pods', 'connections',"),
     ],
 )
 def test_questions_without_an_answer_say_why(mesh: Cluster, arguments: tuple[str, ...], message: str) -> None:

@@ -179,6 +179,12 @@ def test_a_namespace_that_has_another_is_left_alone_without_overwrite(place: Pla
     assert labels(place, "Namespace", "", "shop")["istio.io/use-waypoint"] == "gate"
 
 
+def test_enrolling_again_with_the_same_waypoint_does_what_it_did(place: Place) -> None:
+    first = place.run("apply", "--enroll-namespace").output
+    again = place.run("apply", "--enroll-namespace")
+    assert (again.output, again.exit_code) == (first, 0)
+
+
 def test_a_namespace_outside_the_mesh_is_warned_about(place: Place) -> None:
     place.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}})
     result = place.run("apply", "--enroll-namespace")
@@ -191,6 +197,11 @@ def test_a_namespace_that_is_not_there_is_an_error(place: Place) -> None:
     assert (result.output, result.exit_code) == ("Error: namespace: nowhere not found\n", 1)
 
 
+def test_who_names_no_namespace_reads_how_where_the_usual_one_is_not_there(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["waypoint", "apply", "-f", str(tmp_path)])
+    assert (result.output, result.exit_code) == ("Error: namespace: default not found; name yours with -n\n", 1)
+
+
 def test_a_waypoint_that_is_programmed_need_not_be_waited_for(place: Place) -> None:
     place.put(gateway("waypoint", PROGRAMMED))
     assert place.run("apply", "--wait").output == "✅ waypoint shop/waypoint applied\n✅ waypoint shop/waypoint is ready!\n"
@@ -201,6 +212,12 @@ def test_waiting_ends(place: Place) -> None:
     told = "✅ waypoint shop/waypoint applied\nError: timed out while waiting for waypoint\tshop/waypoint\n"
     assert (result.output, result.exit_code) == (told, 1)
     assert "istio.io/use-waypoint" not in labels(place, "Namespace", "", "shop")
+
+
+def test_who_waited_in_vain_reads_what_the_waypoint_lacks(place: Place) -> None:
+    place.put(gateway("waypoint", ACCEPTED, WAITING))
+    assert "waiting for waypoint\tshop/waypoint: no instances found\n" in place.run("apply", "--wait", "--waypoint-timeout", "50ms").output
+    assert "status for waypoint\tshop/waypoint: no instances found\n" in place.run("status", "--waypoint-timeout", "50ms").output
 
 
 def test_a_duration_has_a_unit(place: Place) -> None:
@@ -248,6 +265,7 @@ def test_all_of_a_namespace_are_deleted_and_gateways_of_others_stay(place: Place
     assert place.find("Gateway", "shop", "c") is not None
     assert place.find("Gateway", "bank", "d") is not None
     assert place.run("delete", "c").output == "waypoint shop/c not found\n"
+    assert place.run("delete", "--all").output == "No waypoints found.\n"
 
 
 def test_all_of_a_revision_are_deleted(place: Place) -> None:

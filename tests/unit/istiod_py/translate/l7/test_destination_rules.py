@@ -527,7 +527,16 @@ def test_a_field_without_effect_is_told_in_the_status_and_as_a_problem(spec: str
 
 def test_a_rule_that_is_followed_says_by_whom() -> None:
     assert told(f"{{host: web, {BALANCED % 'RANDOM'}}}") == (Condition("WaypointAccepted", True, "Accepted", "used by shop/waypoint"), [])
-    assert told(f"{{host: other, {BALANCED % 'RANDOM'}}}") == (None, [])
+    assert told(f"{{host: other, {BALANCED % 'RANDOM'}}}")[0] is None
+
+
+def test_a_rule_for_a_host_that_no_service_has_is_a_problem_and_one_that_is_not_followed_yet_is_none() -> None:
+    def problems(host: str) -> list[str]:
+        found = rules_of(rule("a", f"{{host: {host}}}")).notices(Targets("istio-system"))
+        return [f"{problem.field}: {problem.message}" for problem in found]
+
+    assert problems("wbe") == ["spec.host: no service has the hostname wbe: it has no effect"]
+    assert problems("web") == problems(HOST) == problems("'*.svc.cluster.local'") == []
 
 
 def test_a_rule_for_proxies_beside_workloads_says_that_no_waypoint_follows_it() -> None:

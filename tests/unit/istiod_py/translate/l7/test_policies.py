@@ -332,6 +332,7 @@ TARGETS = Targets(
     {"istio-waypoint": "istio.io/mesh-controller", "ours": "istio.io/mesh-controller", "istio": "istio.io/gateway-controller"},
     {"shop/web": "shop/waypoint", "shop/free": ""},
     {"shop/apis": "shop/waypoint", "shop/loose": ""},
+    {"shop/slow", "other/else"},
 )
 
 
@@ -370,7 +371,11 @@ def test_the_status_says_what_each_target_came_to(refs: str, namespace: str, sta
     (f"targetRefs: [{SERVICE % 'web'}, {SERVICE % 'free'}, {ENTRY % 'nobody'}]",
      [(("spec", "targetRefs", 1), "no effect for Service free: Service shop/free is not bound to a waypoint"),
       (("spec", "targetRefs", 2), "no effect for ServiceEntry nobody: ServiceEntry shop/nobody was not found")]),
-    (f"targetRef: {GATEWAY % 'else'}", [(("spec", "targetRef"), "no effect for Gateway else: not bound")]),
+    (f"targetRef: {GATEWAY % 'else'}",
+     [(("spec", "targetRef"), "no effect for Gateway else: there is no Gateway shop/else (known: slow)")]),
+    (f"targetRef: {GATEWAY % 'slwo'}",
+     [(("spec", "targetRef"), "no effect for Gateway slwo: there is no Gateway shop/slwo; did you mean 'slow'?")]),
+    (f"targetRef: {GATEWAY % 'slow'}", [(("spec", "targetRef"), "no effect for Gateway slow: waypoint shop/slow is not ready")]),
     ("selector: {}", []),
     (f"targetRef: {SERVICE % 'free'}, {BAD_RULE}", []),
 ])  # fmt: skip

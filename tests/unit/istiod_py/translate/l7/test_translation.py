@@ -248,3 +248,81 @@ def test_a_policy_without_targets_is_no_waypoints() -> None:
     found = translated(istio("AuthorizationPolicy", "{action: DENY, rules: [{}]}"))
     assert not [key for key in found.l7 if key.kind == "AuthorizationPolicy"]
     assert found.policies
+
+
+# What routes name and there is not
+
+
+def problems_of(*texts: str) -> list[str]:
+    return [f"{problem.field}: {problem.message}" for problem in translated(*texts).problems]
+
+
+def virtual_service(spec: str, host: str = "web") -> str:
+    return istio("VirtualService", f"{{hosts: [{host}], {spec}}}")
+
+
+def subsets(*names: str) -> str:
+    defined = ", ".join(f"{{name: {name}, labels: {{version: {name}}}}}" for name in names)
+    return istio("DestinationRule", f"{{host: web, subsets: [{defined}]}}")
+
+
+TO_V2 = "destination: {host: web, subset: v2}"
+
+
+@pytest.mark.parametrize(("spec", "field", "effect"), [
+    (f"http: [{{route: [{{{TO_V2}}}]}}]", "spec.http[0].route[0].destination.subset", "its requests are answered 503"),
+    (f"http: [{{route: [{{destination: {{host: far}}, weight: 1}}, {{{TO_V2}, weight: 1}}]}}]",
+     "spec.http[0].route[1].destination.subset", "its requests are answered 503"),
+    ("http: [{route: [{destination: {host: far}}], mirror: {host: web, subset: v2}}]", "spec.http[0].mirror.subset", "nothing is mirrored"),
+    (f"http: [{{route: [{{destination: {{host: far}}}}], mirrors: [{{{TO_V2}}}]}}]",
+     "spec.http[0].mirrors[0].destination.subset", "nothing is mirrored"),
+])  # fmt: skip
+def test_a_subset_that_no_rule_defines_is_told_until_one_does(spec: str, field: str, effect: str) -> None:
+    message = f"no DestinationRule defines subset v2 of web.shop.svc.cluster.local: {effect}"
+    assert problems_of(virtual_service(spec)) == problems_of(virtual_service(spec), subsets("v1")) == [f"{field}: {message}"]
+    assert problems_of(virtual_service(spec), subsets("v1", "v2")) == []
+    (said,) = translated(virtual_service(spec)).statuses[ObjectKey("VirtualService", "shop", "it")]
+    assert isinstance(said, Condition)
+    assert message in said.message
+
+
+def test_a_subset_of_connections_that_no_rule_defines_is_told() -> None:
+    database = """
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: shop}
+spec: {clusterIP: 10.96.1.3, ports: [{name: tcp-db, port: 3306}]}
+"""
+    route = virtual_service("tcp: [{route: [{destination: {host: db, subset: v2}}]}]", "db")
+    message = "no DestinationRule defines subset v2 of db.shop.svc.cluster.local: its connections are reset"
+    assert problems_of(database, route) == [f"spec.tcp[0].route[0].destination.subset: {message}"]
+
+
+@pytest.mark.parametrize(("parent", "message"), [
+    ("name: web", 'there is no Gateway shop/web; for the Service write group: "" and kind: Service'),
+    ("kind: Service, name: web", 'there is no Service in group gateway.networking.k8s.io: write group: ""'),
+    ("name: waypoint", 'waypoint shop/waypoint takes no routes: name the Service, with group: "" and kind: Service'),
+    ("name: waypiont", "there is no Gateway shop/waypiont; did you mean 'waypoint'?"),
+    ("name: common", "there is no Gateway shop/common (known: ingress, waypoint)"),
+    ("name: ingress", ""),
+    ("group: example.com, kind: Thing, name: web", ""),
+])  # fmt: skip
+def test_a_parent_that_takes_no_route_is_told_and_what_was_probably_meant(parent: str, message: str) -> None:
+    ingress = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: ingress, namespace: shop}
+spec: {gatewayClassName: foreign, listeners: [{name: http, port: 80, protocol: HTTP}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: foreign}
+spec: {controllerName: example.com/gateways}
+"""
+    route = f"""
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{name: r, namespace: shop}}
+spec: {{parentRefs: [{{{parent}}}], rules: [{{backendRefs: [{{name: web, port: 80}}]}}]}}
+"""
+    assert problems_of(ingress, route) == ([f"spec.parentRefs[0]: {message}"] if message else [])
