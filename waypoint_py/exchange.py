@@ -287,6 +287,7 @@ class Exchange:
     def _authorize(self) -> LocalReply | None:
         """DENY, ALLOW, AUDIT."""
         facts = self._conn.facts
+        self.record.path = self.request.path  # a token that stood in it is gone, and is nothing for logs and traces
         judgement = self._plane.store.judge_of(facts.service_key).judge(self.request, facts, self._claims)
         self.record.judged(judgement)
         return judgement.reply

@@ -302,6 +302,22 @@ def test_a_token_is_proved_and_its_claims_are_routed_and_judged_by() -> None:
     world.run(main)
 
 
+def test_a_token_that_proved_somebody_is_told_to_no_log_and_no_trace() -> None:
+    world = World()
+
+    async def main() -> None:
+        async with world.application(Echo()) as address:
+            world.describe(world.endpoint(address))
+            world.push(RequestAuthentication(Origin("RequestAuthentication", "shop", "jwt"), rules=(JwtRule("issuer", jwks=KEYS),)))
+            client = await world.client()
+            assert (await client.get(f"/a?b=c&access_token={_token()}")).status == 200
+            (record,) = world.log.requests
+            assert record.path == b"/a?b=c"
+            assert record.request_header(b":path") == b"/a?b=c"
+
+    world.run(main)
+
+
 def test_an_unreadable_request_authentication_denies() -> None:
     world = World()
 
