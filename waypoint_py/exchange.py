@@ -525,7 +525,7 @@ class Exchange:
         if attempt is not self._attempt or self._over or self._response is not None or status not in (100, 103):
             return
         if self._conn.is_crowded:
-            # No window holds these back. A hint may be lost (RFC 8297 section 2); the word that a client waits for may not, but its headers.
+            # No window holds these back. A hint may be lost (RFC 8297 section 2), and of the word that a client waits for the headers.
             if status != 100 or not self.request.expect_continue:
                 return
             headers = []
