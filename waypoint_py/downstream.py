@@ -131,6 +131,11 @@ class HttpConnection:
         unsent = self._stream.unsent + self._codec.unsent()
         return min(self._codec.room(stream), HIGH_WATER + _BEYOND - unsent) if unsent <= HIGH_WATER else 0
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether the client has enough to read, of all its requests together."""
+        return self._stream.unsent + self._codec.unsent() > HIGH_WATER
+
     def wait_for_room(self, exchange: Exchange) -> None:
         """Call `Exchange.writable` when there may be more."""
         self._blocked[exchange] = None
@@ -274,7 +279,7 @@ class HttpConnection:
         may be none: the stream tells that it has drained only of what it has been given."""
         if self._handling or self._over:
             return
-        if self._stream.unsent + self._codec.unsent() > HIGH_WATER:
+        if self.is_crowded:
             self._settle()
         elif not self._settling:
             self._settling = True
