@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import click
 
 from meshctl_py.commands.install import install, uninstall
@@ -17,6 +20,9 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.group(context_settings=_HELP)
 def main() -> None:
     """Install the mesh in a cluster, enrol workloads, deploy waypoints, look into agents, and run a whole mesh on this machine."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no tick must not end a command in its middle
 
 
 for command in (install, uninstall, status, show_version, label, waypoint, node, lab):

@@ -23,7 +23,7 @@ from mesh.kube.checked import check_object
 from mesh.kube.documents import MAX_FILE_SIZE, MalformedDocument, parse_chunk, parse_json, split_documents
 from mesh.kube.fields import Fields, describe, did_you_mean
 from mesh.kube.files import directories_under, files_under
-from mesh.kube.kinds import KINDS, Kind
+from mesh.kube.kinds import KINDS, Kind, find_slip
 from mesh.kube.label_edit import LabelError, edit_label, edit_labels
 from mesh.kube.objects import KubeObject, Layer, ObjectKey, Origin, SourceProblem, SourceSequence
 from mesh.kube.overlay import merge_patch, remove_overlay, write_overlay
@@ -337,8 +337,11 @@ class _FileReader:
         kind_name = fields.string("kind", required=True)
         kind = KINDS.get(kind_name)
         if not fields.problems and (kind is None or not (self._overlay or kind.serves(api_version))):
-            self._ignored.setdefault(f"{api_version}/{kind_name}", layer.origin)
-            return
+            slip = None if self._overlay else find_slip(api_version, kind_name)
+            if slip is None:
+                self._ignored.setdefault(f"{api_version}/{kind_name}", layer.origin)
+                return
+            fields.complain(*slip)
         metadata = fields.mapping("metadata", required=True)
         if metadata is not None and kind is not None:
             key = _read_key(metadata, kind_name, kind)

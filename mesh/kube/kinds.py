@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from mesh.kube.backendtlspolicy import read_backend_tls_policy
 from mesh.kube.configmap import read_config_map
@@ -39,8 +41,13 @@ class Kind:
         return self.fails_closed or self.reports
 
     def serves(self, api_version: str) -> bool:
-        group, slash, _ = api_version.rpartition("/")
-        return (group if slash else "") == self.group
+        return group_of(api_version) == self.group
+
+
+def group_of(api_version: str) -> str:
+    """Empty for ``v1``."""
+    group, slash, _ = api_version.rpartition("/")
+    return group if slash else ""
 
 
 def _check_metadata_only(obj: KubeObject) -> tuple[SourceProblem, ...]:
@@ -79,3 +86,22 @@ KINDS: Mapping[str, Kind] = {
     "Secret": Kind("", True, lambda obj: read_secret(obj)[1]),
     "PeerAuthentication": Kind("security.istio.io", True, lambda obj: read_peer_authentication(obj)[1], fails_closed=True),
 }
+
+_NAMESAKES: Final = frozenset({("networking.istio.io", "Gateway"), ("gateway.networking.k8s.io", "BackendLBPolicy")})
+"""Groups and kinds that are not read, and no slip of what is."""
+_CLOSE: Final = 0.85
+
+
+def find_slip(api_version: str, kind: str) -> tuple[str, str] | None:
+    """Of an object that nobody reads: the field and what is wrong, where it was surely meant to be of a kind that is read. An API server
+    would refuse it; a policy that is passed over in silence guards nothing."""
+    group = group_of(api_version)
+    if (group, kind) in _NAMESAKES:
+        return None
+    known = KINDS.get(kind)
+    if known is not None:
+        theirs = group and not group.endswith(("istio.io", "k8s.io"))  # a Service of knative, say
+        return None if theirs else ("apiVersion", f"{kind} is of group '{known.group}', not of '{group}'")
+    names = {name.casefold(): name for name, each in KINDS.items() if each.group == group}
+    close = difflib.get_close_matches(kind.casefold(), names, n=1, cutoff=_CLOSE)
+    return ("kind", f"'{kind}' is no kind of {group or 'v1'}; did you mean '{names[close[0]]}'?") if close else None

@@ -87,6 +87,7 @@ class LabStatus:
     waypoints: tuple[WaypointStatus, ...] = ()
     processes: tuple[ProcessStatus, ...] = ()
     problems: tuple[Problem, ...] = ()
+    """In order of file and line."""
 
     def pending(self) -> tuple[tuple[str, str, str], ...]:
         """What is not ready: a name, why, and the log to look at."""

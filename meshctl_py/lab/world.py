@@ -460,7 +460,7 @@ class World:
             obj = self.store.find(unplaced.kind, unplaced.namespace, unplaced.name)
             where = obj.problem(("metadata", "name"), unplaced.because) if obj else SourceProblem("", 0, "", unplaced.because)
             own.append(Problem(where.file, where.line, f"{unplaced.kind} {unplaced.name}", where.message))
-        return tuple(dict.fromkeys([*own, *await self._istiod_problems()]))
+        return tuple(sorted({*own, *await self._istiod_problems()}, key=_place_of))
 
     async def _istiod_problems(self) -> list[Problem]:
         if self._istiod is None or self._istiod.health != "ready":
@@ -488,6 +488,10 @@ class World:
 def _condition(ready: bool, because: str) -> list[dict[str, str]]:
     condition = {"type": "Ready", "status": "True" if ready else "False"}
     return [condition | ({"message": because} if because else {})]
+
+
+def _place_of(problem: Problem) -> tuple[str, int, str, str]:
+    return problem.file, problem.line, problem.field, problem.message
 
 
 def _as_problem(problem: SourceProblem) -> Problem:

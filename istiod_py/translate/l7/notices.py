@@ -15,6 +15,7 @@ from mesh.kube.policies import TEMPLATE_OPERATORS, AuthorizationPolicy, PolicyRu
 from mesh.model.l7.policy import Attribute
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HTTP: Final = frozenset({"requestPrincipals", "notRequestPrincipals", "hosts", "notHosts", "methods", "notMethods", "paths", "notPaths"})
 _STAR_ALONE: Final = "a '*' that is neither first nor last stands for itself"
 _PATTERNS: Final = frozenset({"principals", "requestPrincipals", "hosts", "methods", "paths"})
 _PATTERN_KEYS: Final = frozenset(
@@ -44,6 +45,15 @@ def names_in(keys: Iterable[str], namespace: str) -> list[str]:
 def find_notices(policy: AuthorizationPolicy) -> tuple[Notice, ...]:
     """Of a policy for waypoints, in order of its fields."""
     return tuple(notice for index, rule in enumerate(policy.rules) for notice in _look_at_rule(rule, ("spec", "rules", index)))
+
+
+def find_http_fields(policy: AuthorizationPolicy) -> Iterator[FieldPath]:
+    """Those that mean something to requests alone."""
+    for number, rule in enumerate(policy.rules):
+        here: FieldPath = ("spec", "rules", number)
+        for part, name, members in (("from", "source", rule.sources), ("to", "operation", rule.operations)):
+            yield from ((*here, part, at, name, field) for at, member in enumerate(members) for field in member if field in _HTTP)
+        yield from ((*here, "when", at, "key") for at, when in enumerate(rule.conditions) if when.key.startswith("request."))
 
 
 def find_provider_notices(policy: AuthorizationPolicy, facts: PolicyFacts) -> Iterator[Notice]:

@@ -18,6 +18,7 @@ from istiod_py.translate.l7.attachment import ISTIO_CLASS, WaypointRef
 from istiod_py.translate.l7.authentication import KeySets, KeySource
 from istiod_py.translate.l7.destination_configs import Destined, Endpoint
 from istiod_py.translate.l7.known import KnownServices, L7Service, know, of_host, of_service
+from istiod_py.translate.l7.notices import find_http_fields
 from istiod_py.translate.l7.route_status import NamedThings
 from istiod_py.translate.l7.routing import DEFAULT_RETRY, RouteMemo, Routing
 from istiod_py.translate.l7.rules import DestinationMemo, L7Facts, RuleReads, WaypointRules
@@ -220,8 +221,24 @@ class _L7Translator:
             statuses[key] = tuple(_ancestor(waypoint, verdict.accepted, verdict.resolved) for waypoint in sorted(waypoints))
         for key in self._find_stale(statuses):
             statuses[key] = ()
-        problems = (*self._memory.routes.problems, *self._memory.rules.problems, *report.problems, *self._rules.notices(targets))
+        problems = (
+            *self._memory.routes.problems,
+            *self._memory.rules.problems,
+            *report.problems,
+            *self._rules.notices(targets),
+            *self._find_unmet(),
+        )
         return L7Outcome(resources, statuses, problems, self._rules.wanted_keys)
+
+    def _find_unmet(self) -> Iterator[SourceProblem]:
+        """Policies that look at requests, for services that have none."""
+        for read in self._targeting:
+            path = next(find_http_fields(read.value), None) if read.good and not read.problems else None
+            for target in read.value.targets if path is not None else ():
+                keys = self._known.by_object.get(ObjectKey(target.kind, read.value.namespace, target.name), ())
+                ports = [port for key in keys for port in self._services[key].ports]
+                if path is not None and ports and not any(port.takes_requests for port in ports):
+                    yield read.obj.problem(path, f"looks at requests, and no port of {target.kind} {target.name} takes HTTP")
 
     def _list_services(self) -> Iterable[L7Service]:
         memo, config = self._memory.services_known, self._config

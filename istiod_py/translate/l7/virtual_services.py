@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +15,7 @@ from istiod_py.translate.l7.destinations import NO_SUCH, combine, note_subset, r
 from istiod_py.translate.l7.known import KnownServices, L7Service
 from istiod_py.translate.l7.sources import Note, RouteDefaults, hosts_of
 from mesh.kube.headeredits import NO_EDITS, HeaderEdits
+from mesh.kube.objects import mapping_at
 from mesh.kube.routeactions import MirrorTarget, WeightedTarget
 from mesh.kube.textmatch import matches_empty, matches_everything
 from mesh.kube.virtualservice import CLAIMS, MESH, HttpMatch, HttpRule, VirtualService, covers
@@ -120,6 +121,7 @@ def _join_expressions(patterns: list[str]) -> Iterator[str]:
 
 def _route_rule(placed: PlacedRule, place: Place, notes: list[Note], hosts: tuple[HeaderMatch, ...]) -> Route | None:
     rule = placed.rule
+    notes.extend(_note_idle_faults(placed))
     matches = _select_matches(placed, place, notes)
     if matches is None:
         return None
@@ -148,6 +150,17 @@ def _route_rule(placed: PlacedRule, place: Place, notes: list[Note], hosts: tupl
         mirrors=_make_mirrors(placed, place, notes) if forwards else (),
         cors=rule.cors,
     )
+
+
+def _note_idle_faults(placed: PlacedRule) -> Iterator[Note]:
+    """A fault without a percentage is meant for all requests, and has none."""
+    raw = placed.obj.spec.get("http")
+    rule = raw[placed.index] if isinstance(raw, list) and placed.index < len(raw) else None
+    fault = mapping_at(rule, "fault") if isinstance(rule, Mapping) else {}
+    for kind, effect in (("delay", "held up"), ("abort", "ended")):
+        if kind in fault and not {"percentage", "percent"} & mapping_at(fault, kind).keys():
+            path = ("spec", "http", placed.index, "fault", kind)
+            yield Note(placed.obj.key, path, f"without 'percentage' no request is {effect}: for all write percentage: {{value: 100}}")
 
 
 def _choose_retry(rule: HttpRule, place: Place) -> Retry | None:

@@ -220,6 +220,35 @@ def test_unknown_kinds_are_ignored_and_named_once(world: World) -> None:
     assert world.names == {"Namespace shop"}
 
 
+@pytest.mark.parametrize(("api_version", "kind", "problem"), [
+    ("networking.istio.io/v1", "VirtualServce", "kind: 'VirtualServce' is no kind of networking.istio.io; did you mean 'VirtualService'?"),
+    ("gateway.networking.k8s.io/v1", "HttpRoute", "kind: 'HttpRoute' is no kind of gateway.networking.k8s.io; did you mean 'HTTPRoute'?"),
+    ("v1", "Services", "kind: 'Services' is no kind of v1; did you mean 'Service'?"),
+    ("istio.io/v1", "AuthorizationPolicy", "apiVersion: AuthorizationPolicy is of group 'security.istio.io', not of 'istio.io'"),
+    ("v1", "HTTPRoute", "apiVersion: HTTPRoute is of group 'gateway.networking.k8s.io', not of ''"),
+])  # fmt: skip
+def test_a_kind_that_is_surely_a_slip_is_a_mistake_and_what_the_file_defined_stays(
+    world: World, api_version: str, kind: str, problem: str
+) -> None:
+    world.write("a.yaml", NAMESPACE, pod("one"))
+    world.write("a.yaml", NAMESPACE, f"apiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: x, namespace: shop}}\nspec: {{}}\n")
+    assert [text.split(": ", 1)[1] for text in world.problems] == [problem]
+    assert world.store.ignored_kinds == {}
+    assert world.names == {"Namespace shop", "Pod shop/one"}
+
+
+@pytest.mark.parametrize(("api_version", "kind"), [
+    ("networking.istio.io/v1", "Gateway"), ("networking.istio.io/v1", "WorkloadGroup"), ("networking.istio.io/v1", "Sidecar"),
+    ("gateway.networking.k8s.io/v1", "UDPRoute"), ("gateway.networking.k8s.io/v1alpha2", "BackendLBPolicy"),
+    ("networking.k8s.io/v1", "NetworkPolicy"), ("v1", "Endpoints"), ("v1", "PodTemplate"), ("example.com/v1", "Gateway"),
+    ("apps/v1", "Service"), ("policy/v1", "PodDisruptionBudget"), ("gateway.networking.x-k8s.io/v1alpha1", "XBackendTrafficPolicy"),
+])  # fmt: skip
+def test_kinds_of_others_are_no_slips(world: World, api_version: str, kind: str) -> None:
+    world.write("a.yaml", NAMESPACE, f"apiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: x, namespace: shop}}\n")
+    assert world.problems == []
+    assert list(world.store.ignored_kinds) == [f"{api_version}/{kind}"]
+
+
 @pytest.mark.parametrize(("old", "new", "problem"), [
     ("source:", "sources:", "spec.rules[0].from[0].sources: unknown field; did you mean 'source'?"),
     ("source: {principals: [cluster.local/ns/shop/sa/a]}", "principals: [x]",

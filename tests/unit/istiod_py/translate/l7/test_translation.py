@@ -326,3 +326,23 @@ metadata: {{name: r, namespace: shop}}
 spec: {{parentRefs: [{{{parent}}}], rules: [{{backendRefs: [{{name: web, port: 80}}]}}]}}
 """
     assert problems_of(ingress, route) == ([f"spec.parentRefs[0]: {message}"] if message else [])
+
+
+@pytest.mark.parametrize(("rule", "field"), [
+    ("to: [{operation: {ports: ['3306'], methods: [GET]}}]", "to[0].operation.methods"),
+    ("from: [{source: {principals: [a]}}, {source: {notRequestPrincipals: [a]}}]", "from[1].source.notRequestPrincipals"),
+    ("when: [{key: source.ip, values: [10.0.0.1]}, {key: 'request.headers[a]', values: [b]}]", "when[1].key"),
+    ("from: [{source: {principals: [a]}}], to: [{operation: {ports: ['3306']}}]", ""),
+])  # fmt: skip
+def test_a_policy_that_looks_at_requests_of_a_service_without_any_is_told(rule: str, field: str) -> None:
+    database = """
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: shop}
+spec: {clusterIP: 10.96.1.3, ports: [{name: tcp-db, port: 3306}]}
+"""
+    policy = istio(
+        "AuthorizationPolicy", f"{{targetRefs: [{{kind: Service, name: web}}, {{kind: Service, name: db}}], rules: [{{{rule}}}]}}"
+    )
+    message = "looks at requests, and no port of Service db takes HTTP"
+    assert problems_of(database, policy) == ([f"spec.rules[0].{field}: {message}"] if field else [])

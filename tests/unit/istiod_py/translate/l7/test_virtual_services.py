@@ -394,3 +394,14 @@ def test_a_narrower_host_has_its_own_requests_of_a_service_of_many_names_and_no_
     ]  # fmt: skip
     whole = text.replace("api.example.com", "'*.example.com'")
     assert World(whole, services=(*SERVICES, wide), target=wide).find("/", authority="www.example.com") == "v1"
+
+
+@pytest.mark.parametrize(("fault", "fields"), [
+    ("{abort: {httpStatus: 418}}", ["abort"]),
+    ("{delay: {fixedDelay: 1s}, abort: {httpStatus: 418}}", ["abort", "delay"]),
+    ("{delay: {fixedDelay: 1s, percent: 5}, abort: {httpStatus: 418, percentage: {value: 0}}}", []),
+])  # fmt: skip
+def test_a_fault_without_a_percentage_which_no_request_has_is_told(fault: str, fields: list[str]) -> None:
+    found = World(document("VirtualService", f"{{hosts: [reviews], http: [{{fault: {fault}, {TO}}}]}}")).problems()
+    assert [field for field, _ in found] == [f"spec.http[0].fault.{each}" for each in fields]
+    assert all(message.startswith("without 'percentage' no request is ") for _, message in found)
