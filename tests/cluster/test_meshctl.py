@@ -215,7 +215,7 @@ def test_uninstalling_leaves_pods_running_and_nothing_of_ours(enrolled: World) -
     assert cluster.kubectl("get", "gatewayclass", "-o", "name") == ""
     said = {obj["kind"]: status_of(cluster.api, obj) for obj in objects}
     assert said.pop("Service") == {"loadBalancer": {}}
-    assert said == dict.fromkeys(said, {})
+    assert said == {kind: {} for kind in said}
     assert "the mesh is not installed" in enrolled.meshctl("uninstall", "-y").stdout
     for kind, name in (("Gateway", "waypoint"), ("Service", "web"), ("ConfigMap", "more")):
         cluster.api.delete(RESOURCES[kind].path(NAMESPACE, name))
