@@ -37,8 +37,11 @@ from meshctl_py.cluster.traces import Tell, Traces, delete, find_other_mesh, fin
 
 POLL: Final = 0.5
 NAMESPACES: Final = RESOURCES["Namespace"]
-_RUNTIME: Final = ((SECRETS, "istio-ca-secret"), (LEASES, "istiod-py-leader"), (CONFIG_MAPS, inventory.NAME))
-"""What the control plane makes for itself in its namespace, and what we noted down. A CA that was plugged in (cacerts) is the user's."""
+_AUTHORITY: Final = (SECRETS, "istio-ca-secret")
+"""The key that the control plane makes. A CA that was plugged in (cacerts) is the user's."""
+_RUNTIME: Final = ((LEASES, "istiod-py-leader"), (CONFIG_MAPS, inventory.NAME))
+"""What it makes for itself besides, and what we noted down."""
+_SHARED: Final = "waypoints, statuses, the authority's key and its root certificate"
 _OF_EVERY_NAMESPACE: Final = frozenset({("ConfigMap", "kube-root-ca.crt"), ("ConfigMap", ROOT_MAP), ("ServiceAccount", "default")})
 _PASSING: Final = frozenset({"Event", "Endpoints", "EndpointSlice", "PodMetrics", "Pod", "ReplicaSet", "ControllerRevision", "Lease"})
 """Kinds that follow others and go by themselves."""
@@ -157,12 +160,12 @@ async def remove_rest(client: ApiClient, removal: Removal, patience: float, tell
             tell(str(entry), "deleted")
     if not removal.other:
         await _wait_pods_gone(client, patience)
-    for resource, name in _RUNTIME:
+    for resource, name in _RUNTIME if removal.other else (_AUTHORITY, *_RUNTIME):
         if await delete(client, resource.path(SYSTEM_NAMESPACE, name)):
             tell(f"{resource.kind.lower()}/{name}", "deleted")
     left: list[str] = []
     if removal.other:
-        left.append(f"waypoints, statuses and root certificates are left to another mesh, which goes by the same names: {removal.other}")
+        left.append(f"another mesh is here, {removal.other}: {_SHARED} are left to it, since its own have the same names")
     else:
         # Looked for again: until now the control plane may have made more.
         left += await remove_traces(client, await find_traces(client), tell)
@@ -252,7 +255,7 @@ def describe(removal: Removal) -> Iterable[str]:
     if traces.root_maps:
         yield f"The root certificate goes from {len(traces.root_maps)} namespaces."
     if removal.other:
-        yield f"There is another mesh: {removal.other}. Waypoints, statuses and root certificates are left to it."
+        yield f"There is another mesh, {removal.other}: {_SHARED} are left to it."
     if removal.enrolled:
         yield f"Labels of namespaces stay as they are ({_some(removal.enrolled)})."
     for name, count in removal.custom.items():

@@ -117,8 +117,8 @@ async def _install(client: ApiClient, given: Given, *, reset: bool, dry_run: boo
 def uninstall(flags: ClusterFlags, yes: bool, purge: bool, timeout: float) -> None:
     """Take the mesh out of a cluster.
 
-    Pods run on: agents release them first, then everything that 'meshctl install' or 'kubectl apply -k deploy/' made is removed. Labels of
-    your namespaces and pods stay.
+    Pods run on: agents release them first, then everything that 'meshctl install' or 'kubectl apply -k deploy/' made is removed, and what
+    the control plane made of its own: waypoints, root certificates, statuses. Your labels, Gateways, routes and policies stay.
     """
     left = run_on_cluster(flags, lambda client: _uninstall(client, flags, yes=yes, purge=purge, patience=timeout))
     if left:

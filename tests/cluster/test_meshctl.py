@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 
-from mesh.model.labels import DATAPLANE_MODE
-from tests.cluster.harness.api import Object
+from mesh.kube.ownership import DEPLOYED
+from mesh.kube.resources import RESOURCES
+from mesh.model.labels import DATAPLANE_MODE, GATEWAY_MANAGED, USE_WAYPOINT
+from tests.cluster.harness.api import Object, path_of
 from tests.cluster.harness.client import PATIENCE, Cluster, wait_until
 from tests.cluster.harness.images import PROJECT
 from tests.cluster.mesh import meshctl, uninstall, wait_captured
+from tests.cluster.waypoints import apply, conditions_of, gateway, overlay, rules, status_of
 from tests.cluster.workloads import addresses, apply_pods, attempt, echo_pod, loading
 
 NAMESPACE = "meshctl"
@@ -178,9 +181,28 @@ def test_on_its_node_an_agent_is_reached_without_the_api_server(enrolled: World)
     assert {"client"} <= {pod["name"] for pod in told["items"]}
 
 
+def put_waypoint(cluster: Cluster, namespace: str) -> list[Object]:
+    """A Gateway that is deployed with all there can be, and one of everything that has a status because of it; those that have one."""
+    cluster.api.patch(path_of("Namespace", namespace), {"metadata": {"labels": {USE_WAYPOINT: "waypoint"}}})
+    apply(cluster.api, overlay("more", namespace, podDisruptionBudget={"spec": {"minAvailable": 1}}, horizontalPodAutoscaler={}))
+    objects = [gateway("waypoint", namespace, "more"), *rules(namespace)]
+    for obj in objects:
+        apply(cluster.api, obj)
+    wait_until(lambda: conditions_of(cluster.api, objects[0]).get("Programmed") == ("True", "Programmed"), "the waypoint is programmed")
+    wait_until(lambda: all(conditions_of(cluster.api, obj) for obj in objects), "everything has a status")
+    return objects
+
+
+def deployed(cluster: Cluster) -> set[str]:
+    """The kinds of all that runs waypoints, in any namespace."""
+    return {kind.kind for kind in DEPLOYED if cluster.api.get(kind.collection(), labelSelector=GATEWAY_MANAGED)["items"]}
+
+
 def test_uninstalling_leaves_pods_running_and_nothing_of_ours(enrolled: World) -> None:
     cluster = enrolled.cluster
-    done = enrolled.meshctl("uninstall", "-y", "--purge")
+    objects = put_waypoint(cluster, NAMESPACE)
+    assert deployed(cluster) == {kind.kind for kind in DEPLOYED}
+    done = enrolled.meshctl("uninstall", "-y")
     assert "namespace/istio-system deleted" in done.stdout
     labels = cluster.api.find("Namespace", NAMESPACE)
     assert labels is not None
@@ -191,6 +213,15 @@ def test_uninstalling_leaves_pods_running_and_nothing_of_ours(enrolled: World) -
         assert now["metadata"]["uid"] == pod["metadata"]["uid"]
         assert now["status"]["containerStatuses"][0]["restartCount"] == 0
     assert attempt(cluster, enrolled.pods["client"], addresses(enrolled.pods["server"])[0]) == "hello"
+    assert deployed(cluster) == set()
+    assert cluster.kubectl("get", "gatewayclass", "-o", "name") == ""
+    said = {obj["kind"]: status_of(cluster.api, obj) for obj in objects}
+    assert said.pop("Service") == {"loadBalancer": {}}
+    assert said == {kind: {} for kind in said}
+    assert "the mesh is not installed" in enrolled.meshctl("uninstall", "-y").stdout
+    for kind, name in (("Gateway", "waypoint"), ("Service", "web"), ("ConfigMap", "more")):
+        cluster.api.delete(RESOURCES[kind].path(NAMESPACE, name))
+    enrolled.meshctl("uninstall", "-y", "--purge")
     deadline = time.monotonic() + PATIENCE
     while (left := difference(enrolled)) and time.monotonic() < deadline:  # what the API server still offers goes after a while
         time.sleep(1.0)

@@ -9,7 +9,8 @@ from http import HTTPStatus
 
 import pytest
 
-from mesh.kube.resources import AUTOSCALERS, DEPLOYMENTS, DISRUPTION_BUDGETS, RESOURCES, Resource
+from mesh.kube.ownership import DEPLOYED
+from mesh.kube.resources import DEPLOYMENTS, RESOURCES, Resource
 from mesh.model.labels import USE_WAYPOINT
 from meshctl_py.lab.demo.report import Report
 from meshctl_py.lab.demo.requests import RequestClaims, visiting
@@ -20,7 +21,6 @@ from tests.cluster.shop import ClusterShop, open_shop
 from tests.cluster.waypoints import apply, conditions_of, gateway, of, overlay, rules, status_of
 from tests.cluster.workloads import apply_pods, echo_pod
 
-DEPLOYED = (RESOURCES["ServiceAccount"], DEPLOYMENTS, RESOURCES["Service"], AUTOSCALERS, DISRUPTION_BUDGETS)
 BOUND = {
     "Service": {"istio.io/WaypointBound": ("True", "WaypointAccepted")},
     "ServiceEntry": {"istio.io/WaypointBound": ("True", "WaypointAccepted")},

@@ -238,6 +238,7 @@ def test_another_mesh_keeps_its_waypoints_statuses_and_agents(kind: str, namespa
         put(server, kind, namespace, name, labels=labels)
         put_waypoint(server)
         put_root_map(server, "shop")
+        put(server, "Secret", "istio-system", "istio-ca-secret")
         assert await plan(client, CONTROL_PLANE) is None
         role = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "ours", "namespace": "istio-system", "labels": OURS}}
         server.put(role)
@@ -245,15 +246,12 @@ def test_another_mesh_keeps_its_waypoints_statuses_and_agents(kind: str, namespa
         removal = await plan(client, role)
         assert removal is not None
         assert removal.traces == Traces()
-        assert f"There is another mesh: {kind} {namespace}/{name}. Waypoints, statuses and root certificates are left to it." in list(
-            describe(removal)
-        )
+        shared = "waypoints, statuses, the authority's key and its root certificate are left to it"
+        assert f"There is another mesh, {kind} {namespace}/{name}: {shared}." in list(describe(removal))
         if kind == "DaemonSet":
             assert await release_pods(client, 10, lambda pending: None) == []
         left = await remove_rest(client, removal, 10, lambda name, what: None)
-        assert left == [
-            f"waypoints, statuses and root certificates are left to another mesh, which goes by the same names: {kind} {namespace}/{name}"
-        ]
+        assert left == [f"another mesh is here, {kind} {namespace}/{name}: {shared}, since its own have the same names"]
         assert before - names(server) == {("deployments", "istio-system", "ours")}
         assert not withdrawals(server)
 
