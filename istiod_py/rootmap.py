@@ -9,13 +9,12 @@ import trio
 
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.objects import mapping_at
+from mesh.kube.ownership import ROOT_MAP, ROOT_MAP_MANAGER
 from mesh.kube.reflector import Reflector
 from mesh.kube.resources import CONFIG_MAPS
 from mesh.telemetry.log import get_logger
 
-NAME: Final = "istio-ca-root-cert"
 KEY: Final = "root-cert.pem"
-MANAGER: Final = "istiod-py"
 _LABELS: Final = {"istio.io/config": "true"}
 _PASSED_OVER: Final = frozenset({"kube-public", "kube-node-lease", "local-path-storage"})
 RETRY: Final = 2.0
@@ -30,7 +29,7 @@ class RootMaps:
         self._client = client
         self._found: dict[str, str | None] = {}
         self._changed = trio.Event()
-        self.reflector = Reflector(client, CONFIG_MAPS, self, field_selector=f"metadata.name={NAME}")
+        self.reflector = Reflector(client, CONFIG_MAPS, self, field_selector=f"metadata.name={ROOT_MAP}")
 
     async def run(self, namespaces: Callable[[], Iterable[str]], roots_pem: Callable[[], bytes]) -> None:
         """Until cancelled; `wake` when namespaces or root changed."""
@@ -50,10 +49,10 @@ class RootMaps:
         self._changed = trio.Event()
 
     async def _write(self, namespace: str, pem: str) -> bool:
-        metadata = {"name": NAME, "namespace": namespace, "labels": _LABELS}
+        metadata = {"name": ROOT_MAP, "namespace": namespace, "labels": _LABELS}
         body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {KEY: pem}}
         try:
-            await self._client.apply(CONFIG_MAPS.path(namespace, NAME), body, manager=MANAGER)
+            await self._client.apply(CONFIG_MAPS.path(namespace, ROOT_MAP), body, manager=ROOT_MAP_MANAGER)
         except (ApiError, ApiUnavailable) as exc:
             if isinstance(exc, ApiError) and exc.status in (403, 404):
                 return True  # the namespace is ending, or gone; should it stay after all, the next change writes it

@@ -11,22 +11,12 @@ import trio
 
 from istiod_py.translate import AncestorStatus, Condition, ParentStatus, StatusEntry
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
-from mesh.kube.gatewayapi.gateway import WAYPOINT_CONTROLLER
 from mesh.kube.objects import KubeObject, ObjectKey
+from mesh.kube.ownership import CONDITIONS, CONTROLLERS, LISTS_MANAGER
 from mesh.kube.resources import RESOURCES
 from mesh.kube.store import ObjectStore
 from mesh.telemetry.log import get_logger
 
-MANAGER: Final = "istio-ambient-ztunnel-policy"
-MANAGERS: Final[Mapping[str, str]] = {
-    "ZtunnelAccepted": MANAGER,
-    "WaypointAccepted": "istio-ambient-waypoint-policy",
-    "istio.io/WaypointBound": "istio-ambient-service",
-}
-"""Who owns a condition, by its type: Istio's names, so that each finds its own after a change of either to the other."""
-OTHERS: Final = "istio-status"
-"""The owner of all other conditions, and of routes' parents."""
-_OF_WORKLOAD_ENTRIES: Final = "istio-ambient-workloadentry"
 RETRY: Final = 5.0
 
 _log = get_logger("status")
@@ -43,15 +33,16 @@ class StatusPatch:
 def plan_status(obj: KubeObject, wanted: Sequence[StatusEntry], now: str) -> list[StatusPatch]:
     """What has to be written so that the status says all that is wanted, and no more of ours."""
     patches: list[StatusPatch] = []
+    owners = CONDITIONS.get(obj.kind, {})
     by_owner: dict[str, list[Condition]] = {}
     for entry in wanted:
         if isinstance(entry, Condition):
-            by_owner.setdefault(_owner(obj.kind, entry.type), []).append(entry)
-    for kind in _types(obj.status.get("conditions")) & MANAGERS.keys():
-        by_owner.setdefault(_owner(obj.kind, kind), [])
+            by_owner.setdefault(owners[entry.type], []).append(entry)
+    for found in _types(obj.status.get("conditions")) & owners.keys():
+        by_owner.setdefault(owners[found], [])
     for owner, conditions in by_owner.items():
         planned = plan_conditions(obj, conditions, now)
-        stale = any(_owner(obj.kind, kind) == owner for kind in _stale(obj, conditions))
+        stale = any(owners[found] == owner for found in _stale(obj, conditions))
         if planned is not None or stale:
             # What an owner no longer names goes, so all of it is named.
             whole = planned if planned is not None else plan_conditions(obj, conditions, now, always=True)
@@ -61,7 +52,7 @@ def plan_status(obj: KubeObject, wanted: Sequence[StatusEntry], now: str) -> lis
     for name, reference, listed in (("parents", "parentRef", parents), ("ancestors", "ancestorRef", ancestors)):
         whole_list = _plan_list(obj, name, reference, listed, now)
         if whole_list is not None:
-            patches.append(StatusPatch(OTHERS, {name: whole_list}))
+            patches.append(StatusPatch(LISTS_MANAGER, {name: whole_list}))
     return patches
 
 
@@ -98,7 +89,7 @@ def _plan_list(obj: KubeObject, name: str, reference: str, wanted: Sequence[_Lis
     again."""
     listed = obj.status.get(name)
     found = [item for item in listed if isinstance(item, Mapping)] if isinstance(listed, list) else []
-    ours = {entry.controller for entry in wanted} | _CONTROLLERS
+    ours = {entry.controller for entry in wanted} | CONTROLLERS  # with nothing left to say our items go
     result: list[object] = [item for item in found if item.get("controllerName") not in ours]
     same = len(found) == len(result) + len(wanted)
     for entry in wanted:
@@ -112,19 +103,9 @@ def _plan_list(obj: KubeObject, name: str, reference: str, wanted: Sequence[_Lis
     return None if same else result
 
 
-_CONTROLLERS: Final = frozenset({"istio.io/gateway-controller", WAYPOINT_CONTROLLER})
-"""Who speaks of routes and of waypoints, as Istio calls us; with nothing left to say their items go."""
-
-
 def _stale(obj: KubeObject, wanted: Sequence[Condition]) -> set[str]:
     """Types of ours that stand there and are no longer wanted."""
-    return (_types(obj.status.get("conditions")) & MANAGERS.keys()) - {condition.type for condition in wanted}
-
-
-def _owner(kind: str, condition: str) -> str:
-    if kind == "WorkloadEntry" and condition == "istio.io/WaypointBound":
-        return _OF_WORKLOAD_ENTRIES
-    return MANAGERS.get(condition, OTHERS)
+    return (_types(obj.status.get("conditions")) & CONDITIONS.get(obj.kind, {}).keys()) - {condition.type for condition in wanted}
 
 
 def _types(conditions: object) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol as Shape
+from typing import TypeVarTuple
 
 from mesh.model.address import SocketAddress
 from mesh.model.l7.destination import H2Upgrade, TrafficPolicy
@@ -13,6 +14,8 @@ from waypoint_py.context import Connection
 from waypoint_py.http.message import Headers, Request, Response, Version
 from waypoint_py.plane import Plane
 from waypoint_py.upstream.session import Cancel, Endpoint, UpstreamFailure, UpstreamProtocol, UpstreamStream
+
+Ts = TypeVarTuple("Ts")
 
 
 class Listener(Shape):
@@ -109,32 +112,29 @@ class Attempt:
             return
         self._stream = stream
         self.begun = True
-        self._tell(lambda: self._listener.opened(self))
+        self._tell(self._listener.opened, self)
 
     def informational(self, status: int, headers: Headers) -> None:
-        self._tell(lambda: self._listener.informational(self, status, headers))
+        self._tell(self._listener.informational, self, status, headers)
 
     def response(self, response: Response, ended: bool) -> None:
         if ended:
             self._over()
-        self._tell(lambda: self._listener.responded(self, response, ended))
+        self._tell(self._listener.responded, self, response, ended)
 
     def data(self, data: bytes | memoryview) -> None:
-        try:
-            self._listener.response_data(self, data)
-        except Exception as exc:
-            self._crashed(exc)
+        self._tell(self._listener.response_data, self, data)
 
     def complete(self, trailers: Headers) -> None:
         self._over()
-        self._tell(lambda: self._listener.completed(self, trailers))
+        self._tell(self._listener.completed, self, trailers)
 
     def failed(self, failure: UpstreamFailure) -> None:
         self._over()
-        self._tell(lambda: self._listener.failed(self, failure))
+        self._tell(self._listener.failed, self, failure)
 
     def writable(self) -> None:
-        self._tell(lambda: self._listener.upstream_writable(self))
+        self._tell(self._listener.upstream_writable, self)
 
     def _over(self) -> None:
         if not self._ended:
@@ -142,15 +142,12 @@ class Attempt:
             self._stream = self._cancel = None  # which know us: nothing of a request is left to the collector of cycles
             self._plane.balancer.ended(self.endpoint)
 
-    def _tell(self, call: Callable[[], None]) -> None:
+    def _tell(self, call: Callable[[*Ts], None], *arguments: *Ts) -> None:
         try:
-            call()
+            call(*arguments)
         except Exception as exc:
-            self._crashed(exc)
-
-    def _crashed(self, error: Exception) -> None:
-        self._plane.reactor.report(error, "a try of a request")
-        self._listener.crashed(error)
+            self._plane.reactor.report(exc, "a try of a request")
+            self._listener.crashed(exc)
 
 
 def protocol_towards(endpoint: Endpoint, declared: Protocol | None, request: Request) -> UpstreamProtocol:

@@ -8,7 +8,7 @@ nothing more should be read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, assert_never
+from typing import Final, TypeVarTuple, assert_never
 
 from mesh.reactor.loop import Timer
 from mesh.wire.errors import ErrorCode, RemoteProtocolError
@@ -28,6 +28,8 @@ from waypoint_py.http.codec import (
 from waypoint_py.http.message import Headers, Response
 from waypoint_py.plane import IDLE_SECONDS, Plane
 from waypoint_py.stream import HIGH_WATER, ByteStream
+
+Ts = TypeVarTuple("Ts")
 
 HEAD_SECONDS: Final = 60.0
 """For the head of a request that has begun to come (HTTP/1.1): a client that sends a byte now and then holds no connection for ever."""
@@ -72,8 +74,6 @@ class HttpConnection:
         self._stream.attach(self)
         if early:
             self.data(memoryview(early))
-        if self.plane.draining:
-            self.go_away()  # after what has come: it is no idle connection
         self._settle()
 
     @property
@@ -130,6 +130,11 @@ class HttpConnection:
         """Bytes of body that may be sent to the client now. None above `HIGH_WATER`: then alone the stream tells when it has drained."""
         unsent = self._stream.unsent + self._codec.unsent()
         return min(self._codec.room(stream), HIGH_WATER + _BEYOND - unsent) if unsent <= HIGH_WATER else 0
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether the client has enough to read, of all its requests together."""
+        return self._stream.unsent + self._codec.unsent() > HIGH_WATER
 
     def wait_for_room(self, exchange: Exchange) -> None:
         """Call `Exchange.writable` when there may be more."""
@@ -214,7 +219,7 @@ class HttpConnection:
                     if exchange is None:
                         self._codec.consumed(event.stream, len(event.data))
                     else:
-                        self.guard(exchange, lambda e=exchange, d=event.data: e.body(d))  # type: ignore[misc]
+                        self.guard(exchange, exchange.body, event.data)
                 case RequestHead():
                     if self._winding_down:
                         self._codec.go_away()
@@ -224,11 +229,11 @@ class HttpConnection:
                 case BodyEnd():
                     exchange = exchanges.get(event.stream)
                     if exchange is not None:
-                        self.guard(exchange, lambda e=exchange, t=event.trailers: e.body_ended(t))  # type: ignore[misc]
+                        self.guard(exchange, exchange.body_ended, event.trailers)
                 case StreamReset():
                     exchange = exchanges.get(event.stream)
                     if exchange is not None:
-                        self.guard(exchange, lambda e=exchange, r=event: self._reset_came(e, r))  # type: ignore[misc]
+                        self.guard(exchange, self._reset_came, exchange, event)
                         if exchange in begun:
                             begun.remove(exchange)
                 case RefusedHead():
@@ -236,7 +241,7 @@ class HttpConnection:
                         self._codec.go_away()
                     exchange = Exchange(self, event.stream, event.request, ended=True)
                     exchanges[event.stream] = exchange
-                    self.guard(exchange, lambda e=exchange, r=event: e.refuse(r.status, r.reason))  # type: ignore[misc]
+                    self.guard(exchange, exchange.refuse, event.status, event.reason)
                 case GoingAway():
                     pass  # what is under way goes on, and the client closes after it
                 case ResponseHead():
@@ -253,10 +258,10 @@ class HttpConnection:
         else:
             exchange.gone("downstream_remote_disconnect", reset.reason)
 
-    def guard(self, exchange: Exchange, call: Callable[[], None]) -> None:
+    def guard(self, exchange: Exchange, call: Callable[[*Ts], None], *arguments: *Ts) -> None:
         """A defect in one exchange must not cost the others."""
         try:
-            call()
+            call(*arguments)
         except Exception as exc:
             self.plane.reactor.report(exc, "an exchange")
             exchange.crashed(exc)
@@ -274,7 +279,7 @@ class HttpConnection:
         may be none: the stream tells that it has drained only of what it has been given."""
         if self._handling or self._over:
             return
-        if self._stream.unsent + self._codec.unsent() > HIGH_WATER:
+        if self.is_crowded:
             self._settle()
         elif not self._settling:
             self._settling = True

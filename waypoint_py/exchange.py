@@ -287,6 +287,7 @@ class Exchange:
     def _authorize(self) -> LocalReply | None:
         """DENY, ALLOW, AUDIT."""
         facts = self._conn.facts
+        self.record.path = self.request.path  # a token that stood in it is gone, and is nothing for logs and traces
         judgement = self._plane.store.judge_of(facts.service_key).judge(self.request, facts, self._claims)
         self.record.judged(judgement)
         return judgement.reply
@@ -521,8 +522,16 @@ class Exchange:
     # --- the response
 
     def informational(self, attempt: Attempt, status: int, headers: Headers) -> None:
-        if attempt is self._attempt and not self._over and self._response is None and status in (100, 103):
-            self._conn.send_informational(self._stream, status, headers)
+        if attempt is not self._attempt or self._over or self._response is not None or status not in (100, 103):
+            return
+        if self._conn.is_crowded:
+            # No window holds these back. A hint may be lost (RFC 8297 section 2), and of the word that a client waits for the headers.
+            if status != 100 or not self.request.expect_continue:
+                return
+            headers = []
+        if status == 100:
+            self.request.expect_continue = False
+        self._conn.send_informational(self._stream, status, headers)
 
     def responded(self, attempt: Attempt, response: Response, ended: bool) -> None:
         """The head of a response. From here on there is no other try, unless this is one to be tried again."""

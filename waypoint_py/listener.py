@@ -25,7 +25,7 @@ from mesh.telemetry.log import get_logger
 from mesh.tls.peer import verify_sole_client
 from mesh.wire.hbone import Limits
 from waypoint_py.admission import Refused, ToService, ToWorkload, admit, fronts
-from waypoint_py.client_hello import NotYet, find_server_name
+from waypoint_py.client_hello import HIDDEN, NotYet, ServerName, find_server_name, is_tls
 from waypoint_py.context import Connection
 from waypoint_py.credentials import Credentials
 from waypoint_py.downstream import HEAD_SECONDS, HttpConnection
@@ -48,7 +48,7 @@ STALL_SECONDS: Final = 5.0
 """Silence on a port without a declared protocol after which it is counted: perhaps both ends wait for the other to speak. It is not cut
 off: nobody knows how long a client may think."""
 NAME_SECONDS: Final = 5.0
-"""For the ClientHello on a port that is declared as TLS; after it the connection is judged as one that names nobody."""
+"""For a whole ClientHello, where one is expected or has begun; after it the connection is judged as one whose name is hidden."""
 DRAINED: Final = "the waypoint ends"
 SERVER_OPTIONS: Final = ServerOptions(paths=PathNormalization.NONE)
 """Of connections within tunnels. Each request's path is normalised as is configured when it comes, not when its connection was made."""
@@ -293,14 +293,19 @@ class Carried:
             if not self._is_tls:
                 self._take_over(Carries.BYTES)
                 return
-            self._reads_name = True
-            self._timer = self._plane.reactor.call_later(NAME_SECONDS, lambda: self._take_over(Carries.BYTES))
+            self._wait_for_name()
             self._stream.attach(self)
             return
         self._only_http = http is True
         if not self._only_http:
             self._timer = self._plane.reactor.call_later(STALL_SECONDS, self._stalled)
         self._stream.attach(self)
+
+    def _wait_for_name(self) -> None:
+        self._reads_name = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._plane.reactor.call_later(NAME_SECONDS, lambda: self._take_over(Carries.BYTES))
 
     @property
     def _is_tls(self) -> bool:
@@ -365,15 +370,18 @@ class Carried:
         found = sniff(bytes(self._early), ended=ended)
         if self._only_http and found is not Carries.HTTP2 and (found is not None or not _may_be_preface(self._early)):
             found = Carries.HTTP1  # what it says of itself is the codec's to judge
-        if found is not None:
+        if found is Carries.BYTES and is_tls(bytes(self._early[:2])):
+            self._wait_for_name()
+            self._look(ended=ended)
+        elif found is not None:
             self._take_over(found)
         elif self._only_http and self._timer is None:
             self._timer = self._plane.reactor.call_later(HEAD_SECONDS, lambda: self._stream.abort("no whole preface"))
 
-    def _find_name(self, early: bytes | None = None) -> str | _NotYet | None:
-        """The name in a ClientHello; None: it has none, or there is no such thing."""
+    def _find_name(self) -> ServerName | _NotYet:
+        """The name in a ClientHello."""
         try:
-            return find_server_name(bytes(self._early) if early is None else early)
+            return find_server_name(bytes(self._early))
         except NotYet:
             return _NOT_YET
 
@@ -393,13 +401,15 @@ class Carried:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        name = self._find_name() if self._reads_name else None
         early, self._early = bytes(self._early), bytearray()
         plane, facts = self._plane, self._facts
         if carries is Carries.BYTES:
-            name = self._find_name(early)
-            sni = name if isinstance(name, str) else None
-            route: TcpRoute | None = self._port.tcp if self._port is not None else None
-            proxy = self._taken = TcpProxy(plane, self._stream, facts, route, early=early, sni=sni, on_gone=self._forget)
+            sni: ServerName = HIDDEN if isinstance(name, _NotYet) else name
+            port = self._port
+            route: TcpRoute | None = port.tcp if port is not None else None
+            declared = port is not None and speaks_http(port.config.protocol) is False
+            proxy = self._taken = TcpProxy(plane, self._stream, facts, route, early=early, sni=sni, declared=declared, on_gone=self._forget)
             proxy.start()
             return
         serial = carries is Carries.HTTP1

@@ -9,6 +9,7 @@ from typing import Final
 from mesh.model.l7.routing import Destination, TcpRoute, WeightedDestination
 from mesh.reactor.loop import Timer
 from waypoint_py.attempt import direct_endpoint
+from waypoint_py.client_hello import ServerName
 from waypoint_py.context import Connection
 from waypoint_py.observer import ConnectionRecord
 from waypoint_py.plane import Plane
@@ -28,7 +29,7 @@ MOST_TRIES: Final = 3
 
 class TcpProxy:
     """One connection. ``route``: where it goes; None: to the workload that it was addressed to. ``early``: what the client has said by now;
-    ``sni``: whom it asked for, if that was TLS."""
+    ``sni``: whom it asked for, if that was TLS; ``declared``: its port is meant for what is no HTTP."""
 
     def __init__(
         self,
@@ -38,7 +39,8 @@ class TcpProxy:
         route: TcpRoute | None,
         *,
         early: bytes,
-        sni: str | None,
+        sni: ServerName,
+        declared: bool,
         on_gone: Callable[[], None],
     ) -> None:
         self._plane = plane
@@ -46,10 +48,11 @@ class TcpProxy:
         self._route = route
         self._early = early
         self._sni = sni
+        self._declared = declared
         self._on_gone = on_gone
         self._client = stream
         self._record = ConnectionRecord(facts, plane.local, plane.wall(), plane.reactor.now())
-        self._record.server_name = sni
+        self._record.server_name = sni if isinstance(sni, str) else None
         self._down = _Side(self, stream)
         self._up: _Side | None = None
         self._destination: Destination | None = None
@@ -68,7 +71,7 @@ class TcpProxy:
         plane.observer.connection_opened(self._record)
         self._client.attach(self._down)
         self._down.hold(self._early)
-        asked = plane.store.judge_of(facts.service_key).find_connection_authorizer(facts, self._sni)
+        asked = plane.store.judge_of(facts.service_key).find_connection_authorizer(facts, self._sni, declared=self._declared)
         if isinstance(asked, Judgement):
             self._record.judged(asked)
             self._refuse(asked.reply)

@@ -14,17 +14,13 @@ from istiod_py.translate.deployment import CONTROLLER_VERSION, Object, Template
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.gatewayapi.gateway import WAYPOINT_CLASS, WAYPOINT_CONTROLLER, KubeGateway
 from mesh.kube.objects import KubeObject, ObjectKey, mapping_at
-from mesh.kube.resources import AUTOSCALERS, DEPLOYMENTS, DISRUPTION_BUDGETS, RESOURCES, Resource
+from mesh.kube.ownership import DEPLOYED, DEPLOYER
+from mesh.kube.resources import RESOURCES, Resource
 from mesh.kube.store import ObjectStore
 from mesh.model.labels import GATEWAY_CONTROLLER_VERSION, GATEWAY_MANAGED, GATEWAY_NAME, MESH_CONTROLLER
 from mesh.telemetry.log import get_logger
 
-MANAGER: Final = WAYPOINT_CONTROLLER
-"""Of the fields we set: Istio's name, so that either takes over what the other has deployed, and removes what only that one had."""
-_RESOURCES: Final[Mapping[str, Resource]] = {
-    resource.kind: resource
-    for resource in (RESOURCES["ServiceAccount"], DEPLOYMENTS, RESOURCES["Service"], AUTOSCALERS, DISRUPTION_BUDGETS)
-}
+_RESOURCES: Final[Mapping[str, Resource]] = {resource.kind: resource for resource in DEPLOYED}
 _PAGE: Final = 100
 
 _log = get_logger("deploy")
@@ -83,7 +79,7 @@ class ClusterPlace:
             refuse_foreign(ObjectKey(resource.kind, metadata["namespace"], metadata["name"]), now.get("labels"))
             # With the version that was read it is a Conflict to write to what somebody put in its place meanwhile.
             body = {**obj, "metadata": {**metadata, "resourceVersion": now.get("resourceVersion")}}
-        await self._client.apply(path, body, manager=MANAGER)
+        await self._client.apply(path, body, manager=DEPLOYER)
         if found is None:
             _log.info("deployed", kind=resource.kind, namespace=metadata["namespace"], name=metadata["name"])
 
@@ -101,7 +97,7 @@ class ClusterPlace:
 
     async def report(self, obj: KubeObject, status: Mapping[str, object]) -> None:
         try:
-            await apply_status(self._client, obj.key, StatusPatch(MANAGER, status))
+            await apply_status(self._client, obj.key, StatusPatch(DEPLOYER, status))
         except (ApiError, ApiUnavailable) as exc:
             if not (isinstance(exc, ApiError) and exc.status == 404):
                 raise Unreachable(str(exc)) from exc

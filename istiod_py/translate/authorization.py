@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from istiod_py.translate.config import Condition, Config
 from mesh.kube.objects import KubeObject, SourceProblem
+from mesh.kube.ownership import ZTUNNEL_ACCEPTED
 from mesh.kube.policies import AuthorizationPolicy, PolicyRule
 from mesh.kube.policies import Condition as When
 from mesh.model.address import parse_cidr
@@ -31,7 +32,7 @@ from mesh.model.policy import (
     Suffix,
 )
 
-ACCEPTED = Condition("ZtunnelAccepted", True, "Accepted", "attached to ztunnel")
+ACCEPTED = Condition(ZTUNNEL_ACCEPTED, True, "Accepted", "attached to ztunnel")
 
 _SOURCE_FIELDS = ("principals", "namespaces", "serviceAccounts", "ipBlocks")
 _L4_SOURCE = frozenset({*_SOURCE_FIELDS, *(f"not{name[0].upper()}{name[1:]}" for name in _SOURCE_FIELDS)})
@@ -61,7 +62,7 @@ def translate_authorization(policy: AuthorizationPolicy, config: Config) -> L4Po
         return L4Policy(None, None, None)
     if policy.action not in ("ALLOW", "DENY"):
         message = f"ztunnel does not support the {policy.action} action"
-        return L4Policy(None, None, Condition("ZtunnelAccepted", False, "UnsupportedValue", message))
+        return L4Policy(None, None, Condition(ZTUNNEL_ACCEPTED, False, "UnsupportedValue", message))
     action = Action[policy.action]
     rules = tuple(_translate_rule(rule, policy.namespace) for rule in policy.rules if action is Action.DENY or not _http_of(rule))
     http = {attribute for rule in policy.rules for attribute in _http_of(rule)}
@@ -92,7 +93,7 @@ def close(obj: KubeObject, policy: AuthorizationPolicy, problems: tuple[SourcePr
     if not policy.audience.has_agents and policy.selector is None:
         return L4Policy(None, None, None)
     if policy.dry_run or raw_action in ("AUDIT", "CUSTOM"):
-        return L4Policy(None, None, Condition("ZtunnelAccepted", False, "Invalid", f"not enforced: {because}"))
+        return L4Policy(None, None, Condition(ZTUNNEL_ACCEPTED, False, "Invalid", f"not enforced: {because}"))
     uncertain = any(problem.field in ("", "spec") or problem.field.startswith("spec.selector") for problem in problems)
     selector = None if uncertain else policy.selector
     scope = _scope(policy.namespace, selector, config)
@@ -106,7 +107,7 @@ def close(obj: KubeObject, policy: AuthorizationPolicy, problems: tuple[SourcePr
         unreadable=None if readable_allow else because,
     )
     effect = "allows nothing" if readable_allow else "denies everything it applies to"
-    return L4Policy(closed, selector, Condition("ZtunnelAccepted", False, "Invalid", f"until corrected it {effect}: {because}"))
+    return L4Policy(closed, selector, Condition(ZTUNNEL_ACCEPTED, False, "Invalid", f"until corrected it {effect}: {because}"))
 
 
 def _scope(namespace: str, selector: Mapping[str, str] | None, config: Config) -> Scope:
@@ -123,7 +124,7 @@ def _http_condition(action: Action, rules: tuple[Rule, ...], http: set[str]) -> 
         "In ambient mode you must use a waypoint proxy to enforce HTTP rules. "
         f"{_TAIL_ALLOW if action is Action.ALLOW else tail_deny}"
     )
-    return Condition("ZtunnelAccepted", True, "UnsupportedValue", message)
+    return Condition(ZTUNNEL_ACCEPTED, True, "UnsupportedValue", message)
 
 
 def _can_match(rule: Rule) -> bool:

@@ -13,6 +13,7 @@ from istiod_py.translate.overlay import BadPatch, merge
 from istiod_py.translate.waypoints import deployed_name
 from mesh.kube.documents import MalformedDocument, parse_chunk, split_documents
 from mesh.kube.gatewayapi.gateway import GROUP, KubeGateway, Listener
+from mesh.kube.ownership import ROOT_MAP
 from mesh.model import ports
 from mesh.model.labels import (
     CANONICAL_NAME,
@@ -239,7 +240,7 @@ def _pod_spec(gateway: KubeGateway, template: Template) -> Object:
                     "sources": [{"serviceAccountToken": {"audience": "istio-ca", "expirationSeconds": 43200, "path": "istio-token"}}]
                 },
             },
-            {"name": "istiod-ca-cert", "configMap": {"name": "istio-ca-root-cert"}},
+            {"name": "istiod-ca-cert", "configMap": {"name": ROOT_MAP}},
             {"name": "scratch", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}},
         ],
     }

@@ -37,7 +37,6 @@ from istiod_py.translate.services import translate_service
 from istiod_py.translate.slices import ListedPods, translate_slice
 from istiod_py.translate.surroundings import SelectingEntry, Surroundings
 from istiod_py.translate.waypoints import (
-    BOUND,
     Asking,
     Binding,
     Waypoints,
@@ -51,6 +50,7 @@ from istiod_py.translate.waypoints import (
 from mesh.kube.endpointslice import KubeEndpointSlice, read_endpoint_slice
 from mesh.kube.gatewayapi.gateway import WAYPOINT_CONTROLLER, KubeGateway, KubeGatewayClass, read_gateway, read_gateway_class
 from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem, by_age
+from mesh.kube.ownership import BOUND, ZTUNNEL_ACCEPTED
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.policies import AuthorizationPolicy, PeerAuthentication, read_authorization_policy, read_peer_authentication
 from mesh.kube.service import KubeService, read_service
@@ -262,7 +262,7 @@ class _Translator:
             return close(read.obj, read.value, read.problems, self._config)
         l4 = translate_authorization(read.value, self._config)
         if read.problems and l4.condition is not None:
-            stays = Condition("ZtunnelAccepted", False, "Invalid", f"the last good version stays in force: {read.problems[0]}")
+            stays = Condition(ZTUNNEL_ACCEPTED, False, "Invalid", f"the last good version stays in force: {read.problems[0]}")
             return L4Policy(l4.policy, l4.selector, stays)
         return l4
 

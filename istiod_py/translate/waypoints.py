@@ -24,6 +24,7 @@ from mesh.kube.gatewayapi.gateway import (
 )
 from mesh.kube.gatewayapi.gateway import GatewayAddress as KubeGatewayAddress
 from mesh.kube.objects import FieldPath
+from mesh.kube.ownership import BOUND
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, parse_ip
 from mesh.model.labels import (
     CANARY_WEIGHT,
@@ -47,8 +48,6 @@ from mesh.model.ports import INBOUND_HBONE
 from mesh.model.service import WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, TunnelApplicationProtocol
 
-BOUND: Final = "istio.io/WaypointBound"
-"""The condition on Services, ServiceEntries and WorkloadEntries."""
 _NONE: Final = "none"
 _MANAGED: Final = (MESH_CONTROLLER, EAST_WEST_CONTROLLER)
 """What is deployed by these has no waypoint: its traffic would come back to it."""

@@ -35,6 +35,8 @@ _ATTEMPTS: Final = 4
 _READ: Final = 64 << 10
 _MAX_HEADER: Final = 64 << 10
 
+USER_AGENT: Final = "ambient-mesh"
+"""The API server notes it as the field manager of what is created or patched without one."""
 MERGE_PATCH: Final = "application/merge-patch+json"
 APPLY_PATCH: Final = "application/apply-patch+yaml"
 """JSON is YAML; API servers since 1.16 take it."""
@@ -289,7 +291,7 @@ class ApiClient:
         return quote(self._access.prefix + path) + (f"?{urlencode(query)}" if query else "")
 
     def _headers(self, content_type: str, body: bytes) -> list[tuple[str, str]]:
-        headers = [("host", self._host()), ("user-agent", "ambient-mesh"), ("accept", "application/json")]
+        headers = [("host", self._host()), ("user-agent", USER_AGENT), ("accept", "application/json")]
         token = self._current_token()
         if token:
             headers.append(("authorization", f"Bearer {token}"))

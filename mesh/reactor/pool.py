@@ -88,7 +88,7 @@ class TunnelPool:
             shelf = self._shelves[key] = _Shelf()
         shelf.idle_since = None
         for link in shelf.links:
-            if link.usable and link.active < self._max_streams:
+            if link.active < self._max_streams and link.usable:  # in this order: most are full where connections carry few
                 on_link(link)
                 return
         shelf.waiting.append(on_link)

@@ -45,17 +45,12 @@ def running_shop(directory: Path, *options: str, programs: tuple[str, ...] = (),
         for name, text in files.items():
             lab.write(f"{name}.yaml", text)
         lab.label("shop", "istio.io/dataplane-mode=ambient")
-        wait_until(lambda: len(lab.pods_in_mesh()) == len(pods_of_shop(lab)) >= 6, "the pods of the shop are captured")
+        wait_until(lambda: len(lab.pods_in_mesh()) >= 6 and lab.pods_in_mesh() == lab.pods_not_outside(), "the shop's pods are captured")
         told = lab.meshctl("waypoint", "apply", "-n", "shop", "--enroll-namespace", "--wait", "--lab", lab.name, timeout=120).stdout
         assert "✅ waypoint shop/waypoint is ready!" in told
         wait_until(lambda: passes(lab), "connections pass the waypoint")
         wait_until(lambda: all(pod["ready"] for pod in lab.status()["pods"]), "all pods are ready")
         yield lab
-
-
-def pods_of_shop(lab: Lab) -> list[str]:
-    """Names of all pods of the shop."""
-    return [pod["name"] for pod in lab.status()["pods"] if pod["namespace"] == "shop"]
 
 
 def ask(lab: Lab, url: str = "http://web/", *options: str, client: str = CLIENT) -> Answer:

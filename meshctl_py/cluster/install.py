@@ -4,7 +4,7 @@ place."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Final
@@ -12,12 +12,13 @@ from typing import Final
 import trio
 
 from mesh.kube.api import ApiClient, ApiError
-from mesh.kube.resources import DAEMON_SETS, DEPLOYMENTS, RESOURCES, Resource
+from mesh.kube.resources import RESOURCES, Resource
 from meshctl_py.cluster.discovery import Discovery
 from meshctl_py.cluster.errors import ClusterProblem
 from meshctl_py.cluster.inventory import MANAGER, Entry, Installation, read_installation, write_installation
 from meshctl_py.cluster.manifests import CRD_KIND, PART_OF, PROJECT, Object
-from meshctl_py.cluster.objects import AGENT, CONTROL_PLANE, SYSTEM_NAMESPACE, Named, find_one
+from meshctl_py.cluster.objects import SYSTEM_NAMESPACE, Named, find_one
+from meshctl_py.cluster.traces import Tell, find_other_mesh
 from meshctl_py.cluster.values import Given
 
 OLDEST: Final = (1, 28)
@@ -30,9 +31,6 @@ _OWNERS: Final = {"gateway.networking.k8s.io": "the Gateway API"}
 """What an upgrade never removes, since users' own objects hang on it."""
 CRD_SECONDS: Final = 30.0
 _POLL: Final = 0.2
-
-Tell = Callable[[str, str], None]
-"""Takes an object and what was done to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +59,12 @@ async def check_cluster(client: ApiClient) -> None:
     numbers = tuple(int(re.sub(r"\D.*", "", str(found.get(key, "0"))) or 0) for key in ("major", "minor"))
     if numbers < OLDEST:
         raise ClusterProblem(f"the cluster is Kubernetes {found.get('gitVersion')}; the mesh needs {OLDEST[0]}.{OLDEST[1]} or newer")
-    for resource, name in ((DEPLOYMENTS, CONTROL_PLANE), (DAEMON_SETS, AGENT)):
-        other = await find_one(client, resource, Named, SYSTEM_NAMESPACE, name)
-        if other is not None and other.metadata.labels.get(PART_OF) != PROJECT:
-            raise ClusterProblem(
-                f"there is a {resource.kind} {SYSTEM_NAMESPACE}/{name} that is not ours: another mesh, Istio itself perhaps, is installed. "
-                "Two can't share a cluster; uninstall that one first"
-            )
+    other = await find_other_mesh(client)
+    if other:
+        raise ClusterProblem(
+            f"there is a {other} that is not ours: another mesh, Istio itself perhaps, is installed. "
+            "Two can't share a cluster; uninstall that one first"
+        )
 
 
 async def apply_plan(client: ApiClient, plan: Plan, tell: Tell, *, dry_run: bool = False) -> None:

@@ -34,9 +34,13 @@ class Entry(msgspec.Struct, frozen=True, order=True):
         return cls(resource.api_version, resource.plural, resource.kind, obj["metadata"]["name"], namespace, resource.namespaced)
 
     @property
-    def path(self) -> str:
+    def resource(self) -> Resource:
         group, _, version = self.api_version.rpartition("/")
-        return Resource(group, version, self.plural, self.kind, self.namespaced).path(self.namespace, self.name)
+        return Resource(group, version, self.plural, self.kind, self.namespaced)
+
+    @property
+    def path(self) -> str:
+        return self.resource.path(self.namespace, self.name)
 
     def __str__(self) -> str:
         group = self.api_version.rpartition("/")[0]

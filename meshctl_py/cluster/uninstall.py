@@ -1,7 +1,8 @@
 """Taking the mesh out of a cluster, so that nothing of ours is left and nobody's pods notice more than they must.
 
 Agents go first, and as long as they live the control plane must too: an agent whose DaemonSet is being deleted releases its node's pods,
-and their peers have to hear that they are no longer reached by tunnels. Only then what the agents stood on is removed.
+and their peers have to hear that they are no longer reached by tunnels. Then the control plane, which would make anew what it has made.
+Waypoints are next, since no agent sends to them any more, and what else it wrote all over the cluster.
 """
 
 from __future__ import annotations
@@ -13,59 +14,41 @@ from typing import Any, Final
 import trio
 
 from mesh.kube.api import ApiClient, ApiError
+from mesh.kube.ownership import ROOT_MAP
 from mesh.kube.resources import CONFIG_MAPS, DAEMON_SETS, LEASES, RESOURCES, SECRETS, Resource
 from mesh.model.labels import DATAPLANE_MODE, REDIRECTION
 from meshctl_py.cluster import inventory
 from meshctl_py.cluster.discovery import Discovery
 from meshctl_py.cluster.errors import ClusterProblem
 from meshctl_py.cluster.inventory import Entry, read_installation
-from meshctl_py.cluster.manifests import CRD_KIND, PART_OF, PROJECT, Manifests
+from meshctl_py.cluster.manifests import CRD_KIND, Manifests
 from meshctl_py.cluster.objects import (
     AGENT,
     CONTROL_PLANE,
     NODES,
     PODS,
     SYSTEM_NAMESPACE,
-    KubeStruct,
-    Meta,
     Named,
     Pod,
     find_one,
     list_all,
 )
+from meshctl_py.cluster.traces import Tell, Traces, delete, find_other_mesh, find_traces, is_ours, remove_traces
 
 POLL: Final = 0.5
 NAMESPACES: Final = RESOURCES["Namespace"]
 _RUNTIME: Final = ((SECRETS, "istio-ca-secret"), (LEASES, "istiod-py-leader"), (CONFIG_MAPS, inventory.NAME))
 """What the control plane makes for itself in its namespace, and what we noted down. A CA that was plugged in (cacerts) is the user's."""
-_ROOT_MAP: Final = "istio-ca-root-cert"
-_ROOT_MANAGER: Final = "istiod-py"
-_STATUS_MANAGER: Final = "istio-ambient-ztunnel-policy"
-_STATUS_KINDS: Final = ("AuthorizationPolicy",)
-_OF_EVERY_NAMESPACE: Final = frozenset({("ConfigMap", "kube-root-ca.crt"), ("ConfigMap", _ROOT_MAP), ("ServiceAccount", "default")})
+_OF_EVERY_NAMESPACE: Final = frozenset({("ConfigMap", "kube-root-ca.crt"), ("ConfigMap", ROOT_MAP), ("ServiceAccount", "default")})
 _PASSING: Final = frozenset({"Event", "Endpoints", "EndpointSlice", "PodMetrics", "Pod", "ReplicaSet", "ControllerRevision", "Lease"})
 """Kinds that follow others and go by themselves."""
-
-Tell = Callable[[str, str], None]
-
-
-class _Managed(KubeStruct, frozen=True):
-    manager: str = ""
-    subresource: str = ""
-
-
-class _ManagedMeta(Meta, frozen=True):
-    managed_fields: tuple[_Managed, ...] = ()
-
-
-class _ManagedObject(KubeStruct, frozen=True):
-    metadata: _ManagedMeta
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
     """What would be removed. ``entries`` without CRDs and the namespace; ``namespace``: whether that goes too, unless there is something of
-    others in it; ``labels``: ours on it; ``custom``: how many of users' objects go with ``crds``."""
+    others in it; ``labels``: ours on it; ``custom``: how many of users' objects go with ``crds``. ``other``: another mesh in the cluster,
+    to which all is left that has the same name with it, so that there are no ``traces``."""
 
     entries: tuple[Entry, ...]
     crds: tuple[Entry, ...]
@@ -74,6 +57,13 @@ class Removal:
     captured: int
     enrolled: tuple[str, ...]
     custom: Mapping[str, int]
+    traces: Traces
+    other: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether there is more than what the control plane left all over the cluster."""
+        return bool(self.entries or self.namespace or self.labels)
 
 
 async def plan_removal(client: ApiClient, manifests: Manifests, *, purge: bool) -> Removal | None:
@@ -85,11 +75,13 @@ async def plan_removal(client: ApiClient, manifests: Manifests, *, purge: bool) 
         resource = await discovery.find(obj["apiVersion"], obj["kind"])
         if resource is not None:
             wanted.append(Entry.of(resource, obj))
-    ours = [entry for entry in dict.fromkeys(wanted) if await _is_ours(client, entry)]
+    ours = [entry for entry in dict.fromkeys(wanted) if await _find_ours(client, entry.resource, entry.namespace, entry.name)]
     crds = tuple(entry for entry in ours if entry.kind == CRD_KIND) if purge else ()
     entries = tuple(entry for entry in ours if entry.kind not in (CRD_KIND, "Namespace"))
     namespace = next((entry for entry in ours if entry.kind == "Namespace"), None)
-    if not entries and not crds and noted is None and namespace is None:
+    other = await find_other_mesh(client)
+    traces = await find_traces(client) if not other else Traces()
+    if not entries and not crds and noted is None and namespace is None and not traces:
         return None
     labels: Mapping[str, str] = next((obj["metadata"]["labels"] for obj in manifests.objects if obj["kind"] == "Namespace"), {})
     return Removal(
@@ -102,13 +94,14 @@ async def plan_removal(client: ApiClient, manifests: Manifests, *, purge: bool) 
             sorted(found.metadata.name for found in await list_all(client, NAMESPACES, Named, labels=f"{DATAPLANE_MODE}=ambient"))
         ),
         custom={entry.name: count for entry in crds if (count := await _count_custom(client, entry))},
+        traces=traces,
+        other=other,
     )
 
 
-async def _is_ours(client: ApiClient, entry: Entry) -> bool:
-    found = await client.find(entry.path)
-    metadata: Any = found.get("metadata", {}) if found is not None else {}
-    return bool((metadata.get("labels") or {}).get(PART_OF) == PROJECT)
+async def _find_ours(client: ApiClient, resource: Resource, namespace: str, name: str) -> bool:
+    found = await find_one(client, resource, Named, namespace, name)
+    return found is not None and is_ours(found)
 
 
 async def _count_custom(client: ApiClient, crd: Entry) -> int:
@@ -129,12 +122,11 @@ async def release_pods(client: ApiClient, patience: float, show: Callable[[Seque
     """Delete the DaemonSet and wait until its agents have released their pods and are gone. Returns what could not be released, one
     sentence each. Raises ClusterProblem when agents do not go within ``patience`` seconds; ApiError, ApiUnavailable."""
     path = DAEMON_SETS.path(SYSTEM_NAMESPACE, AGENT)
-    try:
-        # Foreground: the DaemonSet stays, marked, until its pods are gone. By the mark agents know that nobody follows them.
-        await client.delete(path, propagation="Foreground")
-    except ApiError as exc:
-        if exc.status != 404:
-            raise
+    agents = await find_one(client, DAEMON_SETS, Named, SYSTEM_NAMESPACE, AGENT)
+    if agents is not None and not is_ours(agents):
+        return []  # another mesh's, and so are the pods they have captured
+    # Foreground: the DaemonSet stays, marked, until its pods are gone. By the mark agents know that nobody follows them.
+    await delete(client, path, propagation="Foreground")
     left: list[Pod] = []
     with trio.move_on_after(patience):
         while True:
@@ -158,21 +150,23 @@ async def _why_captured(client: ApiClient, pod: Pod) -> str:
 
 async def remove_rest(client: ApiClient, removal: Removal, patience: float, tell: Tell) -> list[str]:
     """All but the agents, which must be gone. Returns what was left alone and why. Raises ClusterProblem, ApiError, ApiUnavailable."""
-    await _withdraw_statuses(client)
     for entry in reversed(removal.entries):
         if entry.kind == "DaemonSet" and entry.name == AGENT:
             tell(str(entry), "deleted")  # by `release_pods`
-        elif await _delete(client, entry.path):
+        elif await delete(client, entry.path):
             tell(str(entry), "deleted")
-    await _wait_pods_gone(client, patience)
+    if not removal.other:
+        await _wait_pods_gone(client, patience)
     for resource, name in _RUNTIME:
-        if await _delete(client, resource.path(SYSTEM_NAMESPACE, name)):
+        if await delete(client, resource.path(SYSTEM_NAMESPACE, name)):
             tell(f"{resource.kind.lower()}/{name}", "deleted")
-    count = await _delete_root_maps(client)
-    if count:
-        tell(f"configmap/{_ROOT_MAP}", f"deleted in {count} namespaces")
-    others = await _others_in(client) if removal.namespace else []
     left: list[str] = []
+    if removal.other:
+        left.append(f"waypoints, statuses and root certificates are left to another mesh, which goes by the same names: {removal.other}")
+    else:
+        # Looked for again: until now the control plane may have made more.
+        left += await remove_traces(client, await find_traces(client), tell)
+    others = await _others_in(client) if removal.namespace else []
     if removal.namespace and not others:
         left += await _remove_namespace(client, patience, tell)
     elif removal.labels:
@@ -182,19 +176,9 @@ async def remove_rest(client: ApiClient, removal: Removal, patience: float, tell
         shown = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
         left.append(f"namespace {SYSTEM_NAMESPACE} stays, since there is more in it than ours: {shown}")
     for entry in removal.crds:
-        if await _delete(client, entry.path):
+        if await delete(client, entry.path):
             tell(str(entry), "deleted")
     return left
-
-
-async def _delete(client: ApiClient, path: str) -> bool:
-    try:
-        await client.delete(path, propagation="Background")
-    except ApiError as exc:
-        if exc.status == 404:
-            return False
-        raise
-    return True
 
 
 async def _wait_until(holds: Callable[[], Awaitable[bool]], patience: float) -> bool:
@@ -214,45 +198,13 @@ async def _wait_pods_gone(client: ApiClient, patience: float) -> None:
         raise ClusterProblem(f"the control plane's pods do not end within {patience:g} s: kubectl get pods -n {SYSTEM_NAMESPACE}")
 
 
-async def _delete_root_maps(client: ApiClient) -> int:
-    """Those that our control plane wrote; Istio's have the same name."""
-    maps = await list_all(client, CONFIG_MAPS, _ManagedObject, fields=f"metadata.name={_ROOT_MAP}")
-    ours = [found for found in maps if any(field.manager == _ROOT_MANAGER for field in found.metadata.managed_fields)]
-    for found in ours:
-        await _delete(client, CONFIG_MAPS.path(found.metadata.namespace, _ROOT_MAP))
-    return len(ours)
-
-
-async def _withdraw_statuses(client: ApiClient) -> None:
-    """Take our conditions off the users' objects: nobody keeps them true any more."""
-    for kind in _STATUS_KINDS:
-        resource = RESOURCES[kind]
-        try:
-            objects = await list_all(client, resource, _ManagedObject)
-        except ApiError as exc:
-            if exc.status == 404:
-                continue  # the kind is not served
-            raise
-        for found in objects:
-            metadata = found.metadata
-            if any(field.manager == _STATUS_MANAGER and field.subresource == "status" for field in metadata.managed_fields):
-                names = {"name": metadata.name, "namespace": metadata.namespace}
-                # An application without the fields it owned removes them.
-                body = {"apiVersion": resource.api_version, "kind": kind, "metadata": names}
-                try:
-                    await client.apply(resource.path(metadata.namespace, metadata.name, "status"), body, manager=_STATUS_MANAGER)
-                except ApiError as exc:
-                    if exc.status != 404:
-                        raise
-
-
 async def _remove_namespace(client: ApiClient, patience: float, tell: Tell) -> list[str]:
     path = NAMESPACES.path("", SYSTEM_NAMESPACE)
 
     async def gone() -> bool:
         return await client.find(path) is None
 
-    if not await _delete(client, path):
+    if not await delete(client, path):
         return []
     if not await _wait_until(gone, patience):
         return [
@@ -284,13 +236,28 @@ async def _others_in(client: ApiClient) -> list[str]:
 
 def describe(removal: Removal) -> Iterable[str]:
     """What an uninstallation would do, for the question before it."""
-    yield f"This removes the mesh: {len(removal.entries)} objects" + (
-        f" and the namespace {SYSTEM_NAMESPACE}." if removal.namespace else "."
-    )
+    traces = removal.traces
+    if removal.installed:
+        objects = f"{len(removal.entries)} objects" + (f" and the namespace {SYSTEM_NAMESPACE}" if removal.namespace else "")
+        yield f"This removes the mesh: {objects}."
+    else:
+        yield "The mesh itself is not installed. This removes what it left behind."
     if removal.captured:
         yield f"{removal.captured} pods are released: they run on, and what they say to each other from then on is no longer encrypted."
+    if traces.waypoints:
+        yield f"{len(traces.waypoints)} waypoints go, and nothing enforces their policies any more ({_some(traces.waypoints)})."
+    words = len({trace.key for trace in traces.statuses})
+    if words:
+        yield f"Our words in the status of {words} objects are withdrawn."
+    if traces.root_maps:
+        yield f"The root certificate goes from {len(traces.root_maps)} namespaces."
+    if removal.other:
+        yield f"There is another mesh: {removal.other}. Waypoints, statuses and root certificates are left to it."
     if removal.enrolled:
-        shown = ", ".join(removal.enrolled[:10]) + (" ..." if len(removal.enrolled) > 10 else "")
-        yield f"Labels of namespaces stay as they are ({shown})."
+        yield f"Labels of namespaces stay as they are ({_some(removal.enrolled)})."
     for name, count in removal.custom.items():
         yield f"--purge deletes {name} and with it {count} objects of yours."
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")

@@ -85,6 +85,8 @@ def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     wait_until(
         lambda: not any("deletionTimestamp" in each["metadata"] for each in cluster.api.list("Namespace")), "former namespaces are gone"
     )
+    # What 'kubectl delete -k' leaves, since no file names it.
+    cluster.kubectl("delete", "configmap", "-A", "--field-selector", "metadata.name=istio-ca-root-cert")
     # The API server goes on offering kinds for a while whose definitions are gone.
     wait_until(lambda: not DEFINED.search(cluster.kubectl("api-resources", "-o", "name")), "no kind of the mesh is offered")
     with cluster.namespace(NAMESPACE) as namespace:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mesh.testing.lab import Lab
+from mesh.testing.lab import Lab, wait_until
 from mesh.testing.waypoints import CLIENT, DENIED, Answer, ask, lines_of, objects, problems_of, running_shop
 
 pytestmark = pytest.mark.netns
@@ -146,3 +146,25 @@ def test_an_authorizer_that_nobody_knows_denies_and_status_says_so(lab: Lab) -> 
         assert ask(lab, "http://web/else").status == 200
         (problem,) = problems_of(lab, "tested.yaml")
         assert problem.startswith("spec.provider.name: what the rules match is refused: the mesh configuration has no provider 'nowhere'")
+
+
+def test_a_policy_whose_targets_are_no_list_denies_at_the_waypoint_and_says_where_it_is_wrong(lab: Lab) -> None:
+    for_waypoints = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: mistaken, namespace: shop}
+spec:
+  targetRefs: {group: "", kind: Service, name: web}
+  rules: [{}]
+"""
+    with objects(lab, for_waypoints, mistaken=True):
+        assert [problem.partition(":")[0] for problem in problems_of(lab, "tested.yaml")] == ["spec.targetRefs"]
+        assert ask(lab).status == 403
+        assert lab.run(CLIENT, "python3", "apps/get.py", f"http://{lab.pod('shop/web-v1')['ips'][0]}:8080/", "4").stdout.startswith(
+            "200"
+        ), "node agents do not enforce what is for waypoints"
+        lab.write("tested.yaml", for_waypoints.replace("{group", "[{group").replace("web}", "web}]"))
+        wait_until(lambda: ask(lab).status == 200, "the policy that was mended allows")
+        lab.write("tested.yaml", for_waypoints)
+        wait_until(lambda: problems_of(lab, "tested.yaml"), "the mistake is told again")
+        assert ask(lab).status == 200, "the last good version stays"

@@ -1,7 +1,7 @@
 """HTTP/2 without its I/O, both ends (RFC 9113, and RFC 8441 for WebSockets).
 
 Theory of operation. Frames are cut, header blocks read and SETTINGS kept by what HBONE uses too (`mesh.wire.frames`, `mesh.wire.headers`,
-`mesh.wire.hbone.control`); streams, windows, floods and the meaning of headers are here. Why all this, and not the h2 library, which the
+`mesh.wire.settings`); streams, windows, floods and the meaning of headers are here. Why all this, and not the h2 library, which the
 tests have as the other side: docs/design/decisions/0007-http2-in-waypoints.md.
 
 - What breaks one stream resets that stream; `StreamReset` says why, also of streams that no `RequestHead` told of: pass over those. What
@@ -19,10 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from struct import Struct
 from typing import Final
-
-from h2.settings import SettingCodes
 
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.frames import (
@@ -41,9 +38,9 @@ from mesh.wire.frames import (
     window_update_frame,
 )
 from mesh.wire.hbone import patience
-from mesh.wire.hbone.control import Control
 from mesh.wire.hbone.streams import Direction, Stream
 from mesh.wire.headers import Fields, HeaderReader, MalformedHeaders
+from mesh.wire.settings import SETTINGS_ACK, PeerSettings, SettingCode, opening
 from waypoint_py.http.blocks import BlockWriter
 from waypoint_py.http.codec import BodyData, BodyEnd, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
 from waypoint_py.http.headers import FIELD_TEXT, FRAMING, LOWER_TOKEN, TOKEN, BadHead, check_authority, clean_trailers, read_length
@@ -109,20 +106,12 @@ class _Http2(ABC):
         server: bool,
         limits: HeadLimits,
         stream_window: int,
-        settings: Mapping[SettingCodes, int],
+        settings: Mapping[SettingCode, int],
     ) -> None:
         self._limits = limits
         self._patience = patience.Patience(now)
         self._courtesy = 0  # WINDOW_UPDATEs and PINGs that our own traffic explains
-        self._control = Control(
-            server=server,
-            settings={
-                **settings,
-                SettingCodes.INITIAL_WINDOW_SIZE: stream_window,
-                SettingCodes.MAX_FRAME_SIZE: MAX_FRAME_SIZE,
-                SettingCodes.MAX_HEADER_LIST_SIZE: limits.size,
-            },
-        )
+        self._peer = PeerSettings(of_server=not server)
         self._splitter = FrameSplitter(self, max_frame_size=MAX_FRAME_SIZE, max_block_size=MAX_BLOCK, expect_preface=server)
         self._reader = HeaderReader(MAX_LIST)
         self._writer = BlockWriter()
@@ -143,10 +132,16 @@ class _Http2(ABC):
         self._initial_send_window = DEFAULT_WINDOW
         self._max_frame_size = DEFAULT_FRAME_SIZE
         self._peer_max_streams = ASSUMED_STREAMS
-        self._connect_protocol: bool | None = None
+        self._settings_seen = False
         self._goaway_received = False
         self._goaway_sent = False
-        self._take_control_bytes()
+        said = {
+            **settings,
+            SettingCode.INITIAL_WINDOW_SIZE: stream_window,
+            SettingCode.MAX_FRAME_SIZE: MAX_FRAME_SIZE,
+            SettingCode.MAX_HEADER_LIST_SIZE: limits.size,
+        }
+        self._write(opening(said, server=server))
         self._write(window_update_frame(0, CONNECTION_WINDOW - DEFAULT_WINDOW))
 
     # --- facts -------------------------------------------------------------------------------------------------------------------------
@@ -290,35 +285,22 @@ class _Http2(ABC):
 
     def on_settings(self, flags: int, payload: bytes) -> None:
         self._patience.spend(patience.SETTINGS, "SETTINGS")
-        self._control.receive_settings(flags, payload)
-        self._take_control_bytes()
         if flags & ACK:
             return
-        settings = self._control.remote_settings
+        settings = self._peer
+        settings.take(payload)
+        self._write(SETTINGS_ACK)
+        self._settings_seen = True
         self._max_frame_size = settings.max_frame_size
-        self._peer_max_streams = min(settings.max_concurrent_streams, MAX_STREAM_ID)
-        self._take_settings(payload)
+        self._peer_max_streams = MAX_STREAM_ID if settings.max_concurrent_streams is None else settings.max_concurrent_streams
+        for size in settings.table_sizes:
+            self._writer.resize(size)
         by = settings.initial_window_size - self._initial_send_window
         self._initial_send_window = settings.initial_window_size
         for stream in self._streams.values():  # RFC 9113 section 6.9.2: also below zero
             stream.send_window += by
             if stream.send_window > MAX_WINDOW:
                 raise RemoteProtocolError("SETTINGS widen a window beyond 2^31-1", ErrorCode.FLOW_CONTROL_ERROR)
-
-    def _take_settings(self, payload: bytes) -> None:
-        """Settings of which not only the last value counts, and one that `Control` does not know."""
-        self._connect_protocol = bool(self._connect_protocol)
-        tables = []
-        for code, value in _SETTING.iter_unpack(payload):
-            if code == _HEADER_TABLE_SIZE:
-                tables.append(value)
-            elif code == _ENABLE_CONNECT_PROTOCOL:
-                if value > 1:
-                    raise RemoteProtocolError("ENABLE_CONNECT_PROTOCOL is neither 0 nor 1")
-                self._connect_protocol = self._connect_protocol or value == 1  # RFC 8441 section 3: never 0 again
-        if tables:  # RFC 7541 section 4.2: down to the smallest the peer may have evicted
-            self._writer.resize(min(tables))
-            self._writer.resize(tables[-1])
 
     def on_ping(self, flags: int, payload: bytes) -> None:
         self._spend_courtesy("PING")
@@ -549,10 +531,6 @@ class _Http2(ABC):
         self._unsent += len(data)
         self._tail = 0
 
-    def _take_control_bytes(self) -> None:
-        if data := self._control.take_outgoing():
-            self._write(data)
-
     def _send_block(self, state: _Stream, pseudo: Headers, headers: Headers, *, end: bool) -> None:
         """Raises LocalProtocolError for a field that no peer would take, or that a peer's HTTP/1.1 side might take for two."""
         names = [name for name, _ in headers]
@@ -563,8 +541,6 @@ class _Http2(ABC):
         self._write(header_frames(state.id, block, end_stream=end, max_frame_size=self._max_frame_size))
 
 
-_SETTING: Final = Struct(">HI")
-_HEADER_TABLE_SIZE, _ENABLE_CONNECT_PROTOCOL = int(SettingCodes.HEADER_TABLE_SIZE), int(SettingCodes.ENABLE_CONNECT_PROTOCOL)
 _MALFORMED: Final = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade", b""})
 _SPECIAL: Final = FRAMING | {b"te", b"expect", b"cookie", b""}
 _DEFAULTS: Final = ServerOptions()
@@ -617,7 +593,7 @@ class Http2Server(_Http2):
             server=True,
             limits=options.limits,
             stream_window=options.stream_window,
-            settings={SettingCodes.MAX_CONCURRENT_STREAMS: options.max_streams, SettingCodes.ENABLE_CONNECT_PROTOCOL: 1},
+            settings={SettingCode.MAX_CONCURRENT_STREAMS: options.max_streams, SettingCode.ENABLE_CONNECT_PROTOCOL: 1},
         )
         self._options = options
         self._highest = 0  # of the streams the client opened
@@ -853,7 +829,7 @@ class Http2Client(_Http2):
 
     def __init__(self, limits: HeadLimits | None = None, *, now: Callable[[], float], stream_window: int = 256 * 1024) -> None:
         super().__init__(
-            now=now, server=False, limits=limits or HeadLimits(), stream_window=stream_window, settings={SettingCodes.ENABLE_PUSH: 0}
+            now=now, server=False, limits=limits or HeadLimits(), stream_window=stream_window, settings={SettingCode.ENABLE_PUSH: 0}
         )
         self._next_stream = 1
         self._last_served = MAX_STREAM_ID
@@ -873,7 +849,7 @@ class Http2Client(_Http2):
     @property
     def upgrades(self) -> bool | None:
         """Whether the server takes extended CONNECT; None until its SETTINGS have come. Asking earlier fails the request, untouched."""
-        return self._connect_protocol
+        return self._peer.connect_protocol if self._settings_seen else None
 
     # --- requests ----------------------------------------------------------------------------------------------------------------------
 
@@ -893,7 +869,7 @@ class Http2Client(_Http2):
             raise LocalProtocolError(f"no body, where {length} bytes were said to come")
         stream = self._next_stream
         self._next_stream += 2
-        if request.upgrade is not None and not self._connect_protocol:
+        if request.upgrade is not None and not self._peer.connect_protocol:
             self._events.append(StreamReset(stream, ErrorCode.HTTP_1_1_REQUIRED, "the server takes no extended CONNECT", True))
             return stream
         state = _Stream(stream, self._stream_window, self._initial_send_window)

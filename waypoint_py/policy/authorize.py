@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Final
 
 from mesh.model.l7.policy import AuthorizationPolicy, ExtAuthzGrpc, ExtAuthzHttp, PolicyAction, PolicyRule
+from waypoint_py.client_hello import ServerName
 from waypoint_py.context import Connection
 from waypoint_py.http.message import Request
 from waypoint_py.policy.facts import Facts, TokenFacts, TrustsForwarded
@@ -98,8 +100,10 @@ class Judge:
     def __init__(self, policies: Iterable[AuthorizationPolicy], *, trusts_forwarded: TrustsForwarded = trust_nobody) -> None:
         self._trusted = trusts_forwarded
         ordered = sorted(policies, key=lambda policy: (policy.origin.namespace, policy.origin.name, policy.origin.kind))
-        self._http = _Policies(ordered, for_tcp=False)
-        self._tcp = _Policies(ordered, for_tcp=True)
+        self._http = _Policies(ordered, _Of.REQUESTS)
+        self._tcp = _Policies(ordered, _Of.CONNECTIONS)
+        asks = any(isinstance(policy.provider, ExtAuthzHttp) for policy in ordered)
+        self._undeclared = _Policies(ordered, _Of.UNDECLARED) if asks else self._tcp
 
     def judge(self, request: Request, connection: Connection, claims: TokenFacts | None) -> Judgement:
         """One request; ``claims`` of its verified token."""
@@ -108,8 +112,8 @@ class Judge:
             return UNRESTRICTED
         return policies.judge(Facts(request, connection, claims, self._trusted))
 
-    def judge_connection(self, connection: Connection, sni: str | None = None) -> Judgement:
-        """A connection in whose bytes we do not look for HTTP; ``sni`` if it is TLS and the name was read."""
+    def judge_connection(self, connection: Connection, sni: ServerName = None) -> Judgement:
+        """A connection in whose bytes we do not look for HTTP; ``sni``: whom it asks for, if it is TLS."""
         policies = self._tcp
         if policies.none:
             return UNRESTRICTED
@@ -122,9 +126,21 @@ class Judge:
         """
         return self._http.find_authorizer(Facts(request, connection, None, self._trusted)) if self._http.custom else None
 
-    def find_connection_authorizer(self, connection: Connection, sni: str | None = None) -> Consultation | Judgement | None:
-        """The same for a connection. Authorizers that are asked over HTTP know nothing of those: their policies do not apply."""
-        return self._tcp.find_authorizer(Facts(None, connection, None, self._trusted, sni)) if self._tcp.custom else None
+    def find_connection_authorizer(
+        self, connection: Connection, sni: ServerName = None, *, declared: bool = True
+    ) -> Consultation | Judgement | None:
+        """The same for a connection. Authorizers that are asked over HTTP know nothing of those: their policies do not apply, as in Istio,
+        where the port is ``declared`` to carry no HTTP. Elsewhere it is the client who says so, with its first bytes: it is refused."""
+        policies = self._tcp if declared else self._undeclared
+        return policies.find_authorizer(Facts(None, connection, None, self._trusted, sni)) if policies.custom else None
+
+
+class _Of(Enum):
+    """What policies are asked about."""
+
+    REQUESTS = "requests"
+    CONNECTIONS = "connections"
+    UNDECLARED = "connections on ports without a declared protocol"
 
 
 class _Policies:
@@ -132,8 +148,8 @@ class _Policies:
 
     __slots__ = ("_allows", "_audits", "_consulted", "_default_denies", "_denies", "_marks", "_refusal", "_tried", "custom", "none")
 
-    def __init__(self, policies: list[AuthorizationPolicy], *, for_tcp: bool) -> None:
-        compiled = [_compile(policy, for_tcp=for_tcp) for policy in policies]
+    def __init__(self, policies: list[AuthorizationPolicy], asked_of: _Of) -> None:
+        compiled = [_compile(policy, asked_of) for policy in policies]
         enforced = [policy for policy in compiled if not policy.dry_run]
         readable = [policy for policy in enforced if not policy.unreadable]
         allows = _of(readable, PolicyAction.ALLOW)
@@ -145,7 +161,7 @@ class _Policies:
         self._allows = RuleGroup([(rule.source, rule.compiled, Judgement(f"allowed by {rule.id}", rule.id)) for rule in _rules(allows)])
         self._default_denies = bool(allows)
         self._audits = tuple(_names([policy]) for policy in _of(readable, PolicyAction.AUDIT))
-        self._consulted = _consultations(customs)
+        self._consulted = _consultations(customs, asked_of)
         self._tried = _Tried([policy for policy in compiled if policy.dry_run], enforced_allow=bool(allows))
         self._marks = bool(self._audits) or self._tried.any
 
@@ -222,13 +238,13 @@ class _Policy:
     provider_name: str
 
 
-def _compile(policy: AuthorizationPolicy, *, for_tcp: bool) -> _Policy:
+def _compile(policy: AuthorizationPolicy, asked_of: _Of) -> _Policy:
     policy_id = f"ns[{policy.origin.namespace}]-policy[{policy.origin.name}]"
     rules: tuple[_Rule, ...] = ()
     unreadable = policy.unreadable and f"{policy.origin} could not be read: {policy.unreadable}"
-    if not unreadable and not (for_tcp and isinstance(policy.provider, ExtAuthzHttp)):
+    if not unreadable and not (asked_of is _Of.CONNECTIONS and isinstance(policy.provider, ExtAuthzHttp)):
         try:
-            rules = tuple(_compile_rules(policy, policy_id, for_tcp=for_tcp))
+            rules = tuple(_compile_rules(policy, policy_id, for_tcp=asked_of is not _Of.REQUESTS))
         except Uncompilable as exc:
             unreadable = f"{policy.origin} could not be read: {exc}"
     return _Policy(policy_id, policy.action, policy.dry_run, unreadable, rules, policy.provider, policy.provider_name)
@@ -255,7 +271,7 @@ def _names(policies: Iterable[_Policy]) -> RuleGroup[str]:
     return RuleGroup([(rule.source, rule.compiled, rule.id) for rule in _rules(policies)])
 
 
-def _consultations(policies: list[_Policy]) -> RuleGroup[Consultation | Judgement]:
+def _consultations(policies: list[_Policy], asked_of: _Of) -> RuleGroup[Consultation | Judgement]:
     """Of several providers none is asked: in which order, and whether one is enough, nobody has said. As Istio, which denies then."""
     several = len({policy.provider_name for policy in policies}) > 1
     rules: list[tuple[PolicyRule, Compiled, Consultation | Judgement]] = []
@@ -266,6 +282,9 @@ def _consultations(policies: list[_Policy]) -> RuleGroup[Consultation | Judgemen
                 outcome = _denial(f"{rule.id}{_BAD_CUSTOM}", f"{rule.id} is not the only CUSTOM policy: several providers for one service")
             elif policy.provider is None:
                 outcome = _denial(f"{rule.id}{_BAD_CUSTOM}", f"{rule.id} names a provider that is unknown: {policy.provider_name!r}")
+            elif asked_of is _Of.UNDECLARED and isinstance(policy.provider, ExtAuthzHttp):
+                because = f"{rule.id} asks {policy.provider_name} of HTTP alone, and this is none: declare the port as TCP if it shall pass"
+                outcome = _denial(rule.id, because)
             else:
                 outcome = Consultation(policy.provider, policy.provider_name, rule.id, f"{rule.id} asks {policy.provider_name}")
             rules.append((rule.source, rule.compiled, outcome))

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from mesh.model.address import InvalidAddress, IpAddress, parse_ip
 from mesh.model.identity import SpiffeId
+from waypoint_py.client_hello import ServerName
 from waypoint_py.context import Connection
 from waypoint_py.http.message import Request
 
@@ -47,7 +48,12 @@ class Facts:
     __slots__ = ("claims", "connection", "path", "peer", "request", "sni", "trusted")
 
     def __init__(
-        self, request: Request | None, connection: Connection, claims: TokenFacts | None, trusted: TrustsForwarded, sni: str | None = None
+        self,
+        request: Request | None,
+        connection: Connection,
+        claims: TokenFacts | None,
+        trusted: TrustsForwarded,
+        sni: ServerName = None,
     ) -> None:
         self.request = request
         self.connection = connection

@@ -13,6 +13,7 @@ from mesh.authz.match import Networks
 from mesh.model.address import InvalidAddress, parse_cidr
 from mesh.model.l7.matching import Exact, TextMatch
 from mesh.model.l7.policy import Attribute, Predicate
+from waypoint_py.client_hello import Hidden
 from waypoint_py.policy.facts import Facts, Json, TokenFacts
 from waypoint_py.policy.texts import BadPattern, Paths, Texts
 
@@ -106,13 +107,38 @@ def _destination_port(predicate: Predicate, generous: bool) -> Hits:
 
 
 def _sni(predicate: Predicate, generous: bool) -> Hits:
-    among = _str_texts(predicate)
-    return lambda facts: facts.sni is not None and among.hit(facts.sni)
+    """Names in TLS, as hosts, have no case, and mean the same with a dot at their end. Of a name that nobody could read anything is true
+    that refuses: it may be the one that is meant."""
+    among = Texts(predicate.texts, str, ignore_case=True)
+
+    def hits(facts: Facts) -> bool:
+        name = facts.sni
+        if name is None:
+            return False
+        if isinstance(name, Hidden):
+            return generous
+        return among.hit(name) or (generous and name.endswith(".") and among.hit(name[:-1]))
+
+    return hits
 
 
 def _host(predicate: Predicate, generous: bool) -> Hits:
+    """A port, and a dot at the end, make no other host to who serves it: a DENY is not to be got round by them. An ALLOW takes the host as
+    it is written, as in Istio."""
     among = Texts(predicate.texts, str.encode, ignore_case=True)
-    return lambda facts: facts.request is not None and among.hit(facts.request.authority.lower())
+
+    def hits(facts: Facts) -> bool:
+        if facts.request is None:
+            return False
+        host = facts.request.authority.lower()
+        return among.hit(host) or (generous and (bare := _bare(host)) != host and among.hit(bare))
+
+    return hits
+
+
+def _bare(host: bytes) -> bytes:
+    name, colon, port = host.rpartition(b":")
+    return (name if colon and (port.isdigit() or not port) else host).rstrip(b".")
 
 
 def _method(predicate: Predicate, generous: bool) -> Hits:

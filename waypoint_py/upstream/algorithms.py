@@ -13,14 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Protocol
 
-from mesh.model.l7.destination import Balance, LoadBalancer, Warmup
+from mesh.model.l7.destination import MOST_SLOTS, Balance, LoadBalancer, Warmup
 from mesh.model.workload import Workload
 from waypoint_py.upstream.outlier import Health
-
-MOST_ON_A_RING: Final = 8 * 1024 * 1024
-"""Points (Envoy's ``maximum_ring_size``)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +48,7 @@ def make_algorithm(hosts: Sequence[Host], balancer: LoadBalancer, rng: random.Ra
     """For these hosts, at least one."""
     if balancer.hash is not None:
         table_size = balancer.hash.table_size
-        return Ring(hosts, balancer.hash.minimum_ring_size) if table_size is None else Maglev(hosts, table_size)
+        return Ring(hosts, balancer.hash.minimum_ring_size) if table_size is None else Maglev(hosts, min(table_size, MOST_SLOTS))
     match balancer.simple:
         case Balance.ROUND_ROBIN:
             return RoundRobin(hosts, rng, balancer.warmup)
@@ -121,7 +118,7 @@ class Ring:
     def __init__(self, hosts: Sequence[Host], minimum_size: int) -> None:
         total = sum(host.weight for host in hosts)
         lightest = min(host.weight for host in hosts) / total
-        scale = min(math.ceil(lightest * minimum_size) / lightest, MOST_ON_A_RING)
+        scale = min(math.ceil(lightest * minimum_size) / lightest, MOST_SLOTS)
         points: list[tuple[int, int]] = []
         for number, host in enumerate(hosts):
             name = host.uid.encode()
@@ -130,6 +127,10 @@ class Ring:
         points.sort()
         self._at = [at for at, _ in points]
         self._owners = [hosts[number] for _, number in points]
+
+    def __len__(self) -> int:
+        """Points."""
+        return len(self._at)
 
     def pick(self, rng: random.Random, key: int | None, now: float) -> Host:
         index = bisect_left(self._at, rng.getrandbits(64) if key is None else key)
@@ -142,6 +143,10 @@ class Maglev:
     def __init__(self, hosts: Sequence[Host], size: int) -> None:
         self._table = _fill([(host, host.weight) for host in hosts], size)
 
+    def __len__(self) -> int:
+        """Slots."""
+        return len(self._table)
+
     def pick(self, rng: random.Random, key: int | None, now: float) -> Host:
         return self._table[(rng.getrandbits(64) if key is None else key) % len(self._table)]
 
@@ -151,22 +156,19 @@ def _fill(hosts: Sequence[tuple[Host, int]], size: int) -> list[Host]:
     heaviest = max(weight for _, weight in hosts)
     offsets = [hash_text(host.uid.encode()) % size for host, _ in hosts]
     skips = [hash_text(b"%b/skip" % host.uid.encode()) % max(1, size - 1) + 1 for host, _ in hosts]
-    owed = [0.0] * len(hosts)
-    filled = 0
-    while True:
-        for number, (host, weight) in enumerate(hosts):
-            owed[number] += weight / heaviest
-            if owed[number] < 1.0:
-                continue
-            owed[number] -= 1.0
-            at = offsets[number]
-            while table[at] is not None:
-                at = (at + skips[number]) % size
-            table[at] = host
-            offsets[number] = (at + skips[number]) % size
-            filled += 1
-            if filled == size:
-                return [owner for owner in table if owner is not None]
+    # The heaviest takes a slot each round, and who is half as heavy every other: the round of a host's next slot, and how many it has.
+    turns = [(-(-heaviest // weight), number, 1) for number, (_, weight) in enumerate(hosts)]
+    heapq.heapify(turns)
+    for _ in range(size):
+        _, number, taken = turns[0]
+        host, weight = hosts[number]
+        heapq.heapreplace(turns, (-(-(taken + 1) * heaviest // weight), number, taken + 1))
+        at = offsets[number]
+        while table[at] is not None:
+            at = (at + skips[number]) % size
+        table[at] = host
+        offsets[number] = (at + skips[number]) % size
+    return [owner for owner in table if owner is not None]
 
 
 def warmth(host: Host, warmup: Warmup | None, now: float) -> float:

@@ -48,8 +48,10 @@ class Level:
 
 
 def arrange(hosts: Sequence[Host], setting: Locality | None, source: Workload, labels: Labels, *, detects: bool) -> tuple[Level, ...]:
-    """The levels, nearest first; none of them is empty. ``detects``: outlier detection is on."""
-    if setting is None or not setting.enabled or not (detects or setting.without_outlier_detection):
+    """The levels, nearest first; none of them is empty. ``setting`` None: nobody says anything, and near is what is near by its place, as
+    everywhere in Istio. ``detects``: outlier detection is on."""
+    setting = setting or Locality()
+    if not setting.enabled or not (detects or setting.without_outlier_detection):
         return (Level((Group(tuple(hosts), 1.0),), f"one of {len(hosts)}"),) if hosts else ()
     if setting.distribute:
         rule = next((rule for rule in setting.distribute if _covers(rule.source, source.locality)), None)

@@ -32,6 +32,10 @@ EXPECTED_STREAMS: Final = 100
 REMEMBERED: Final = 4096
 """Endpoints whose shelf is found without looking at what they are."""
 
+MOST_NAMES: Final = 64
+"""Shelves of one endpoint that differ by what clients say: beyond, one that nobody uses is emptied. A certificate may be good for any
+number of names, and who asks for each of them once would leave a connection behind with every request."""
+
 ENDING: Final = "the waypoint ends"
 NEEDED_ELSEWHERE: Final = "another endpoint needs the connection"
 
@@ -93,6 +97,11 @@ class _ShelfKey(NamedTuple):
     server_name: str
     proxied: tuple[int, SocketAddress, SocketAddress] | None
     """The client whom a PROXY header names, and what it dialled: such a connection is that client's alone."""
+
+    @property
+    def is_clients_choice(self) -> bool:
+        """Whether there may be as many as clients please."""
+        return self.proxied is not None or (self.tls is not None and not self.tls.sni)
 
 
 class Shelf:
@@ -398,6 +407,8 @@ class Pool:
         self.connecting: dict[Connecting, None] = {}
         self._shelves: dict[_ShelfKey, Shelf] = {}
         self._breakers: dict[Hashable, Breaker] = {}
+        self._named: dict[SocketAddress, dict[Shelf, None]] = {}
+        """Shelves that clients' words tell apart, in order of age."""
         self._recent: dict[_Recent, tuple[Endpoint, Shelf]] = {}
         """Shelves by the identity of an endpoint that is kept here, so that no other can have the same."""
 
@@ -485,6 +496,11 @@ class Pool:
         """Nothing is on it any more."""
         if self._shelves.get(key) is shelf:
             del self._shelves[key]
+            named = self._named.get(key.address)
+            if named is not None:
+                named.pop(shelf, None)
+                if not named:
+                    del self._named[key.address]
         for recent in shelf.remembered_as:
             self._recent.pop(recent, None)
         shelf.remembered_as.clear()
@@ -506,6 +522,8 @@ class Pool:
         if shelf is None:
             wanted = Wanted(protocol, host, client if key.proxied is not None else None)
             shelf = self._shelves[key] = Shelf(self, key, endpoint, wanted, self.breaker_of(endpoint))
+            if key.is_clients_choice:
+                self._put_among_named(key.address, shelf)
         shelf.endpoint = endpoint
         if version is None and (tls is None or tls.sni):  # no other request can belong to another shelf
             if len(self._recent) >= REMEMBERED:
@@ -515,6 +533,14 @@ class Pool:
             self._recent[id(endpoint), protocol] = endpoint, shelf
             shelf.remembered_as.append((id(endpoint), protocol))
         return shelf
+
+    def _put_among_named(self, address: SocketAddress, shelf: Shelf) -> None:
+        named = self._named.setdefault(address, {})
+        if len(named) >= MOST_NAMES:
+            idle = next((each for each in named if each.find_idle() is not None), None)
+            if idle is not None:
+                idle.close_idle()
+        named[shelf] = None
 
 
 def _overflow(because: str) -> UpstreamFailure:

@@ -7,6 +7,7 @@ leaving unencrypted, and the next agent finds them; what was released by mistake
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -21,7 +22,8 @@ ORDER: Final = "uninstall"
 """Name of the file in the run directory that says the same where there is no API server."""
 ASK_AGAIN_SECONDS: Final = 1.0
 _ANSWER_SECONDS: Final = 3.0
-_AGAIN_SECONDS: Final = 30.0
+_AGAIN_SECONDS: Final = (1.0, 30.0)
+"""Between the first answers that were none, and at most: an agent may be told to end soon after it began."""
 _GONE: Final = {404: f"DaemonSet {DAEMONSET} is gone", 401: "our rights are gone", 403: "our rights are gone"}
 """What gave us the right to ask is part of the installation, and goes with it, perhaps before us. But a starting API server answers so
 too, as it does for a moment when what was deleted is made anew; and 401 when our pod was deleted by force, and another is on its way."""
@@ -58,16 +60,21 @@ class _DaemonSet(msgspec.Struct):
     spec: _DaemonSetSpec
 
 
-class _Node(msgspec.Struct):
+class _Named(msgspec.Struct):
+    """A node or a namespace."""
+
     metadata: _Metadata
 
 
 Json = Mapping[str, object]
 
 
-def judge(daemonset: Json | ApiError, node: Json | ApiError, *, allowed_before: bool, sure: bool) -> Departure:
-    """From what the API server answered about our DaemonSet and our node. ``allowed_before``: it has answered this agent before.
-    ``sure``: that the DaemonSet, or our right to ask, is gone it has said for long enough."""
+def judge(daemonset: Json | ApiError, node: Json | ApiError, namespace: Json | ApiError, *, allowed_before: bool, sure: bool) -> Departure:
+    """From what the API server answered about our DaemonSet, its namespace and our node. ``allowed_before``: it has answered this agent
+    before. ``sure``: that the DaemonSet, or our right to ask, is gone it has said for long enough.
+
+    A namespace that is deleted takes its pods with it in no order: they may be told to end while the DaemonSet is still there.
+    """
     if isinstance(daemonset, ApiError):
         if allowed_before and daemonset.status in _GONE:
             because = f"{_GONE[daemonset.status]}: {daemonset}"
@@ -75,15 +82,20 @@ def judge(daemonset: Json | ApiError, node: Json | ApiError, *, allowed_before: 
         return Departure(False, f"the API server does not say: {daemonset}", certain=False)
     try:
         ours = msgspec.convert(daemonset, _DaemonSet)
-        labels = {} if isinstance(node, ApiError) else msgspec.convert(node, _Node).metadata.labels
+        labels = {} if isinstance(node, ApiError) else msgspec.convert(node, _Named).metadata.labels
+        emptied = not isinstance(namespace, ApiError) and msgspec.convert(namespace, _Named).metadata.deletionTimestamp is not None
     except msgspec.ValidationError as exc:
         return Departure(False, f"the API server's answer is not understood: {exc}", certain=False)
     if ours.metadata.deletionTimestamp is not None:
         return Departure(True, f"DaemonSet {DAEMONSET} is being deleted")
+    if emptied:
+        return Departure(True, f"the namespace of DaemonSet {DAEMONSET} is being deleted")
     unmet = {key: value for key, value in ours.spec.template.spec.nodeSelector.items() if labels.get(key) != value}
     if unmet and not isinstance(node, ApiError):
         selector = ", ".join(f"{key}={value}" for key, value in sorted(unmet.items()))
         return Departure(True, f"DaemonSet {DAEMONSET} no longer selects this node ({selector})")
+    if isinstance(namespace, ApiError) and namespace.status in _GONE:
+        return Departure(False, f"DaemonSet {DAEMONSET} is there, but of its namespace we are not told: {namespace}", certain=False)
     return Departure(False, f"DaemonSet {DAEMONSET} is there")
 
 
@@ -114,31 +126,35 @@ class ClusterDepartures:
         self._sure_after = sure_after
         self._gone_since: float | None = None
         self._daemonset = f"/apis/apps/v1/namespaces/{namespace}/daemonsets/{DAEMONSET}"
-        self._node = node
+        self._namespace = f"/api/v1/namespaces/{namespace}"
+        self._node = f"/api/v1/nodes/{node}"
         self._allowed = False
 
     async def run(self) -> None:
         """Ask once while all is well: no answer later means something only if there was one before."""
-        while not self._allowed:
-            try:
+        pause, longest = _AGAIN_SECONDS
+        while True:
+            with suppress(ApiUnavailable):
                 self._allowed = not isinstance(await self._get(self._daemonset), ApiError)
-            except ApiUnavailable:
-                pass
-            await trio.sleep(_AGAIN_SECONDS)
+            if self._allowed:
+                return
+            await trio.sleep(pause)
+            pause = min(2 * pause, longest)
 
     async def find(self) -> Departure:
         gone_since, self._gone_since = self._gone_since, None
         with trio.move_on_after(_ANSWER_SECONDS):
             try:
                 daemonset = await self._get(self._daemonset)
-                node = await self._get(f"/api/v1/nodes/{self._node}")
+                node = await self._get(self._node)
+                namespace = await self._get(self._namespace)
             except ApiUnavailable as exc:
                 return Departure(False, f"the API server can't be asked: {exc}", certain=False)
             now = trio.current_time()
             if isinstance(daemonset, ApiError) and daemonset.status in _GONE:
                 self._gone_since = now if gone_since is None else gone_since
             sure = self._gone_since is not None and now - self._gone_since >= self._sure_after
-            return judge(daemonset, node, allowed_before=self._allowed, sure=sure)
+            return judge(daemonset, node, namespace, allowed_before=self._allowed, sure=sure)
         return Departure(False, f"the API server did not answer within {_ANSWER_SECONDS:g} s", certain=False)
 
     async def _get(self, path: str) -> Json | ApiError:

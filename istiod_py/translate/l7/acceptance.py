@@ -5,20 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 from istiod_py.translate.config import Condition
 from istiod_py.translate.l7.attachment import ISTIO_CLASS
 from istiod_py.translate.l7.notices import Notice, names_in
 from istiod_py.translate.reading import Read
 from mesh.kube.fields import did_you_mean
+from mesh.kube.gatewayapi.gateway import WAYPOINT_CONTROLLER
 from mesh.kube.objects import FieldPath, KubeObject
+from mesh.kube.ownership import WAYPOINT_ACCEPTED
 from mesh.kube.policies import AuthorizationPolicy
 from mesh.kube.requestauthentication import RequestAuthentication
 from mesh.kube.targets import GROUPS, TargetRef
-
-TYPE: Final = "WaypointAccepted"
-WAYPOINT_CONTROLLER: Final = "istio.io/mesh-controller"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +53,14 @@ def acceptance_of(read: Read[AuthorizationPolicy] | Read[RequestAuthentication],
     if read.problems:
         because = read.problems[0]
         effect = _effect_of_mistakes(read)
-        return Condition(TYPE, False, "Invalid", f"{effect}: {because}")
+        return Condition(WAYPOINT_ACCEPTED, False, "Invalid", f"{effect}: {because}")
     found = [_bind(target, policy.namespace, read.obj.kind, targets) for target in policy.targets]
     if len(found) == 1:
-        return Condition(TYPE, found[0].bound, found[0].reason, found[0].message)
+        return Condition(WAYPOINT_ACCEPTED, found[0].bound, found[0].reason, found[0].message)
     unbound = [each.target for each in found if not each.bound]
     bound = len(unbound) < len(found)
     reason = ("PartiallyInvalid" if unbound else "Accepted") if bound else "Invalid"
-    return Condition(TYPE, bound, reason, f"Invalid targetRefs: {', '.join(unbound)}" if unbound else "")
+    return Condition(WAYPOINT_ACCEPTED, bound, reason, f"Invalid targetRefs: {', '.join(unbound)}" if unbound else "")
 
 
 def find_unbound(read: Read[AuthorizationPolicy] | Read[RequestAuthentication], targets: Targets) -> Iterator[Notice]:

@@ -7,13 +7,17 @@ rule is left out: a delegate can't reach beyond what it was given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from istiod_py.translate.l7.sources import Note, RouteDefaults, Sourced, expand, is_exported
 from mesh.kube.objects import KubeObject
 from mesh.kube.virtualservice import HttpMatch, HttpRule, VirtualService
 from mesh.model.l7.matching import Exact, Prefix, Regex, TextMatch
+
+MOST_MERGED: Final = 4096
+"""Matches that delegation makes for one VirtualService. Each of the root's meets each of the delegate's: two objects of some kilobytes
+would become one of gigabytes, here and at the waypoint."""
 
 Delegates = Mapping[tuple[str, str], Sourced[VirtualService]]
 
@@ -27,14 +31,18 @@ class PlacedRule:
     rule: HttpRule
 
 
-class _Merged(NamedTuple):
-    rules: list[PlacedRule]
-    notes: list[Note]
+@dataclass(slots=True)
+class _Merged:
+    """``room``: matches that delegation may still make."""
+
+    rules: list[PlacedRule] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    room: int = MOST_MERGED
 
 
 def settle_rules(root: Sourced[VirtualService], delegates: Delegates, defaults: RouteDefaults) -> tuple[list[PlacedRule], list[Note]]:
     """The rules of a VirtualService with delegates put in place of what they stand for."""
-    merged = _Merged([], [])
+    merged = _Merged()
     for index, rule in enumerate(root.value.http):
         placed = PlacedRule(root.obj, index, _expand(rule, root.value.namespace, defaults))
         if rule.delegate is None:
@@ -57,6 +65,11 @@ def _delegate(placed: PlacedRule, root: VirtualService, delegates: Delegates, de
         merged.notes.append(Note(placed.obj.key, path, message))
         return
     for index, rule in enumerate(found.value.http):
+        merged.room -= max(1, len(placed.rule.matches)) * max(1, len(rule.matches))
+        if merged.room < 0:
+            message = f"with VirtualService {namespace}/{name} it makes more than {MOST_MERGED} matches: the rest of it is left out"
+            merged.notes.append(Note(placed.obj.key, path, message))
+            return
         both = merge_rules(placed.rule, _expand(rule, namespace, defaults))
         if both is None:
             message = f"matches nothing of what VirtualService {root.namespace}/{root.name} delegates: left out there"

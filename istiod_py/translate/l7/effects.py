@@ -10,7 +10,7 @@ from istiod_py.translate.l7.notices import Notice
 from mesh.kube.destinationrule import KubeDestinationRule
 from mesh.kube.objects import FieldPath
 from mesh.kube.trafficpolicy import BalancerSettings, Blocks, OutlierSettings, PolicySettings, TlsSettings
-from mesh.model.l7.destination import Balance
+from mesh.model.l7.destination import MOST_SLOTS, Balance
 
 NO_EFFECT: Final = "has no effect at waypoints"
 
@@ -61,6 +61,8 @@ def _look_at_balancer(balancer: BalancerSettings, outlier: OutlierSettings | Non
         yield Notice((*path, "zoneAwareLbSetting"), f"{NO_EFFECT}: they know localityLbSetting")
     if balancer.warmup is not None and (balancer.hash is not None or balancer.simple in (Balance.RANDOM, Balance.PASSTHROUGH)):
         yield Notice((*path, "warmup"), "has no effect beside this way of balancing: it is for ROUND_ROBIN and LEAST_REQUEST")
+    if balancer.hash is not None and (balancer.hash.table_size or balancer.hash.minimum_ring_size) > MOST_SLOTS:
+        yield Notice((*path, "consistentHash"), f"a size beyond {MOST_SLOTS} {NO_EFFECT}: they make none larger")
     locality = balancer.locality
     if locality is None:
         return

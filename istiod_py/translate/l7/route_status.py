@@ -23,12 +23,10 @@ from mesh.kube.fields import did_you_mean
 from mesh.kube.gatewayapi.references import GROUP, ParentRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, RequestRoute
 from mesh.kube.objects import FieldPath, ObjectKey, SourceProblem, format_path
+from mesh.kube.ownership import ROUTE_CONTROLLER, WAYPOINT_ACCEPTED
 from mesh.kube.virtualservice import VirtualService, hosts_meet, patterns_of
 from mesh.model.l7.routing import Destination
 
-CONTROLLER: Final = "istio.io/gateway-controller"
-"""As whom Istio speaks of routes."""
-ACCEPTED: Final = "WaypointAccepted"
 _LONGEST: Final = 4096
 """Characters of a message: of many problems the first are enough."""
 
@@ -115,8 +113,8 @@ class _Reporter:
         if served:
             hosts = ", ".join(sorted({each.service.hostname for each in served}))
             text = f"routes {hosts}" + (f"; without effect or not as written: {message}" if message else "")
-            return _condition(ACCEPTED, True, "UnsupportedValue" if message else "Accepted", text)
-        return _condition(ACCEPTED, False, reason or "UnsupportedValue", message or "routes nothing")
+            return _condition(WAYPOINT_ACCEPTED, True, "UnsupportedValue" if message else "Accepted", text)
+        return _condition(WAYPOINT_ACCEPTED, False, reason or "UnsupportedValue", message or "routes nothing")
 
     def _find_undelegated(self, vs: Sourced[VirtualService]) -> str:
         if (vs.value.namespace, vs.value.name) not in self._delegated:
@@ -171,7 +169,7 @@ class _Reporter:
             if service_parent(ref, value.namespace) is not None:
                 accepted, waypoints = self._say_parent(route, number, ref)
                 conditions = (_mark_stale(accepted, route.mistake), *partial, resolved, waypoints)
-                yield ParentStatus(ref.as_object(), CONTROLLER, conditions)
+                yield ParentStatus(ref.as_object(), ROUTE_CONTROLLER, conditions)
             elif mistake := self._find_wrong_parent(ref, value.namespace):
                 self._note(route.obj.key, ("spec", "parentRefs", number), mistake)
 
@@ -276,17 +274,17 @@ def _say_refused(
 ) -> Iterator[StatusEntry]:
     message = f"not in force: {refused.mistake}"
     if isinstance(refused.value, VirtualService):
-        yield _condition(ACCEPTED, False, "Invalid", message)
+        yield _condition(WAYPOINT_ACCEPTED, False, "Invalid", message)
         return
     for ref in refused.value.parents:
         if service_parent(ref, refused.value.namespace) is not None:
-            yield ParentStatus(ref.as_object(), CONTROLLER, (_condition("Accepted", False, "UnsupportedValue", message),))
+            yield ParentStatus(ref.as_object(), ROUTE_CONTROLLER, (_condition("Accepted", False, "UnsupportedValue", message),))
 
 
 def _mark_stale(condition: Condition, mistake: SourceProblem | None) -> Condition:
     if mistake is None:
         return condition
-    reason = "Invalid" if condition.type == ACCEPTED else "UnsupportedValue"
+    reason = "Invalid" if condition.type == WAYPOINT_ACCEPTED else "UnsupportedValue"
     return _condition(condition.type, False, reason, f"the last good version stays in force: {mistake}")
 
 

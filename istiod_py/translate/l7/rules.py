@@ -11,7 +11,7 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from istiod_py.translate.config import Condition, Config
-from istiod_py.translate.l7.acceptance import TYPE, Targets, acceptance_of, find_unbound
+from istiod_py.translate.l7.acceptance import Targets, acceptance_of, find_unbound
 from istiod_py.translate.l7.attachment import Fronted, FrontedService, WaypointRef
 from istiod_py.translate.l7.authentication import KeySets, KeySource, authentications_for, find_wanted
 from istiod_py.translate.l7.destination_configs import Destined, Endpoint, configure, label_endpoints, wanted_labels
@@ -29,6 +29,7 @@ from mesh.kube.configmap import KubeConfigMap, read_config_map
 from mesh.kube.destinationrule import KubeDestinationRule, read_destination_rule
 from mesh.kube.meshconfig import DEFAULT, NAME, MeshConfig, read_mesh_config
 from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem
+from mesh.kube.ownership import WAYPOINT_ACCEPTED
 from mesh.kube.policies import AuthorizationPolicy as KubePolicy
 from mesh.kube.requestauthentication import RequestAuthentication as KubeAuthentication
 from mesh.kube.requestauthentication import read_request_authentication
@@ -248,13 +249,13 @@ def _condition_of_rule(read: Read[KubeDestinationRule], waypoints: list[str]) ->
     """`WaypointAccepted` is true also where a part has no effect, as `ZtunnelAccepted` is; the reason says it then."""
     if read.problems:
         effect = "the last good version stays in force" if read.good else "not used, and no request goes where it speaks of TLS"
-        return Condition(TYPE, False, "Invalid", f"{effect}: {read.problems[0]}")
+        return Condition(WAYPOINT_ACCEPTED, False, "Invalid", f"{effect}: {read.problems[0]}")
     if not waypoints:
         return None
     without = [f"{_dotted(notice)} {notice.message}" for notice in find_without_effect(read.value)]
     if without:
-        return Condition(TYPE, True, "UnsupportedValue", f"used by {', '.join(waypoints)}; {'; '.join(without)}")
-    return Condition(TYPE, True, "Accepted", f"used by {', '.join(waypoints)}")
+        return Condition(WAYPOINT_ACCEPTED, True, "UnsupportedValue", f"used by {', '.join(waypoints)}; {'; '.join(without)}")
+    return Condition(WAYPOINT_ACCEPTED, True, "Accepted", f"used by {', '.join(waypoints)}")
 
 
 def _dotted(notice: Notice) -> str:

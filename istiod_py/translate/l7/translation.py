@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from istiod_py.translate.config import AncestorStatus, Condition, Config, StatusEntry
 from istiod_py.translate.hosts import Hosts
-from istiod_py.translate.l7.acceptance import TYPE, WAYPOINT_CONTROLLER, Targets
+from istiod_py.translate.l7.acceptance import Targets
 from istiod_py.translate.l7.assemble import Assembler, L7Key, L7Policy, NamedMemo
 from istiod_py.translate.l7.attachment import ISTIO_CLASS, WaypointRef
 from istiod_py.translate.l7.authentication import KeySets, KeySource
@@ -26,7 +26,7 @@ from istiod_py.translate.l7.sources import RouteDefaults, RouteSources, Sourced
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.reading import Read, Reader, read_objects
 from istiod_py.translate.waypoints import Waypoint, Waypoints
-from mesh.kube.gatewayapi.gateway import GROUP
+from mesh.kube.gatewayapi.gateway import GROUP, WAYPOINT_CONTROLLER
 from mesh.kube.gatewayapi.routes import (
     ConnectionRoute,
     RequestRoute,
@@ -36,6 +36,7 @@ from mesh.kube.gatewayapi.routes import (
     read_tls_route,
 )
 from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem
+from mesh.kube.ownership import WAYPOINT_ACCEPTED
 from mesh.kube.policies import AuthorizationPolicy as KubePolicy
 from mesh.kube.service import KubeService
 from mesh.kube.serviceentry import KubeServiceEntry
@@ -287,7 +288,7 @@ class _L7Translator:
         rules = self._memory.rules
         for reads in (self._facts.authorizations, rules.authentications, rules.destination_rules):
             for key, read in reads.items():
-                if key not in statuses and _says(read.obj, TYPE):
+                if key not in statuses and _says(read.obj, WAYPOINT_ACCEPTED):
                     yield key
 
     # What the assembler asks

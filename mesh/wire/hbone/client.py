@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from h2.settings import SettingCodes
-
 from mesh.wire.errors import ErrorCode, LocalProtocolError
 from mesh.wire.frames import MAX_STREAM_ID
 from mesh.wire.hbone import patience
@@ -14,6 +12,7 @@ from mesh.wire.hbone.connection import HboneConnection, Limits
 from mesh.wire.hbone.events import GoingAway, TunnelReset, TunnelResponded
 from mesh.wire.hbone.streams import Signal, Stream
 from mesh.wire.headers import Fields, MalformedHeaders, parse_response
+from mesh.wire.settings import SettingCode
 
 CLIENT_LIMITS: Final = Limits(max_header_list_size=16 << 10)
 
@@ -23,10 +22,10 @@ class HboneClient(HboneConnection):
 
     def __init__(self, *, now: Callable[[], float], limits: Limits = CLIENT_LIMITS) -> None:
         settings = {
-            SettingCodes.ENABLE_PUSH: 0,
-            SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window,
-            SettingCodes.MAX_FRAME_SIZE: limits.max_frame_size,
-            SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
+            SettingCode.ENABLE_PUSH: 0,
+            SettingCode.INITIAL_WINDOW_SIZE: limits.stream_window,
+            SettingCode.MAX_FRAME_SIZE: limits.max_frame_size,
+            SettingCode.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
         }
         super().__init__(now=now, limits=limits, server=False, settings=settings)
         self._next_stream = 1

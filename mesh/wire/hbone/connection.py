@@ -1,8 +1,8 @@
 """One HBONE connection without its I/O: bytes and facts in, events and bytes out.
 
-Theory of operation. `FrameSplitter` cuts what the peer sent into frames and calls the ``on_...`` methods here. SETTINGS and PING go on to
-h2 (`Control`); streams, windows, header blocks and GOAWAY are ours, since through h2 they cost more than all the rest of a tunnel. There
-is no payload in here: what arrives leaves `receive` as slices of the driver's buffer, what is sent never passes through (`data_header`).
+Theory of operation. `FrameSplitter` cuts what the peer sent into frames and calls the ``on_...`` methods here. Nothing of it is left to the
+h2 library, through which streams and windows cost more than all the rest of a tunnel, and settings a tenth of a new connection. There is no
+payload in here: what arrives leaves `receive` as slices of the driver's buffer, what is sent never passes through (`data_header`).
 
 Contract with the driver
 - ``receive(view)`` may be fed any portion of the decrypted byte stream. It returns the events of that portion, in order. The slices in
@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from h2.settings import SettingCodes
-
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.frames import (
     ACK,
@@ -45,10 +43,10 @@ from mesh.wire.frames import (
     window_update_frame,
 )
 from mesh.wire.hbone import patience
-from mesh.wire.hbone.control import Control
 from mesh.wire.hbone.events import GoingAway, HboneEvent, PingAcknowledged, TunnelData, TunnelEnded, TunnelReset, WindowOpened
 from mesh.wire.hbone.streams import Direction, Signal, Stream
 from mesh.wire.headers import Fields, HeaderReader, HeaderWriter, MalformedHeaders, check_trailers
+from mesh.wire.settings import SETTINGS_ACK, PeerSettings, SettingCode, opening
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +84,17 @@ _DATA_HEADER_INTO = _HEADER.pack_into
 class HboneConnection(ABC):
     """What client and server have in common. See the module for the contract."""
 
-    def __init__(self, *, now: Callable[[], float], limits: Limits, server: bool, settings: Mapping[SettingCodes, int]) -> None:
+    def __init__(self, *, now: Callable[[], float], limits: Limits, server: bool, settings: Mapping[SettingCode, int]) -> None:
         self._limits = limits
         self._patience = patience.Patience(now)
-        self._control = Control(server=server, settings=settings)
+        self._peer = PeerSettings(of_server=not server)
         self._splitter = FrameSplitter(
             self, max_frame_size=limits.max_frame_size, max_block_size=limits.max_header_list_size, expect_preface=server
         )
         self._reader = HeaderReader(limits.max_header_list_size)
         self._writer = HeaderWriter()
         self._events: list[HboneEvent] = []
-        self.outgoing = bytearray()
+        self.outgoing = bytearray(opening(settings, server=server))
         """What `take_outgoing` will give: to see whether there is anything, and how much. A peer that asks and never reads makes it grow:
         the driver must set a bound."""
         self._failure: RemoteProtocolError | None = None
@@ -113,7 +111,6 @@ class HboneConnection(ABC):
         self._settings_received = False
         self._goaway_received = False
         self._goaway_sent = False
-        self._take_control_bytes()
         if limits.connection_window > DEFAULT_WINDOW:
             self.outgoing += window_update_frame(0, limits.connection_window - DEFAULT_WINDOW)
 
@@ -302,15 +299,17 @@ class HboneConnection(ABC):
 
     def on_settings(self, flags: int, payload: bytes) -> None:
         self._patience.spend(patience.SETTINGS, "SETTINGS")
-        self._control.receive_settings(flags, payload)
-        self._take_control_bytes()
         if flags & ACK:
             return
+        settings = self._peer
+        settings.take(payload)
+        self.outgoing += SETTINGS_ACK
         self._settings_received = True
-        settings = self._control.remote_settings
         self.max_frame_size = settings.max_frame_size
-        self._peer_max_streams = min(settings.max_concurrent_streams, MAX_STREAM_ID)
-        self._writer.resize(settings.header_table_size)
+        if settings.max_concurrent_streams is not None:
+            self._peer_max_streams = min(settings.max_concurrent_streams, MAX_STREAM_ID)
+        for size in settings.table_sizes:
+            self._writer.resize(size)
         self._shift_windows(settings.initial_window_size - self._initial_send_window)
         self._initial_send_window = settings.initial_window_size
 
@@ -325,10 +324,10 @@ class HboneConnection(ABC):
 
     def on_ping(self, flags: int, payload: bytes) -> None:
         self._patience.spend(patience.PING, "PING")
-        self._control.receive_ping(flags, payload)
-        self._take_control_bytes()
         if flags & ACK:
             self._on_ping_acknowledged(payload)
+        else:
+            self.outgoing += frame_header(8, FrameType.PING, ACK, 0) + payload
 
     def _on_ping_acknowledged(self, payload: bytes) -> None:
         self._events.append(PingAcknowledged(payload))
@@ -504,8 +503,4 @@ class HboneConnection(ABC):
         self.outgoing += header_frames(stream, block, end_stream=end, max_frame_size=self.max_frame_size)
 
     def _ping(self, data: bytes) -> None:
-        self._control.ping(data)
-        self._take_control_bytes()
-
-    def _take_control_bytes(self) -> None:
-        self.outgoing += self._control.take_outgoing()
+        self.outgoing += frame_header(8, FrameType.PING, 0, 0) + data

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from h2.settings import SettingCodes
-
 from mesh.wire.authority import parse_authority
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.frames import MAX_STREAM_ID
@@ -15,6 +13,7 @@ from mesh.wire.hbone.connection import OWN_PING, HboneConnection, Limits
 from mesh.wire.hbone.events import RequestRefused, TunnelEnded, TunnelRequested
 from mesh.wire.hbone.streams import Signal, Stream
 from mesh.wire.headers import Fields, MalformedHeaders, parse_request
+from mesh.wire.settings import SettingCode
 
 SERVER_LIMITS: Final = Limits()
 
@@ -26,10 +25,10 @@ class HboneServer(HboneConnection):
         """``wrong_method``: what a request is answered that is no CONNECT."""
         self._wrong_method = wrong_method
         settings = {
-            SettingCodes.MAX_CONCURRENT_STREAMS: limits.max_concurrent_streams,
-            SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window,
-            SettingCodes.MAX_FRAME_SIZE: limits.max_frame_size,
-            SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
+            SettingCode.MAX_CONCURRENT_STREAMS: limits.max_concurrent_streams,
+            SettingCode.INITIAL_WINDOW_SIZE: limits.stream_window,
+            SettingCode.MAX_FRAME_SIZE: limits.max_frame_size,
+            SettingCode.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
         }
         super().__init__(now=now, limits=limits, server=True, settings=settings)
         self._highest = 0  # of the streams the peer opened

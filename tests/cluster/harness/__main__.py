@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from tests.cluster.harness.build import why_not
+from tests.cluster.harness.build import why_not, why_not_at_once
 from tests.cluster.harness.client import Options, bury_the_dead, find_cluster, prepare, start_cluster
 from tests.cluster.harness.home import ClusterError, find_clusters
 from tests.cluster.harness.progress import tell
@@ -23,9 +23,10 @@ def main() -> None: ...
 
 
 @main.command()
-def check() -> None:
+@click.option("--built", is_flag=True, help="Also where it would have to be built first, which takes minutes.")
+def check(built: bool) -> None:
     """Say why no cluster can run here, and end with status 3; or end well."""
-    reason = why_not()
+    reason = why_not() or (why_not_at_once() if built else None)
     if reason is not None:
         click.echo(f"no cluster on this machine: {reason}")
         sys.exit(3)

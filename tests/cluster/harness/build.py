@@ -76,6 +76,14 @@ def why_not() -> str | None:
     return None
 
 
+def why_not_at_once() -> str | None:
+    """What has to be built first, in words; None if nothing that takes long."""
+    version = kubernetes_version()
+    if (cache_directory() / _programs_name(version)).exists():
+        return None
+    return f"Kubernetes {version} is not built here yet, which takes ten minutes: python -m tests.cluster.harness prepare"
+
+
 def build_helm() -> Path:
     """Helm's program, for the tests of the chart. Raises ClusterError."""
     target = cache_directory() / f"helm-{_HELM}"

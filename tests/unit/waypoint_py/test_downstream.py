@@ -147,8 +147,8 @@ def test_one_byte_at_a_time_is_heard_like_all_at_once(talk: Talk) -> None:
 def test_a_request_that_came_before_the_waypoint_ends_is_served_and_is_the_last() -> None:
     talk = Talk()
     stage = talk.stage
-    stage.plane.draining = True
     connection = HttpConnection(stage.plane, stage.wire, Http1Server(SERVER_OPTIONS), stage.facts, serial=True, on_gone=lambda: None)
+    connection.wind_down()
     connection.start(GET)
     talk.respond()
     assert b"connection: close" in talk.hear()

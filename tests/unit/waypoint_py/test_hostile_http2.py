@@ -22,6 +22,7 @@ from waypoint_py.downstream import TOO_MUCH_UNSENT
 from waypoint_py.http.codec import RequestHead
 from waypoint_py.http.h2 import Http2Server
 from waypoint_py.http.message import Response
+from waypoint_py.stream import HIGH_WATER
 
 SETTINGS = frame_header(0, FrameType.SETTINGS, 0, 0)
 PING = frame_header(8, FrameType.PING, 0, 0) + bytes(8)
@@ -216,4 +217,47 @@ def test_responses_that_no_window_is_opened_for_are_held_back_at_their_source() 
     assert stage.wire.unsent < 10_000
     stage.say(window_update_frame(1, 1000))
     assert [call.unconsumed for call in calls] == [99_000] + [100_000] * 9
+    stage.finish()
+
+
+@pytest.mark.parametrize("status", [100, 103])
+def test_informational_responses_do_not_pile_up_before_a_client_that_does_not_read(status: int) -> None:
+    """No window holds them back: an application and a client that are of one mind could fill a waypoint's memory with them."""
+    stage = _quiet_stage()
+    waits = [*POST, ("expect", "100-continue")]
+    stage.say(Peer().head(1, waits, end=False))
+    (call,) = stage.upstreams.living
+    call.opened = True
+    call.on_open(call)
+    for _ in range(2000):
+        call.sink.informational(status, [(b"link", b"x" * 10_000)])
+        stage.clock.turn()
+    assert stage.wire.unsent < HIGH_WATER + 20_000
+    call.sink.response(Response(200, []), True)
+    call.over = True
+    stage.clock.turn()
+    heard = b""
+    while piece := stage.wire.read(100_000):
+        heard += piece
+        stage.clock.turn()
+    heads = [frame for frame in frames_of(heard) if frame.type == FrameType.HEADERS]
+    assert "END_STREAM" in heads[-1].flags, "the answer itself has come"
+    stage.finish()
+
+
+def test_a_client_that_has_much_to_read_is_told_to_continue_all_the_same() -> None:
+    stage = _quiet_stage()
+    writer = Peer()
+    stage.say(writer.head(1, GET) + writer.head(3, [*POST, ("expect", "100-continue")], end=False))
+    busy, waiting = stage.upstreams.living
+    for call in (busy, waiting):
+        call.opened = True
+        call.on_open(call)
+    while stage.wire.unsent <= HIGH_WATER:
+        busy.sink.informational(103, [(b"link", b"x" * 10_000)])
+        stage.clock.turn()
+    before = stage.wire.unsent
+    waiting.sink.informational(100, [(b"x", b"x" * 10_000)])
+    stage.clock.turn()
+    assert before < stage.wire.unsent < before + 100
     stage.finish()

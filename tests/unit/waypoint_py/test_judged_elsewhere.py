@@ -31,6 +31,7 @@ from mesh.rpc import Call, Unary, serve_connection
 from mesh.state.store import Delta
 from mesh.xds.proto import ext_authz_pb2 as pb
 from tests.unit.waypoint_py.harness import HOST, Echo, Seen, World, default_route
+from tests.unit.waypoint_py.test_client_hello import in_records
 from waypoint_py.policy.consult import CHECK_METHOD
 from waypoint_py.verdict import Flag
 
@@ -302,6 +303,22 @@ def test_a_token_is_proved_and_its_claims_are_routed_and_judged_by() -> None:
     world.run(main)
 
 
+def test_a_token_that_proved_somebody_is_told_to_no_log_and_no_trace() -> None:
+    world = World()
+
+    async def main() -> None:
+        async with world.application(Echo()) as address:
+            world.describe(world.endpoint(address))
+            world.push(RequestAuthentication(Origin("RequestAuthentication", "shop", "jwt"), rules=(JwtRule("issuer", jwks=KEYS),)))
+            client = await world.client()
+            assert (await client.get(f"/a?b=c&access_token={_token()}")).status == 200
+            (record,) = world.log.requests
+            assert record.path == b"/a?b=c"
+            assert record.request_header(b":path") == b"/a?b=c"
+
+    world.run(main)
+
+
 def test_an_unreadable_request_authentication_denies() -> None:
     world = World()
 
@@ -362,5 +379,67 @@ def test_a_policy_on_the_name_that_tls_asks_for_holds() -> None:
                     await stream.receive_some()
             await world.until(lambda: len(world.log.connections) == 3)
             assert [record.requested_server_name for record in world.log.connections] == ["good.example", "evil.example", None]
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("way", ["at once", "in records", "a few bytes first", "never whole"])
+def test_a_deny_of_a_name_in_tls_is_not_got_round_by_how_the_hello_is_cut(
+    declared: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("waypoint_py.listener.NAME_SECONDS", 0.2)
+    world = World()
+    heard: list[bytes] = []
+
+    async def application(stream: trio.SocketStream) -> None:
+        async for data in stream:
+            heard.append(data)
+
+    async def main() -> None:
+        from dataclasses import replace
+
+        async with world.application(application) as address:
+            world.describe(world.endpoint(address), protocol=Protocol.TCP if declared else Protocol.AUTO)
+            if declared:
+                (service,) = [each for each in world.state.services() if each.hostname == HOST]
+                ports = (ServicePort(80, 8080, AppProtocol.TLS),)
+                world.state.apply(Delta(services=(replace(service, ports=ports),)))
+            rule = PolicyRule(conditions=(Predicate(Attribute.SNI, texts=(Exact("secret.example"),)),))
+            world.push(AuthorizationPolicy(Origin("AuthorizationPolicy", "shop", "sni"), PolicyAction.DENY, rules=(rule,)))
+            hello = _hello("secret.example")
+            pieces = {
+                "at once": [hello],
+                "in records": [in_records(hello, 60)],
+                "a few bytes first": [hello[:8], hello[8:]],
+                "never whole": [hello[:50]],
+            }[way]
+            stream = await world.open()
+            for piece in pieces:
+                await stream.send_all(piece)
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+            (record,) = world.log.connections
+            assert record.policy == "ns[shop]-policy[sni]-rule[0]"
+            assert not heard
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("first", [b"GET /guarded HTTP/1.0\r\n\r\n", b"\r\nGET /guarded HTTP/1.1\r\nhost: a\r\n\r\n"])
+def test_an_authorizer_over_http_is_not_got_round_by_what_only_the_application_takes_for_http(first: bytes) -> None:
+    world = World()
+
+    async def main() -> None:
+        echo = Echo()
+        async with world.application(echo) as address:
+            world.describe(world.endpoint(address), protocol=Protocol.AUTO)
+            world.push(_custom(ExtAuthzHttp("shop", AUTHZ, 9000, timeout=5.0)))
+            stream = await world.open()
+            await stream.send_all(first)
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+            assert not echo.seen
+            assert "declare the port" in world.log.connections[0].because
 
     world.run(main)

@@ -169,7 +169,7 @@ def test_a_status_is_a_merge_patch_beside_the_users_file(tmp_path: Path) -> None
     async def check(world: World) -> None:
         world.write("gateway.yaml", GATEWAY)
         async with running(world):
-            await world.until(lambda: world.condition("Accepted") != "")
+            await world.until(lambda: "address pending" in world.condition("Programmed"))  # the last that it says here
             before = json.loads((world.status / "gateway_shop_waypoint.json").read_text())
             await trio.sleep(0.3)
             assert json.loads((world.status / "gateway_shop_waypoint.json").read_text()) == before

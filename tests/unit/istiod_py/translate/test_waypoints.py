@@ -112,6 +112,17 @@ def test_a_waypoint_that_is_not_ready_is_passed_by(there: str) -> None:
     assert condition_of(found) == Condition("istio.io/WaypointBound", False, "WaypointIsNotReady", 'waypoint "shop/waypoint" is not ready')
 
 
+def test_a_label_that_asks_in_vain_is_a_problem_where_it_stands_and_once() -> None:
+    waiting = 'metadata.labels["istio.io/use-waypoint"]: there is no Gateway shop/waypoint, and traffic goes directly'
+    (own,) = told(namespace(), service(metadata=USE)).problems
+    (inherited,) = told(namespace(metadata=USE), service(), service("other").replace("10.96.1.1", "10.96.1.2")).problems
+    assert [str(problem).partition(": ")[2] for problem in (own, inherited)] == [waiting] * 2
+    assert inherited.line < own.line, "the namespace stands first"
+    workloads_alone = gateway(metadata="labels: {istio.io/waypoint-for: workload}")
+    assert told(namespace(metadata=USE), workloads_alone, service()).problems == ()
+    assert told(namespace(), workloads_alone, service(metadata=USE)).problems != ()
+
+
 # 2: traffic type
 
 

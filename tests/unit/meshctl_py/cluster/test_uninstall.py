@@ -12,13 +12,14 @@ from mesh.kube.api import ApiClient
 from mesh.kube.kubeconfig import ClusterAccess
 from mesh.testing.kube import FakeApiServer
 from meshctl_py.cluster.errors import ClusterProblem
+from meshctl_py.cluster.manifests import PART_OF, PROJECT
 from meshctl_py.cluster.uninstall import release_pods
 
 
 def run(test: Callable[[FakeApiServer, ApiClient], Awaitable[None]]) -> None:
     async def main() -> None:
         server = FakeApiServer()
-        server.put({"kind": "DaemonSet", "metadata": {"name": "ztunnel", "namespace": "istio-system"}})
+        server.put({"kind": "DaemonSet", "metadata": {"name": "ztunnel", "namespace": "istio-system", "labels": {PART_OF: PROJECT}}})
         agent = {"name": "ztunnel-n1", "namespace": "istio-system", "labels": {"app": "ztunnel"}}
         server.put({"kind": "Pod", "metadata": agent, "spec": {"nodeName": "n1"}})
         captured = {"name": "web", "namespace": "shop", "annotations": {"ambient.istio.io/redirection": "enabled"}}

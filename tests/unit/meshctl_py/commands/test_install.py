@@ -206,6 +206,20 @@ def test_a_namespace_that_was_there_before_stays(cluster: Cluster) -> None:
     assert not cluster.labels("Namespace", "", "istio-system")
 
 
+def test_what_is_left_when_the_manifests_were_deleted_goes_too(leaving: Cluster) -> None:
+    for kind, namespace, name in (("Deployment", "istio-system", "istiod"), ("DaemonSet", "istio-system", "ztunnel")):
+        leaving.server.remove(kind, namespace, name)
+    for key in [key for key in leaving.server.objects if key[1] == "istio-system" or key[0].startswith(("clusterrole", "customres"))]:
+        del leaving.server.objects[key]
+    leaving.server.remove("Namespace", "", "istio-system")
+    assert "give -y" in leaving.run("uninstall").output
+    result = leaving.run("uninstall", "-y")
+    assert result.exit_code == 0, result.output
+    assert "configmap/istio-ca-root-cert deleted in 1 namespaces" in result.output
+    assert set(leaving.server.objects) == {("namespaces", "", "shop"), ("configmaps", "istios", "istio-ca-root-cert")}
+    assert leaving.run("uninstall", "-y").output == "the mesh is not installed in this cluster\n"
+
+
 def test_nobody_is_uninstalled_by_mistake(leaving: Cluster) -> None:
     before = set(leaving.server.objects)
     result = leaving.run("uninstall")

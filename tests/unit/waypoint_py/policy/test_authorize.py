@@ -11,6 +11,7 @@ from mesh.model.identity import SpiffeId
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, Prefix, Present, Regex, Suffix, TextMatch
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, ExtAuthzGrpc, ExtAuthzHttp, PolicyAction, PolicyRule, Predicate
 from mesh.model.l7.routing import Origin
+from waypoint_py.client_hello import HIDDEN, ServerName
 from waypoint_py.context import Connection
 from waypoint_py.http.message import Headers, Request
 from waypoint_py.policy.authorize import Consultation, Judge, Judgement, Judges
@@ -114,7 +115,6 @@ MATCHES = [
     # operations
     (texts(A.HOST, "api.shop"), {}, True),
     (texts(A.HOST, "API.Shop"), {"req": request(authority="aPi.sHOP")}, True),
-    (texts(A.HOST, "api.shop"), {"req": request(authority="api.shop:80")}, False),
     (texts(A.HOST, "api.shop:*"), {"req": request(authority="api.shop:80")}, True),
     (texts(A.HOST, "*.SHOP"), {}, True),
     (texts(A.HOST, "*"), {}, True),
@@ -379,10 +379,23 @@ def test_a_dry_run_that_could_not_be_read_only_says_so() -> None:
     assert "odd" in judgement.dry_run[0].because
 
 
+@pytest.mark.parametrize("authority", ["secret.example:80", "Secret.Example.", "secret.example.:8080", "secret.example:"])
+def test_a_deny_of_a_host_is_not_got_round_by_a_port_or_a_dot(authority: str) -> None:
+    named = PolicyRule(operations=((texts(A.HOST, "secret.example"),),))
+    suffix = PolicyRule(operations=((texts(A.HOST, "*.example"),),))
+    others = PolicyRule(operations=((texts(A.HOST, "secret.example", negated=True),),))
+    asked = request(authority=authority)
+    assert judge(policy(DENY, named), req=asked).reply is not None
+    assert judge(policy(DENY, suffix), req=asked).reply is not None
+    assert judge(policy(DENY, others), req=asked).reply is not None, "as it is written it is another"
+    assert judge(policy(ALLOW, named), req=asked).reply is not None
+    assert judge(policy(ALLOW, others), req=asked).reply is not None
+
+
 # Connections
 
 
-def on_connection(*policies: AuthorizationPolicy, sni: str | None = None) -> Judgement:
+def on_connection(*policies: AuthorizationPolicy, sni: ServerName = None) -> Judgement:
     return Judge(policies).judge_connection(connection(), sni)
 
 
@@ -416,6 +429,23 @@ def test_a_deny_that_asks_for_http_denies_more_on_a_connection() -> None:
 def test_what_a_connection_knows_is_judged_on_it(predicate: Predicate) -> None:
     assert on_connection(policy(ALLOW, PolicyRule(conditions=(predicate,))), sni="api.shop").reply is None
     assert on_connection(policy(DENY, PolicyRule(conditions=(predicate,))), sni="api.shop").reply is not None
+
+
+def test_a_name_in_tls_that_nobody_could_read_is_in_doubt_the_one_that_is_refused() -> None:
+    named = PolicyRule(conditions=(texts(A.SNI, "secret.example"),))
+    others = PolicyRule(conditions=(texts(A.SNI, "open.example", negated=True),))
+    for rule in (named, others):
+        assert on_connection(policy(DENY, rule), sni=HIDDEN).reply is not None
+    assert on_connection(policy(ALLOW, named), sni=HIDDEN).reply is not None
+    assert on_connection(policy(ALLOW, PolicyRule(conditions=(texts(A.SNI, "x", negated=True),))), sni=HIDDEN).reply is not None
+    assert on_connection(policy(DENY, named), sni=None).reply is None
+
+
+@pytest.mark.parametrize("sni", ["secret.example", "secret.example."])
+def test_a_name_in_tls_has_no_case_and_a_dot_hides_it_from_no_deny(sni: str) -> None:
+    assert on_connection(policy(DENY, PolicyRule(conditions=(texts(A.SNI, "Secret.Example"),))), sni=sni).reply is not None
+    allowed = on_connection(policy(ALLOW, PolicyRule(conditions=(texts(A.SNI, "Secret.Example"),))), sni=sni).reply is None
+    assert allowed == (not sni.endswith("."))
 
 
 # Services
@@ -478,5 +508,12 @@ def test_connections_are_shown_to_grpc_authorizers_alone() -> None:
     grpc = Judge([policy(CUSTOM, MISS, provider=GRPC, provider_name="two")])
     unknown = Judge([policy(CUSTOM, MISS, provider_name="three")])
     assert http.find_connection_authorizer(connection()) is None
+    undeclared = http.find_connection_authorizer(connection(), declared=False)
+    assert isinstance(undeclared, Judgement), "whoever has a choice could get round the authorizer by what it says first"
+    assert undeclared.reply is not None
+    assert "declare the port" in undeclared.because
+    assert isinstance(grpc.find_connection_authorizer(connection(), declared=False), Consultation)
+    elsewhere = policy(CUSTOM, PolicyRule(sources=((cidrs(A.SOURCE_IP, "1.2.3.4"),),)), provider=HTTP, provider_name="one")
+    assert Judge([elsewhere]).find_connection_authorizer(connection(), declared=False) is None
     assert isinstance(grpc.find_connection_authorizer(connection()), Consultation)
     assert isinstance(unknown.find_connection_authorizer(connection()), Judgement)

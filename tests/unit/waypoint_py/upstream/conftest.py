@@ -57,7 +57,8 @@ class FrameCodec:
         self._next = 1
         self._out = bytearray()
         self._in = bytearray()
-        self._unconsumed = 0
+        self._unconsumed: dict[int, int] = {}
+        """Of streams that are under way: what nobody wants any more must not hold up the others."""
         self.going_away = False
         self.finished = False
         self.upgrades: bool | None = True
@@ -69,7 +70,7 @@ class FrameCodec:
 
     @property
     def wants_data(self) -> bool:
-        return self._unconsumed < 100_000
+        return sum(self._unconsumed.values()) < 100_000
 
     @property
     def capacity(self) -> int:
@@ -96,15 +97,20 @@ class FrameCodec:
     def send_end(self, stream: int, trailers: Headers | None = None) -> None:
         self._frame("E", stream)
 
-    def reset(self, stream: int, code: int) -> None:
+    def _forget(self, stream: int) -> None:
         self._active.discard(stream)
+        self._unconsumed.pop(stream, None)
+
+    def reset(self, stream: int, code: int) -> None:
+        self._forget(stream)
         if self._serial:
             self.finished = True
         else:
             self._frame("R", stream)
 
     def consumed(self, stream: int, size: int) -> None:
-        self._unconsumed -= size
+        if stream in self._unconsumed:
+            self._unconsumed[stream] -= size
 
     def take_outgoing(self) -> bytes:
         out = bytes(self._out)
@@ -135,16 +141,17 @@ class FrameCodec:
             case b"H":
                 ended = payload.endswith(b".")
                 if ended:
-                    self._active.discard(stream)
+                    self._forget(stream)
                 return ResponseHead(stream, Response(int(payload.strip(b".")), []), ended)
             case b"D":
-                self._unconsumed += len(payload)
+                if stream in self._active:
+                    self._unconsumed[stream] = self._unconsumed.get(stream, 0) + len(payload)
                 return BodyData(stream, payload)
             case b"E":
-                self._active.discard(stream)
+                self._forget(stream)
                 return BodyEnd(stream, [])
             case b"R":
-                self._active.discard(stream)
+                self._forget(stream)
                 return StreamReset(stream, 8, "reset by peer", untouched=payload == b"untouched")
             case b"P":
                 self.pings = 0

@@ -6,9 +6,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.model.l7.destination import Balance, ConsistentHash, HashSource, LoadBalancer, Warmup
+from mesh.model.l7.destination import MOST_SLOTS, Balance, ConsistentHash, HashSource, LoadBalancer, Warmup
 from mesh.model.workload import Workload
-from waypoint_py.upstream.algorithms import Algorithm, Host, hash_text, make_algorithm
+from waypoint_py.upstream.algorithms import Algorithm, Host, Maglev, Ring, hash_text, make_algorithm
 
 
 def hosts(*weights: int, since: float = float("-inf")) -> list[Host]:
@@ -101,3 +101,25 @@ def test_a_ring_gives_each_about_its_weight() -> None:
     rng = random.Random(1)
     found = shares(make_algorithm(hosts(1, 3), LoadBalancer(hash=ConsistentHash(HashSource())), rng), 5000, rng)
     assert 0.15 < found["uid-0"] < 0.35
+
+
+def test_a_rule_that_asks_for_millions_of_slots_does_not_stop_the_waypoint_to_make_them() -> None:
+    rng = random.Random(1)
+    trio = hosts(1, 1, 1)
+    ring = make_algorithm(trio, LoadBalancer(hash=ConsistentHash(HashSource(), minimum_ring_size=8 << 20)), rng)
+    assert isinstance(ring, Ring)
+    assert len(ring) <= MOST_SLOTS + len(trio)
+    uneven = make_algorithm(hosts(1, 10**9), LoadBalancer(hash=ConsistentHash(HashSource())), rng)
+    assert isinstance(uneven, Ring)
+    assert len(uneven) <= MOST_SLOTS + len(trio)
+    maglev = make_algorithm(trio, LoadBalancer(hash=ConsistentHash(HashSource(), table_size=4_999_999)), rng)
+    assert isinstance(maglev, Maglev)
+    assert len(maglev) == MOST_SLOTS
+
+
+def test_maglev_gives_each_its_weight_however_uneven() -> None:
+    rng = random.Random(1)
+    balancer = LoadBalancer(hash=ConsistentHash(HashSource(), table_size=65537))
+    found = shares(make_algorithm(hosts(1, 3, 4), balancer, rng), 20_000, rng)
+    assert [round(found[f"uid-{n}"], 1) for n in range(3)] == [0.1, 0.4, 0.5]
+    assert shares(make_algorithm(hosts(10**6, *[1] * 2000), balancer, rng), 1000, rng) == {"uid-0": 1.0}

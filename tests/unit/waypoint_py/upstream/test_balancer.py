@@ -141,6 +141,16 @@ def test_near_endpoints_take_everything_until_they_fail() -> None:
     assert world.shares(200) == {"reviews-3": 1.0}
 
 
+def test_near_is_preferred_where_failures_are_seen_and_nobody_says_otherwise() -> None:
+    policy = TrafficPolicy(outlier=OutlierDetection(consecutive_5xx=1, max_ejection_percent=100))
+    world = World(pod(1), pod(2, zone="z2"), config=config(policy))
+    assert world.shares(100) == {"reviews-1": 1.0}
+    world.balancer.answered(world.choose(), 500, 0.0)
+    assert world.shares(100) == {"reviews-2": 1.0}
+    off = TrafficPolicy(load_balancer=LoadBalancer(locality=Locality(enabled=False)), outlier=policy.outlier)
+    assert len(World(pod(1), pod(2, zone="z2"), config=config(off)).shares()) == 2
+
+
 def test_half_of_the_near_ones_down_sends_the_overflow_on() -> None:
     world = World(pod(1), pod(2), pod(3, zone="z2"), config=located())
     first = world.choose()

@@ -43,6 +43,7 @@ from tests.unit.waypoint_py.upstream.conftest import (
 from waypoint_py.context import Connection
 from waypoint_py.http.message import Request
 from waypoint_py.stream import ByteStream
+from waypoint_py.upstream import pool
 from waypoint_py.upstream.announce import announce
 from waypoint_py.upstream.dial import make_socket, proxy_header
 from waypoint_py.upstream.session import Endpoint, FailureKind, UpstreamFailure, UpstreamProtocol
@@ -556,3 +557,20 @@ def test_a_server_that_never_shakes_hands_is_given_up(world: World, serve: Calla
     policy = TrafficPolicy(tls=UpstreamTls(TlsMode.SIMPLE, skip_verify=True), pool=ConnectionPool(connect_timeout=0.3))
     assert failure(world, endpoint_at(application.address, policy)).kind is FailureKind.CONNECT_TIMEOUT
     stop.set()
+
+
+def test_names_that_clients_choose_leave_no_end_of_connections(
+    world: World, serve_tls: Callable[..., TlsApplication], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certificate may be good for any name, and a client asks for another one with every request."""
+    monkeypatch.setattr(pool, "MOST_NAMES", 3)
+    application = serve_tls(serve_echo)
+    endpoint = secured(application, skip_verify=True)
+    for number in range(12):
+        answer = Answer()
+        request = Request(b"GET", b"http", b"%d.reviews" % number, b"/", [])
+        world.call(lambda a=answer, r=request: world.pool.request(endpoint, UpstreamProtocol.HTTP1, r, True, a, a.opened))  # type: ignore[misc]
+        assert answer.wait().status == 200
+        wait_until(lambda: world.call(lambda: world.pool.connections) <= 3, "older connections go")
+    assert len(application.server_names) == 12
+    assert world.call(lambda: sum(map(len, world.pool._named.values()))) <= 3

@@ -12,6 +12,8 @@ import trio.testing
 from mesh.kube.api import ApiError, ApiUnavailable
 from ztunnel_py.pods.departure import ClusterDepartures, Departure, DirectoryDepartures, Json, judge, settle
 
+NAMESPACE: Json = {"metadata": {"name": "istio-system"}}
+EMPTIED: Json = {"metadata": {"name": "istio-system", "deletionTimestamp": "2026-11-28T00:00:00Z"}}
 NODE: Json = {"metadata": {"name": "n1", "labels": {"kubernetes.io/os": "linux", "mesh": "no"}}}
 
 
@@ -36,12 +38,29 @@ def daemonset(selector: dict[str, str] | None = None, deleted: str | None = None
     ],
 )
 def test_pods_are_released_when_no_agent_will_come_and_not_in_doubt(answer: Json | ApiError, node: Json | ApiError, for_good: bool) -> None:
-    assert judge(answer, node, allowed_before=True, sure=True).for_good is for_good
+    assert judge(answer, node, NAMESPACE, allowed_before=True, sure=True).for_good is for_good
+
+
+@pytest.mark.parametrize(
+    ("namespace", "for_good", "certain"),
+    [
+        (NAMESPACE, False, True),
+        (EMPTIED, True, True),
+        (ApiError(404, "NotFound", "gone"), False, False),
+        (ApiError(403, "Forbidden", "no"), False, False),
+        (ApiError(500, "InternalError", "etcd"), False, True),
+    ],
+)
+def test_a_namespace_that_is_deleted_takes_the_agent_with_it_before_its_daemon_set(
+    namespace: Json | ApiError, for_good: bool, certain: bool
+) -> None:
+    found = judge(daemonset(), NODE, namespace, allowed_before=True, sure=False)
+    assert (found.for_good, found.certain) == (for_good, certain)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_an_agent_that_never_could_ask_releases_nothing(status: int) -> None:
-    assert not judge(ApiError(status, "", "no"), NODE, allowed_before=False, sure=True).for_good
+    assert not judge(ApiError(status, "", "no"), NODE, NAMESPACE, allowed_before=False, sure=True).for_good
 
 
 class FakeClient:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from istiod_py.translate.l7.delegates import merge_matches, merge_rules, texts_contradict
+from istiod_py.translate.l7.delegates import MOST_MERGED, merge_matches, merge_rules, texts_contradict
 from mesh.kube.headeredits import HeaderEdits
 from mesh.kube.routeactions import MirrorTarget, Target, WeightedTarget
 from mesh.kube.virtualservice import HttpMatch, HttpRule
@@ -171,3 +171,20 @@ def test_a_delegate_that_nobody_names_is_told() -> None:
     (condition,) = status_of(found.report(), "VirtualService", "d")
     assert (condition.status, condition.reason) == (False, "TargetNotFound")
     assert found.problems() == [("spec", "without hosts it is a delegate, and no VirtualService delegates to it")]
+
+
+@pytest.mark.parametrize("rules", [1, 100])
+def test_delegation_does_not_multiply_without_end(rules: int) -> None:
+    """Two objects of some kilobytes would be more than any memory holds, in the control plane and in every waypoint."""
+    matches = ", ".join(f"{{headers: {{NAME-{number}: {{exact: a}}}}}}" for number in range(10_000 // rules))
+    root = f"{{match: [{matches.replace('NAME', 'r')}], delegate: {{name: d}}}}"
+    leaf = f"{{match: [{matches.replace('NAME', 'd')}], route: [{{destination: {{host: v1}}}}]}}"
+    last = "{route: [{destination: {host: v2}}]}"
+    found = World(
+        document("VirtualService", f"{{hosts: [reviews], http: [{', '.join([root] * rules)}, {last}]}}")
+        + delegate(", ".join([leaf] * rules))
+    )
+    assert sum(len(route.matches) for route in found.routes()) <= MOST_MERGED
+    assert found.find("/") == "v2", "what is not delegated stays"
+    fields = {field for field, message in found.problems() if "more than 4096 matches" in message}
+    assert "spec.http[0].delegate" in fields

@@ -6,11 +6,12 @@ import pytest
 
 from istiod_py.translate import Condition
 from istiod_py.translate.config import ParentStatus
-from istiod_py.translate.l7.route_status import CONTROLLER, RouteReport
+from istiod_py.translate.l7.route_status import RouteReport
 from istiod_py.translate.l7.routing import DEFAULT_RETRY, Routing
 from istiod_py.translate.l7.sources import RouteSources, Sourced
 from istiod_py.translate.memo import Memo
 from mesh.kube.objects import SourceProblem
+from mesh.kube.ownership import ROUTE_CONTROLLER
 from mesh.model.l7.waypoint import Protocol
 from tests.unit.istiod_py.translate.l7.world import REVIEWS, SERVICES, WAYPOINT, World, document, entry, service, sources_of, status_of
 
@@ -99,7 +100,7 @@ SERVICE = "parentRefs: [{group: '', kind: Service, name: reviews}]"
 
 def test_a_route_that_is_obeyed() -> None:
     (found,) = parents(f"{SERVICE}, {BACKEND}")
-    assert found == ParentStatus({"group": "", "kind": "Service", "name": "reviews"}, CONTROLLER, (VALID, RESOLVED, WAYPOINTS))
+    assert found == ParentStatus({"group": "", "kind": "Service", "name": "reviews"}, ROUTE_CONTROLLER, (VALID, RESOLVED, WAYPOINTS))
 
 
 def test_each_parent_is_told_for_itself_and_gateways_are_others_to_speak_of() -> None:
