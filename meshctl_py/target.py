@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -146,3 +147,12 @@ def _require_cluster(flags: ClusterFlags) -> None:
 
 def _running_labs() -> list[str]:
     return [home.name for home in find_labs() if home.alive]
+
+
+def find_follower(directory: Path) -> Lab | None:
+    """The running lab that lives from this directory."""
+    for home in find_labs():
+        with suppress(LabError):
+            if home.alive and Path(Lab(home).status().source) == directory.resolve():
+                return Lab(home)
+    return None

@@ -10,6 +10,7 @@ import click
 
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.directory import DirectoryStore, LabelError, edit_labels
+from mesh.kube.kinds import KINDS
 from mesh.kube.label_edit import check_label
 from mesh.kube.resources import DAEMON_SETS, RESOURCES
 from mesh.model.labels import DATAPLANE_MODE
@@ -18,9 +19,12 @@ from meshctl_py.cluster.objects import AGENT, SYSTEM_NAMESPACE, Controller, Meta
 from meshctl_py.lab.home import LabError
 from meshctl_py.target import ClusterFlags, choose_place, cluster_flags, run_on_cluster
 
-_KINDS = {
-    name: kind for kind, names in {"Namespace": ("namespace", "namespaces", "ns"), "Pod": ("pod", "pods", "po")}.items() for name in names
+_NAMES = {
+    "Namespace": ("namespace", "namespaces", "ns"),
+    "Pod": ("pod", "pods", "po"),
+    "Service": ("service", "services", "svc"),
 }
+_KINDS = {name: kind for kind, names in _NAMES.items() for name in names}
 _MODES = ("ambient", "none")
 
 
@@ -37,10 +41,10 @@ class _Wanted:
 
 
 @click.command()
-@click.argument("kind", metavar="(namespace|pod)")
+@click.argument("kind", metavar="(namespace|pod|service)")
 @click.argument("words", nargs=-1, required=True, metavar="NAME ... KEY=VALUE|KEY- ...")
 @click.option("--overwrite", is_flag=True, help="Change labels that have another value.")
-@click.option("--all", "everything", is_flag=True, help="Label all; of pods, those of the namespace.")
+@click.option("--all", "everything", is_flag=True, help="Label all; of pods and services, those of the namespace.")
 @click.option("-l", "--selector", default="", metavar="SELECTOR", help="Label those that have these labels, as kubectl writes it.")
 @click.option(
     "-f",
@@ -49,7 +53,7 @@ class _Wanted:
     help="Edit the YAML of this directory, whether or not a lab runs.",
 )
 @click.option("--lab", "--name", "lab_name", metavar="LAB", help="Edit the YAML of this lab's directory.")
-@cluster_flags(namespace="The pod's namespace; by default the context's, or 'default' in a directory.")
+@cluster_flags(namespace="The pods' or services' namespace; by default the context's, or 'default' in a directory.")
 def label(
     flags: ClusterFlags,
     kind: str,
@@ -60,7 +64,7 @@ def label(
     directory: Path | None,
     lab_name: str | None,
 ) -> None:
-    """Set (KEY=VALUE) or remove (KEY-) labels of namespaces or pods.
+    """Set (KEY=VALUE) or remove (KEY-) labels of namespaces, pods or services.
 
     'meshctl label namespace shop istio.io/dataplane-mode=ambient' enrols a namespace in the mesh. Without --directory and --lab it is
     the cluster's namespace, or that of the lab that runs; in a lab the YAML is edited, and keeps its comments and form.
@@ -76,7 +80,7 @@ def label(
     try:
         source = directory if directory is not None or lab is None else Path(lab.status().source)
         assert source is not None
-        namespace = (flags.namespace or "default") if wanted.kind == "Pod" else ""
+        namespace = (flags.namespace or "default") if KINDS[wanted.kind].namespaced else ""
         for name in wanted.names:
             for line in apply_labels(source, wanted.kind, namespace, name, wanted.labels, overwrite=overwrite):
                 click.echo(line)
@@ -90,7 +94,7 @@ def _parse(kind: str, words: Sequence[str], *, overwrite: bool, everything: bool
     """kubectl's arguments: a kind and names, or KIND/NAME, then labels."""
     short, slash, name = kind.partition("/")
     if short not in _KINDS:
-        raise click.UsageError(f"'{short}' can't be labelled: 'namespace' or 'pod'")
+        raise click.UsageError(f"'{short}' can't be labelled: 'namespace', 'pod' or 'service'")
     count = next((index for index, word in enumerate(words) if _is_label(word)), len(words))
     names = (*([name] if slash else []), *words[:count])
     labels = words[count:]
@@ -154,12 +158,11 @@ def _verdict(labels: Mapping[str, str | None], *, changed: bool) -> str:
 
 async def _not_found(client: ApiClient, kind: str, namespace: str, name: str) -> str:
     where = f" in namespace {namespace}" if namespace else ""
-    if kind == "Pod":
+    if namespace:
         elsewhere = await list_all(client, RESOURCES[kind], Named, fields=f"metadata.name={name}")
         if elsewhere:
-            return (
-                f"there is no pod {name}{where}; there is one in namespace {', '.join(item.metadata.namespace for item in elsewhere)} (-n)"
-            )
+            places = ", ".join(item.metadata.namespace for item in elsewhere)
+            return f"there is no {kind.lower()} {name}{where}; there is one in namespace {places} (-n)"
     return f"there is no {kind.lower()} {name}{where}"
 
 

@@ -14,7 +14,7 @@ import trio
 from mesh.model.labels import TRAFFIC_TYPES
 from meshctl_py.cluster.errors import ClusterProblem
 from meshctl_py.lab.home import LabError
-from meshctl_py.target import ClusterFlags, choose_place, cluster_flags, run_on_cluster
+from meshctl_py.target import ClusterFlags, choose_place, cluster_flags, find_follower, run_on_cluster
 from meshctl_py.waypoints.actions import Wanted, apply_waypoint, build, delete_waypoints, list_waypoints, show_status
 from meshctl_py.waypoints.gateway import DEFAULT_NAME, as_yaml
 from meshctl_py.waypoints.place import ClusterWaypoints, DirectoryWaypoints, WaypointPlace
@@ -67,7 +67,8 @@ def _choose(flags: ClusterFlags, directory: Path | None, lab_name: str | None) -
     if directory is None and lab is None:
         return lambda work: run_on_cluster(flags, lambda client: work(ClusterWaypoints(client)))
     try:
-        source = directory if lab is None else Path(lab.status().source)
+        lab = find_follower(directory) if directory is not None else lab
+        source = directory if directory is not None or lab is None else Path(lab.status().source)
         assert source is not None
         place = DirectoryWaypoints(source, lab.home.status_of("istiod") if lab is not None else None)
     except LabError as exc:

@@ -60,7 +60,7 @@ async def apply_waypoint(place: WaypointPlace, wanted: Wanted, tell: Tell) -> No
     await place.apply(gateway)
     tell(f"✅ waypoint {namespace}/{name} applied")
     if wanted.wait:
-        await _wait_programmed(place, namespace, name, within=wanted.timeout)
+        await _wait_programmed(place, namespace, name, trio.current_time() + wanted.timeout, "timed out while waiting for waypoint")
         tell(f"✅ waypoint {namespace}/{name} is ready!")
     if wanted.enroll:
         await place.label_namespace(namespace, USE_WAYPOINT, name)
@@ -75,21 +75,22 @@ def build(name: str, namespace: str, traffic: str, revision: str) -> dict[str, d
         raise ClusterProblem(f"failed to create gateway: {exc}") from exc
 
 
-async def _wait_programmed(place: WaypointPlace, namespace: str, name: str, *, within: float) -> None:
+async def _wait_programmed(place: WaypointPlace, namespace: str, name: str, deadline: float, failure: str) -> Found:
+    """Raises ClusterProblem with ``failure`` and the reason at ``deadline``, or at once where nobody is at work."""
     found = None
-    with trio.move_on_after(within):
+    with trio.move_on_at(deadline):
         while True:
             found = await place.find(namespace, name)
             if found is not None and found.is_programmed:
-                return
+                return found
+            if not place.is_tended:
+                break
             await trio.sleep(POLL)
-    raise ClusterProblem(f"timed out while waiting for waypoint\t{namespace}/{name}{_why(found)}")
-
-
-def _why(found: Found | None) -> str:
-    """What the condition that is not true says."""
     told = found.told() if found is not None else {}
-    return f": {told['message']}" if told.get("status") == "False" and told.get("message") else ""
+    because = told.get("message", "") if told.get("status") == "False" else ""
+    if not place.is_tended:
+        because = because or "no lab follows this directory, so nobody programs it"
+    raise ClusterProblem(f"{failure}\t{namespace}/{name}" + (f": {because}" if because else ""))
 
 
 async def delete_waypoints(
@@ -121,17 +122,6 @@ async def show_status(place: WaypointPlace, namespace: str, tell: Tell, *, every
         return
     if wait_within is not None:
         deadline = trio.current_time() + wait_within
-        found = [await _wait_told(place, each, deadline) for each in found]
+        failure = "failed to print waypoint status: timed out while retrieving status for waypoint"
+        found = [await _wait_programmed(place, each.namespace, each.name, deadline, failure) for each in found]
     tell(status_table(found, namespaces=everywhere))
-
-
-async def _wait_told(place: WaypointPlace, waypoint: Found, deadline: float) -> Found:
-    found: Found | None = waypoint
-    with trio.move_on_at(deadline):
-        while True:
-            found = await place.find(waypoint.namespace, waypoint.name)
-            if found is not None and found.is_programmed:
-                return found
-            await trio.sleep(POLL)
-    message = f"timed out while retrieving status for waypoint\t{waypoint.key}{_why(found)}"
-    raise ClusterProblem(f"failed to print waypoint status: {message}")

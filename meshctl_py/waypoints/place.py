@@ -37,6 +37,10 @@ class WaypointPlace(Protocol):
     def label_command(self) -> str:
         """What the user would type to label something."""
 
+    @property
+    def is_tended(self) -> bool:
+        """Whether somebody programs waypoints here, so that it makes sense to wait."""
+
     async def namespace_labels(self, namespace: str) -> Mapping[str, str]: ...
 
     async def label_namespace(self, namespace: str, key: str, value: str) -> None: ...
@@ -75,6 +79,7 @@ class ClusterWaypoints:
         return self._client.access.namespace
 
     label_command = "kubectl label"
+    is_tended = True
 
     async def namespace_labels(self, namespace: str) -> Mapping[str, str]:
         found = await find_one(self._client, RESOURCES["Namespace"], Named, "", namespace)
@@ -135,6 +140,10 @@ class DirectoryWaypoints:
     def __init__(self, source: Path, status: Path | None) -> None:
         self._source = source
         self._status = status
+
+    @property
+    def is_tended(self) -> bool:
+        return self._status is not None
 
     def _store(self) -> DirectoryStore:
         store = DirectoryStore([self._source, *([self._status] if self._status is not None else [])])

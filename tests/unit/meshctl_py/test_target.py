@@ -10,7 +10,10 @@ from click.testing import CliRunner
 
 from meshctl_py.__main__ import main
 from meshctl_py.lab import home
+from meshctl_py.lab.client import Lab
 from meshctl_py.lab.home import claim_lab
+from meshctl_py.lab.status import LabStatus
+from meshctl_py.target import find_follower
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +41,14 @@ def test_a_command_for_clusters_says_so_beside_a_lab() -> None:
     assert result.exit_code == 1
     assert "there is no kubeconfig (" in result.output
     assert "a lab is running (mine), but this is for clusters: see 'meshctl lab --help'" in result.output
+
+
+def test_a_directory_is_told_from_the_one_that_a_lab_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, lock = claim_lab("mine")
+    monkeypatch.setattr(Lab, "status", lambda lab: LabStatus(lab.home.name, str(tmp_path), "", "ready"))
+    followed = find_follower(tmp_path)
+    assert followed is not None
+    assert followed.home == home
+    assert find_follower(tmp_path / "labs") is None
+    os.close(lock)
+    assert find_follower(tmp_path) is None

@@ -22,6 +22,11 @@ apiVersion: v1
 kind: Pod
 metadata: {name: web, namespace: shop}
 spec: {containers: [{name: a}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {ports: [{port: 80}]}
 """
 
 
@@ -61,6 +66,14 @@ def test_a_label_is_removed(source: Path) -> None:
     assert label(source, "namespace", "shop", "tier-").output == "namespace/shop unlabeled\n"
     assert "tier" not in (source / "shop.yaml").read_text()
     assert label(source, "namespace", "shop", "tier-").output == 'label "tier" not found.\nnamespace/shop not labeled\n'
+
+
+def test_a_service_is_labelled_and_the_pod_of_its_name_is_not(source: Path) -> None:
+    assert label(source, "svc", "web", "-n", "shop", "istio.io/use-waypoint=none").output == "service/web labeled\n"
+    text = (source / "shop.yaml").read_text()
+    assert text.count("use-waypoint") == 1
+    assert "use-waypoint" in text.partition("kind: Service")[2]
+    assert "there is no Service default/web" in label(source, "service/web", "a=b").output
 
 
 def test_a_pod_is_found_in_its_namespace(source: Path) -> None:

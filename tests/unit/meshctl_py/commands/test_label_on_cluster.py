@@ -51,6 +51,14 @@ def test_several_are_labelled_by_name_by_selector_and_all(shop: Cluster) -> None
     assert shop.run("label", "pods", "-l", "app=none", "y=1").output == "no resources found in shop namespace\n"
 
 
+def test_services_are_labelled_too(shop: Cluster) -> None:
+    shop.server.put({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "shop"}})
+    assert shop.run("label", "service", "web", "istio.io/use-waypoint=none").output == "service/web labeled\n"
+    assert shop.labels("Service", "shop", "web") == {"istio.io/use-waypoint": "none"}
+    assert shop.run("label", "services", "--all", "a=b").output == "service/web labeled\n"
+    assert "there is one in namespace shop (-n)" in shop.run("label", "svc", "web", "a=b", "-n", "bank").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

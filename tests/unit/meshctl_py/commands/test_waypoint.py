@@ -50,6 +50,8 @@ class Place:
     """What both places are for a test."""
 
     label_command = ""
+    untended = ""
+    """What is said, besides, to who waits where nobody is at work."""
 
     def put(self, obj: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -79,6 +81,7 @@ class OnCluster(Place):
 
 class InDirectory(Place):
     label_command = "meshctl label"
+    untended = ": no lab follows this directory, so nobody programs it"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -209,7 +212,7 @@ def test_a_waypoint_that_is_programmed_need_not_be_waited_for(place: Place) -> N
 
 def test_waiting_ends(place: Place) -> None:
     result = place.run("apply", "--wait", "--waypoint-timeout", "50ms", "--enroll-namespace")
-    told = "✅ waypoint shop/waypoint applied\nError: timed out while waiting for waypoint\tshop/waypoint\n"
+    told = f"✅ waypoint shop/waypoint applied\nError: timed out while waiting for waypoint\tshop/waypoint{place.untended}\n"
     assert (result.output, result.exit_code) == (told, 1)
     assert "istio.io/use-waypoint" not in labels(place, "Namespace", "", "shop")
 
@@ -346,5 +349,6 @@ def test_the_status_of_all_namespaces(place: Place) -> None:
 def test_the_status_waits(place: Place) -> None:
     put_some(place)
     result = place.run("status", "--waypoint-timeout", "50ms")
-    told = "Error: failed to print waypoint status: timed out while retrieving status for waypoint\tshop/another\n"
+    reason = f"timed out while retrieving status for waypoint\tshop/another{place.untended}"
+    told = f"Error: failed to print waypoint status: {reason}\n"
     assert (result.output, result.exit_code) == (told, 1)
