@@ -591,7 +591,9 @@ class HttpSession:
             return
         freed, self._freed = self._freed, False
         codec, most = self._codec, self._owner.limits.max_requests_per_connection
-        if codec.finished or not codec.reusable or 0 < most <= self._served:
+        # A server that allows no request at all will hardly be asked here again: kept, there would be one more connection with each.
+        useless = not self._calls and not codec.capacity
+        if codec.finished or not codec.reusable or useless or 0 < most <= self._served:
             self._leave_owner()
         if not self._calls and freed:
             self.idle_since = self._reactor.now()

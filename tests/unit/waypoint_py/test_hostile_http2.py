@@ -168,6 +168,29 @@ def test_an_application_that_breaks_the_protocol_costs_itself_one_answer(path: s
     world.run(main)
 
 
+def test_connections_to_an_application_that_allows_no_request_are_not_kept() -> None:
+    """Each is asked before it has said so, and would be of no use ever after: one descriptor for each request."""
+    world = World()
+
+    async def none_please(stream: trio.SocketStream) -> None:
+        writer, reader = Peer(), Http2Server(now=StoppedClock())
+        await stream.send_all(frame_header(6, FrameType.SETTINGS, 0, 0) + b"\0\3\0\0\0\0")
+        while data := await stream.receive_some(65536):
+            for event in reader.receive(data):
+                if isinstance(event, RequestHead):
+                    await stream.send_all(writer.head(event.stream, [(":status", "200")]))
+
+    async def main() -> None:
+        async with world.application(none_please) as address:
+            world.describe(world.endpoint(address), protocol=Protocol.HTTP2)
+            client = await world.h2_client()
+            for number in range(10):
+                assert (await client.get(f"/{number}")).status == 200
+                await world.until(lambda: world.pool.connections == 0)
+
+    world.run(main)
+
+
 def _quiet_stage(settings: bytes = SETTINGS) -> Stage:
     stage = Stage(1, serial=False, route=msgspec.structs.replace(ROUTE, fault=None, mirrors=(), timeout=None, retry=None))
     stage.say(PREFACE + settings)
