@@ -188,6 +188,45 @@ def test_a_policy_for_the_gateway_is_for_all_its_services(lab: Lab) -> None:
         assert ask(lab, "http://web-v1/", client=STRANGER) == DENIED
 
 
+DENY_ALL = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: nobody, namespace: shop}
+spec:
+  targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}]
+  action: DENY
+  rules: [{}]
+"""
+ONLY_BY_WAYPOINT = """\
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: only-by-waypoint, namespace: shop}
+spec:
+  selector: {matchLabels: {app: web}}
+  rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/waypoint]}}]}]
+"""
+
+
+def test_what_comes_past_the_waypoint_is_held_to_no_policy_there_and_agents_can_refuse_it(lab: Lab) -> None:
+    """As the reference says (`docs/reference/waypoints.md`)."""
+    pod = next(ip for ip in lab.pod("shop/web-v1")["ips"] if "." in ip)
+    past = f"http://{pod}:8080/"
+    with objects(lab, DENY_ALL):
+        assert ask(lab) == DENIED
+        assert ask(lab, past).status == 200, "the waypoint is for services alone"
+        assert ask(lab, past, client="outside/caller").status == 200
+        assert ask(lab, "http://web.shop/", client="outside/caller").status == 200
+    lab.write("only.yaml", ONLY_BY_WAYPOINT)
+    try:
+        wait_until(lambda: ask(lab, past).status == 0, "the pod's agent refuses who does not come by the waypoint")
+        for url in (past, "http://web.shop/"):
+            assert ask(lab, url, client="outside/caller").status == 0
+        assert ask(lab).status == 200
+    finally:
+        lab.remove("only.yaml")
+        wait_until(lambda: ask(lab, past).status == 200, "the policy is gone")
+
+
 def test_a_policy_that_cannot_be_understood_denies_until_it_can(lab: Lab) -> None:
     with objects(lab, READERS.replace("methods: [GET]", "methds: [GET]"), mistaken=True):
         assert ask(lab).status == 403
