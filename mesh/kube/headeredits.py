@@ -79,6 +79,11 @@ def is_internal(name: str) -> bool:
     return name.startswith(":") or name.lower() == "host"
 
 
+def find_control_mistake(text: str) -> str | None:
+    """Of a text that becomes part of a header: nobody could send it."""
+    return "has a character that no header can carry" if any(char < " " or char == "\x7f" for char in text) else None
+
+
 def is_token(name: str) -> bool:
     """Whether it can be a header's name (RFC 9110)."""
     return _NAME.fullmatch(name) is not None

@@ -11,7 +11,7 @@ from typing import Final
 
 from mesh.kube.durations import read_duration
 from mesh.kube.fields import Fields, Text
-from mesh.kube.headeredits import NO_EDITS, HeaderEdits, is_token, read_header_edits
+from mesh.kube.headeredits import NO_EDITS, HeaderEdits, find_control_mistake, is_token, read_header_edits
 from mesh.kube.hostnames import HOSTNAME_PATTERN, MAX_LENGTH, is_hostname, is_wildcard
 from mesh.kube.textmatch import REGEX, find_substitution_mistake, read_text_match
 from mesh.model.l7.matching import Exact, Present
@@ -113,7 +113,7 @@ def _check_weights(rule: Fields, found: tuple[Fields, ...], targets: tuple[Weigh
 
 def read_redirect(fields: Fields) -> Redirect:
     fields.refuse_unknown("uri", "prefixRewrite", "authority", "scheme", "port", "derivePort", "redirectCode")
-    uri, prefix, authority = fields.string("uri"), fields.string("prefixRewrite"), fields.string("authority")
+    uri, prefix, authority = (fields.string(key, text=_IN_HEADER) for key in ("uri", "prefixRewrite", "authority"))
     scheme = fields.string("scheme", choices=("http", "https"))
     port = fields.integer("port", low=1, high=65535)
     derived = fields.string("derivePort", choices=("FROM_PROTOCOL_DEFAULT", "FROM_REQUEST_PORT"))
@@ -161,7 +161,7 @@ def _read_body(fields: Fields) -> bytes:
 
 def read_rewrite(fields: Fields) -> Rewrite:
     fields.refuse_unknown("uri", "authority", "uriRegexRewrite")
-    uri, authority = fields.string("uri"), fields.string("authority")
+    uri, authority = (fields.string(key, text=_IN_TARGET) for key in ("uri", "authority"))
     by_regex = fields.mapping("uriRegexRewrite")
     regex, substitution = _read_regex_rewrite(by_regex) if by_regex else ("", "")
     if uri and by_regex is not None:
@@ -349,7 +349,13 @@ def _decode(text: str) -> bytes | None:
         return None
 
 
+def _find_target_mistake(text: str) -> str | None:
+    return "has a blank, which no request line can carry" if " " in text else find_control_mistake(text)
+
+
 _HOST: Final = Text(_find_host_mistake, {"pattern": rf"^(\*\.)?{HOSTNAME_PATTERN}$", "maxLength": MAX_LENGTH + len("*.")})
+_IN_HEADER: Final = Text(find_control_mistake)
+_IN_TARGET: Final = Text(_find_target_mistake)
 _SUBSET_NAME: Final = Text(_find_subset_mistake, {"pattern": f"^({_SUBSET.pattern})?$"})
 _RETRY_ON: Final = Text(_find_condition_mistake)
 _GRPC_STATUS: Final = Text(_find_grpc_mistake, {"enum": list(GRPC_STATUSES)})

@@ -14,6 +14,7 @@ from typing import Final
 
 from mesh.kube.durations import DURATION, parse_duration, read_duration
 from mesh.kube.fields import Fields, Text
+from mesh.kube.headeredits import find_control_mistake, is_token
 from mesh.kube.hostnames import is_hostname
 from mesh.model.address import InvalidAddress, parse_ip
 from mesh.model.l7.destination import (
@@ -290,13 +291,13 @@ def _read_cookie(cookie: Fields) -> HashCookie:
     attributes: dict[str, str] = {}
     for item in cookie.mappings("attributes", most=MAX_ITEMS):
         item.refuse_unknown("name", "value")
-        name, value = item.string("name", required=True, text=_SOMETHING), item.string("value")
+        name, value = item.string("name", required=True, text=_COOKIE_ATTRIBUTE), item.string("value", text=_COOKIE_PART)
         if name in attributes:
             item.complain("name", f"the attribute '{name}' is given twice")
         attributes[name] = value
     return HashCookie(
-        name=cookie.string("name", required=True, text=_SOMETHING),
-        path=cookie.string("path"),
+        name=cookie.string("name", required=True, text=_COOKIE_NAME),
+        path=cookie.string("path", text=_COOKIE_PART),
         ttl=_read_duration_or_zero(cookie, "ttl"),
         attributes=tuple(attributes.items()),
     )
@@ -567,6 +568,17 @@ def _covers(wide: str, narrow: str) -> bool:
     return narrow.split("/")[: len(wide_parts)] == wide_parts
 
 
+def _find_cookie_name_mistake(name: str) -> str | None:
+    return None if is_token(name) else f"'{name[:80]}' is no name of a cookie"
+
+
+def _find_cookie_part_mistake(text: str) -> str | None:
+    return "a ';' would end it" if ";" in text else find_control_mistake(text)
+
+
+_COOKIE_NAME: Final = Text(_find_cookie_name_mistake, {"minLength": 1})
+_COOKIE_PART: Final = Text(_find_cookie_part_mistake)
+_COOKIE_ATTRIBUTE: Final = Text(lambda text: _find_cookie_part_mistake(text) if text else "is empty", {"minLength": 1})
 _SOMETHING: Final = Text(lambda text: None if text else "is empty", {"minLength": 1})
 _DURATION_OR_ZERO: Final = Text(_find_duration_mistake, DURATION.schema)
 _HOST: Final = Text(_find_host_mistake, {"minLength": 1, "maxLength": 253})

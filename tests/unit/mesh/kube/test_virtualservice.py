@@ -319,6 +319,11 @@ def test_a_mistake_in_the_whole_names_its_field(spec: str, field: str, message: 
     (f"rewrite: {{authority: a}}, headers: {{request: {{set: {{Host: b}}}}}}, {TO}", "headers.request", "in 'rewrite' already"),
     # Redirect, direct response, rewrite.
     ("redirect: {}", "redirect", "a redirect needs"),
+    ('redirect: {uri: "/a\\r\\nx: y"}', "redirect.uri", "has a character that no header can carry"),
+    ('redirect: {authority: "a\\nb"}', "redirect.authority", "has a character that no header can carry"),
+    ('redirect: {prefixRewrite: "/\\0"}', "redirect.prefixRewrite", "has a character that no header can carry"),
+    (f'rewrite: {{uri: "/a b"}}, {TO}', "rewrite.uri", "has a blank"),
+    (f'rewrite: {{authority: "a\\tb"}}, {TO}', "rewrite.authority", "has a character that no header can carry"),
     ("redirect: {uri: /a, prefixRewrite: /b}", "redirect.prefixRewrite", "beside 'uri'"),
     ("redirect: {port: 1, derivePort: FROM_REQUEST_PORT}", "redirect.derivePort", "beside 'port'"),
     ("redirect: {uri: /a, scheme: ftp}", "redirect.scheme", "expected one of http, https"),
