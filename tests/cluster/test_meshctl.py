@@ -81,6 +81,11 @@ def difference(world: World) -> dict[str, tuple[object, object]]:
     return changed
 
 
+def wait_forgotten(cluster: Cluster) -> None:
+    """The API server goes on offering kinds for a while whose definitions are gone, and has none to show when asked for them."""
+    wait_until(lambda: not DEFINED.search(cluster.kubectl("api-resources", "-o", "name")), "no kind of the mesh is offered")
+
+
 @pytest.fixture(scope="module")
 def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     uninstall(cluster, tmp_path_factory.mktemp("deploy"))  # what another test may have left, which is not meshctl's
@@ -90,8 +95,7 @@ def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     )
     # What 'kubectl delete -k' leaves, since no file names it.
     cluster.kubectl("delete", "configmap", "-A", "--field-selector", "metadata.name=istio-ca-root-cert")
-    # The API server goes on offering kinds for a while whose definitions are gone.
-    wait_until(lambda: not DEFINED.search(cluster.kubectl("api-resources", "-o", "name")), "no kind of the mesh is offered")
+    wait_forgotten(cluster)
     with cluster.namespace(NAMESPACE) as namespace:
         pods = apply_pods(cluster, namespace, echo_pod("client", "n1"), echo_pod("server", "n2"))
         before = snapshot(cluster, pods)
@@ -222,8 +226,9 @@ def test_uninstalling_leaves_pods_running_and_nothing_of_ours(enrolled: World) -
     for kind, name in (("Gateway", "waypoint"), ("Service", "web"), ("ConfigMap", "more")):
         cluster.api.delete(RESOURCES[kind].path(NAMESPACE, name))
     enrolled.meshctl("uninstall", "-y", "--purge")
+    wait_forgotten(cluster)
     deadline = time.monotonic() + PATIENCE
-    while (left := difference(enrolled)) and time.monotonic() < deadline:  # what the API server still offers goes after a while
+    while (left := difference(enrolled)) and time.monotonic() < deadline:  # what follows others goes after them
         time.sleep(1.0)
     assert left == {}
     assert "the mesh is not installed" in enrolled.meshctl("status", check=False).stdout
