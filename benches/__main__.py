@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 from benches import http2, machine, relay, render, wire
@@ -49,6 +50,9 @@ def _measure(figures: Mapping[str, Measure]) -> None:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
 
+    def say_of(figure: str, text: str) -> None:
+        say(f"{figure}: {text}")
+
     found = machine.describe()
     machine.PATH.write_text(found.dump())
     print(found.text(), flush=True)
@@ -57,7 +61,7 @@ def _measure(figures: Mapping[str, Measure]) -> None:
     for number, (name, measure) in enumerate(figures.items()):
         say(f"{name} ({number + 1} of {len(figures)})")
         try:
-            of_figure = measure(lambda text, name=name: say(f"{name}: {text}"))  # type: ignore[misc]
+            of_figure = measure(partial(say_of, name))
         except (Broken, OSError) as exc:
             broken.append(f"{name}: {exc}")
             say(f"BROKEN {broken[-1]}")

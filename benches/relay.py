@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
@@ -69,7 +70,7 @@ def measure(say: Say) -> list[Row]:
             say(f"round {number + 1} of {ROUNDS}")
             for title, task in tasks.items():
                 for pair in pairs:
-                    cpu, _ = measured(pair.pids, lambda pair=pair, task=task: task(str(pair.entry.ip), pair.entry.port))  # type: ignore[misc]
+                    cpu, _ = measured(pair.pids, partial(task, str(pair.entry.ip), pair.entry.port))
                     record.add(title, "cpu s", pair.name, cpu)
     return record.rows()
 

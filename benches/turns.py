@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 from benches.cpu import measured
@@ -35,7 +36,7 @@ def take_turns(record: Record, subjects: Sequence[Subject], tasks: Sequence[Task
         say(f"round {number + 1} of {rounds}")
         for task in tasks:
             for subject in subjects if number % 2 == 0 else reversed(subjects):
-                cpu, seen = measured(subject.pids, lambda task=task, subject=subject: task.work(subject))  # type: ignore[misc]
+                cpu, seen = measured(subject.pids, partial(task.work, subject))
                 task.after(subject)
                 for unit, quantity in task.quantities.items():
                     if subject.pids or "cpu" not in unit:

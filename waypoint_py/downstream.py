@@ -8,6 +8,7 @@ nothing more should be read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, TypeVarTuple, assert_never
 
 from mesh.reactor.loop import Timer
@@ -343,7 +344,7 @@ class HttpConnection:
     def _fail(self, reason: str) -> None:
         """The client broke the protocol for the connection as a whole."""
         for exchange in list(self._exchanges.values()):
-            self.guard(exchange, lambda e=exchange: e.gone("downstream_protocol_error", reason, broken=True))  # type: ignore[misc]
+            self.guard(exchange, partial(exchange.gone, "downstream_protocol_error", reason, broken=True))
         outgoing = self._codec.take_outgoing()
         if outgoing:
             self._stream.write(outgoing)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from mesh.reactor.loop import CONNECTION, OUT, PEER_CLOSED, Reactor, Timer
@@ -988,7 +989,7 @@ class HboneLink:
         self._shut_out.clear()
         tunnels, self._tunnels = self._tunnels, {}
         for tunnel in tunnels.values():
-            self._guard(tunnel, lambda tunnel=tunnel: self._break(tunnel, reason or "connection closed"))  # type: ignore[misc]
+            self._guard(tunnel, partial(self._break, tunnel, reason or "connection closed"))
         on_close, self._on_close = self._on_close, None
         self._on_ready = self._on_request = self._on_refused = None
         if on_close is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import re2
@@ -260,9 +260,9 @@ def compile_match(match: RouteMatch) -> CompiledMatch:
     if match.authority is not None:
         take(compile_text(match.authority), lambda test: lambda seen: test(seen.request.authority))
     for header in match.headers:
-        take(compile_text(header.match), lambda test, header=header: _header(header, test))  # type: ignore[misc]
+        take(compile_text(header.match), partial(_header, header))
     for parameter in match.query:
-        take(compile_text(parameter.match), lambda test, parameter=parameter: _query(parameter, test))  # type: ignore[misc]
+        take(compile_text(parameter.match), partial(_query, parameter))
     return CompiledMatch(tuple(predicates), "; ".join(broken))
 
 

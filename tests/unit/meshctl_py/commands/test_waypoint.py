@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,21 @@ def gateway(name: str, *conditions: dict[str, str], namespace: str = "shop", kin
     }
 
 
-class Place:
+class Place(ABC):
     """What both places are for a test."""
 
     label_command = ""
     untended = ""
     """What is said, besides, to who waits where nobody is at work."""
 
-    def put(self, obj: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def put(self, obj: dict[str, Any]) -> None: ...
 
-    def find(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
-        raise NotImplementedError
+    @abstractmethod
+    def find(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None: ...
 
-    def run(self, *arguments: str) -> Result:
-        raise NotImplementedError
+    @abstractmethod
+    def run(self, *arguments: str) -> Result: ...
 
 
 class OnCluster(Place):
