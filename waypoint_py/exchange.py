@@ -224,7 +224,7 @@ class Exchange:
             if isinstance(verdict, _Wait):
                 return
             if isinstance(verdict, Park):
-                self._parked = self._plane.waits.wait(verdict.run, self._unparked)
+                self._parked = self._plane.waits.wait(verdict.run, self._unparked, self.crashed)
                 return
             reply = verdict
 

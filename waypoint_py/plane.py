@@ -29,8 +29,9 @@ T = TypeVar("T")
 class Waits(Protocol):
     """The way into trio, for what cannot be decided at once."""
 
-    def wait(self, run: Callable[[], Awaitable[T]], on_done: Callable[[T], None]) -> Cancel:
-        """Run it, then call ``on_done`` within the loop, never within this call; after ``cancel`` never. ``run`` must not raise."""
+    def wait(self, run: Callable[[], Awaitable[T]], on_done: Callable[[T], None], on_crash: Callable[[Exception], None]) -> Cancel:
+        """Run it, then call ``on_done`` within the loop, never within this call; after ``cancel`` never. If ``run`` raises, which is a
+        defect and reported, ``on_crash`` is called instead: whoever waits must not wait for ever."""
 
 
 class Load:

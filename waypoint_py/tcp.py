@@ -76,7 +76,7 @@ class TcpProxy:
             self._record.judged(asked)
             self._refuse(asked.reply)
         elif asked is not None:
-            self._parked = plane.waits.wait(plane.ext_authz.ask_connection(asked, facts).run, self._refuse)
+            self._parked = plane.waits.wait(plane.ext_authz.ask_connection(asked, facts).run, self._refuse, self._crashed)
         else:
             self._judge()
 
@@ -91,6 +91,10 @@ class TcpProxy:
         self._record.add_flags(*reply.flags)
         self._record.details, self._record.policy = reply.details, reply.policy
         self._end(reply.because)
+
+    def _crashed(self, error: Exception) -> None:
+        """A defect of ours, and so no leave to go on."""
+        self._end(f"internal error: {error!r}")
 
     def _judge(self) -> None:
         judgement = self._plane.store.judge_of(self._facts.service_key).judge_connection(self._facts, self._sni)

@@ -12,6 +12,7 @@ from waypoint_py.stream import HIGH_WATER, ByteStream
 from waypoint_py.upstream.session import Cancel
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 HELD_AT_MOST: Final = 256 * 1024
 """Bytes that wait for a task to read them."""
@@ -35,21 +36,27 @@ class NurseryWaits:
             task_status.started()
             await trio.sleep_forever()
 
-    def wait(self, run: Callable[[], Awaitable[T]], on_done: Callable[[T], None]) -> Cancel:
+    def wait(self, run: Callable[[], Awaitable[T]], on_done: Callable[[T], None], on_crash: Callable[[Exception], None]) -> Cancel:
         """Run it in a task of its own. Before `run` runs, and after, nothing is ever done."""
         waiting = _Waiting()
         if self._nursery is not None:
-            self._nursery.start_soon(self._run_one, run, on_done, waiting)
+            self._nursery.start_soon(self._run_one, run, on_done, on_crash, waiting)
         return waiting
 
-    async def _run_one(self, run: Callable[[], Awaitable[T]], on_done: Callable[[T], None], waiting: _Waiting) -> None:
+    async def _run_one(
+        self, run: Callable[[], Awaitable[T]], on_done: Callable[[T], None], on_crash: Callable[[Exception], None], waiting: _Waiting
+    ) -> None:
         try:
             with waiting.scope:
                 result = await run()
-                if not waiting.cancelled:
-                    self._reactor.call_soon(lambda: None if waiting.cancelled else on_done(result))
+                self._tell(waiting, on_done, result)
         except Exception as exc:  # supervises what the callback handed over: its defect must not end everybody else's waiting
             self._reactor.report(exc, "what a request waits for")
+            self._tell(waiting, on_crash, exc)
+
+    def _tell(self, waiting: _Waiting, call: Callable[[U], None], value: U) -> None:
+        if not waiting.cancelled:
+            self._reactor.call_soon(lambda: None if waiting.cancelled else call(value))
 
 
 class _Waiting:

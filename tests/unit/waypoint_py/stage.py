@@ -218,7 +218,7 @@ class Upstreams:
 
 
 class Nobody:
-    def wait(self, run: Callable[[], Awaitable[Any]], on_done: Callable[[Any], None]) -> Any:
+    def wait(self, run: Callable[[], Awaitable[Any]], on_done: Callable[[Any], None], on_crash: Callable[[Exception], None]) -> Any:
         raise AssertionError("nothing waits here")
 
 

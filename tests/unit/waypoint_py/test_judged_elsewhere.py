@@ -33,6 +33,7 @@ from mesh.xds.proto import ext_authz_pb2 as pb
 from tests.unit.waypoint_py.harness import HOST, Echo, Seen, World, default_route
 from tests.unit.waypoint_py.test_client_hello import in_records
 from waypoint_py.policy.consult import CHECK_METHOD
+from waypoint_py.policy.ext_authz import ExtAuthz
 from waypoint_py.verdict import Flag
 
 AUTHZ = "authz.shop.svc.cluster.local"
@@ -254,6 +255,37 @@ def test_a_client_that_goes_while_an_authorizer_thinks_is_told_of_once() -> None
             await stream.aclose()
             await world.until(lambda: world.log.requests)
             assert world.log.requests[0].flags == (Flag.DOWNSTREAM_CONNECTION_TERMINATION,)
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("protocol", [Protocol.HTTP, Protocol.TCP])
+def test_a_defect_while_an_authorizer_is_asked_ends_what_waits_and_lets_nothing_through(
+    monkeypatch: pytest.MonkeyPatch, protocol: Protocol
+) -> None:
+    world = World()
+
+    async def broken(self: ExtAuthz, *args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ExtAuthz, "_check", broken)
+
+    async def main() -> None:
+        echo = Echo()
+        async with world.application(echo) as address:
+            world.describe(world.endpoint(address), protocol=protocol)
+            _announce(world, address)
+            world.push(_custom(ExtAuthzGrpc("shop", AUTHZ, 9000, fail_open=True), path=""))
+            if protocol is Protocol.HTTP:
+                client = await world.client()
+                assert (await client.get("/")).status == 500
+            else:
+                stream = await world.open()
+                with pytest.raises(trio.BrokenResourceError):
+                    await stream.receive_some()
+            assert not echo.seen
+        assert [type(error) for error in world.errors] == [ZeroDivisionError]
+        world.errors.clear()
 
     world.run(main)
 

@@ -15,6 +15,7 @@ def test_what_is_waited_for_comes_back_in_the_loop_and_what_is_called_off_never(
     reactor = Reactor(on_error=lambda error, where: errors.append(error))
     waits = NurseryWaits(reactor)
     came: list[int] = []
+    crashes: list[Exception] = []
 
     async def give(number: int) -> int:
         await trio.sleep(0.01)
@@ -26,19 +27,22 @@ def test_what_is_waited_for_comes_back_in_the_loop_and_what_is_called_off_never(
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(waits.run)
-            waits.wait(lambda: give(1), came.append)
-            called_off = waits.wait(lambda: give(2), came.append)
-            waits.wait(fail, came.append)
-            waits.wait(lambda: give(3), came.append)
+            waits.wait(lambda: give(1), came.append, crashes.append)
+            called_off = waits.wait(lambda: give(2), came.append, crashes.append)
+            waits.wait(fail, came.append, crashes.append)
+            called_off_too = waits.wait(fail, came.append, crashes.append)
+            waits.wait(lambda: give(3), came.append, crashes.append)
             assert not came
             called_off.cancel()
+            called_off_too.cancel()
             await trio.sleep(0.1)
             nursery.cancel_scope.cancel()
 
     reactor.run(main)
     reactor.close()
     assert sorted(came) == [1, 3]
-    assert [str(error) for error in errors] == ["a defect"]
+    assert [str(error) for error in errors] == ["a defect"] * 2
+    assert [str(error) for error in crashes] == ["a defect"]
 
 
 def test_a_task_reads_and_writes_a_stream_and_is_held_back() -> None:
