@@ -44,6 +44,8 @@ CONNECT_TIMEOUT: Final = 10.0
 """Seconds, where the mesh says nothing."""
 SAMPLING: Final = 1.0
 """Percent of requests that are traced, likewise."""
+MOST_OF_A_BODY: Final = 16 << 20
+"""Bytes that an authorizer may want to see. A waypoint keeps them for every request that waits; Istio takes up to 4 GiB."""
 MAX_ITEMS: Final = 1000
 _T = TypeVar("_T")
 
@@ -475,7 +477,7 @@ def _read_body(provider: Fields) -> tuple[int, bool, bool]:
     if body is None:
         return 0, False, False
     body.refuse_unknown("maxRequestBytes", "allowPartialMessage", "packAsBytes")
-    size = body.integer("maxRequestBytes", required=True, low=1, high=2**32 - 1)
+    size = body.integer("maxRequestBytes", required=True, low=1, high=MOST_OF_A_BODY)
     return size, body.boolean("allowPartialMessage"), body.boolean("packAsBytes")
 
 
