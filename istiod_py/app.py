@@ -40,7 +40,7 @@ from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound
 from mesh.runtime.readiness import Readiness
 from mesh.telemetry.log import get_logger
 from mesh.telemetry.metrics import FamilySnapshot, Registry, Sample, add_build, add_process, content_type, render
-from mesh.xds.cache import Changes, ResourceCache
+from mesh.xds.cache import Changes, Encoded, ResourceCache, encode_delta
 from mesh.xds.l7 import L7_TYPES, SERVICE_CONFIG
 from mesh.xds.names import CREATE_CERTIFICATE_METHOD, WAYPOINT, pod_of_node_id, role_of_node_id
 from mesh.xds.server import AdsServer, ConnectionStatus, Introduction
@@ -170,7 +170,8 @@ class Istiod:
 
     async def _publish(self, translation: Translation) -> None:
         """Hand what changed to agents and waypoints and report what is wrong with the source."""
-        changes = self._cache.apply(diff(self._translation, translation))
+        # In a thread as well: thousands of routes take a while to encode.
+        changes = self._cache.take(await trio.to_thread.run_sync(_encode_changes, self._translation, translation))
         self._translation = translation
         self._keys.want(translation.wanted_keys)
         await self._tell(changes)
@@ -296,7 +297,9 @@ class Istiod:
         return Response.json(self._problems.describe())
 
     async def _serve_config_dump(self, request: Request) -> Response:
-        return Response.json(describe_state(self._translation, self._ca, self._ads.connections()))
+        # In a thread: all of a large mesh takes a while to write down, and pushes must not wait for it.
+        translation, agents = self._translation, self._ads.connections()
+        return await trio.to_thread.run_sync(lambda: Response.json(describe_state(translation, self._ca, agents)))
 
     async def _serve_status(self, request: Request) -> Response:
         page = inspection.ControlPlanePage(
@@ -332,6 +335,10 @@ class Istiod:
             ("citadel_server_root_cert_expiry_timestamp", "The unix timestamp at which the CA expires", int(self._ca.expires.timestamp())),
         )
         return [FamilySnapshot(name, "gauge", help, (), (Sample((), value),)) for name, help, value in gauges]
+
+
+def _encode_changes(before: Translation, after: Translation) -> Encoded:
+    return encode_delta(diff(before, after))
 
 
 def assign_waypoint(client: Introduction) -> str:

@@ -13,7 +13,7 @@ import trio
 
 from mesh.model.l7.destination import DestinationConfig
 from mesh.model.l7.policy import AuthorizationPolicy, RequestAuthentication
-from mesh.model.l7.waypoint import ServiceConfig
+from mesh.model.l7.waypoint import RouteTable, ServiceConfig
 from mesh.runtime.http import Request, Response, Route, Routes
 from mesh.runtime.levels import LevelsPage
 from mesh.runtime.readiness import Readiness
@@ -92,17 +92,21 @@ class Admin:
         for name, resource in store.resources():
             shown = msgspec.to_builtins(resource, str_keys=True)
             resources.setdefault(type(resource).__name__, {})[name] = _without_secrets(shown)
-        return Response.json(
+            await trio.lowlevel.checkpoint()  # requests are served in the same thread
+        # In a thread: thousands of routes take a while to write down.
+        return await trio.to_thread.run_sync(
+            Response.json,
             {
                 "version": version("ambient-mesh"),
                 "config": {field.name: _plain(getattr(self._config, field.name)) for field in dataclasses.fields(self._config)},
                 "controlPlane": self._control_plane(),
                 "settings": msgspec.to_builtins(store.settings),
                 "resources": resources,
+                "servicesLackingRoutes": store.lacking,
                 "workloads": sum(1 for _ in state.workloads()),
                 "services": sum(1 for _ in state.services()),
                 "certificates": describe_certificates(self._certificates.states()),
-            }
+            },
         )
 
     async def _clusters(self, request: Request) -> Response:
@@ -140,6 +144,8 @@ class Admin:
             ("waypoint_connections", "Client connections carried now", counts.connections),
             ("waypoint_requests_active", "Requests under way", counts.exchanges),
             ("waypoint_services", "Services that this waypoint stands before", store.count(ServiceConfig)),
+            ("waypoint_route_tables", "Tables of routes held", store.count(RouteTable)),
+            ("waypoint_services_lacking_routes", "Services that stay as they were, for routes that have not come", len(store.lacking)),
             ("waypoint_destinations", "Destinations with rules of their own", store.count(DestinationConfig)),
             ("waypoint_authorization_policies", "Authorization policies held", store.count(AuthorizationPolicy)),
             ("waypoint_request_authentications", "Request authentications held", store.count(RequestAuthentication)),

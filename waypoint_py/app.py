@@ -12,7 +12,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Final
 
@@ -60,6 +60,7 @@ from waypoint_py.telemetry.access_log import SCOPE, AccessLog
 from waypoint_py.telemetry.export import SpanExporter
 from waypoint_py.telemetry.metrics import WaypointMetrics
 from waypoint_py.telemetry.telemetry import Telemetry
+from waypoint_py.turns import finish_in_turns
 from waypoint_py.upstream.announce import announce
 from waypoint_py.upstream.balancer import Balancer
 from waypoint_py.upstream.dial import Dialler
@@ -77,6 +78,8 @@ _LAST_SPANS: Final = 2.0
 _STILL_TAKEN: Final = 3.0
 """Seconds in which connections are taken after SIGTERM, if there is that much time: agents hear of a pod that ends within one."""
 _DRAIN_LOOKS: Final = 0.05
+_NAMED: Final = 4
+"""Tables of routes that a line of the log names."""
 
 _log = log.get_logger("waypoint")
 
@@ -296,24 +299,33 @@ class Waypoint:
                 GATEWAY_NAME: config.gateway_name,
             },
             types=(*L7_TYPES, ADDRESS),
+            takes_parts=True,
         )
         await run_ads_client(client, self._xds_update, self._xds_state)
 
     def _xds_tls(self) -> ssl.SSLContext:
         return client_tls(self._config.xds_root.read_text())
 
-    def _xds_update(self, update: AdsUpdate) -> None:
+    def _xds_update(self, update: AdsUpdate) -> Awaitable[None] | None:
         self._xds_metrics.received(update.type_url, len(update.raw))
-        if update.type_url == ADDRESS:
-            changes = self._state.apply(update.delta)
-            if changes.services:
-                self.listener.wind_down_leavers()
-            if changes.workloads:
-                self._pool.forget(self._is_gone)
-        elif self._plane.store.apply(update.delta):
+        if update.type_url != ADDRESS:
+            return self._configure(update)
+        changes = self._state.apply(update.delta)
+        if changes.services:
+            self.listener.wind_down_leavers()
+        if changes.workloads:
+            self._pool.forget(self._is_gone)
+        return None
+
+    async def _configure(self, update: AdsUpdate) -> None:
+        """Acknowledged when it is in force; requests are served all the while."""
+        store = self._plane.store
+        if await finish_in_turns(store.applying(update.delta), self._reactor.now):
             _log.info(
                 "configured", type=update.type_url.rpartition(".")[2], resources=len(update.delta.l7), removed=len(update.delta.removed_l7)
             )
+            for service, tables in store.lacking.items():
+                _log.warning("service.lacks_routes", service=service, tables=", ".join(tables[:_NAMED]))
 
     def _is_gone(self, endpoint: Endpoint) -> bool:
         return endpoint.workload is not None and self._state.find_workload(endpoint.workload.uid) is None

@@ -295,7 +295,7 @@ class Exchange:
     def _route(self) -> LocalReply | None:
         if self._port is None:
             return None
-        matched = self._port.routes.find(self.request)
+        matched = self._port.routes.find(self.request, self._port.config.port)
         if matched is None:
             return replies.no_route(f"no route of {self._conn.facts.service_key} port {self._port.config.port} matches")
         self._matched = matched
@@ -345,7 +345,7 @@ class Exchange:
             return chosen
         self._chosen = chosen
         route = matched.route.route
-        destination = self._destination = self.record.destination = chosen.to.destination
+        destination = self._destination = self.record.destination = chosen.to.destination.at(self._conn.facts.destination.port)
         self._timeouts = find_timeouts(route, request)
         self._retry = RetryState(route.retry, request)
         self._body.replayable = self._retry.may_retry and request.upgrade is None
@@ -365,7 +365,8 @@ class Exchange:
         if not mirrors or outgoing.upgrade is not None:
             return
         for mirror in draw_mirrors(mirrors, self._plane.rng):
-            copy = MirrorCopy(self._plane, mirror.destination, mirrored(outgoing), self._conn.facts, ended=self._body.empty)
+            to = mirror.destination.at(self._conn.facts.destination.port)
+            copy = MirrorCopy(self._plane, to, mirrored(outgoing), self._conn.facts, ended=self._body.empty)
             for piece in self._body.pieces():
                 copy.push(piece)
             if self._body.complete and not self._body.empty:

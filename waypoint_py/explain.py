@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from mesh.model.address import InvalidAddress, NetworkAddress, SocketAddress
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.l7.policy import AuthorizationPolicy, PolicyAction
-from mesh.model.l7.routing import Fault, Forward, Retry, WeightedDestination
+from mesh.model.l7.routing import Destination, Fault, Forward, Retry
 from mesh.state.store import MeshState
 from mesh.wire.authority import Authority, parse_authority
 from mesh.wire.errors import RemoteProtocolError
@@ -139,7 +139,9 @@ class Explainer:
         if isinstance(chosen, str):
             self._note("route", chosen)
             return "the connection is reset: no destination"
-        self._note("route", str(port.tcp.origin), destinations=[describe_share(each) for each in port.tcp.destinations])
+        self._note(
+            "route", str(port.tcp.origin), destinations=[describe_share(each.destination, each.weight) for each in port.tcp.destinations]
+        )
         return f"carried to one of {len(port.tcp.destinations)} destinations"
 
     def _http(self, request: Request, facts: Connection, port: PortRuntime | None) -> str:
@@ -211,9 +213,9 @@ class Explainer:
         if port is None:
             self._note("route", "traffic to a workload has no routes")
             return f"sent to {facts.destination}"
-        matched = port.routes.find(request)
+        matched = port.routes.find(request, port.config.port)
         if matched is None:
-            self._note("route", f"none of {len(port.routes.routes)} routes matches")
+            self._note("route", f"none of {port.routes.size} routes matches")
             return "answered 404: no route"
         self._note("route", matched.because, name=matched.name)
         route = matched.route.route
@@ -236,19 +238,19 @@ class Explainer:
         return "forwarded" if len(endpoints) > 1 else f"forwarded: {endpoints[0].get('endpoint') or endpoints[0]['because']}"
 
     def _endpoint(self, destination: CompiledDestination, facts: Connection) -> Json:
-        shown = describe_share(destination.to)
+        to = destination.to.destination.at(facts.destination.port)
+        shown = describe_share(to, destination.to.weight)
         if destination.to.fails_with is not None:
             return {**shown, "because": destination.to.because or "it cannot be used", "status": destination.to.fails_with}
-        found = self._balancer.choose(destination.to.destination, Wish(like=facts.destination.ip), self._now)
+        found = self._balancer.choose(to, Wish(like=facts.destination.ip), self._now)
         if isinstance(found, NoEndpoint):
             return {**shown, "because": found.because}
         return {**shown, "endpoint": found.key, "because": found.because}
 
 
-def describe_share(share: WeightedDestination) -> Json:
-    to = share.destination
+def describe_share(to: Destination, weight: int) -> Json:
     subset = f" subset {to.subset}" if to.subset else ""
-    return {"destination": f"{to.namespace}/{to.hostname}:{to.port}{subset}", "weight": share.weight}
+    return {"destination": f"{to.namespace}/{to.hostname}:{to.port}{subset}", "weight": weight}
 
 
 def _say_fault(fault: Fault | None) -> str:

@@ -1,7 +1,8 @@
 """The configuration as it is served: what the control plane pushed, compiled, and swapped whole.
 
 Everything a request asks for is immutable; a change puts new objects in the place of old ones. So a request that began with one version
-ends with it, and the next one on the same connection has the new one: nothing of this is kept with connections.
+ends with it, and the next one on the same connection has the new one: nothing of this is kept with connections. Compiling takes its time in
+steps, while the last version serves; what is ready then is put in place at once.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from mesh.model.address import NamespacedHostname
 from mesh.model.l7.destination import DestinationConfig
 from mesh.model.l7.policy import AuthorizationPolicy, JwtRule, RequestAuthentication
 from mesh.model.l7.routing import Destination, Origin, TcpRoute, WeightedDestination
-from mesh.model.l7.waypoint import L7Resource, PortConfig, Protocol, ServiceConfig, WaypointSettings
+from mesh.model.l7.waypoint import L7Resource, PortConfig, Protocol, RouteTable, ServiceConfig, WaypointSettings
 from mesh.state.store import Delta
 from mesh.xds.l7 import resource_name, type_url_of
 from waypoint_py.admission import Charge
 from waypoint_py.policy.authorize import Judge, Judges
 from waypoint_py.policy.keys import KeySet
 from waypoint_py.policy.tokens import FindKeys, KeysFailed, TokenChecker, TokenCheckers
-from waypoint_py.routing.match import RouteTable, compile_routes
+from waypoint_py.routing.match import CompiledTable, PortRoutes, RouteList, compile_table, list_tables
+from waypoint_py.steps import Steps, finish
 
 T = TypeVar("T")
 
@@ -36,7 +39,7 @@ class PortRuntime:
     """One port of a service, compiled. ``tcp``: where its connections go when they carry no HTTP; never None."""
 
     config: PortConfig
-    routes: RouteTable
+    routes: PortRoutes
     tcp: TcpRoute
 
 
@@ -56,7 +59,10 @@ class Store:
         self._find_keys = find_keys
         self._held: dict[tuple[str, str], L7Resource] = {}
         """By type URL and name on the wire."""
+        self._compiler = ServiceCompiler()
         self._services: dict[str, ServiceRuntime] = {}
+        self._lacking: dict[str, ServiceConfig] = {}
+        """Services that name tables which have not come, or could not be read: they stay as they were."""
         self._destinations: dict[str, DestinationConfig] = {}
         self._judges = Judges(())
         self._checkers = TokenCheckers((), find_keys)
@@ -68,43 +74,80 @@ class Store:
     # Change
 
     def apply(self, delta: Delta) -> bool:
-        """Take new resources and removals; what did not really change is not compiled again. Whether anything changed."""
-        before = dict(self._held)
-        for key in delta.removed_l7:
-            self._held.pop(key, None)
-        for assigned in delta.l7:
-            self._held[type_url_of(assigned.resource), resource_name(assigned)] = assigned.resource
-        changed = [value for key, value in self._held.items() if before.get(key) != value]
-        gone = [value for key, value in before.items() if key not in self._held]
-        if not changed and not gone:
+        """`applying`, at one go."""
+        return finish(self.applying(delta))
+
+    def applying(self, delta: Delta) -> Steps[bool]:
+        """Take new resources and removals; what did not really change is not compiled again. Whether anything changed.
+
+        One at a time. Nothing has changed until the last step, which changes all of it.
+        """
+        changes = self._find_changes(delta)
+        if not changes:
             return False
-        kinds = {type(resource) for resource in (*changed, *gone)}
-        if AuthorizationPolicy in kinds:
-            self._judges = Judges(self._all(AuthorizationPolicy))
-        if RequestAuthentication in kinds:
-            self._checkers = TokenCheckers(self._all(RequestAuthentication), self._find_keys)
-        if WaypointSettings in kinds:
-            self._settings = next(iter(self._all(WaypointSettings)), self._default)
-        self._take_services(changed, gone)
+        coming = [value for value in changes.values() if value is not None]
+        gone = [self._held[key] for key, value in changes.items() if value is None]
+        # Nobody has them as long as no service names them.
+        self._compiler.tables.update((table.key, table) for table in coming if isinstance(table, RouteTable))
+        compiled, lacking = yield from self._compile_services(coming, gone)
+        self._put(changes)
         for resource in gone:
-            if isinstance(resource, DestinationConfig):
+            if isinstance(resource, RouteTable):
+                self._compiler.tables.pop(resource.key, None)
+            elif isinstance(resource, ServiceConfig):
+                self._services.pop(resource.key, None)
+            elif isinstance(resource, DestinationConfig):
                 self._destinations.pop(resource.key, None)
-        for resource in changed:
-            if isinstance(resource, DestinationConfig):
-                self._destinations[resource.key] = resource
+        self._services.update(compiled)
+        self._lacking = lacking
+        self._destinations.update((each.key, each) for each in coming if isinstance(each, DestinationConfig))
         self.version += 1
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             call()
         return True
 
-    def _take_services(self, changed: Iterable[L7Resource], gone: Iterable[L7Resource]) -> None:
+    def _find_changes(self, delta: Delta) -> dict[tuple[str, str], L7Resource | None]:
+        """None: it is gone."""
+        changes: dict[tuple[str, str], L7Resource | None] = {key: None for key in delta.removed_l7 if key in self._held}
+        for assigned in delta.l7:
+            key = type_url_of(assigned.resource), resource_name(assigned)
+            changes.pop(key, None)
+            if self._held.get(key) != assigned.resource:
+                changes[key] = assigned.resource
+        return changes
+
+    def _compile_services(
+        self, coming: Iterable[L7Resource], gone: Iterable[L7Resource]
+    ) -> Steps[tuple[dict[str, ServiceRuntime], dict[str, ServiceConfig]]]:
+        """Those that are new, or waited for tables; and those that lack some still."""
+        compiler = self._compiler
+        wanted = self._lacking | {each.key: each for each in coming if isinstance(each, ServiceConfig)}
         for resource in gone:
             if isinstance(resource, ServiceConfig):
-                self._services.pop(resource.key, None)
-        for resource in changed:
-            if isinstance(resource, ServiceConfig):
-                self._services[resource.key] = compile_service(resource, self._services.get(resource.key))
+                wanted.pop(resource.key, None)
+        compiled: dict[str, ServiceRuntime] = {}
+        lacking: dict[str, ServiceConfig] = {}
+        for key, config in wanted.items():
+            if compiler.find_lacking(config):
+                lacking[key] = config
+            else:
+                compiled[key] = yield from compiler.compile(config, self._services.get(key))
+        return compiled, lacking
+
+    def _put(self, changes: Mapping[tuple[str, str], L7Resource | None]) -> None:
+        kinds = {type(self._held[key] if value is None else value) for key, value in changes.items()}
+        for key, value in changes.items():
+            if value is None:
+                del self._held[key]
+            else:
+                self._held[key] = value
+        if AuthorizationPolicy in kinds:
+            self._judges = Judges(self._all(AuthorizationPolicy))
+        if RequestAuthentication in kinds:
+            self._checkers = TokenCheckers(self._all(RequestAuthentication), self._find_keys)
+        if WaypointSettings in kinds:
+            self._settings = next(iter(self._all(WaypointSettings)), self._default)
 
     def _all(self, kind: type[T]) -> list[T]:
         return [resource for resource in self._held.values() if isinstance(resource, kind)]
@@ -150,23 +193,63 @@ class Store:
         """Everything that is held, with its name, for operators."""
         return [(name, resource) for (_, name), resource in sorted(self._held.items(), key=lambda item: item[0])]
 
+    @property
+    def lacking(self) -> Mapping[str, tuple[str, ...]]:
+        """Services (``namespace/hostname``) that are not served as they should be, and the keys of the tables that have not come."""
+        return {key: self._compiler.find_lacking(config) for key, config in self._lacking.items()}
+
     def count(self, kind: type[L7Resource]) -> int:
         return sum(1 for resource in self._held.values() if isinstance(resource, kind))
 
 
+class ServiceCompiler:
+    """Makes services ready, each table and list of tables once for all that use them."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, RouteTable] = {}
+        """By key: what services may name."""
+        # What nobody uses any more is forgotten.
+        self._compiled: WeakValueDictionary[str, CompiledTable] = WeakValueDictionary()
+        self._lists: WeakValueDictionary[tuple[str, ...], RouteList] = WeakValueDictionary()
+
+    def find_lacking(self, config: ServiceConfig) -> tuple[str, ...]:
+        """The keys of tables that are named, and not known."""
+        named = dict.fromkeys(key for port in config.ports for use in port.tables for key in use.tables)
+        return tuple(key for key in named if key not in self.tables)
+
+    def compile(self, config: ServiceConfig, before: ServiceRuntime | None = None) -> Steps[ServiceRuntime]:
+        """A service that lacks nothing; ports that are as ``before`` are kept."""
+        ports: dict[int, PortRuntime] = {}
+        for port in config.ports:
+            old = before.ports.get(port.port) if before is not None else None
+            ports[port.port] = old if old is not None and old.config == port else (yield from self._compile_port(config, port))
+        return ServiceRuntime(config, ports)
+
+    def _compile_port(self, service: ServiceConfig, port: PortConfig) -> Steps[PortRuntime]:
+        itself = Destination(service.namespace, service.hostname, port.port)
+        tcp = port.tcp or TcpRoute(Origin("Service", service.namespace, service.hostname), (WeightedDestination(itself),))
+        lists: list[tuple[RouteList, tuple[str, ...]]] = []
+        for use in port.tables:
+            lists.append(((yield from self._list(use.tables)), use.hosts))
+        own = yield from list_tables([(yield from compile_table(port.routes))])
+        return PortRuntime(port, PortRoutes(lists, own), tcp)
+
+    def _list(self, keys: tuple[str, ...]) -> Steps[RouteList]:
+        found = self._lists.get(keys)
+        if found is None:
+            tables: list[CompiledTable] = []
+            for key in keys:
+                table = self._compiled.get(key)
+                if table is None:
+                    table = self._compiled[key] = yield from compile_table(self.tables[key].routes)
+                tables.append(table)
+            found = self._lists[keys] = yield from list_tables(tables)
+        return found
+
+
 def compile_service(config: ServiceConfig, before: ServiceRuntime | None = None) -> ServiceRuntime:
-    """A service, ready; ports that are as ``before`` are kept."""
-    ports: dict[int, PortRuntime] = {}
-    for port in config.ports:
-        old = before.ports.get(port.port) if before is not None else None
-        ports[port.port] = old if old is not None and old.config == port else compile_port(config, port)
-    return ServiceRuntime(config, ports)
-
-
-def compile_port(service: ServiceConfig, port: PortConfig) -> PortRuntime:
-    itself = Destination(service.namespace, service.hostname, port.port)
-    tcp = port.tcp or TcpRoute(Origin("Service", service.namespace, service.hostname), (WeightedDestination(itself),))
-    return PortRuntime(port, compile_routes(port.routes), tcp)
+    """A service without tables, ready."""
+    return finish(ServiceCompiler().compile(config, before))
 
 
 def speaks_http(protocol: Protocol) -> bool | None:

@@ -87,9 +87,10 @@ class DeltaClient:
         return self._of(type_url).versions
 
     def is_whole(self, type_url: str) -> bool:
-        """Whether the next response is the whole set: nothing was ever answered, so nothing was claimed as held."""
+        """Whether the next response completes the whole set, with the parts that came before, or is one more part of it: nothing but these
+        was ever claimed as held."""
         held = self._types.get(type_url)
-        return held is not None and not held.answered and not held.versions and not held.interest.on_demand
+        return held is not None and not held.answered and not held.interest.on_demand
 
     def subscribe(self, type_url: str, names: Iterable[str]) -> Request | None:
         """Want more names of an on-demand type. None when all are wanted already, or when there is no stream: then `start` tells them."""
@@ -108,16 +109,24 @@ class DeltaClient:
         return Request(type_url, unsubscribe=gone) if gone and self._started else None
 
     def receive(
-        self, type_url: str, nonce: str, *, accepted: Mapping[str, str], removed: Iterable[str] = (), errors: Sequence[str] = ()
+        self,
+        type_url: str,
+        nonce: str,
+        *,
+        accepted: Mapping[str, str],
+        removed: Iterable[str] = (),
+        errors: Sequence[str] = (),
+        more: bool = False,
     ) -> Request:
         """A response was taken: ``accepted`` is held now (name to version), ``removed`` no more. Gives the ACK, or with ``errors``
         (one text for each refused resource) the NACK. A refused resource leaves what was held of that name: its old version is what a
-        reconnect claims. A type nobody asked for is acknowledged and forgotten, as the node proxy does."""
+        reconnect claims. A type nobody asked for is acknowledged and forgotten, as the node proxy does. ``more``: it was a part, and
+        another follows."""
         if (held := self._types.get(type_url)) is not None:
             for name in removed:
                 held.versions.pop(name, None)
             held.versions.update(accepted)
-            held.answered = True
+            held.answered = held.answered or not more
         return Request(type_url, nonce=nonce, error="; ".join(errors) if errors else None)
 
     def _of(self, type_url: str) -> _Held:
@@ -165,7 +174,9 @@ class Watch:
     nonce_sent: str = ""
     nonce_acked: str = ""
     error: str = ""
-    """The last NACK's reason; empty again after an ACK."""
+    """The last NACK's reason; empty again after an ACK of another response."""
+    refused: str = ""
+    """The response that the NACK was of."""
 
 
 class DeltaServer:
@@ -183,12 +194,14 @@ class DeltaServer:
             return Outcome(Kind.FIRST, self._open(request))
         answer = self._change(watch, request)
         if request.error is not None:
-            watch.error = request.error
+            watch.error, watch.refused = request.error, response_of(request.nonce)
             return Outcome(Kind.NACK, answer, request.error)
         if request.nonce:
             if request.nonce != watch.nonce_sent:
                 return Outcome(Kind.STALE, answer)
-            watch.nonce_acked, watch.error = request.nonce, ""
+            watch.nonce_acked = request.nonce
+            if watch.refused != response_of(request.nonce):
+                watch.error = watch.refused = ""
             return Outcome(Kind.ACK, answer)
         return Outcome(Kind.CHANGE if request.subscribe or request.unsubscribe else Kind.NOTHING, answer)
 
@@ -219,6 +232,16 @@ class DeltaServer:
         # Every name asked for is answered, even one that was subscribed before: the client may have dropped it meanwhile.
         named = tuple(name for name in dict.fromkeys(request.subscribe) if name != WILDCARD)
         return Answer(request.type_url, named) if named else None
+
+
+def nonce_of(response: str, part: int) -> str:
+    """Of a response's part, from 0. ``response`` has no dot in it."""
+    return f"{response}.{part}"
+
+
+def response_of(nonce: str) -> str:
+    """The response that a nonce is of, whichever part."""
+    return nonce.partition(".")[0]
 
 
 def _check_bounds(names: Collection[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Protocol, TypeAlias
 
@@ -37,8 +38,30 @@ class ResourceSource(Protocol):
         """What runs on a node: its agent gets that without asking."""
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A change as it goes out: new resources and the names of those that are gone, by type."""
+
+    resources: Mapping[str, Sequence[Resource]]
+    removed: Mapping[str, Sequence[str]]
+
+
+def encode_delta(delta: Delta) -> Encoded:
+    """Raises ValueError for an unreadable policy. Pure: a large change may be encoded in a thread."""
+    resources: dict[str, list[Resource]] = {
+        ADDRESS: [*map(workload_resource, delta.workloads), *map(service_resource, delta.services)],
+        AUTHORIZATION: [policy_resource(policy) for policy in delta.policies],
+    }
+    removed: dict[str, list[str]] = {ADDRESS: list(delta.removed_addresses), AUTHORIZATION: list(delta.removed_policies)}
+    for assigned in delta.l7:
+        resources.setdefault(type_url_of(assigned.resource), []).append(l7_resource(assigned))
+    for type_url, name in delta.removed_l7:
+        removed.setdefault(type_url, []).append(name)
+    return Encoded(resources, removed)
+
+
 class ResourceCache:
-    """A ResourceSource fed with model values. `apply` is synchronous and returns what to publish."""
+    """A ResourceSource fed with model values. `take` is synchronous and returns what to publish."""
 
     def __init__(self) -> None:
         self._types: dict[str, dict[str, Resource]] = {type_url: {} for type_url in (ADDRESS, AUTHORIZATION, *L7_TYPES)}
@@ -70,19 +93,15 @@ class ResourceCache:
         return [resources[name] for name in self._by_key.get(_node_key(node), ())] if type_url == ADDRESS and node else []
 
     def apply(self, delta: Delta) -> Changes:
-        """Take new values and removals; a value that encodes to what is there already is no change. Raises ValueError for an unreadable
-        policy, before anything is changed."""
-        policies = [policy_resource(policy) for policy in delta.policies]
-        addresses = [*map(workload_resource, delta.workloads), *map(service_resource, delta.services)]
-        l7: dict[str, list[Resource]] = {type_url: [] for type_url in L7_TYPES}
-        for assigned in delta.l7:
-            l7[type_url_of(assigned.resource)].append(l7_resource(assigned))
-        changed: dict[str, list[str]] = {
-            ADDRESS: self._update(ADDRESS, addresses, delta.removed_addresses),
-            AUTHORIZATION: self._update(AUTHORIZATION, policies, delta.removed_policies),
+        """Take new values and removals. Raises ValueError for an unreadable policy, before anything is changed."""
+        return self.take(encode_delta(delta))
+
+    def take(self, encoded: Encoded) -> Changes:
+        """A resource that is what is there already is no change."""
+        changed = {
+            type_url: self._update(type_url, encoded.resources.get(type_url, ()), encoded.removed.get(type_url, ()))
+            for type_url in self._types
         }
-        for type_url, resources in l7.items():
-            changed[type_url] = self._update(type_url, resources, [name for url, name in delta.removed_l7 if url == type_url])
         self._changes += any(changed.values())
         return {type_url: names for type_url, names in changed.items() if names}
 

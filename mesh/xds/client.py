@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,7 +23,7 @@ from mesh.state.store import Delta
 from mesh.wire.delta import DeltaClient, Interest, Request
 from mesh.wire.errors import RemoteProtocolError
 from mesh.xds.decode import DecodedResponse, InvalidResource, decode_response
-from mesh.xds.names import ADDRESS, ADS_METHOD, AUTHORIZATION
+from mesh.xds.names import ADDRESS, ADS_METHOD, AUTHORIZATION, TAKES_PARTS
 from mesh.xds.proto import discovery_pb2 as discovery
 from mesh.xds.proto import node_pb2 as node
 
@@ -60,15 +60,19 @@ class AdsState:
 class AdsUpdate:
     """One response, taken. ``raw`` is the DeltaDiscoveryResponse as it came (`decode_response` gives the same ``delta`` elsewhere).
     ``whole``: nothing was held of this type, so what the response does not name does not exist: for those that kept state of an earlier
-    process. ``rejected`` is what was refused; unreadable policies are in it and, as policies that deny, in ``delta``."""
+    process. Of a client that takes parts that is what all parts together do not name, up to and with the one without ``more``.
+    ``rejected`` is what was refused; unreadable policies are in it and, as policies that deny, in ``delta``."""
 
     type_url: str
     raw: bytes
     delta: Delta
     whole: bool
     rejected: tuple[InvalidResource, ...] = ()
+    more: bool = False
 
 
+OnUpdate: TypeAlias = Callable[[AdsUpdate], Awaitable[None] | None]
+"""What is given back is waited for before the response is acknowledged, and before the next one is read."""
 Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[Channel]]
 
 
@@ -84,6 +88,8 @@ class AdsClientConfig:
     on_demand: bool = False
     types: tuple[str, ...] = (ADDRESS, AUTHORIZATION)
     """What to ask for, in this order. ``on_demand`` is about ADDRESS alone."""
+    takes_parts: bool = False
+    """Whether a response may come in parts."""
 
 
 def connect_tls(host: str, port: int, tls: Callable[[], ssl.SSLContext | None], *, server_hostname: str | None = None) -> Connect:
@@ -124,14 +130,14 @@ class _Backoff:
 
 async def run_ads_client(
     config: AdsClientConfig,
-    on_update: Callable[[AdsUpdate], None],
+    on_update: OnUpdate,
     on_state: Callable[[AdsState], None] = lambda state: None,
     *,
     demand: trio.MemoryReceiveChannel[tuple[str, ...]] | None = None,
     rng: random.Random | None = None,
 ) -> None:
     """Until cancelled. ``on_update`` is called once for every response, before it is acknowledged; ``on_state`` at every change. ``demand``
-    brings names to ask for when ``config.on_demand``. Neither callback may wait; what they raise ends the client."""
+    brings names to ask for when ``config.on_demand``. What the callbacks raise ends the client."""
     machine = DeltaClient([Interest(type_url, config.on_demand and type_url == ADDRESS) for type_url in config.types])
     session = _Session(config, machine, on_update, on_state)
     backoff = _Backoff(rng or random.Random())
@@ -156,7 +162,7 @@ class _Session:
         self,
         config: AdsClientConfig,
         machine: DeltaClient,
-        on_update: Callable[[AdsUpdate], None],
+        on_update: OnUpdate,
         on_state: Callable[[AdsState], None],
     ) -> None:
         self._config = config
@@ -196,7 +202,9 @@ class _Session:
         if decoded.type_url not in self._config.types:
             log.error("xds.unknown_type", type=decoded.type_url)
         else:
-            self._on_update(AdsUpdate(decoded.type_url, raw, decoded.delta, whole, decoded.rejected))
+            update = AdsUpdate(decoded.type_url, raw, decoded.delta, whole, decoded.rejected, decoded.more)
+            if (taking := self._on_update(update)) is not None:
+                await taking
         for bad in decoded.rejected:
             log.warning("xds.resource_rejected", type=decoded.type_url, resource=bad.name, error=bad.reason)
         reply = self._machine.receive(
@@ -205,6 +213,7 @@ class _Session:
             accepted=decoded.versions,
             removed=decoded.removed,
             errors=[str(bad) for bad in decoded.rejected],
+            more=decoded.more,
         )
         if self._machine.synced and not was_synced:
             self._on_state(AdsState(Phase.CONNECTED, True))
@@ -231,7 +240,7 @@ class _Session:
             message.error_detail.message = request.error
         if introduce:
             message.node.CopyFrom(node.Node(id=self._config.node_id))
-            message.node.metadata.update(dict(self._config.node_metadata))
+            message.node.metadata.update({**self._config.node_metadata, **({TAKES_PARTS: True} if self._config.takes_parts else {})})
         return message.SerializeToString()
 
 

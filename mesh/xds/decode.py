@@ -7,7 +7,7 @@ policy here becomes `Policy(unreadable=...)`: also for unknown fields and extens
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from ipaddress import ip_network
@@ -79,14 +79,16 @@ class InvalidResource(ValueError):
 @dataclass(frozen=True, slots=True)
 class DecodedResponse:
     """A DeltaDiscoveryResponse, parsed. ``delta`` holds what could be taken and every unreadable policy; ``versions`` what is held now by
-    resource name (an unreadable policy with an empty version: ask for it again); ``rejected`` what to refuse, unreadable policies too."""
+    resource name (an unreadable policy with an empty version: ask for it again); ``rejected`` what to refuse, unreadable policies too.
+    ``more``: it is a part, and another follows."""
 
     type_url: str
     nonce: str
-    delta: Delta
-    versions: Mapping[str, str]
-    removed: tuple[str, ...]
-    rejected: tuple[InvalidResource, ...]
+    delta: Delta = field(default_factory=Delta)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+    rejected: tuple[InvalidResource, ...] = ()
+    more: bool = False
 
 
 def decode_response(raw: bytes) -> DecodedResponse:
@@ -104,7 +106,7 @@ def decode_response(raw: bytes) -> DecodedResponse:
         case type_url if type_url in L7_TYPES:
             return _decode_l7(response)
         case _:
-            return DecodedResponse(response.type_url, response.nonce, Delta(), {}, (), ())
+            return DecodedResponse(response.type_url, response.nonce, more=response.more)
 
 
 def _decode_addresses(response: discovery.DeltaDiscoveryResponse) -> DecodedResponse:
@@ -124,7 +126,7 @@ def _decode_addresses(response: discovery.DeltaDiscoveryResponse) -> DecodedResp
             rejected.append(exc)
     removed = tuple(response.removed_resources)
     delta = Delta(workloads=tuple(workloads), services=tuple(services), removed_addresses=removed)
-    return DecodedResponse(response.type_url, response.nonce, delta, versions, removed, tuple(rejected))
+    return DecodedResponse(response.type_url, response.nonce, delta, versions, removed, tuple(rejected), response.more)
 
 
 def _decode_policies(response: discovery.DeltaDiscoveryResponse) -> DecodedResponse:
@@ -143,7 +145,7 @@ def _decode_policies(response: discovery.DeltaDiscoveryResponse) -> DecodedRespo
             rejected.append(InvalidResource(resource.name, policy.unreadable))
     removed = tuple(response.removed_resources)
     delta = Delta(policies=tuple(policies), removed_policies=removed)
-    return DecodedResponse(response.type_url, response.nonce, delta, versions, removed, tuple(rejected))
+    return DecodedResponse(response.type_url, response.nonce, delta, versions, removed, tuple(rejected), response.more)
 
 
 def _decode_l7(response: discovery.DeltaDiscoveryResponse) -> DecodedResponse:
@@ -164,7 +166,7 @@ def _decode_l7(response: discovery.DeltaDiscoveryResponse) -> DecodedResponse:
             rejected.append(InvalidResource(resource.name, reason))
     removed = tuple(response.removed_resources)
     delta = Delta(l7=tuple(assigned), removed_l7=tuple((type_url, name) for name in removed))
-    return DecodedResponse(type_url, response.nonce, delta, versions, removed, tuple(rejected))
+    return DecodedResponse(type_url, response.nonce, delta, versions, removed, tuple(rejected), response.more)
 
 
 def _body(resource: discovery.Resource, type_url: str) -> bytes:

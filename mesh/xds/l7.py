@@ -14,18 +14,19 @@ import msgspec
 from mesh.model.l7.destination import DestinationConfig
 from mesh.model.l7.policy import AuthorizationPolicy, PolicyAction, RequestAuthentication
 from mesh.model.l7.routing import Origin
-from mesh.model.l7.waypoint import Assigned, L7Resource, ServiceConfig, WaypointSettings
+from mesh.model.l7.waypoint import Assigned, L7Resource, RouteTable, ServiceConfig, WaypointSettings
 from mesh.xds.encode import Resource, version_of
 
 _PREFIX: Final = "type.googleapis.com/ambient.mesh.v1."
 WAYPOINT_SETTINGS: Final = f"{_PREFIX}WaypointSettings"
+ROUTE_TABLE: Final = f"{_PREFIX}RouteTable"
 SERVICE_CONFIG: Final = f"{_PREFIX}ServiceConfig"
 DESTINATION_CONFIG: Final = f"{_PREFIX}DestinationConfig"
 AUTHORIZATION_POLICY: Final = f"{_PREFIX}AuthorizationPolicy"
 REQUEST_AUTHENTICATION: Final = f"{_PREFIX}RequestAuthentication"
 
-L7_TYPES: Final = (AUTHORIZATION_POLICY, REQUEST_AUTHENTICATION, WAYPOINT_SETTINGS, DESTINATION_CONFIG, SERVICE_CONFIG)
-"""In the order in which they go out: a service is never served without the policies that came with it."""
+L7_TYPES: Final = (AUTHORIZATION_POLICY, REQUEST_AUTHENTICATION, WAYPOINT_SETTINGS, DESTINATION_CONFIG, ROUTE_TABLE, SERVICE_CONFIG)
+"""In the order in which they go out: a service is never served without the policies that came with it, nor named without its routes."""
 
 MAX_BODY: Final = 8 * 1024 * 1024
 """Bytes of one resource. The largest there is holds direct responses of 1 MiB each."""
@@ -33,6 +34,7 @@ _SEPARATOR: Final = "|"
 
 _KINDS: Final[Mapping[str, type[L7Resource]]] = {
     WAYPOINT_SETTINGS: WaypointSettings,
+    ROUTE_TABLE: RouteTable,
     SERVICE_CONFIG: ServiceConfig,
     DESTINATION_CONFIG: DestinationConfig,
     AUTHORIZATION_POLICY: AuthorizationPolicy,
@@ -63,8 +65,10 @@ def waypoint_of_name(name: str) -> str:
 
 def l7_resource(assigned: Assigned) -> Resource:
     """As it goes out. Only that waypoint gets it."""
-    # In two steps: the encoder puts keys in order only where all of them are texts, and ports are none.
-    body = msgspec.json.encode(msgspec.to_builtins(assigned.resource, str_keys=True, order="deterministic"))
+    resource = assigned.resource
+    # In two steps: the encoder puts keys in order only where all of them are texts, and ports are none. Routes have none to put in order.
+    plain = resource if isinstance(resource, RouteTable) else msgspec.to_builtins(resource, str_keys=True, order="deterministic")
+    body = msgspec.json.encode(plain)
     return Resource(resource_name(assigned), version_of(body), body, audience=assigned.waypoint)
 
 

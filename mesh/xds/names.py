@@ -11,6 +11,8 @@ WAYPOINT: Final = "waypoint"
 """The role that a waypoint introduces itself with."""
 GATEWAY_NAME: Final = "GATEWAY_NAME"
 """Node metadata of a waypoint: the name of its Gateway, which is in the pod's namespace."""
+TAKES_PARTS: Final = "AMBIENT_TAKES_PARTS"
+"""Node metadata, true: of a client that knows of responses in parts (`DeltaDiscoveryResponse.more`)."""
 CREATE_CERTIFICATE_METHOD: Final = "/istio.v1.auth.IstioCertificateService/CreateCertificate"
 
 

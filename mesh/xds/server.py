@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias
@@ -20,17 +20,20 @@ from google.protobuf.message import DecodeError
 
 from mesh.rpc.errors import RpcError
 from mesh.rpc.server import Bidi, Call, Handler, ServerStream
-from mesh.wire.delta import Answer, DeltaServer, Kind, Request, Watch
+from mesh.wire.delta import Answer, DeltaServer, Kind, Request, Watch, nonce_of
 from mesh.wire.errors import RemoteProtocolError
 from mesh.wire.grpc import Status
 from mesh.xds.cache import ResourceSource
 from mesh.xds.encode import Resource
-from mesh.xds.l7 import AUTHORIZATION_POLICY, L7_TYPES, REQUEST_AUTHENTICATION, waypoint_of_name
-from mesh.xds.names import ADDRESS, ADS_METHOD, AUTHORIZATION, GATEWAY_NAME
+from mesh.xds.l7 import AUTHORIZATION_POLICY, L7_TYPES, REQUEST_AUTHENTICATION, ROUTE_TABLE, waypoint_of_name
+from mesh.xds.names import ADDRESS, ADS_METHOD, AUTHORIZATION, GATEWAY_NAME, TAKES_PARTS
 from mesh.xds.proto import discovery_pb2 as discovery
 
 MAX_REQUEST: Final = 64 * 1024 * 1024
 """A reconnecting client names everything it holds: 100 000 workloads are some 10 MB. Read only after authentication."""
+PART_SIZE: Final = 1024 * 1024
+"""Bytes of resources at which a message of a response ends; a resource that is larger by itself has one of its own. So neither side holds
+more than a few of these at a time, and others have their turn in between."""
 MAX_UNANSWERED: Final = 64
 """Answers due to one client; beyond, its next request waits until it has taken some."""
 
@@ -58,8 +61,9 @@ def nobody_is_a_waypoint(_: Introduction) -> str:
     return ""
 
 
-_ANSWER_FIRST: Final = (AUTHORIZATION, AUTHORIZATION_POLICY, REQUEST_AUTHENTICATION)
-"""Types whose absence lets something through, or denies: new ones go out before, those that are gone after everything else."""
+_ANSWER_FIRST: Final = (AUTHORIZATION, AUTHORIZATION_POLICY, REQUEST_AUTHENTICATION, ROUTE_TABLE)
+"""Types whose absence lets something through, or denies, or that others name: new ones go out before, those that are gone after
+everything else."""
 _ORDER: Final = (*L7_TYPES, ADDRESS)
 _REFUSALS: Final = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED)
 
@@ -187,6 +191,7 @@ class _Connection:
         """What an on-demand watch was sent, by type: it goes on getting changes and removals of that."""
         self._work = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
+        self._takes_parts = False
         self._session = secrets.token_hex(4)
         self._responses = 0
         self._failure: RpcError | None = None
@@ -262,6 +267,7 @@ class _Connection:
         metadata = message.node.metadata.fields
         self._node_name = metadata["NODE_NAME"].string_value if "NODE_NAME" in metadata else ""
         gateway = metadata[GATEWAY_NAME].string_value if GATEWAY_NAME in metadata else ""
+        self._takes_parts = TAKES_PARTS in metadata and metadata[TAKES_PARTS].bool_value
         self._waypoint = self._assign(Introduction(self._caller, self.node_id, self._node_name, gateway))
         log.info("xds.connected", node=self.node_id, peer=self._stream.call.peer.address)
 
@@ -273,7 +279,7 @@ class _Connection:
             if self._answers:
                 answer = self._answers.popleft()
                 self._room.unpark_all()
-                await self._respond(answer.type_url, *self._answer(answer))
+                await self._respond(answer.type_url, *self._answer(answer), whole=True)
             elif self._changed:
                 await self._push_changes()
             else:
@@ -294,19 +300,25 @@ class _Connection:
         for type_url, names in gone.items():
             await self._push(type_url, names)
 
-    async def _respond(self, type_url: str, resources: Iterable[Resource], removed: Iterable[str]) -> None:
+    async def _respond(self, type_url: str, resources: Sequence[Resource], removed: Iterable[str], *, whole: bool = False) -> None:
+        """In as many messages as it takes; what is gone is in the last ones. ``whole``: they are of use together alone, so that a client
+        which does not know of parts gets it in one."""
         self._responses += 1
-        nonce = f"{self._source.version}-{self._session}-{self._responses}"
-        with_aliases = not self._machine.watches[type_url].wildcard
-        response = discovery.DeltaDiscoveryResponse(
-            system_version_info=self._source.version,
-            type_url=type_url,
-            nonce=nonce,
-            removed_resources=sorted(removed),
-            resources=[_message(type_url, resource, with_aliases) for resource in resources],
-        )
-        self._machine.sent(type_url, nonce)
-        await self._stream.send(response.SerializeToString())
+        number = f"{self._source.version}-{self._session}-{self._responses}"
+        version, with_aliases = self._source.version, not self._machine.watches[type_url].wildcard
+        response = Part(resources, tuple(sorted(removed)))
+        parts = [response] if whole and not self._takes_parts else list(split(response, PART_SIZE))
+        for index, part in enumerate(parts):
+            message = discovery.DeltaDiscoveryResponse(
+                system_version_info=version,
+                type_url=type_url,
+                nonce=nonce_of(number, index),
+                removed_resources=part.removed,
+                resources=[_message(type_url, resource, with_aliases) for resource in part.resources],
+                more=self._takes_parts and index + 1 < len(parts),
+            )
+            self._machine.sent(type_url, message.nonce)
+            await self._stream.send(message.SerializeToString())
 
     def _answer(self, answer: Answer) -> tuple[list[Resource], list[str]]:
         if answer.names is None:
@@ -365,6 +377,34 @@ class _Connection:
             or any(group in watch.names or group in given for group in resource.groups)
             or (bool(resource.node) and resource.node == self._node_name)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a response."""
+
+    resources: Sequence[Resource] = ()
+    removed: Sequence[str] = ()
+
+
+def split(response: Part, size: int) -> Iterator[Part]:
+    """A response in parts of about ``size`` bytes at most; one at least."""
+    resources: list[Resource] = []
+    used = 0
+    for resource in response.resources:
+        if resources and used + len(resource.body) > size:
+            yield Part(resources)
+            resources, used = [], 0
+        resources.append(resource)
+        used += len(resource.body)
+    removed: list[str] = []
+    for name in response.removed:
+        if (resources or removed) and used + len(name) > size:
+            yield Part(resources, removed)
+            resources, removed, used = [], [], 0
+        removed.append(name)
+        used += len(name)
+    yield Part(resources, removed)
 
 
 def _rank(type_url: str) -> int:

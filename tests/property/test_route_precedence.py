@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from istiod_py.translate.l7.known import L7Port, L7Service, know
-from istiod_py.translate.l7.routing import Routing
+from istiod_py.translate.l7.routing import RouteMemory, Routing
 from istiod_py.translate.l7.sources import RouteSources, Sourced
-from istiod_py.translate.memo import Memo
 from mesh.kube.gatewayapi.filters import Filters
 from mesh.kube.gatewayapi.references import BackendRef, ParentRef
 from mesh.kube.gatewayapi.routes import RequestRoute, RequestRule, RuleBackend
@@ -21,8 +20,8 @@ from mesh.kube.routeactions import Target, WeightedTarget
 from mesh.kube.virtualservice import HttpMatch, HttpRule, VirtualService
 from mesh.model.l7.matching import Exact, HeaderMatch, PathKind, PathMatch, Prefix, QueryMatch, Regex, RouteMatch
 from mesh.model.l7.waypoint import Protocol
+from tests.unit.istiod_py.translate.l7.world import find_told
 from waypoint_py.http.message import Request
-from waypoint_py.routing.match import RouteTable
 
 HOSTNAME = "s.shop.svc.cluster.local"
 SERVICE = L7Service("shop", HOSTNAME, (L7Port(80, "http", Protocol.HTTP),), "Service", "s")
@@ -141,8 +140,8 @@ def test_a_request_has_the_rule_that_goes_before_all_others_that_match(
         if holds(match, asked)
     ]
     rng.shuffle(sources)  # type: ignore[attr-defined]  # a random.Random
-    routing = Routing(RouteSources(requests=tuple(sources)), know([SERVICE]), Memo())
-    chosen = RouteTable(routing.route(SERVICE, "way").ports[0].routes).find(asked.request())
+    routing = Routing(RouteSources(requests=tuple(sources)), know([SERVICE]), RouteMemory())
+    chosen = find_told(routing.tell([SERVICE], "way/w", "way"), asked.request(), 80)
     if not routes:
         assert chosen is not None
         assert chosen.route.route.name == "default"
@@ -200,8 +199,8 @@ def test_virtual_services_are_one_list_by_age_and_the_first_rule_that_matches_ha
     )
     # Whether anything is routed on this port at all, whatever the request.
     routed = any(not rule.matches or any(match.port in (0, 80) for match in rule.matches) for each in sources for rule in each.value.http)
-    routing = Routing(RouteSources(virtual_services=tuple(sources)), know([SERVICE]), Memo())
-    chosen = RouteTable(routing.route(SERVICE, "shop").ports[0].routes).find(asked.request())
+    routing = Routing(RouteSources(virtual_services=tuple(sources)), know([SERVICE]), RouteMemory())
+    chosen = find_told(routing.tell([SERVICE], "shop/w", "shop"), asked.request(), 80)
     if wanted is not None:
         assert chosen is not None
         origin = chosen.route.route.origin

@@ -28,7 +28,7 @@ from mesh.telemetry.operators import InvalidFormat, compile_format, compile_head
 from tests.corpus.facts import Known, asked
 from waypoint_py.http.message import Request, Response
 from waypoint_py.routing.actions import compile_rewrite, location, replace_prefix
-from waypoint_py.routing.match import RouteTable
+from waypoint_py.routing.match import compile_routes
 from waypoint_py.routing.predicates import Seen, compile_path, parse_query, required_prefix
 from waypoint_py.routing.retry import Again, RetryState
 
@@ -82,7 +82,7 @@ requests = st.builds(
 @settings(max_examples=300)
 @given(routes, st.lists(requests, min_size=1, max_size=4))
 def test_the_route_found_is_the_first_that_matches(table: tuple[Route, ...], some: list[Request]) -> None:
-    filed, tried = RouteTable(table, 0), RouteTable(table, 10_000)
+    filed, tried = compile_routes(table, 0), compile_routes(table, 10_000)
     for request in some:
         wanted = next((number for number, route in enumerate(table) if route_is_true(route, request)), None)
         for each in (filed, tried):
@@ -166,7 +166,7 @@ def test_many_prefixes_are_found_as_one_by_one(prefixes: list[str], path: str) -
         Route(Origin("R", "n", str(number)), DirectResponse(200), matches=(RouteMatch(path=PathMatch(PathKind.PREFIX, prefix)),))
         for number, prefix in enumerate(prefixes)
     )
-    matched = RouteTable(table, 0).find(asked("/" + path))
+    matched = compile_routes(table, 0).find(asked("/" + path))
     wanted = next((number for number, prefix in enumerate(prefixes) if ("/" + path).startswith(prefix)), None)
     assert (None if matched is None else int(matched.route.route.origin.name)) == wanted
 
@@ -326,7 +326,7 @@ def test_tables_of_any_size_find_every_route(count: int) -> None:
         Route(Origin("R", "n", str(number)), DirectResponse(200), matches=(RouteMatch(path=PathMatch(PathKind.SEGMENTS, f"/s{number}")),))
         for number in range(count)
     )
-    compiled = RouteTable(table)
+    compiled = compile_routes(table)
     for number in range(count):
         matched = compiled.find(asked(f"/s{number}/x"))
         assert matched is not None

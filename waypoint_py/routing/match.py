@@ -2,22 +2,25 @@
 
 Every alternative of every route is filed under the one thing that narrows it down most: its exact path, the prefix its path must have, or
 the exact value of a header or query parameter. A request then asks only those filed under what it has, and those under nothing, in order.
-Filing never decides: the alternative's own predicates do, all of them.
+Filing never decides: the alternative's own predicates do, all of them. Lists that are for some hosts alone are filed under these.
+
+What many ports share is compiled once: a table's alternatives, and a list of tables with its files. Both take their time (`Steps`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from heapq import merge
 from typing import Final, NamedTuple
 
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, RouteMatch
 from mesh.model.l7.routing import Route
 from waypoint_py.http.message import Request
-from waypoint_py.routing.actions import CompiledRoute, compile_route
+from waypoint_py.routing.actions import CompiledRoute, compile_route, split_port
 from waypoint_py.routing.predicates import CompiledMatch, Seen, compile_match, describe, required_prefix, segment_prefix
+from waypoint_py.steps import Steps, finish
 
 FILED_FROM: Final = 8
 """Alternatives below which they are tried one by one: filing costs a request as much as that."""
@@ -25,6 +28,8 @@ CROWDED: Final = 8
 """Alternatives of one path that make it worth looking at a header or query parameter instead."""
 MAX_SOURCES: Final = 8
 """Headers and parameters under whose values alternatives are filed; each costs every request a look."""
+_AT_ONCE: Final = 64
+"""Alternatives filed in one step."""
 
 
 class Matched(NamedTuple):
@@ -37,32 +42,58 @@ class Matched(NamedTuple):
 
 
 class _Alternative(NamedTuple):
+    written: RouteMatch
     match: CompiledMatch
     matched: Matched
 
 
-class RouteTable:
-    """The routes of one port of a service, in order."""
+class CompiledTable:
+    """Routes in order, each alternative ready. ``closed``: no request gets past them."""
 
-    __slots__ = ("_alternatives", "_always", "_filed", "_first", "routes")
+    __slots__ = ("__weakref__", "alternatives", "closed", "routes")
 
-    def __init__(self, routes: tuple[Route, ...], filed_from: int = FILED_FROM) -> None:
+    def __init__(self, routes: tuple[Route, ...], alternatives: list[_Alternative], closed: bool) -> None:
         self.routes = routes
-        written = list(_reachable(routes))
-        self._alternatives = [_compile_alternative(*each) for each in written]
-        filed = len(written) >= filed_from
-        self._filed = _Files([match for _, _, match in written]) if filed else None
-        self._always = range(len(written))
-        # The usual table: one route, for everything.
-        first = self._alternatives[0] if self._alternatives else None
-        self._first = first.matched if first is not None and not first.match.predicates else None
+        self.alternatives = alternatives
+        self.closed = closed
 
-    def find(self, request: Request) -> Matched | None:
-        """The first route that matches; None: there is none, and the answer is 404."""
-        if self._first is not None:
-            return self._first
-        seen = Seen(request)
-        alternatives = self._alternatives
+
+def compile_table(routes: tuple[Route, ...]) -> Steps[CompiledTable]:
+    """Up to the first alternative that takes every request. Never raises."""
+    alternatives: list[_Alternative] = []
+    for route in routes:
+        compiled = compile_route(route)
+        for number, match in enumerate(route.matches or (_EVERYTHING,)):
+            alternatives.append(_compile_alternative(compiled, number, match))
+            if match == RouteMatch(name=match.name):
+                return CompiledTable(routes, alternatives, closed=True)
+            yield
+    return CompiledTable(routes, alternatives, closed=False)
+
+
+class RouteList:
+    """The routes of tables that follow each other, filed."""
+
+    __slots__ = ("__weakref__", "_always", "_filed", "_tables", "alternatives", "first")
+
+    def __init__(self, tables: Sequence[CompiledTable], filed: _Files | None) -> None:
+        """``filed``: all alternatives, in order; None: they are few."""
+        self._tables = tables
+        self.alternatives = [alternative for table in tables for alternative in table.alternatives]
+        self._filed = filed
+        self._always = range(len(self.alternatives))
+        # The usual list: one route, for everything.
+        first = self.alternatives[0] if self.alternatives else None
+        self.first = first.matched if first is not None and not first.match.predicates else None
+
+    @property
+    def size(self) -> int:
+        """How many routes there are."""
+        return sum(len(table.routes) for table in self._tables)
+
+    def find(self, seen: Seen) -> Matched | None:
+        """The first route that matches."""
+        alternatives = self.alternatives
         for index in self._always if self._filed is None else self._filed.candidates(seen):
             alternative = alternatives[index]
             if alternative.match.holds(seen):
@@ -70,19 +101,66 @@ class RouteTable:
         return None
 
 
-def compile_routes(routes: tuple[Route, ...]) -> RouteTable:
-    """Ready for requests; never raises."""
-    return RouteTable(routes)
+def list_tables(tables: Sequence[CompiledTable], filed_from: int = FILED_FROM) -> Steps[RouteList]:
+    """As one list, up to the first that no request gets past."""
+    closed = next((number for number, table in enumerate(tables, 1) if table.closed), len(tables))
+    matches = [alternative.written for table in tables[:closed] for alternative in table.alternatives]
+    filed = (yield from _file(matches)) if len(matches) >= filed_from else None
+    return RouteList(tables[:closed], filed)
 
 
-def _reachable(routes: Iterable[Route]) -> Iterable[tuple[CompiledRoute, int, RouteMatch]]:
-    """Every alternative with its number in its route, up to the first that takes every request."""
-    for route in routes:
-        compiled = compile_route(route)
-        for number, match in enumerate(route.matches or (_EVERYTHING,)):
-            yield compiled, number, match
-            if match == RouteMatch(name=match.name):
-                return
+class PortRoutes:
+    """All that requests for one port are tried against: lists in order, some of them for some hosts alone, and then the port's own."""
+
+    __slots__ = ("_always", "_by_host", "_by_suffix", "_first", "_lists", "_narrow", "_suffixes")
+
+    def __init__(self, lists: Sequence[tuple[RouteList, tuple[str, ...]]], own: RouteList) -> None:
+        self._lists = [*(each for each, _ in lists), own]
+        self._always: list[int] = []
+        self._by_host: dict[bytes, list[int]] = {}
+        self._by_suffix: dict[bytes, list[int]] = {}
+        for number, (_, hosts) in enumerate((*lists, (own, ()))):
+            if not hosts:
+                self._always.append(number)
+            for host in hosts:
+                name = host.encode()
+                filed, key = (self._by_suffix, name[1:]) if name.startswith(b"*") else (self._by_host, name)
+                filed.setdefault(key, []).append(number)
+        self._suffixes = sorted({len(suffix) for suffix in self._by_suffix})
+        self._narrow = bool(self._by_host or self._by_suffix)
+        self._first = self._lists[0].first if self._always[0] == 0 else None
+
+    @property
+    def size(self) -> int:
+        """How many routes there are."""
+        return sum(each.size for each in self._lists)
+
+    def find(self, request: Request, port: int = 0) -> Matched | None:
+        """The first route that matches a request for ``port`` of the service; None: there is none, and the answer is 404."""
+        if self._first is not None:
+            return self._first
+        seen = Seen(request, port)
+        for number in self._candidates(request) if self._narrow else self._always:
+            if (found := self._lists[number].find(seen)) is not None:
+                return found
+        return None
+
+    def _candidates(self, request: Request) -> Iterable[int]:
+        """The lists that are for the request's host, in order."""
+        host = split_port(request.authority)[0].lower()
+        found = [self._always, self._by_host.get(host, [])]
+        # One label or more, and none empty, in place of a star.
+        if self._suffixes and not (b":" in host or b"/" in host or b".." in host or host.startswith(b".")):
+            for length in self._suffixes:
+                if length < len(host) and not host[:-length].endswith(b"."):
+                    found.append(self._by_suffix.get(host[-length:], []))
+        # A list that several of its hosts lead to is there more than once, and tried no more often than if it were not.
+        return dict.fromkeys(merge(*found))
+
+
+def compile_routes(routes: tuple[Route, ...], filed_from: int = FILED_FROM) -> PortRoutes:
+    """A port's own routes, ready for requests; never raises."""
+    return PortRoutes((), finish(list_tables([finish(compile_table(routes))], filed_from)))
 
 
 _EVERYTHING: Final = RouteMatch()
@@ -94,7 +172,7 @@ def _compile_alternative(route: CompiledRoute, number: int, match: RouteMatch) -
         reason = f"match {number}: {compiled.broken}" + (f"; {route.broken}" if route.broken else "")
         route = CompiledRoute(route.route, broken=reason)
     name = ".".join(filter(None, (route.route.name, match.name)))
-    return _Alternative(compiled, Matched(route, match.path, name, f"{route.route.origin}: {describe(match)}"))
+    return _Alternative(match, compiled, Matched(route, match.path, name, f"{route.route.origin}: {describe(match)}"))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------------------------
@@ -115,6 +193,13 @@ class _Source(NamedTuple):
         return () if value is None else (value,)
 
 
+class _Value(NamedTuple):
+    """What one of them must be."""
+
+    source: _Source
+    value: bytes
+
+
 class _Under(NamedTuple):
     """What of a path an alternative is filed under."""
 
@@ -128,30 +213,33 @@ class _Files:
 
     __slots__ = ("_always", "_exact", "_exact_folded", "_folds", "_prefixes", "_prefixes_folded", "_sources")
 
-    def __init__(self, matches: Sequence[RouteMatch]) -> None:
+    def __init__(self) -> None:
         self._always: list[int] = []
         self._exact: dict[bytes, list[int]] = {}
         self._exact_folded: dict[bytes, list[int]] = {}
         self._sources: dict[_Source, dict[bytes, list[int]]] = {}
+        self._prefixes = self._prefixes_folded = _Prefixes({})
+        self._folds = False
+
+    def fill(self, under: Iterable[_Under | _Value | None]) -> Steps[None]:
+        """``under``: of every alternative, what it is filed under."""
         prefixes: dict[bytes, list[int]] = {}
         folded: dict[bytes, list[int]] = {}
-        under = [_path_of(match) for match in matches]
-        crowd = Counter(under)
-        values = [_exact_values(match) if crowd[path] > CROWDED else {} for match, path in zip(matches, under, strict=True)]
-        frequent = Counter(source for each in values for source in each)
-        sources = {source for source, _ in frequent.most_common(MAX_SOURCES)}
-        for number, (path, named) in enumerate(zip(under, values, strict=True)):
-            source = next((source for source in named if source in sources), None)
-            if source is not None:
-                self._sources.setdefault(source, {}).setdefault(named[source], []).append(number)
-            elif path is None:
+        for number, where in enumerate(under):
+            if where is None:
                 self._always.append(number)
-            elif path.exact:
-                (self._exact_folded if path.ignore_case else self._exact).setdefault(path.text, []).append(number)
+            elif isinstance(where, _Value):
+                self._sources.setdefault(where.source, {}).setdefault(where.value, []).append(number)
+            elif where.exact:
+                (self._exact_folded if where.ignore_case else self._exact).setdefault(where.text, []).append(number)
             else:
-                (folded if path.ignore_case else prefixes).setdefault(path.text, []).append(number)
-        self._prefixes = _Prefixes(prefixes)
-        self._prefixes_folded = _Prefixes(folded)
+                (folded if where.ignore_case else prefixes).setdefault(where.text, []).append(number)
+            if number % _AT_ONCE == 0:
+                yield
+        self._prefixes, self._prefixes_folded = _Prefixes(prefixes), _Prefixes(folded)
+        yield
+        yield from self._prefixes.link()
+        yield from self._prefixes_folded.link()
         self._folds = bool(self._exact_folded or folded)
 
     def candidates(self, seen: Seen) -> Iterable[int]:
@@ -173,6 +261,31 @@ class _Files:
         if not lists:
             return ()
         return lists[0] if len(lists) == 1 else merge(*lists)
+
+
+def _file(matches: Sequence[RouteMatch]) -> Steps[_Files]:
+    paths: list[_Under | None] = []
+    crowd: Counter[_Under | None] = Counter()
+    for match in matches:
+        path = _path_of(match)
+        paths.append(path)
+        crowd[path] += 1
+        yield
+    values: list[dict[_Source, bytes]] = []
+    for number, (match, path) in enumerate(zip(matches, paths, strict=True)):
+        values.append(_exact_values(match) if crowd[path] > CROWDED else {})
+        if number % _AT_ONCE == 0:
+            yield
+    frequent = Counter(source for each in values for source in each)
+    sources = {source for source, _ in frequent.most_common(MAX_SOURCES)}
+    files = _Files()
+    yield from files.fill(_choose_file(path, named, sources) for path, named in zip(paths, values, strict=True))
+    return files
+
+
+def _choose_file(path: _Under | None, named: Mapping[_Source, bytes], sources: Collection[_Source]) -> _Under | _Value | None:
+    source = next((source for source in named if source in sources), None)
+    return path if source is None else _Value(source, named[source])
 
 
 def _path_of(match: RouteMatch) -> _Under | None:
@@ -220,12 +333,17 @@ class _Prefixes:
         self._texts = sorted(lists)
         self._lists = [lists[text] for text in self._texts]
         self._parents: list[int] = []
+
+    def link(self) -> Steps[None]:
+        """Find all parents. To be done before anything is found."""
         open_texts: list[int] = []
         for number, text in enumerate(self._texts):
             while open_texts and not text.startswith(self._texts[open_texts[-1]]):
                 open_texts.pop()
             self._parents.append(open_texts[-1] if open_texts else -1)
             open_texts.append(number)
+            if number % _AT_ONCE == 0:
+                yield
 
     def find(self, path: bytes, lists: list[list[int]]) -> None:
         """Add the lists of all texts that ``path`` begins with."""

@@ -35,10 +35,12 @@ Test: TypeAlias = Callable[[bytes], bool]
 class Seen:
     """A request as predicates look at it: what several of them ask for is worked out once."""
 
-    __slots__ = ("_headers", "_query", "path", "request")
+    __slots__ = ("_headers", "_query", "path", "port", "request")
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, port: int = 0) -> None:
+        """``port``: of the service, which the request came for."""
         self.request = request
+        self.port = port
         self.path = request.path_only
         self._query: dict[bytes, bytes] | None = None
         self._headers: dict[bytes, tuple[bytes, ...]] = {}
@@ -251,6 +253,8 @@ def compile_match(match: RouteMatch) -> CompiledMatch:
         else:
             predicates.append(make(compiled.test))
 
+    if port := match.port:
+        predicates.append(lambda seen: seen.port == port)
     if match.method is not None:
         take(compile_text(match.method), lambda test: lambda seen: test(seen.request.method))
     if match.path is not None:
@@ -299,6 +303,8 @@ def describe(match: RouteMatch) -> str:
     for header in match.headers:
         parts.append(f"{'not ' if header.invert else ''}header {header.name} {_describe_text(header.match)}")
     parts += [f"query {parameter.name} {_describe_text(parameter.match)}" for parameter in match.query]
+    if match.port:
+        parts.append(f"port {match.port}")
     return ", ".join(parts) or "every request"
 
 

@@ -6,19 +6,29 @@ A waypoint looks at no SNI: a TLS route is for a service when it names the servi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
-from istiod_py.translate.l7.destinations import note_subset, resolve_target, weigh_backend
+from istiod_py.translate.l7.destinations import NO_SUCH, lacks_port, note_subset, resolve_target, weigh_backend
 from istiod_py.translate.l7.gateway_routes import attaches
+from istiod_py.translate.l7.known import L7Service
 from istiod_py.translate.l7.sources import Gathered, Note, Sourced, expand
-from istiod_py.translate.l7.virtual_services import Place
+from istiod_py.translate.l7.virtual_services import Scope
 from mesh.kube.gatewayapi.routes import ConnectionRoute
 from mesh.kube.objects import FieldPath, KubeObject
-from mesh.kube.routeactions import WeightedTarget
+from mesh.kube.routeactions import Target, WeightedTarget
 from mesh.kube.virtualservice import MESH, L4Match, L4Rule, VirtualService
 from mesh.model.l7.routing import Origin, TcpRoute, WeightedDestination
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A port of a service, whose connections are routed."""
+
+    service: L7Service
+    port: int
+    scope: Scope
 
 
 def route_connections(gathered: Gathered, place: Place, notes: list[Note]) -> TcpRoute | None:
@@ -41,7 +51,7 @@ def _find(gathered: Gathered, place: Place, notes: list[Note], *, tls: bool) -> 
         value = source.value
         if isinstance(value, VirtualService):
             found = _route_virtual_service(source.obj, value.tls if tls else value.tcp, place, notes, tls=tls)
-        elif value.kind == kind and attaches(value, place) and (not tls or names(value, place.service.hostname)):
+        elif value.kind == kind and attaches(value, place.service, place.port) and (not tls or names(value, place.service.hostname)):
             found = ("spec", "rules"), _route_object(value, place)
         else:
             continue
@@ -56,7 +66,9 @@ def names(route: ConnectionRoute, hostname: str) -> bool:
 
 def _route_object(route: ConnectionRoute, place: Place) -> TcpRoute:
     """Its first rule: none has a match, so that no other is reached."""
-    destinations = [weigh_backend(ref, route.namespace, place.known, place.defaults) for ref in route.rules[0].backends if ref.weight]
+    destinations = [
+        weigh_backend(ref, route.namespace, place.scope.known, place.scope.defaults) for ref in route.rules[0].backends if ref.weight
+    ]
     if len(destinations) == 1:
         destinations = [msgspec.structs.replace(destinations[0], weight=1)]
     return TcpRoute(Origin(route.kind, route.namespace, route.name, 0), tuple(destinations))
@@ -105,8 +117,8 @@ def _resolve(
     for index, each in enumerate(targets):
         if len(targets) > 1 and not each.weight:
             continue
-        target = replace(each.target, host=expand(each.target.host, obj.namespace, place.defaults))
-        found = resolve_target(target, place.port, place.waypoint_namespace, place.known)
+        target = replace(each.target, host=expand(each.target.host, obj.namespace, place.scope.defaults))
+        found = _resolve_here(target, place)
         if found.fails_with is not None:
             message = f"{found.because}: its connections are reset"
             notes.append(Note(obj.key, (*path, "route", index, "destination"), message))
@@ -115,3 +127,15 @@ def _resolve(
             notes.append(note_subset(obj.key, here, found.destination, "its connections are reset"))
         made.append(msgspec.structs.replace(found, weight=each.weight if len(targets) > 1 else 1))
     return tuple(made)
+
+
+def _resolve_here(target: Target, place: Place) -> WeightedDestination:
+    namespace, known = place.scope.waypoint_namespace, place.scope.known
+    found = resolve_target(target, namespace, known)
+    if found.destination.port:
+        return found
+    found = msgspec.structs.replace(found, destination=found.destination.at(place.port))
+    service = known.find(target.host, namespace)
+    if service is None or service.has_port(place.port):
+        return found
+    return msgspec.structs.replace(found, fails_with=NO_SUCH, because=lacks_port(service, place.port))

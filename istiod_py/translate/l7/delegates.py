@@ -6,11 +6,11 @@ rule is left out: a delegate can't reach beyond what it was given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from istiod_py.translate.l7.sources import Note, RouteDefaults, Sourced, expand, is_exported
+from istiod_py.translate.l7.sources import Delegates, Note, RouteDefaults, Sourced, expand, is_exported
 from mesh.kube.objects import KubeObject
 from mesh.kube.virtualservice import HttpMatch, HttpRule, VirtualService
 from mesh.model.l7.matching import Exact, Prefix, Regex, TextMatch
@@ -18,8 +18,6 @@ from mesh.model.l7.matching import Exact, Prefix, Regex, TextMatch
 MOST_MERGED: Final = 4096
 """Matches that delegation makes for one VirtualService. Each of the root's meets each of the delegate's: two objects of some kilobytes
 would become one of gigabytes, here and at the waypoint."""
-
-Delegates = Mapping[tuple[str, str], Sourced[VirtualService]]
 
 
 @dataclass(frozen=True, slots=True)

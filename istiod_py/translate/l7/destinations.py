@@ -28,17 +28,17 @@ class Broken:
     message: str
 
 
-def resolve_target(target: Target, port: int, namespace: str, known: KnownServices) -> WeightedDestination:
-    """A VirtualService's destination, its host in full, with weight 1. ``port``: that of the service that is routed, for destinations
-    that have several and name none. ``namespace``: the waypoint's."""
+def resolve_target(target: Target, namespace: str, known: KnownServices) -> WeightedDestination:
+    """A VirtualService's destination, its host in full, with weight 1. Of a service with several ports, none of which it names, the port
+    stays open. ``namespace``: the waypoint's."""
     service = known.find(target.host, namespace)
     if service is None:
-        destination = Destination("", target.host, target.port or port, target.subset)
+        destination = Destination("", target.host, target.port, target.subset)
         return WeightedDestination(destination, fails_with=NO_SUCH, because=f"no service has the hostname {target.host}")
-    chosen = target.port or (service.ports[0].number if len(service.ports) == 1 else port)
+    chosen = target.port or (service.ports[0].number if len(service.ports) == 1 else 0)
     destination = Destination(service.namespace, service.hostname, chosen, target.subset)
-    if not service.has_port(chosen):
-        return WeightedDestination(destination, fails_with=NO_SUCH, because=_lacks(service, chosen))
+    if chosen and not service.has_port(chosen):
+        return WeightedDestination(destination, fails_with=NO_SUCH, because=lacks_port(service, chosen))
     return WeightedDestination(destination)
 
 
@@ -61,7 +61,7 @@ def resolve_backend(ref: BackendRef, namespace: str, known: KnownServices, defau
     if service is None:
         return Broken("BackendNotFound", f"backend({host}) not found")
     if not service.has_port(ref.port):
-        return Broken("BackendNotFound", _lacks(service, ref.port))
+        return Broken("BackendNotFound", lacks_port(service, ref.port))
     return Destination(service.namespace, service.hostname, ref.port)
 
 
@@ -87,5 +87,5 @@ def combine(first: HeaderChanges, then: HeaderChanges) -> HeaderChanges:
     )
 
 
-def _lacks(service: L7Service, port: int) -> str:
+def lacks_port(service: L7Service, port: int) -> str:
     return f"{service.kind} {service.namespace}/{service.name} has no port {port}"

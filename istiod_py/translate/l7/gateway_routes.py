@@ -1,7 +1,7 @@
-"""HTTPRoutes and GRPCRoutes as the routes of one port of a service behind a waypoint, in the order that the Gateway API prescribes.
+"""HTTPRoutes and GRPCRoutes as the routes of a service behind a waypoint, in the order that the Gateway API prescribes.
 
-All routes of a service are one list, whichever object and kind they come from: the most specific match is tried first. (Istio sorts so too,
-but keeps routes for one port apart from those for all, and objects of the waypoint's namespace apart from those of the service's.)
+All routes of a service's port are one list, whichever object and kind they come from: the most specific match is tried first. (Istio sorts
+so too, but keeps routes for one port apart from those for all, and objects of the waypoint's namespace apart from those of the service's.)
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Final, TypeAlias
 import msgspec
 
 from istiod_py.translate.l7.destinations import Broken, combine, failing, resolve_backend, weigh_backend
-from istiod_py.translate.l7.known import KnownServices
+from istiod_py.translate.l7.known import KnownServices, L7Service
 from istiod_py.translate.l7.sources import RouteDefaults, Sourced, service_parent
-from istiod_py.translate.l7.virtual_services import Place
+from istiod_py.translate.l7.virtual_services import Scope
 from mesh.kube.gatewayapi.filters import Filters
 from mesh.kube.gatewayapi.references import BackendRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, ConnectionRule, RequestRoute, RequestRule
@@ -41,19 +41,16 @@ class _Candidate:
     route: Route
 
 
-def order_requests(routes: Iterable[Sourced[RequestRoute]], place: Place) -> list[Route]:
-    """The routes of all objects that attach to this port, by precedence."""
-    candidates: list[_Candidate] = []
-    for route in routes:
-        if attaches(route.value, place):
-            candidates += _candidates_of(route, place)
+def order_requests(routes: Iterable[Sourced[RequestRoute]], scope: Scope) -> list[Route]:
+    """The routes of these objects, by precedence."""
+    candidates = [candidate for route in routes for candidate in _candidates_of(route, scope)]
     candidates.sort(key=lambda candidate: candidate.precedence)
     return list(_together(candidates))
 
 
-def attaches(route: RequestRoute | ConnectionRoute, place: Place) -> bool:
-    own = (place.service.kind, place.service.namespace, place.service.name)
-    return any(service_parent(ref, route.namespace) == own and ref.port in (0, place.port) for ref in route.parents)
+def attaches(route: RequestRoute | ConnectionRoute, service: L7Service, port: int) -> bool:
+    own = (service.kind, service.namespace, service.name)
+    return any(service_parent(ref, route.namespace) == own and ref.port in (0, port) for ref in route.parents)
 
 
 def precedence_of(match: RouteMatch, route: Sourced[RequestRoute], rule: int, index: int) -> Precedence:
@@ -77,9 +74,9 @@ def precedence_of(match: RouteMatch, route: Sourced[RequestRoute], rule: int, in
     )
 
 
-def _candidates_of(route: Sourced[RequestRoute], place: Place) -> Iterator[_Candidate]:
+def _candidates_of(route: Sourced[RequestRoute], scope: Scope) -> Iterator[_Candidate]:
     for number, rule in enumerate(route.value.rules):
-        made = make_route(route.value, number, place)
+        made = make_route(route.value, number, scope)
         # An HTTPRoute's rule without matches is for every path; a GRPCRoute's comes after all that say anything.
         everything = _EVERY_REQUEST if route.value.kind == "HTTPRoute" else RouteMatch()
         for index, match in enumerate(rule.matches or (everything,)):
@@ -100,7 +97,7 @@ def _together(candidates: Iterable[_Candidate]) -> Iterator[Route]:
         yield msgspec.structs.replace(current, matches=tuple(matches))
 
 
-def make_route(route: RequestRoute, number: int, place: Place) -> Route:
+def make_route(route: RequestRoute, number: int, scope: Scope) -> Route:
     """One rule; its matches are left out."""
     rule = route.rules[number]
     origin = Origin(route.kind, route.namespace, route.name, number)
@@ -110,7 +107,7 @@ def make_route(route: RequestRoute, number: int, place: Place) -> Route:
     filters, edits = rule.filters, rule.filters.edits
     if filters.redirect is not None:
         return Route(origin, filters.redirect, name, response=edits.response, cors=filters.cors)
-    destinations = tuple(_weigh(rule, index, route.namespace, place) for index, backend in enumerate(rule.backends) if backend.ref.weight)
+    destinations = tuple(_weigh(rule, index, route.namespace, scope) for index, backend in enumerate(rule.backends) if backend.ref.weight)
     authority = (filters.rewrite.authority if filters.rewrite else None) or edits.authority
     request, response = edits.request, edits.response
     if len(destinations) == 1:
@@ -127,8 +124,8 @@ def make_route(route: RequestRoute, number: int, place: Place) -> Route:
         request=request,
         response=response,
         timeout=_timeout(rule),
-        retry=_retry(rule, place.default_retry),
-        mirrors=tuple(_mirrors(filters, route.namespace, place.known, place.defaults)),
+        retry=_retry(rule, scope.default_retry),
+        mirrors=tuple(_mirrors(filters, route.namespace, scope.known, scope.defaults)),
         cors=filters.cors,
     )
 
@@ -166,10 +163,10 @@ def _fail(because: str) -> Forward:
     return Forward((failing("", 0, 1, because),))
 
 
-def _weigh(rule: RequestRule, index: int, namespace: str, place: Place) -> WeightedDestination:
+def _weigh(rule: RequestRule, index: int, namespace: str, scope: Scope) -> WeightedDestination:
     backend = rule.backends[index]
     edits = backend.filters.edits
-    found = weigh_backend(backend.ref, namespace, place.known, place.defaults)
+    found = weigh_backend(backend.ref, namespace, scope.known, scope.defaults)
     return msgspec.structs.replace(found, request=edits.request, response=edits.response, authority=edits.authority)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Final, TypeAlias
 
 from istiod_py.translate.config import Condition, ParentStatus, StatusEntry
@@ -19,6 +19,7 @@ from istiod_py.translate.l7.known import L7Service
 from istiod_py.translate.l7.notices import names_in
 from istiod_py.translate.l7.routes import RoutedService
 from istiod_py.translate.l7.sources import Note, RouteIndex, Sourced, expand, is_exported, is_producer, service_parent
+from istiod_py.translate.l7.units import RouteUnit
 from mesh.kube.fields import did_you_mean
 from mesh.kube.gatewayapi.references import GROUP, ParentRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, RequestRoute
@@ -64,14 +65,21 @@ class _Reporter:
         self._index = index
         self._gateways = named.gateways
         self._fronting = fronting
-        self._notes: dict[ObjectKey, list[Note]] = {}
+        self._notes: dict[ObjectKey, dict[Note, None]] = {}
         self._served: dict[ObjectKey, list[RoutedService]] = {}
+        self._has_subset = cache(named.has_subset)
+        uses: dict[tuple[RouteUnit, str], set[int]] = {}
         for service in routed:
-            for note in service.notes:
-                if note.lacking is None or not named.has_subset(note.lacking, service.waypoint_namespace):
-                    self._note(note.key, note.path, note.message)
+            self._take_notes(service.notes, service.waypoint_namespace)
             for key in service.used:
                 self._served.setdefault(key, []).append(service)
+            for unit in service.units:
+                uses.setdefault((unit, service.waypoint_namespace), set())
+            for port in service.ports:
+                for use in port.uses:
+                    uses[use.unit, service.waypoint_namespace].add(port.port.number)
+        for (unit, waypoint_namespace), ports in uses.items():
+            self._take_notes((*unit.notes, *unit.find_lacking(ports)), waypoint_namespace)
         self._by_object: dict[tuple[str, str, str], list[L7Service]] = {}
         for services in index.known.by_host.values():
             for found in services:
@@ -97,11 +105,13 @@ class _Reporter:
         problems = {objects[key].problem(note.path, note.message) for key, notes in self._notes.items() if key in objects for note in notes}
         return RouteReport(statuses, tuple(sorted(problems)))
 
+    def _take_notes(self, notes: Iterable[Note], waypoint_namespace: str) -> None:
+        for note in notes:
+            if note.lacking is None or not self._has_subset(note.lacking, waypoint_namespace):
+                self._note(note.key, note.path, note.message)
+
     def _note(self, key: ObjectKey, path: FieldPath, message: str) -> None:
-        note = Note(key, path, message)
-        notes = self._notes.setdefault(key, [])
-        if note not in notes:
-            notes.append(note)
+        self._notes.setdefault(key, {})[Note(key, path, message)] = None
 
     # VirtualServices
 

@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from istiod_py.translate.l7.gateway_routes import attaches
 from istiod_py.translate.l7.known import KnownServices, L7Service
 from istiod_py.translate.l7.route_status import NOTHING_NAMED, Fronting, NamedThings, RouteReport, report_routes
-from istiod_py.translate.l7.routes import RoutedService, route_service
-from istiod_py.translate.l7.sources import Gathered, RouteDefaults, RouteIndex, RouteSources
+from istiod_py.translate.l7.routes import RoutedService, UnitUse, route_service
+from istiod_py.translate.l7.sources import (
+    Gathered,
+    Named,
+    RouteDefaults,
+    RouteIndex,
+    RouteSources,
+    Sourced,
+    backend_host,
+    backends_of,
+    hosts_of_connections,
+    name_hosts,
+)
+from istiod_py.translate.l7.tables import RoutesTold, TableMemo, tell_routes
+from istiod_py.translate.l7.units import RouteUnit, make_request_unit, make_virtual_service_unit
+from istiod_py.translate.l7.virtual_services import Scope, narrow_hosts
 from istiod_py.translate.memo import Memo
+from mesh.kube.gatewayapi.routes import RequestRoute
+from mesh.kube.objects import ObjectKey
+from mesh.kube.virtualservice import VirtualService
 from mesh.model.l7.routing import Retry
 from mesh.model.l7.waypoint import ServiceConfig
 
-RouteMemo: TypeAlias = Memo[tuple[str, str], RoutedService]
-"""By service (``namespace/hostname``) and the waypoint's namespace."""
 DEFAULT_RETRY = Retry()
 """Where the mesh's configuration says nothing."""
+UnitKey: TypeAlias = tuple[tuple[ObjectKey, ...], str]
+"""The objects, and the waypoint's namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteMemory:
+    """What one translation's routes leave for the next one's."""
+
+    services: Memo[tuple[str, str], RoutedService] = field(default_factory=Memo)
+    """By service (``namespace/hostname``) and the waypoint's namespace."""
+    units: Memo[UnitKey, RouteUnit] = field(default_factory=Memo)
+    named: Memo[ObjectKey, Named] = field(default_factory=Memo)
+    tables: TableMemo = field(default_factory=Memo)
+    configs: Memo[tuple[str, str], ServiceConfig] = field(default_factory=Memo)
+    """By service and waypoint."""
+
+    def next(self) -> RouteMemory:
+        return RouteMemory(Memo(self.services), Memo(self.units), Memo(self.named), Memo(self.tables), Memo(self.configs))
+
+    def seal(self) -> None:
+        for memo in (self.services, self.units, self.named, self.tables, self.configs):
+            memo.seal()
 
 
 class Routing:
@@ -26,45 +65,88 @@ class Routing:
         self,
         sources: RouteSources,
         known: KnownServices,
-        memo: RouteMemo,
+        memory: RouteMemory,
         *,
         default_retry: Retry | None = DEFAULT_RETRY,
         defaults: RouteDefaults | None = None,
     ) -> None:
-        """``default_retry``: the mesh's, for routes that say nothing; None: none. ``memo`` is that of the translation under way."""
+        """``default_retry``: the mesh's, for routes that say nothing; None: none. ``memory`` is that of the translation under way."""
         self._defaults = defaults or RouteDefaults()
         self._index = RouteIndex(sources, known, self._defaults)
-        self._memo = memo
+        self._memory = memory
         self._default_retry = default_retry
         self._routed: dict[tuple[str, str], RoutedService] = {}
+        self._units: dict[UnitKey, RouteUnit] = {}
+
+    def tell(self, services: Iterable[L7Service], waypoint: str, waypoint_namespace: str) -> RoutesTold:
+        """What a waypoint (``namespace/name``) is told of the services that it stands before."""
+        routed = [self.route(service, waypoint_namespace) for service in services]
+        return tell_routes(routed, waypoint, self._memory.tables, self._memory.configs)
 
     def route(self, service: L7Service, waypoint_namespace: str) -> RoutedService:
         """At waypoints of ``waypoint_namespace``."""
         key = service.key, waypoint_namespace
         if key not in self._routed:
             gathered = self._index.gather(service, waypoint_namespace)
-            inputs = service, waypoint_namespace, gathered, self._default_retry, self._defaults
-            self._routed[key] = self._memo.make(key, inputs, _route)
+            scope = self._scope(hosts_of_connections(gathered, self._defaults), waypoint_namespace)
+            inputs = service, gathered, tuple(self._list_uses(service, gathered, waypoint_namespace)), scope
+            self._routed[key] = self._memory.services.make(key, inputs, route_service)
         return self._routed[key]
-
-    def service_config(self, service: L7Service, waypoint_namespace: str) -> ServiceConfig:
-        return self.route(service, waypoint_namespace).config
 
     def report(self, fronting: Fronting, named: NamedThings = NOTHING_NAMED) -> RouteReport:
         """What is said of all route objects, after `route` was asked for all that ``fronting`` names."""
         return report_routes(self._index, fronting, self._routed.values(), named)
 
+    def _scope(self, hosts: Iterable[str], waypoint_namespace: str) -> Scope:
+        return Scope(waypoint_namespace, self._index.known.only(sorted(hosts)), self._default_retry, self._defaults)
 
-def _route(
-    service: L7Service, waypoint_namespace: str, gathered: Gathered, default_retry: Retry | None, defaults: RouteDefaults
-) -> RoutedService:
-    return route_service(service, waypoint_namespace, gathered, default_retry, defaults)
+    # Units
 
+    def _list_uses(self, service: L7Service, gathered: Gathered, waypoint_namespace: str) -> list[tuple[UnitUse, ...]]:
+        """Of each port what concerns it, oldest first."""
+        if not any(port.takes_requests for port in service.ports):
+            return [()] * len(service.ports)
+        roots = [
+            (root.age, UnitUse(self._unit_of(root, waypoint_namespace), narrow_hosts(root.value, service, self._defaults)))
+            for root in gathered.virtual_services
+        ]
+        listed: list[tuple[UnitUse, ...]] = []
+        for port in service.ports:
+            uses = [use for _, use in roots] if port.takes_requests else []
+            requests = tuple(route for route in gathered.requests if attaches(route.value, service, port.number))
+            if requests and port.takes_requests:
+                older = sum(age <= requests[0].age for age, _ in roots)
+                uses.insert(older, UnitUse(self._request_unit(requests, waypoint_namespace)))
+            listed.append(tuple(uses))
+        return listed
 
-def route_all(routing: Routing, services: Iterable[L7Service], fronting: Fronting) -> dict[tuple[str, str], ServiceConfig]:
-    """Of all services that ``fronting`` names, by service and the waypoint's namespace."""
-    found: dict[tuple[str, str], ServiceConfig] = {}
-    for service in services:
-        for namespace, _ in fronting.get(service.key, ()):
-            found[service.key, namespace] = routing.service_config(service, namespace)
-    return found
+    def _unit_of(self, root: Sourced[VirtualService], waypoint_namespace: str) -> RouteUnit:
+        """With its delegates."""
+
+        def make() -> RouteUnit:
+            found = self._index.delegates
+            delegates = {key: found[key] for key in self._named_by(root).delegates if key in found}
+            hosts = {host for each in (root, *delegates.values()) for host in self._named_by(each).hosts}
+            inputs = root, delegates, self._scope(hosts, waypoint_namespace)
+            return self._memory.units.make(key, inputs, make_virtual_service_unit)
+
+        key = (root.obj.key,), waypoint_namespace
+        return self._once(key, make)
+
+    def _request_unit(self, requests: tuple[Sourced[RequestRoute], ...], waypoint_namespace: str) -> RouteUnit:
+        def make() -> RouteUnit:
+            hosts = {backend_host(ref, each.value.namespace, self._defaults) for each in requests for ref in backends_of(each.value)}
+            return self._memory.units.make(key, (requests, self._scope(hosts, waypoint_namespace)), make_request_unit)
+
+        key = tuple(each.obj.key for each in requests), waypoint_namespace
+        return self._once(key, make)
+
+    def _once(self, key: UnitKey, make: Callable[[], RouteUnit]) -> RouteUnit:
+        """Within a translation what decides a unit is gathered once, however many services use it."""
+        found = self._units.get(key)
+        if found is None:
+            found = self._units[key] = make()
+        return found
+
+    def _named_by(self, vs: Sourced[VirtualService]) -> Named:
+        return self._memory.named.make(vs.obj.key, (vs.value, self._defaults), name_hosts)

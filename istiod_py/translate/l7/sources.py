@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
 from istiod_py.translate.l7.known import KnownServices, L7Service
 from mesh.kube.gatewayapi.references import BackendRef, ParentRef
@@ -60,21 +60,25 @@ class RouteSources:
     refused: tuple[Sourced[VirtualService] | Sourced[RequestRoute] | Sourced[ConnectionRoute], ...] = ()
 
 
-_NOTHING: Final = KnownServices()
+Delegates: TypeAlias = Mapping[tuple[str, str], Sourced[VirtualService]]
+"""By namespace and name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What decides the routes of one service at waypoints of one namespace: whoever has the same has the same routes. Oldest first.
-
-    ``delegates``: by namespace and name, those that ``virtual_services`` name. ``known``: the services they all may send to.
-    """
+    """What has a say in the routes of one service at waypoints of one namespace, oldest first."""
 
     virtual_services: tuple[Sourced[VirtualService], ...] = ()
-    delegates: Mapping[tuple[str, str], Sourced[VirtualService]] = field(default_factory=dict)
     requests: tuple[Sourced[RequestRoute], ...] = ()
     connections: tuple[Sourced[ConnectionRoute], ...] = ()
-    known: KnownServices = _NOTHING
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """By a VirtualService: the hostnames that its own HTTP rules send to, in order, and its delegates' namespaces and names."""
+
+    hosts: tuple[str, ...]
+    delegates: tuple[tuple[str, str], ...]
 
 
 class RouteIndex:
@@ -114,14 +118,10 @@ class RouteIndex:
         applied = [
             vs for vs in self.virtual_services_for(service.hostname) if applies(vs.value, service, waypoint_namespace, self.defaults)
         ]
-        delegates = {key: self.delegates[key] for vs in applied for key in _delegated(vs.value) if key in self.delegates}
         producers = (service.namespace, waypoint_namespace)
         requests = self._attached(self._requests, service, producers)
         connections = self._attached(self._connections, service, producers)
-        hosts = {host for vs in (*applied, *delegates.values()) for host in destinations_of(vs.value, self.defaults)}
-        hosts |= {backend_host(ref, route.value.namespace, self.defaults) for route in requests for ref in backends_of(route.value)}
-        hosts |= {backend_host(ref, route.value.namespace, self.defaults) for route in connections for ref in backends_of(route.value)}
-        return Gathered(tuple(applied), delegates, requests, connections, self.known.only(sorted(hosts)))
+        return Gathered(tuple(applied), requests, connections)
 
     def _attached(
         self, routes: Mapping[tuple[str, str, str], list[Sourced[_T]]], service: L7Service, producers: tuple[str, str]
@@ -175,22 +175,22 @@ def expand(host: str, namespace: str, defaults: RouteDefaults) -> str:
     return f"{host}.{namespace}.svc.{defaults.domain_suffix}".lower()
 
 
-def destinations_of(vs: VirtualService, defaults: RouteDefaults) -> Iterator[str]:
-    """Hostnames that requests and connections may be sent to."""
-    for rule in vs.http:
-        for target in (*(each.target for each in rule.targets), *(each.target for each in rule.mirrors)):
-            yield expand(target.host, vs.namespace, defaults)
-        if rule.mirror is not None:
-            yield expand(rule.mirror.host, vs.namespace, defaults)
-    for l4 in (*vs.tls, *vs.tcp):
-        for each in l4.targets:
-            yield expand(each.target.host, vs.namespace, defaults)
+def name_hosts(vs: VirtualService, defaults: RouteDefaults) -> Named:
+    targets = [each.target for rule in vs.http for each in rule.targets]
+    targets += [each.target for rule in vs.http for each in rule.mirrors]
+    targets += [rule.mirror for rule in vs.http if rule.mirror is not None]
+    hosts = {expand(target.host, vs.namespace, defaults) for target in targets}
+    delegates = [(rule.delegate.namespace or vs.namespace, rule.delegate.name) for rule in vs.http if rule.delegate is not None]
+    return Named(tuple(sorted(hosts)), tuple(dict.fromkeys(delegates)))
 
 
-def _delegated(vs: VirtualService) -> Iterator[tuple[str, str]]:
-    for rule in vs.http:
-        if rule.delegate is not None:
-            yield rule.delegate.namespace or vs.namespace, rule.delegate.name
+def hosts_of_connections(gathered: Gathered, defaults: RouteDefaults) -> set[str]:
+    """The hostnames that connections may be sent to."""
+    found = {backend_host(ref, route.value.namespace, defaults) for route in gathered.connections for ref in backends_of(route.value)}
+    for vs in gathered.virtual_services:
+        for rule in (*vs.value.tls, *vs.value.tcp):
+            found |= {expand(each.target.host, vs.value.namespace, defaults) for each in rule.targets}
+    return found
 
 
 def backends_of(route: RequestRoute | ConnectionRoute) -> Iterator[BackendRef]:

@@ -13,16 +13,17 @@ from typing import TypeVar
 from istiod_py.translate.config import AncestorStatus, Condition, Config, StatusEntry
 from istiod_py.translate.hosts import Hosts
 from istiod_py.translate.l7.acceptance import Targets
-from istiod_py.translate.l7.assemble import Assembler, L7Key, L7Policy, NamedMemo
+from istiod_py.translate.l7.assemble import L7Key, L7Policy, assemble
 from istiod_py.translate.l7.attachment import ISTIO_CLASS, WaypointRef
 from istiod_py.translate.l7.authentication import KeySets, KeySource
 from istiod_py.translate.l7.destination_configs import Destined, Endpoint
 from istiod_py.translate.l7.known import KnownServices, L7Service, know, of_host, of_service
 from istiod_py.translate.l7.notices import find_http_fields
 from istiod_py.translate.l7.route_status import NamedThings
-from istiod_py.translate.l7.routing import DEFAULT_RETRY, RouteMemo, Routing
+from istiod_py.translate.l7.routing import DEFAULT_RETRY, RouteMemory, Routing
 from istiod_py.translate.l7.rules import DestinationMemo, L7Facts, RuleReads, WaypointRules
 from istiod_py.translate.l7.sources import RouteDefaults, RouteSources, Sourced
+from istiod_py.translate.l7.tables import RoutesTold
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.reading import Read, Reader, read_objects
 from istiod_py.translate.waypoints import Waypoint, Waypoints
@@ -42,7 +43,7 @@ from mesh.kube.service import KubeService
 from mesh.kube.serviceentry import KubeServiceEntry
 from mesh.kube.virtualservice import VirtualService, read_virtual_service
 from mesh.model.l7.destination import DestinationConfig
-from mesh.model.l7.waypoint import L7Resource, ServiceConfig, WaypointSettings
+from mesh.model.l7.waypoint import L7Resource, WaypointSettings
 from mesh.model.labels import GATEWAY_NAME
 from mesh.model.service import Service
 from mesh.model.workload import Workload
@@ -81,10 +82,9 @@ class L7Memory:
     rules: RuleReads = field(default_factory=RuleReads)
     services_known: Memo[tuple[str, str], L7Service | None] = field(default_factory=Memo)
     all_known: Memo[None, KnownServices] = field(default_factory=Memo)
-    routed: RouteMemo = field(default_factory=Memo)
+    routed: RouteMemory = field(default_factory=RouteMemory)
     destinations: DestinationMemo = field(default_factory=Memo)
     policies: _PolicyMemo = field(default_factory=Memo)
-    named: NamedMemo = field(default_factory=Memo)
 
     def next(self, routes: RouteReads, rules: RuleReads, *, same: bool) -> L7Memory:
         """For the translation that begins. ``same``: the configuration is, so that results may be used again."""
@@ -95,15 +95,14 @@ class L7Memory:
             rules,
             Memo(self.services_known),
             Memo(self.all_known),
-            Memo(self.routed),
+            self.routed.next(),
             Memo(self.destinations),
             Memo(self.policies),
-            Memo(self.named),
         )
 
     def seal(self) -> None:
         """The translation is done."""
-        for memo in (self.services_known, self.all_known, self.routed, self.destinations, self.policies, self.named):
+        for memo in (self.services_known, self.all_known, self.routed, self.destinations, self.policies):
             memo.seal()
 
 
@@ -186,7 +185,7 @@ def translate_l7(memory: L7Memory, facts: MeshFacts, config: Config, key_sets: K
 
 
 class _L7Translator:
-    """Implements `L7Rules` for the `Assembler`."""
+    """Implements `L7Rules` for `assemble`."""
 
     def __init__(self, memory: L7Memory, facts: MeshFacts, config: Config, key_sets: KeySets) -> None:
         self._memory = memory
@@ -211,7 +210,7 @@ class _L7Translator:
         self._targeting = tuple(read for read in facts.authorizations.values() if read.value.audience.has_waypoints)
 
     def translate(self) -> L7Outcome:
-        resources = Assembler(self, self._memory.named).assemble(self._facts.waypoints.values(), self._facts.fronted, self._services)
+        resources = assemble(self, self._facts.waypoints.values(), self._facts.fronted, self._services)
         report = self._routing.report(self._fronting(), NamedThings(self._list_gateways(), self._rules.has_subset))
         statuses: dict[ObjectKey, tuple[StatusEntry, ...]] = dict(report.statuses)
         targets = self._targets()
@@ -291,7 +290,7 @@ class _L7Translator:
                 if key not in statuses and _says(read.obj, WAYPOINT_ACCEPTED):
                     yield key
 
-    # What the assembler asks
+    # What `assemble` asks
 
     def settings_of(self, waypoint: Waypoint) -> WaypointSettings:
         return self._rules.settings_of(
@@ -303,8 +302,8 @@ class _L7Translator:
             )
         )
 
-    def service_config(self, service: L7Service, waypoint: Waypoint) -> ServiceConfig:
-        return self._routing.service_config(service, waypoint.namespace)
+    def tell_routes(self, services: Sequence[L7Service], waypoint: Waypoint) -> RoutesTold:
+        return self._routing.tell(services, waypoint.key, waypoint.namespace)
 
     def destination_config(self, key: str, waypoint: Waypoint) -> DestinationConfig:
         return self._rules.destination_config(key, _reference(waypoint))

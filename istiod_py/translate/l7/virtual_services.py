@@ -1,11 +1,13 @@
-"""A VirtualService's HTTP rules as the routes of one port of a service behind a waypoint (reference: Istio's `route.go` and
-`listener_waypoint.go`)."""
+"""A VirtualService's HTTP rules as routes of services behind a waypoint (reference: Istio's `route.go` and `listener_waypoint.go`).
+
+They are the same for all services and ports: what depends on the port that a request came for says so (`RouteMatch.port`, a destination
+without a port).
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -15,12 +17,11 @@ from istiod_py.translate.l7.destinations import NO_SUCH, combine, note_subset, r
 from istiod_py.translate.l7.known import KnownServices, L7Service
 from istiod_py.translate.l7.sources import Note, RouteDefaults, hosts_of
 from mesh.kube.headeredits import NO_EDITS, HeaderEdits
-from mesh.kube.objects import mapping_at
+from mesh.kube.objects import FieldPath, ObjectKey, mapping_at
 from mesh.kube.routeactions import MirrorTarget, WeightedTarget
 from mesh.kube.textmatch import matches_empty, matches_everything
 from mesh.kube.virtualservice import CLAIMS, MESH, HttpMatch, HttpRule, VirtualService, covers
 from mesh.model.l7.matching import (
-    MAX_REGEX,
     Exact,
     HeaderMatch,
     PathKind,
@@ -53,29 +54,40 @@ _EVERY_PATH: Final = PathMatch(PathKind.PREFIX, "/")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where routes are for: a port of a service, at waypoints of ``waypoint_namespace``."""
+class Scope:
+    """Where routes are for: waypoints of ``waypoint_namespace``. ``known``: the services that they may name."""
 
-    service: L7Service
-    port: int
     waypoint_namespace: str
     known: KnownServices
     default_retry: Retry | None
     defaults: RouteDefaults
 
 
-def route_rules(placed: Iterable[PlacedRule], place: Place, notes: list[Note], hosts: tuple[HeaderMatch, ...] = ()) -> list[Route]:
-    """The routes of a VirtualService's rules. ``hosts``: what the requests' hosts must be."""
-    routes = (_route_rule(each, place, notes, hosts) for each in placed)
+@dataclass(frozen=True, slots=True)
+class Portless:
+    """A destination in a rule that leaves the port open, of a service that has several: where a request comes for another, it fails.
+    ``note``: what is to be said then."""
+
+    service: L7Service
+    note: Note
+
+
+@dataclass(slots=True)
+class Findings:
+    """What turns up while rules become routes."""
+
+    notes: list[Note] = field(default_factory=list)
+    portless: list[Portless] = field(default_factory=list)
+
+
+def route_rules(placed: Iterable[PlacedRule], scope: Scope, found: Findings) -> list[Route]:
+    """The routes of a VirtualService's rules."""
+    routes = (_route_rule(each, scope, found) for each in placed)
     return [route for route in routes if route is not None]
 
 
-def takes_everything(route: Route) -> bool:
-    """Whether no request gets past it."""
-    return not route.matches or any(map(matches_every_request, route.matches))
-
-
 def matches_every_request(match: RouteMatch) -> bool:
+    """Whether no request for ``match.port`` gets past it."""
     if match.method is not None or match.scheme is not None or match.authority is not None or match.headers or match.query:
         return False
     path = match.path
@@ -89,7 +101,7 @@ def matches_every_request(match: RouteMatch) -> bool:
     return False
 
 
-def narrow_hosts(vs: VirtualService, service: L7Service, defaults: RouteDefaults) -> tuple[HeaderMatch, ...]:
+def narrow_hosts(vs: VirtualService, service: L7Service, defaults: RouteDefaults) -> tuple[str, ...]:
     """What distinguishes the VirtualService's hosts among the names of a service that has many (``*.example.com``): one of these must
     hold; none: it is for all of them. (Istio lets such a VirtualService have requests for any name.)"""
     if not service.hostname.startswith("*"):
@@ -97,35 +109,16 @@ def narrow_hosts(vs: VirtualService, service: L7Service, defaults: RouteDefaults
     hosts = hosts_of(vs, defaults)
     if any(covers(host, service.hostname) for host in hosts):
         return ()
-    patterns = [_match_host(host) for host in hosts if covers(service.hostname, host)]
-    return tuple(HeaderMatch(":authority", Regex(expression)) for expression in _join_expressions(patterns))
+    return tuple(dict.fromkeys(host for host in hosts if covers(service.hostname, host)))
 
 
-def _match_host(host: str) -> str:
-    return r"[^.:/]+(?:\.[^.:/]+)*" + re.escape(host[1:]) if host.startswith("*") else re.escape(host)
-
-
-def _join_expressions(patterns: list[str]) -> Iterator[str]:
-    """As alternatives of as few expressions as there may be: their length is bounded. Names in any case, with a port or without."""
-    form = "(?i:{})(?::[0-9]+)?"
-    joined = ""
-    for pattern in patterns:
-        longer = f"{joined}|{pattern}" if joined else pattern
-        if joined and len(form.format(longer)) > MAX_REGEX:
-            yield form.format(joined)
-            longer = pattern
-        joined = longer
-    if joined:
-        yield form.format(joined)
-
-
-def _route_rule(placed: PlacedRule, place: Place, notes: list[Note], hosts: tuple[HeaderMatch, ...]) -> Route | None:
+def _route_rule(placed: PlacedRule, scope: Scope, found: Findings) -> Route | None:
     rule = placed.rule
-    notes.extend(_note_idle_faults(placed))
-    matches = _select_matches(placed, place, notes)
+    found.notes.extend(_note_idle_faults(placed))
+    matches = _select_matches(placed, scope, found)
     if matches is None:
         return None
-    action = _make_action(placed, place, notes)
+    action = _make_action(placed, scope, found)
     if action is None:
         return None
     edits = rule.headers or NO_EDITS
@@ -141,13 +134,13 @@ def _route_rule(placed: PlacedRule, place: Place, notes: list[Note], hosts: tupl
         origin=Origin("VirtualService", placed.obj.namespace, placed.obj.name, placed.index),
         action=action,
         name=rule.name,
-        matches=tuple(_convert_matches(matches, by_prefix, hosts)),
+        matches=tuple(_convert_matches(matches, by_prefix)),
         request=edits.request if forwards else HeaderChanges(),
         response=edits.response,
         timeout=rule.timeout if forwards else None,
-        retry=_choose_retry(rule, place) if forwards else None,
+        retry=_choose_retry(rule, scope) if forwards else None,
         fault=rule.fault,
-        mirrors=_make_mirrors(placed, place, notes) if forwards else (),
+        mirrors=_make_mirrors(placed, scope, found) if forwards else (),
         cors=rule.cors,
     )
 
@@ -163,24 +156,24 @@ def _note_idle_faults(placed: PlacedRule) -> Iterator[Note]:
             yield Note(placed.obj.key, path, f"without 'percentage' no request is {effect}: for all write percentage: {{value: 100}}")
 
 
-def _choose_retry(rule: HttpRule, place: Place) -> Retry | None:
-    retry = place.default_retry if rule.retry is None else rule.retry
+def _choose_retry(rule: HttpRule, scope: Scope) -> Retry | None:
+    retry = scope.default_retry if rule.retry is None else rule.retry
     return retry if retry is not None and retry.attempts else None
 
 
 # Matches
 
 
-def _select_matches(placed: PlacedRule, place: Place, notes: list[Note]) -> list[HttpMatch] | None:
-    """Those that a waypoint can meet on this port; none at all (an empty list) is every request. None: there were some, and it can meet
-    none of them."""
+def _select_matches(placed: PlacedRule, scope: Scope, found: Findings) -> list[HttpMatch] | None:
+    """Those that a waypoint can meet; none at all (an empty list) is every request. None: there were some, and it can meet none of
+    them."""
     selected: list[HttpMatch] = []
     for index, match in enumerate(placed.rule.matches):
-        problem = find_unmet(match, place.waypoint_namespace)
+        problem = find_unmet(match, scope.waypoint_namespace)
         if problem:
-            field, message = problem
-            notes.append(Note(placed.obj.key, ("spec", "http", placed.index, "match", index, field), message))
-        elif not match.port or match.port == place.port:
+            name, message = problem
+            found.notes.append(Note(placed.obj.key, ("spec", "http", placed.index, "match", index, name), message))
+        else:
             selected.append(match)
     return selected if selected or not placed.rule.matches else None
 
@@ -197,23 +190,16 @@ def find_unmet(match: HttpMatch, waypoint_namespace: str) -> tuple[str, str] | N
     return None
 
 
-def _convert_matches(matches: list[HttpMatch], by_prefix: bool, hosts: tuple[HeaderMatch, ...]) -> Iterable[RouteMatch]:
+def _convert_matches(matches: list[HttpMatch], by_prefix: bool) -> Iterable[RouteMatch]:
     for match in matches:
         converted = _convert_match(match)
         if by_prefix and converted.path is None:
             converted = msgspec.structs.replace(converted, path=_EVERY_PATH)
-        yield from _narrow(converted, hosts)
-        if not hosts and matches_every_request(converted):
+        yield converted
+        if not converted.port and matches_every_request(converted):
             return
-    if not matches and (by_prefix or hosts):
-        yield from _narrow(RouteMatch(path=_EVERY_PATH if by_prefix else None), hosts)
-
-
-def _narrow(match: RouteMatch, hosts: tuple[HeaderMatch, ...]) -> Iterator[RouteMatch]:
-    for host in hosts:
-        yield msgspec.structs.replace(match, headers=(*match.headers, host))
-    if not hosts:
-        yield match
+    if not matches and by_prefix:
+        yield RouteMatch(path=_EVERY_PATH)
 
 
 def _convert_match(match: HttpMatch) -> RouteMatch:
@@ -229,6 +215,7 @@ def _convert_match(match: HttpMatch) -> RouteMatch:
         authority=_restricting(match.authority),
         headers=tuple(sorted(headers, key=lambda header: header.name)),
         query=tuple(QueryMatch(name, text) for name, text in sorted(match.query.items())),
+        port=match.port,
     )
 
 
@@ -267,18 +254,18 @@ def _convert_uri(uri: TextMatch | None, ignore_case: bool) -> PathMatch | None:
 # Actions
 
 
-def _make_action(placed: PlacedRule, place: Place, notes: list[Note]) -> Action | None:
+def _make_action(placed: PlacedRule, scope: Scope, found: Findings) -> Action | None:
     rule = placed.rule
     if rule.redirect is not None:
         if rule.redirect.status in REDIRECTS:
             return rule.redirect
         message = f"{rule.redirect.status} is no redirect that is followed: the rule is left out"
-        notes.append(Note(placed.obj.key, ("spec", "http", placed.index, "redirect", "redirectCode"), message))
+        found.notes.append(Note(placed.obj.key, ("spec", "http", placed.index, "redirect", "redirectCode"), message))
         return None
     if rule.direct_response is not None:
         return rule.direct_response
     authority = _route_authority(rule)
-    return Forward(_make_destinations(placed, place, notes, authority), _make_rewrite(rule, authority))
+    return Forward(_make_destinations(placed, scope, found, authority), _make_rewrite(rule, authority))
 
 
 def _route_authority(rule: HttpRule) -> str:
@@ -296,14 +283,14 @@ def _make_rewrite(rule: HttpRule, authority: str) -> Rewrite | None:
     return msgspec.structs.replace(rule.rewrite, authority=authority or None)
 
 
-def _make_destinations(placed: PlacedRule, place: Place, notes: list[Note], authority: str) -> tuple[WeightedDestination, ...]:
+def _make_destinations(placed: PlacedRule, scope: Scope, found: Findings, authority: str) -> tuple[WeightedDestination, ...]:
     targets = placed.rule.targets
     if len(targets) == 1:
-        return (_make_destination(placed, 0, targets[0], place, notes),)
+        return (_make_destination(placed, 0, targets[0], scope, found),)
     made: list[WeightedDestination] = []
     for index, target in enumerate(targets):
         if target.weight:
-            destination = _make_destination(placed, index, target, place, notes)
+            destination = _make_destination(placed, index, target, scope, found)
             edits = target.headers
             # Envoy lets the rule's authority have the last word here too.
             made.append(
@@ -318,32 +305,40 @@ def _make_destinations(placed: PlacedRule, place: Place, notes: list[Note], auth
     return tuple(made)
 
 
-def _make_destination(placed: PlacedRule, index: int, target: WeightedTarget, place: Place, notes: list[Note]) -> WeightedDestination:
-    found = resolve_target(target.target, place.port, place.waypoint_namespace, place.known)
-    if found.fails_with is not None:
-        path = ("spec", "http", placed.index, "route", index, "destination")
-        notes.append(Note(placed.obj.key, path, f"{found.because}: its requests are answered {found.fails_with}"))
-    elif target.target.subset:
-        named = ("spec", "http", placed.index, "route", index, "destination", "subset")
-        notes.append(note_subset(placed.obj.key, named, found.destination, f"its requests are answered {NO_SUCH}"))
-    return found
+def _make_destination(placed: PlacedRule, index: int, target: WeightedTarget, scope: Scope, found: Findings) -> WeightedDestination:
+    made = resolve_target(target.target, scope.waypoint_namespace, scope.known)
+    path: FieldPath = ("spec", "http", placed.index, "route", index, "destination")
+    _note_destination(placed.obj.key, path, made, scope, found, f"its requests are answered {NO_SUCH}")
+    return made
 
 
-def _make_mirrors(placed: PlacedRule, place: Place, notes: list[Note]) -> tuple[Mirror, ...]:
+def _make_mirrors(placed: PlacedRule, scope: Scope, found: Findings) -> tuple[Mirror, ...]:
     rule = placed.rule
     one = () if rule.mirror is None else (MirrorTarget(rule.mirror, 100.0 if rule.mirror_percent is None else rule.mirror_percent),)
     made: list[Mirror] = []
     for index, mirror in enumerate((*one, *rule.mirrors)):
-        found = resolve_target(mirror.target, place.port, place.waypoint_namespace, place.known)
-        if found.fails_with is not None:
-            path = ("spec", "http", placed.index, *(("mirror",) if one else ("mirrors", index)))
-            notes.append(Note(placed.obj.key, path, f"{found.because}: nothing is mirrored"))
-        elif mirror.percent:
-            if mirror.target.subset:
-                named = ("spec", "http", placed.index, *(("mirror",) if one else ("mirrors", index, "destination")), "subset")
-                notes.append(note_subset(placed.obj.key, named, found.destination, "nothing is mirrored"))
-            made.append(Mirror(found.destination, mirror.percent))
+        to = resolve_target(mirror.target, scope.waypoint_namespace, scope.known)
+        path: FieldPath = ("spec", "http", placed.index, *(("mirror",) if one else ("mirrors", index)))
+        if to.fails_with is not None or mirror.percent:
+            _note_destination(placed.obj.key, path, to, scope, found, "nothing is mirrored", () if one else ("destination",))
+        if to.fails_with is None and mirror.percent:
+            made.append(Mirror(to.destination, mirror.percent))
     return tuple(made)
+
+
+def _note_destination(
+    key: ObjectKey, path: FieldPath, made: WeightedDestination, scope: Scope, found: Findings, effect: str, below: FieldPath = ()
+) -> None:
+    """That it cannot be used, or not always. ``below``: where in ``path`` the destination itself is."""
+    destination = made.destination
+    if made.fails_with is not None:
+        found.notes.append(Note(key, path, f"{made.because}: {effect}"))
+        return
+    if destination.subset:
+        found.notes.append(note_subset(key, (*path, *below, "subset"), destination, effect))
+    service = scope.known.find(destination.hostname, scope.waypoint_namespace) if not destination.port else None
+    if service is not None:
+        found.portless.append(Portless(service, Note(key, path, effect)))
 
 
 def make_default_route(service: L7Service, port: int, retry: Retry | None) -> Route:

@@ -87,7 +87,8 @@ class QueryMatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RouteMatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """All of it must hold; what is None or empty does not restrict. ``authority`` is as the client wrote it, with its port."""
+    """All of it must hold; what is None or empty does not restrict. ``authority`` is as the client wrote it, with its port; ``port``: that
+    of the service which the request came for, 0: any."""
 
     name: str = ""
     path: PathMatch | None = None
@@ -96,3 +97,4 @@ class RouteMatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     authority: TextMatch | None = None
     headers: tuple[HeaderMatch, ...] = ()
     query: tuple[QueryMatch, ...] = ()
+    port: int = 0

@@ -27,13 +27,17 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class Destination(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A service by namespace and hostname (``namespace`` empty: no such service is known to the mesh), its service port, and a subset
-    of its endpoints."""
+    """A service by namespace and hostname (``namespace`` empty: no such service is known to the mesh), its service port (0: the one that
+    the request came for, of whichever service), and a subset of its endpoints."""
 
     namespace: str
     hostname: str
     port: int
     subset: str = ""
+
+    def at(self, port: int) -> Destination:
+        """Of a request that came for ``port``."""
+        return self if self.port else Destination(self.namespace, self.hostname, port, self.subset)
 
 
 class HeaderChanges(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

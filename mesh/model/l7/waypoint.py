@@ -1,4 +1,4 @@
-"""The resources a waypoint is pushed, one per service, destination and policy: a change is one small message.
+"""The resources a waypoint is pushed, one per service, destination, policy and piece of routes: a change is one small message.
 
 Each belongs to a waypoint (its Gateway's namespace and name); the control plane sends a waypoint its own alone.
 """
@@ -26,14 +26,31 @@ class Protocol(Enum):
     """Not declared: by the client's first bytes."""
 
 
+class RouteTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Routes in order, told once for all ports that use them. ``key`` is another whenever ``routes`` are, so that a table never changes:
+    a port that names other tables has all of the new ones or all of the old ones."""
+
+    key: str
+    routes: tuple[Route, ...]
+
+
+class TableUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The keys of tables that follow each other, and the hosts that they are for, none: all: names or ``*.suffix`` in lower case, compared
+    with the request's authority without its port."""
+
+    tables: tuple[str, ...]
+    hosts: tuple[str, ...] = ()
+
+
 class PortConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One service port. ``routes`` in order, never empty for a port that takes HTTP: with no resource that routes, the last is the default
-    route to the service itself; where one does and nothing matches, there is none and the answer is 404. ``tcp``: None for the service
-    itself."""
+    """One service port. What it takes of HTTP is tried against ``tables`` in order, then against ``routes``, which are the port's own. With
+    no resource that routes every request of some host, the last is the default route to the service itself; where one does and nothing
+    matches, there is none and the answer is 404. ``tcp``: None for the service itself."""
 
     port: int
     protocol: Protocol = Protocol.AUTO
     name: str = ""
+    tables: tuple[TableUse, ...] = ()
     routes: tuple[Route, ...] = ()
     tcp: TcpRoute | None = None
 
@@ -92,7 +109,7 @@ class WaypointSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         return f"{self.namespace}/{self.name}"
 
 
-L7Resource: TypeAlias = WaypointSettings | ServiceConfig | DestinationConfig | AuthorizationPolicy | RequestAuthentication
+L7Resource: TypeAlias = WaypointSettings | ServiceConfig | RouteTable | DestinationConfig | AuthorizationPolicy | RequestAuthentication
 
 
 class Assigned(NamedTuple):

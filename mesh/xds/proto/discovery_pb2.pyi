@@ -38,18 +38,20 @@ class DeltaDiscoveryRequest(_message.Message):
     def __init__(self, node: _Optional[_Union[_node_pb2.Node, _Mapping]] = ..., type_url: _Optional[str] = ..., resource_names_subscribe: _Optional[_Iterable[str]] = ..., resource_names_unsubscribe: _Optional[_Iterable[str]] = ..., initial_resource_versions: _Optional[_Mapping[str, str]] = ..., response_nonce: _Optional[str] = ..., error_detail: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class DeltaDiscoveryResponse(_message.Message):
-    __slots__ = ("system_version_info", "resources", "type_url", "nonce", "removed_resources")
+    __slots__ = ("system_version_info", "resources", "type_url", "nonce", "removed_resources", "more")
     SYSTEM_VERSION_INFO_FIELD_NUMBER: _ClassVar[int]
     RESOURCES_FIELD_NUMBER: _ClassVar[int]
     TYPE_URL_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     REMOVED_RESOURCES_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     system_version_info: str
     resources: _containers.RepeatedCompositeFieldContainer[Resource]
     type_url: str
     nonce: str
     removed_resources: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, system_version_info: _Optional[str] = ..., resources: _Optional[_Iterable[_Union[Resource, _Mapping]]] = ..., type_url: _Optional[str] = ..., nonce: _Optional[str] = ..., removed_resources: _Optional[_Iterable[str]] = ...) -> None: ...
+    more: bool
+    def __init__(self, system_version_info: _Optional[str] = ..., resources: _Optional[_Iterable[_Union[Resource, _Mapping]]] = ..., type_url: _Optional[str] = ..., nonce: _Optional[str] = ..., removed_resources: _Optional[_Iterable[str]] = ..., more: _Optional[bool] = ...) -> None: ...
 
 class Resource(_message.Message):
     __slots__ = ("version", "resource", "name", "aliases", "ttl", "cache_control")

@@ -6,11 +6,17 @@ import pytest
 
 from istiod_py.snapshot import diff
 from istiod_py.translate import Condition, Config, ParentStatus, Translation, translate
-from istiod_py.translate.l7.assemble import L7Key, name_destinations
+from istiod_py.translate.l7.assemble import L7Key
+from istiod_py.translate.l7.known import L7Port, L7Service
+from istiod_py.translate.l7.routes import RoutedPort, RoutedService, UnitUse
+from istiod_py.translate.l7.tables import tell_routes
+from istiod_py.translate.l7.units import make_unit
+from istiod_py.translate.l7.virtual_services import Findings
+from istiod_py.translate.memo import Memo
 from mesh.kube.objects import ObjectKey
 from mesh.model.l7.destination import DestinationConfig
 from mesh.model.l7.routing import Destination, Forward, Mirror, Origin, Route, TcpRoute, WeightedDestination
-from mesh.model.l7.waypoint import PortConfig, Protocol, ServiceConfig, WaypointSettings
+from mesh.model.l7.waypoint import Protocol, ServiceConfig, WaypointSettings
 from mesh.testing.objects import objects_from_yaml
 from mesh.xds.l7 import SERVICE_CONFIG
 
@@ -217,10 +223,15 @@ def to(hostname: str, namespace: str = "shop") -> WeightedDestination:
 def test_all_that_routes_lead_to_is_named_and_what_nobody_knows_is_not() -> None:
     origin = Origin("HTTPRoute", "shop", "r")
     route = Route(origin, Forward((to("a"), to("b", "other"), to("unknown", ""))), mirrors=(Mirror(Destination("shop", "c", 1)),))
-    config = ServiceConfig(
-        "shop", "web", (PortConfig(80, routes=(route,)), PortConfig(81, Protocol.TCP, tcp=TcpRoute(origin, (to("d"), to("a")))))
+    port, other = L7Port(80, "", Protocol.HTTP), L7Port(81, "", Protocol.TCP)
+    unit = make_unit(frozenset(), [route], Findings())
+    routed = RoutedService(
+        L7Service("shop", "web", (port, other)),
+        "shop",
+        (RoutedPort(port, (UnitUse(unit),)), RoutedPort(other, tcp=TcpRoute(origin, (to("d"), to("a"), to("unknown", ""))))),
     )
-    assert name_destinations(config) == ("shop/web", "shop/a", "other/b", "shop/c", "shop/d")
+    told = tell_routes([routed], "shop/waypoint", Memo(), Memo())
+    assert set(told.destinations) == {"shop/web", "shop/a", "other/b", "shop/c", "shop/d"}
 
 
 def test_what_did_not_change_is_not_sent_again() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.wire.delta import MAX_NAME, MAX_TYPES, Answer, DeltaClient, DeltaServer, Interest, Kind, Outcome, Request
+from mesh.wire.delta import MAX_NAME, MAX_TYPES, Answer, DeltaClient, DeltaServer, Interest, Kind, Outcome, Request, nonce_of
 from mesh.wire.errors import RemoteProtocolError
 
 A, B = "type/A", "type/B"
@@ -136,6 +136,32 @@ def test_a_refusal_is_remembered_until_the_next_acknowledgement() -> None:
     server.sent(A, "n2")
     server.receive(Request(A, nonce="n2"))
     assert server.watches[A].error == ""
+
+
+def test_a_refusal_of_one_part_is_remembered_though_the_others_are_acknowledged() -> None:
+    server = _opened()
+    first, second = nonce_of("n2", 0), nonce_of("n2", 1)
+    server.sent(A, first)
+    server.sent(A, second)
+    server.receive(Request(A, nonce=first, error="bad"))
+    server.receive(Request(A, nonce=second))
+    assert (server.watches[A].nonce_acked, server.watches[A].error) == (second, "bad")
+    server.sent(A, nonce_of("n3", 0))
+    server.receive(Request(A, nonce=nonce_of("n3", 0)))
+    assert server.watches[A].error == ""
+
+
+def test_a_set_is_whole_with_its_last_part_and_not_before() -> None:
+    client = DeltaClient([Interest(A)])
+    client.start()
+    client.receive(A, "n.0", accepted={"a": "1"}, more=True)
+    assert (client.synced, client.is_whole(A)) == (False, True)
+    # What came is not asked for again, and the rest of it completes the set.
+    client.stop()
+    assert client.start()[0].initial_versions == {"a": "1"}
+    assert client.is_whole(A)
+    client.receive(A, "m.0", accepted={"b": "1"})
+    assert (client.synced, client.is_whole(A)) == (True, False)
 
 
 @pytest.mark.parametrize("nonce", ["", "n1", "stale"])

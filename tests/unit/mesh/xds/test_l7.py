@@ -17,17 +17,19 @@ from mesh.model.l7.destination import ConnectionPool, ConsistentHash, Destinatio
 from mesh.model.l7.matching import Exact, HeaderMatch, PathKind, PathMatch, RouteMatch
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, JwtRule, PolicyAction, PolicyRule, Predicate, RequestAuthentication
 from mesh.model.l7.routing import Destination, DirectResponse, Forward, Origin, Retry, Route, WeightedDestination
-from mesh.model.l7.waypoint import Assigned, L7Resource, PortConfig, Protocol, ServiceConfig, WaypointSettings
+from mesh.model.l7.waypoint import Assigned, L7Resource, PortConfig, Protocol, RouteTable, ServiceConfig, WaypointSettings
 from mesh.model.service import Service as MeshService
 from mesh.rpc import Bidi, Channel, RpcError, Status, open_channel_on, serve_connection
 from mesh.state.store import Delta
 from mesh.xds.cache import ResourceCache
 from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, run_ads_client
+from mesh.xds.encode import Resource
 from mesh.xds.l7 import (
     AUTHORIZATION_POLICY,
     L7_TYPES,
     MAX_BODY,
     REQUEST_AUTHENTICATION,
+    ROUTE_TABLE,
     SERVICE_CONFIG,
     UnreadableL7,
     decode_l7,
@@ -36,7 +38,7 @@ from mesh.xds.l7 import (
     type_url_of,
 )
 from mesh.xds.names import ADDRESS, ADS_METHOD, GATEWAY_NAME, node_id, role_of_node_id, waypoint_node_id
-from mesh.xds.server import AdsServer, Assign, Introduction, nobody_is_a_waypoint
+from mesh.xds.server import AdsServer, Assign, Introduction, Part, nobody_is_a_waypoint, split
 
 ORIGIN = Origin("VirtualService", "shop", "web")
 DENY = AuthorizationPolicy(
@@ -65,9 +67,11 @@ SERVICE = ServiceConfig(
         ),
     ),
 )
+TABLE = RouteTable("VirtualService/shop/web/0", SERVICE.ports[0].routes)
 RESOURCES: tuple[L7Resource, ...] = (
     WaypointSettings("shop", "waypoint", trust_domains=("cluster.local", "old.local")),
     SERVICE,
+    TABLE,
     DestinationConfig(
         "shop",
         "web.shop.svc",
@@ -163,6 +167,8 @@ class _Waypoint:
     def __init__(self, plane: _Plane, name: str) -> None:
         self.held: dict[tuple[str, str], Assigned] = {}
         self.order: list[str] = []
+        self.updates: list[AdsUpdate] = []
+        self.taking: Callable[[], Awaitable[None]] | None = None
         self.rejected: list[str] = []
         self.state: AdsState | None = None
         self._changed = trio.Event()
@@ -173,7 +179,8 @@ class _Waypoint:
     async def run(self) -> None:
         await run_ads_client(self.config, self.on_update, self.on_state)
 
-    def on_update(self, update: AdsUpdate) -> None:
+    def on_update(self, update: AdsUpdate) -> Awaitable[None] | None:
+        self.updates.append(update)
         for assigned in update.delta.l7:
             self.held[type_url_of(assigned.resource), resource_name(assigned)] = assigned
         for key in update.delta.removed_l7:
@@ -181,6 +188,7 @@ class _Waypoint:
         self.order.append(update.type_url)
         self.rejected += [bad.reason for bad in update.rejected]
         self._notify()
+        return self.taking() if self.taking is not None else None
 
     def on_state(self, state: AdsState) -> None:
         self.state = state
@@ -310,3 +318,107 @@ def test_one_that_goes_is_not_waited_for() -> None:
             await plane.server.wait_taken(waypoints=True)
 
     _run(_by_metadata, main)
+
+
+def test_routes_come_before_the_services_that_name_them_and_go_after() -> None:
+    async def main(plane: _Plane, nursery: trio.Nursery) -> None:
+        one = _Waypoint(plane, "one")
+        nursery.start_soon(one.run)
+        await one.until(lambda: one.state is not None and one.state.synced)
+        one.order.clear()
+        plane.change(Delta(l7=(Assigned("shop/one", SERVICE), Assigned("shop/one", TABLE))))
+        await one.until(lambda: len(one.held) == 2)
+        gone = tuple((type_url_of(each), resource_name(Assigned("shop/one", each))) for each in (TABLE, SERVICE))
+        plane.change(Delta(removed_l7=gone))
+        await one.until(lambda: not one.held)
+        assert one.order == [ROUTE_TABLE, SERVICE_CONFIG, SERVICE_CONFIG, ROUTE_TABLE]
+
+    _run(_by_metadata, main)
+
+
+def _tables(count: int) -> tuple[RouteTable, ...]:
+    """Each of some 700 bytes."""
+    return tuple(RouteTable(f"t{number}", (Route(ORIGIN, DirectResponse(200, bytes([number]) * 400)),)) for number in range(count))
+
+
+@pytest.mark.parametrize("takes_parts", [True, False])
+def test_a_large_response_comes_in_parts_for_those_that_know_of_it(takes_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.xds.server.PART_SIZE", 2000)
+    tables = _tables(10)
+
+    async def main(plane: _Plane, nursery: trio.Nursery) -> None:
+        plane.cache.apply(Delta(l7=tuple(Assigned("shop/one", each) for each in tables)))
+        one = _Waypoint(plane, "one")
+        one.config = replace(one.config, takes_parts=takes_parts)
+        nursery.start_soon(one.run)
+        await one.until(lambda: one.state is not None and one.state.synced)
+        assert {each.resource for each in one.held.values()} == set(tables)
+        sizes = [len(update.raw) for update in one.updates if update.type_url == ROUTE_TABLE]
+        assert len(sizes) == (5 if takes_parts else 1)
+        assert all(size < 2500 for size in sizes) is takes_parts
+        # Not before the last part does anybody think that this is all.
+        more = [update.more for update in one.updates if update.type_url == ROUTE_TABLE]
+        assert more == [True] * (len(sizes) - 1) + [False]
+        # A change is of use in pieces: everybody gets those.
+        one.updates.clear()
+        plane.change(Delta(l7=tuple(Assigned("shop/one", RouteTable(each.key, ())) for each in tables)))
+        await one.until(lambda: all(not each.resource.routes for each in one.held.values()))  # type: ignore[union-attr]  # tables
+        monkeypatch.setattr("mesh.xds.server.PART_SIZE", 50)
+        plane.change(Delta(removed_l7=tuple((ROUTE_TABLE, resource_name(Assigned("shop/one", each))) for each in tables)))
+        await one.until(lambda: not one.held)
+        assert [len(update.delta.removed_l7) for update in one.updates] == [0, 4, 4, 2]
+        assert any(update.more for update in one.updates) is takes_parts
+        await plane.server.wait_taken(waypoints=True)
+
+    _run(_by_metadata, main)
+
+
+def test_one_part_that_cannot_be_read_is_refused_and_the_others_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.xds.server.PART_SIZE", 1)
+
+    async def main(plane: _Plane, nursery: trio.Nursery) -> None:
+        changes = plane.cache.apply(Delta(l7=tuple(Assigned("shop/one", each) for each in _tables(3))))
+        assert changes
+        held = plane.cache._types[ROUTE_TABLE]
+        held["shop/one|t1"] = replace(held["shop/one|t1"], body=b"{")
+        one = _Waypoint(plane, "one")
+        one.config = replace(one.config, takes_parts=True)
+        nursery.start_soon(one.run)
+        await one.until(lambda: one.state is not None and one.state.synced)
+        assert {each.resource.key for each in one.held.values()} == {"t0", "t2"}
+        await plane.server.wait_taken(waypoints=True)
+        (status,) = plane.server.connections()
+        assert status.types[ROUTE_TABLE].error.startswith("shop/one|t1: ")
+
+    _run(_by_metadata, main)
+
+
+def test_a_response_is_acknowledged_when_it_is_in_force() -> None:
+    async def main(plane: _Plane, nursery: trio.Nursery) -> None:
+        one, in_force = _Waypoint(plane, "one"), trio.Event()
+        nursery.start_soon(one.run)
+        await one.until(lambda: one.state is not None and one.state.synced)
+        one.taking = in_force.wait
+        plane.change(Delta(l7=(Assigned("shop/one", TABLE),)))
+        await one.until(lambda: len(one.held) == 1)
+        await trio.testing.wait_all_tasks_blocked()
+        (status,) = plane.server.connections()
+        assert status.types[ROUTE_TABLE].sent != status.types[ROUTE_TABLE].acked
+        in_force.set()
+        await plane.server.wait_taken(waypoints=True)
+
+    _run(_by_metadata, main)
+
+
+@given(st.lists(st.integers(0, 50)), st.lists(st.text("ab", min_size=1, max_size=30)), st.integers(1, 100))
+def test_parts_are_bounded_and_are_the_response_together(bodies: list[int], removed: list[str], size: int) -> None:
+    resources = [Resource(str(number), "1", bytes(body)) for number, body in enumerate(bodies)]
+    parts = list(split(Part(resources, removed), size))
+    assert [each for part in parts for each in part.resources] == resources
+    assert [name for part in parts for name in part.removed] == removed
+    for part in parts:
+        sizes = [*(len(each.body) for each in part.resources), *map(len, part.removed)]
+        assert len(sizes) < 2 or sum(sizes) <= size or sum(sizes[1:]) == 0
+    assert all(part.resources or part.removed for part in parts) or len(parts) == 1
+    last = [number for number, part in enumerate(parts) if part.removed]
+    assert not last or last == list(range(last[0], len(parts)))

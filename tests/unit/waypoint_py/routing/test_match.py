@@ -21,7 +21,8 @@ from mesh.model.l7.routing import DirectResponse, Origin, Route
 from tests.corpus.facts import asked
 from waypoint_py.http.message import Request
 from waypoint_py.routing.actions import answer
-from waypoint_py.routing.match import RouteTable, compile_routes
+from waypoint_py.routing.match import PortRoutes, RouteList, compile_routes, compile_table, list_tables
+from waypoint_py.steps import finish
 
 
 def route(name: str, *matches: RouteMatch) -> Route:
@@ -31,7 +32,8 @@ def route(name: str, *matches: RouteMatch) -> Route:
 def found(routes: tuple[Route, ...], request: Request) -> str | None:
     """The name of the route, looked up with files and without."""
     names = {
-        None if (m := table.find(request)) is None else m.route.route.name for table in (RouteTable(routes, 0), RouteTable(routes, 99))
+        None if (m := table.find(request)) is None else m.route.route.name
+        for table in (compile_routes(routes, 0), compile_routes(routes, 99))
     }
     (name,) = names
     return name
@@ -438,3 +440,57 @@ def test_among_many_routes_of_one_path_what_must_not_be_is_no_key() -> None:
 def test_more_headers_than_are_looked_up_change_nothing() -> None:
     routes = crowd(*[RouteMatch(headers=(header(f"h{number % 20}", str(number)),)) for number in range(200)])
     assert [found(routes, asked("/", (f"h{number % 20}", str(number)))) for number in range(200)] == [str(number) for number in range(200)]
+
+
+# Lists of several tables
+
+
+def one_list(*routes: Route) -> RouteList:
+    return finish(list_tables([finish(compile_table(routes))]))
+
+
+def test_lists_are_tried_in_order_and_those_of_other_hosts_are_not() -> None:
+    every = RouteMatch(path=PathMatch(PathKind.PREFIX, "/"))
+    routes = PortRoutes(
+        (
+            (one_list(route("some", RouteMatch(path=exactly("/a")))), ()),
+            (one_list(route("api", every)), ("api.example.com", "www.example.com")),
+            (one_list(route("deep", every)), ("*.deep.example.com", "*.example.com.deep")),
+            (one_list(route("b", RouteMatch(path=exactly("/b")))), ()),
+            (one_list(route("late", every)), ("api.example.com",)),
+        ),
+        one_list(route("own")),
+    )
+
+    def at(authority: str, path: str = "/") -> str:
+        matched = routes.find(Request(b"GET", b"http", authority.encode(), path.encode(), []), 80)
+        assert matched is not None
+        return matched.route.route.name
+
+    assert at("api.example.com", "/a") == "some"
+    assert [at(name) for name in ("api.example.com", "API.Example.com", "www.example.com:8080")] == ["api"] * 3
+    assert [at(name) for name in ("x.deep.example.com", "x.y.deep.example.com:1", "a.EXAMPLE.com.deep")] == ["deep"] * 3
+    others = (
+        "deep.example.com",
+        ".deep.example.com",
+        "x..deep.example.com",
+        "x/.deep.example.com",
+        "x:1.deep.example.com",
+        "example.com",
+        "",
+    )
+    assert [at(name) for name in (*others, "api.example.com:", "api.example.com.evil")] == ["own"] * 9
+    assert at("other", "/b") == "b"
+    assert routes.size == 6
+
+
+def test_a_match_may_be_for_one_port() -> None:
+    routes = compile_routes((route("80", RouteMatch(port=80)), route("81", RouteMatch(path=below("/a"), port=81))))
+
+    def at(port: int, path: str) -> str | None:
+        matched = routes.find(asked(path), port)
+        return None if matched is None else matched.because
+
+    assert at(80, "/b") == "HTTPRoute shop/80: port 80"
+    assert at(81, "/a") == "HTTPRoute shop/81: path below /a, port 81"
+    assert (at(81, "/b"), at(82, "/a")) == (None, None)

@@ -7,9 +7,8 @@ import pytest
 from istiod_py.translate import Condition
 from istiod_py.translate.config import ParentStatus
 from istiod_py.translate.l7.route_status import RouteReport
-from istiod_py.translate.l7.routing import DEFAULT_RETRY, Routing
+from istiod_py.translate.l7.routing import DEFAULT_RETRY, RouteMemory, Routing
 from istiod_py.translate.l7.sources import RouteSources, Sourced
-from istiod_py.translate.memo import Memo
 from mesh.kube.objects import SourceProblem
 from mesh.kube.ownership import ROUTE_CONTROLLER
 from mesh.model.l7.waypoint import Protocol
@@ -206,7 +205,7 @@ def test_a_last_good_version_stays_in_force_and_the_mistake_is_named() -> None:
         tuple(Sourced(each.obj, each.value, mistake) for each in good.requests),
     )
     world = World("")
-    routing = Routing(stale, world.known, Memo(), default_retry=DEFAULT_RETRY)
+    routing = Routing(stale, world.known, RouteMemory(), default_retry=DEFAULT_RETRY)
     assert routing.route(REVIEWS, "shop").used
     report: RouteReport = routing.report({REVIEWS.key: (WAYPOINT,)})
     (said,) = status_of(report, "VirtualService")
