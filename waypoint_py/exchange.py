@@ -402,7 +402,8 @@ class Exchange:
         request = self._upstream_request.copy()
         tell_upstream(request, self._timeouts, now - record.started)
         self._body.rewind()
-        self._attempt = Attempt(self, plane, endpoint, kind, request, facts, ended=self._body.empty)
+        self._attempt = attempt = Attempt(self, plane, endpoint, ended=self._body.empty)
+        attempt.begin(kind, request, facts)
 
     def _protocol_towards(self, endpoint: Endpoint) -> UpstreamProtocol:
         declared = None

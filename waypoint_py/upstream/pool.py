@@ -153,7 +153,7 @@ class Shelf:
         """Begin it, let it wait, or fail it soon."""
         session = self._find_available() if not self._waiting else None
         if session is not None:
-            self._start(call, session)
+            self._start(call, session, soon=False)
         elif self._breaker.pending >= self.limits.max_pending:
             self._pool.fail_soon(call, _overflow(f"{self.limits.max_pending} requests wait for a connection"))
             self._forget_if_empty()
@@ -189,14 +189,14 @@ class Shelf:
         del self._waiting[call]
         self._breaker.pending -= 1
 
-    def _start(self, call: Call, session: HttpSession) -> None:
+    def _start(self, call: Call, session: HttpSession, *, soon: bool = True) -> None:
         limits, breaker = self.limits, self._breaker
         if breaker.requests >= limits.max_requests:
             self._pool.fail_soon(call, _overflow(f"{limits.max_requests} requests are under way"))
             return
         breaker.requests += 1
         call.place = Place.SESSION
-        unsendable = session.begin(call)
+        unsendable = session.begin(call, soon=soon)
         if unsendable is not None:
             self._pool.fail_soon(call, UpstreamFailure(FailureKind.PROTOCOL, f"request cannot be sent: {unsendable}"))
 

@@ -127,8 +127,9 @@ class Connections(Protocol):
         *,
         client: Connection | None = None,
     ) -> Cancel:
-        """Send a request on a pooled or new connection. ``on_open`` when its head has been written: send the body then. Failures go to the
-        sink. Neither is called from within this call. ``client``: who asks, for the PROXY header if the endpoint gets one."""
+        """Send a request on a pooled or new connection. ``on_open`` when its head has been written, from within this call if a connection
+        is at hand: send the body then, and it leaves with the head. Failures go to the sink, never from within this call. ``client``: who
+        asks, for the PROXY header if the endpoint gets one."""
 
     def connect(
         self,
