@@ -166,23 +166,23 @@ def protocol_towards(endpoint: Endpoint, declared: Protocol | None, request: Req
 
     A port that declares nothing gets what the client speaks. gRPC is spoken in HTTP/2 whatever the port declares: in HTTP/1.1 it is none.
     """
-    client = UpstreamProtocol.HTTP2 if request.version is Version.HTTP_2 else UpstreamProtocol.HTTP1
-    match endpoint.policy.pool.h2_upgrade:
-        case H2Upgrade.UPGRADE:
-            return UpstreamProtocol.HTTP2
-        case H2Upgrade.CLIENT:
-            return client
-        case H2Upgrade.NO:
-            pass
-    if request.is_grpc:
-        return UpstreamProtocol.HTTP2
-    match declared if declared is not None else _declared_by_service(endpoint):
-        case Protocol.HTTP:
-            return UpstreamProtocol.HTTP1
-        case Protocol.HTTP2 | Protocol.GRPC:
-            return UpstreamProtocol.HTTP2
-        case _:
-            return client
+    upgrade = endpoint.policy.pool.h2_upgrade
+    if upgrade is _UPGRADE:
+        return _HTTP2
+    if upgrade is not _UPGRADE_AS_CLIENT:
+        if declared is None:
+            declared = _declared_by_service(endpoint)
+        if declared in _BY_HTTP2 or request.is_grpc:
+            return _HTTP2
+        if declared is _DECLARED_HTTP:
+            return _HTTP1
+    return _HTTP2 if request.version is _VERSION_2 else _HTTP1
+
+
+_HTTP1, _HTTP2 = UpstreamProtocol.HTTP1, UpstreamProtocol.HTTP2  # members of an enum are slower to find
+_VERSION_2, _DECLARED_HTTP = Version.HTTP_2, Protocol.HTTP
+_BY_HTTP2 = (Protocol.HTTP2, Protocol.GRPC)
+_UPGRADE, _UPGRADE_AS_CLIENT = H2Upgrade.UPGRADE, H2Upgrade.CLIENT
 
 
 def direct_endpoint(facts: Connection) -> Endpoint:

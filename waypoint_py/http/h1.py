@@ -110,6 +110,10 @@ class _Sending(Enum):
     ENDED = "ended"
 
 
+_SILENT, _CHUNKED, _NO_BODY, _ENDED = _Sending.SILENT, _Sending.CHUNKED, _Sending.NO_BODY, _Sending.ENDED
+_SENDING_SIZED, _SENDING_UNTIL_CLOSE, _SENDING_RAW = _Sending.SIZED, _Sending.UNTIL_CLOSE, _Sending.RAW
+
+
 class _Fields:
     """The fields of one head, sorted: what goes on, and what only concerns this connection."""
 
@@ -183,7 +187,7 @@ class _Http1(ABC):
         self._pieces: list[bytes | memoryview] = []  # of the body, not handed out yet
         self._unconsumed = 0
         self._stream = 1
-        self._sending = _Sending.SILENT
+        self._sending = _SILENT
         self._to_send = 0  # of a sized body
         self._parts: list[bytes] = []
         self._unsent = 0
@@ -415,7 +419,7 @@ class _Http1(ABC):
         sending = self._sending
         if stream != self._stream or self._finished or sending in _CLOSED:
             return 0
-        return self._to_send if sending is _Sending.SIZED else ROOM
+        return self._to_send if sending is _SENDING_SIZED else ROOM
 
     def send_data(self, stream: int, data: bytes | memoryview) -> None:
         """Raises LocalProtocolError for a body longer than was said, after which the connection is `finished`."""
@@ -423,17 +427,17 @@ class _Http1(ABC):
             return
         sending = self._sending
         size = len(data)
-        if sending is _Sending.SIZED:
+        if sending is _SENDING_SIZED:
             if size > self._to_send:
                 self._finish()
                 raise LocalProtocolError(f"{size} bytes of a body of which {self._to_send} are left")
             self._to_send -= size
-        elif sending is _Sending.CHUNKED:
+        elif sending is _CHUNKED:
             self._write(b"%x\r\n" % size)
             self._write(bytes(data))
             self._write(b"\r\n")
             return
-        elif sending is not _Sending.UNTIL_CLOSE and sending is not _Sending.RAW:
+        elif sending is not _SENDING_UNTIL_CLOSE and sending is not _SENDING_RAW:
             return
         self._write(bytes(data))
 
@@ -442,16 +446,16 @@ class _Http1(ABC):
         if stream != self._stream or self._finished:
             return
         sending = self._sending
-        if sending is _Sending.SIZED and self._to_send:
+        if sending is _SENDING_SIZED and self._to_send:
             self._finish()
             return
-        if sending is _Sending.CHUNKED:
+        if sending is _CHUNKED:
             self._write(self._last_chunk(trailers))
-        elif sending is _Sending.RAW or sending is _Sending.UNTIL_CLOSE:
+        elif sending is _SENDING_RAW or sending is _SENDING_UNTIL_CLOSE:
             self._finish()
-        elif sending in _CLOSED and sending is not _Sending.NO_BODY:
+        elif sending in _CLOSED and sending is not _NO_BODY:
             return
-        self._sending = _Sending.ENDED
+        self._sending = _ENDED
         self._message_sent()
 
     def _last_chunk(self, trailers: Headers | None) -> bytes:
@@ -470,7 +474,7 @@ class _Http1(ABC):
     def _finish(self) -> None:
         self._finished = True
         self._reading = _IGNORED
-        self._sending = _Sending.ENDED
+        self._sending = _ENDED
         self._buffer.clear()
 
     def _write(self, data: bytes) -> None:
@@ -478,8 +482,7 @@ class _Http1(ABC):
         self._unsent += len(data)
 
 
-_CLOSED: Final = (_Sending.SILENT, _Sending.NO_BODY, _Sending.ENDED)  # no set: hashing a member of an enum is a call
-_SILENT: Final = _Sending.SILENT
+_CLOSED: Final = (_SILENT, _NO_BODY, _ENDED)  # no set: hashing a member of an enum is a call
 
 
 def _line_ends(count: int) -> bytes:
@@ -718,19 +721,19 @@ class Http1Server(_Http1):
         length = _length_of(response)
         framing: list[bytes] = []
         if status == 204:
-            self._sending = _Sending.NO_BODY
+            self._sending = _NO_BODY
         elif self._head_only or status == 304:
-            self._sending = _Sending.NO_BODY
+            self._sending = _NO_BODY
             if length is not None:
                 framing.append(b"content-length: %d\r\n" % length)
         elif length is not None or ended:
-            self._sending, self._to_send = _Sending.SIZED, length or 0
+            self._sending, self._to_send = _SENDING_SIZED, length or 0
             framing.append(b"content-length: %d\r\n" % self._to_send)
         elif self._http10:
-            self._sending = _Sending.UNTIL_CLOSE
+            self._sending = _SENDING_UNTIL_CLOSE
             self._close = True
         else:
-            self._sending = _Sending.CHUNKED
+            self._sending = _CHUNKED
             framing.append(_TRANSFER_CHUNKED)
         if not self._request_done and not self._may_be_discarded():
             self._close = True  # whoever answers before the request is over does not know what the rest of it will be
@@ -759,7 +762,7 @@ class Http1Server(_Http1):
             kept.append((b"sec-websocket-accept", b64encode(sha1(self._websocket_key + _WEBSOCKET_GUID, usedforsecurity=False).digest())))
         framing = [b"connection: upgrade\r\n", b"upgrade: %b\r\n" % self._upgrade, b"\r\n"]
         self._write(_checked(_STATUS_LINES[101], kept, framing, len(kept) + 4))
-        self._sending, self._reading = _Sending.RAW, _RAW
+        self._sending, self._reading = _SENDING_RAW, _RAW
 
     def _may_be_discarded(self) -> bool:
         """Whether little enough is left of the request to read it for nothing."""
@@ -850,7 +853,7 @@ class Http1Client(_Http1):
         self._active, self._reading, self._sending, self._to_send = True, _HEAD, sending, to_send
         self._unconsumed = self._informational = 0
         self._head_only = method == b"HEAD"
-        self._gives_trailers = sending is _Sending.CHUNKED and request.is_grpc
+        self._gives_trailers = sending is _CHUNKED and request.is_grpc
         self._wants_trailers = self._wants_trailers or self._gives_trailers
         self._upgrade = request.upgrade
         return self._stream
@@ -865,10 +868,10 @@ class Http1Client(_Http1):
             if length:
                 raise LocalProtocolError(f"no body, where {length} bytes were said to come")
             says = length is not None or request.method in _WITH_BODY
-            return [b"content-length: 0\r\n"] if says else [], _Sending.ENDED, 0
+            return [b"content-length: 0\r\n"] if says else [], _ENDED, 0
         if length is not None:
-            return [b"content-length: %d\r\n" % length], _Sending.SIZED, length
-        return [_TRANSFER_CHUNKED], _Sending.CHUNKED, 0
+            return [b"content-length: %d\r\n" % length], _SENDING_SIZED, length
+        return [_TRANSFER_CHUNKED], _CHUNKED, 0
 
     def _may_send_trailers(self) -> bool:
         return self._gives_trailers
@@ -895,7 +898,7 @@ class Http1Client(_Http1):
         if status == 101:
             if self._upgrade is None or fields.upgrade != self._upgrade:
                 raise BadHead("101 without having been asked")
-            self._reading, self._sending, self._close = _RAW, _Sending.RAW, True
+            self._reading, self._sending, self._close = _RAW, _SENDING_RAW, True
             events.append(ResponseHead(self._stream, response, False))
             return
         self._informational += 1
@@ -920,7 +923,7 @@ class Http1Client(_Http1):
             fields.headers = [pair for pair in fields.headers if pair[0] != b"content-length"]
         response = Response(status, fields.headers, content_length=length)
         if self._upgrade is not None:
-            self._sending = _Sending.ENDED  # the offer was not taken: there is nothing to send
+            self._sending = _ENDED  # the offer was not taken: there is nothing to send
         if bodiless or (length == 0 and not chunked):
             events.append(ResponseHead(self._stream, response, True))
             self._end_turn()
@@ -937,7 +940,7 @@ class Http1Client(_Http1):
         self._end_turn()
 
     def _end_turn(self) -> None:
-        if self._close or self._sending is not _Sending.ENDED:  # a response before the request was over leaves the rest of it to whom?
+        if self._close or self._sending is not _ENDED:  # a response before the request was over leaves the rest of it to whom?
             self._finish()
         self._active = False
         if not self._finished:

@@ -42,6 +42,9 @@ class Place(Enum):
     SESSION = "session"
 
 
+_NOWHERE: Final = Place.NOWHERE  # members of an enum are slower to find
+
+
 class Owner(Protocol):
     """Who keeps a session and hears of it (`waypoint_py.upstream.pool`)."""
 
@@ -106,7 +109,7 @@ class Call:
         self.sink = sink
         self._on_open = on_open
         self.session: HttpSession | None = None
-        self.place = Place.NOWHERE
+        self.place = _NOWHERE
         """The owner's to set."""
         self.stream = 0
         self.local_address: SocketAddress | None = None
