@@ -61,6 +61,9 @@ MAX_CHUNK_LINE: Final = 1024
 """A chunk's size with its extensions, which nobody uses and some have used for floods (CVE-2024-22019)."""
 MAX_INFORMATIONAL: Final = 16
 """1xx responses to one request."""
+REMEMBERED_HEADS: Final = 4
+MAX_REMEMBERED_HEAD: Final = 2048
+"""Bytes. Who asks the same again, as everybody who polls, does so to the byte."""
 
 _END: Final = b"\r\n\r\n"
 _CRLFS: Final = b"\r\n" * 128
@@ -180,6 +183,8 @@ class _Http1(ABC):
 
     def __init__(self, limits: HeadLimits) -> None:
         self._limits = limits
+        self._known: dict[bytes, tuple[bytes, _Fields]] = {}
+        """The first line and the fields of heads that came: they mean the same whenever the same bytes come."""
         self._reading = _HEAD
         self._buffer = bytearray()
         self._scanned = 0  # bytes of the buffer in which no line end was found
@@ -295,10 +300,23 @@ class _Http1(ABC):
                 return self._refuse(BadHead("head too large", 431), events)
             return self._wait(window)
         head = window[:end]
+        known = self._known.get(head)
+        if known is not None:
+            self._take_head(*known, events)
+            return at + end + len(_END)
         lines = head.split(b"\r\n")
         if head.translate(None, FIELD_TEXT) != _line_ends(len(lines) - 1):
             return self._refuse(BadHead("control character or bare line end in head"), events)
-        self._take_head(lines, events)
+        try:
+            fields = _Fields(lines[1:], self._limits)
+        except BadHead as exc:
+            self._take_head(lines[0], exc, events)
+            return at + end + len(_END)
+        if len(head) <= MAX_REMEMBERED_HEAD:
+            if len(self._known) >= REMEMBERED_HEADS:
+                self._known.clear()
+            self._known[head] = lines[0], fields
+        self._take_head(lines[0], fields, events)
         return at + end + len(_END)
 
     def _read_counted(self, view: memoryview, at: int, events: list[Event]) -> int:
@@ -387,7 +405,8 @@ class _Http1(ABC):
     # --- what the ends differ in -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _take_head(self, lines: list[bytes], events: list[Event]) -> None: ...
+    def _take_head(self, start: bytes, fields: _Fields | BadHead, events: list[Event]) -> None:
+        """``fields``: nobody's to change; or what is wrong with them."""
 
     @abstractmethod
     def _refuse(self, flaw: BadHead, events: list[Event]) -> int:
@@ -558,18 +577,19 @@ class Http1Server(_Http1):
         self._unconsumed = 0
         self._forget_request()
 
-    def _take_head(self, lines: list[bytes], events: list[Event]) -> None:
+    def _take_head(self, start: bytes, fields: _Fields | BadHead, events: list[Event]) -> None:
         self._begin_turn()
         request: Request | None = None
         try:
-            start = lines[0].split(b" ")
-            if len(start) != 3 or not start[0] or start[0].translate(None, TOKEN) or b"\t" in start[1]:
+            words = start.split(b" ")
+            if len(words) != 3 or not words[0] or words[0].translate(None, TOKEN) or b"\t" in words[1]:
                 raise BadHead("invalid request line")
-            method, target, version = start
+            method, target, version = words
             request = Request(method, self._options.scheme, b"", target, [])
             self._take_version(version, request)
-            fields = _Fields(lines[1:], self._limits)
-            request.headers = fields.headers
+            if isinstance(fields, BadHead):
+                raise fields
+            request.headers = fields.headers.copy()
             self._take_target(request, fields.hosts)
             chunked = self._take_framing(request, fields)
         except BadHead as exc:
@@ -881,10 +901,11 @@ class Http1Client(_Http1):
 
     # --- responses ---------------------------------------------------------------------------------------------------------------------
 
-    def _take_head(self, lines: list[bytes], events: list[Event]) -> None:
+    def _take_head(self, start: bytes, fields: _Fields | BadHead, events: list[Event]) -> None:
         try:
-            http10, status = _read_status_line(lines[0])
-            fields = _Fields(lines[1:], self._limits)
+            http10, status = _read_status_line(start)
+            if isinstance(fields, BadHead):
+                raise fields
             if status < 200:
                 self._take_informational(status, fields, events)
                 return
@@ -918,10 +939,11 @@ class Http1Client(_Http1):
             self._close = True
         length = fields.length
         bodiless = self._head_only or status in (204, 304)
+        headers = fields.headers.copy()
         if status == 204 and length is not None:
             length = None
-            fields.headers = [pair for pair in fields.headers if pair[0] != b"content-length"]
-        response = Response(status, fields.headers, content_length=length)
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
+        response = Response(status, headers, content_length=length)
         if self._upgrade is not None:
             self._sending = _ENDED  # the offer was not taken: there is nothing to send
         if bodiless or (length == 0 and not chunked):
