@@ -191,7 +191,7 @@ class Waypoint:
             state=self._state,
             store=store,
             connections=self._pool,
-            balancer=Balancer(self._state, store.find_destination, self._where.workload, rng),
+            balancer=Balancer(self._state, store.find_destination, self._where.workload, rng, lambda: store.version),
             observer=Telemetry(lambda: store.settings, WaypointMetrics(self._registry), access_log, self._spans, rng),
             waits=self._waits,
             authenticator=Authenticator(self._keys),

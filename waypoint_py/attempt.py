@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol as Shape
-from typing import TypeVarTuple
 
 from mesh.model.address import SocketAddress
 from mesh.model.l7.destination import H2Upgrade, TrafficPolicy
@@ -14,8 +12,6 @@ from waypoint_py.context import Connection
 from waypoint_py.http.message import Headers, Request, Response, Version
 from waypoint_py.plane import Plane
 from waypoint_py.upstream.session import Cancel, Endpoint, UpstreamFailure, UpstreamProtocol, UpstreamStream
-
-Ts = TypeVarTuple("Ts")
 
 
 class Listener(Shape):
@@ -43,17 +39,8 @@ class Attempt:
 
     __slots__ = ("_cancel", "_ended", "_listener", "_plane", "_stream", "begun", "endpoint", "sent")
 
-    def __init__(
-        self,
-        listener: Listener,
-        plane: Plane,
-        endpoint: Endpoint,
-        kind: UpstreamProtocol,
-        request: Request,
-        facts: Connection,
-        *,
-        ended: bool,
-    ) -> None:
+    def __init__(self, listener: Listener, plane: Plane, endpoint: Endpoint, *, ended: bool) -> None:
+        """``ended``: the request is a head alone."""
         self._listener = listener
         self._plane = plane
         self.endpoint = endpoint
@@ -63,10 +50,16 @@ class Attempt:
         """Its head has been written."""
         self._ended = False
         self._stream: UpstreamStream | None = None
+        self._cancel: Cancel | None = None
         plane.balancer.began(endpoint)
-        self._cancel: Cancel | None = plane.connections.request(endpoint, kind, request, ended, self, self._opened, client=facts)
 
     # --- what the exchange does
+
+    def begin(self, kind: UpstreamProtocol, request: Request, facts: Connection) -> None:
+        """Send the head, once. `Listener.opened` may be called from within this call."""
+        cancel = self._plane.connections.request(self.endpoint, kind, request, self.sent, self, self._opened, client=facts)
+        if not self._ended:
+            self._cancel = cancel
 
     @property
     def open(self) -> bool:
@@ -104,7 +97,7 @@ class Attempt:
         elif cancel is not None:
             cancel.cancel()
 
-    # --- what it hears
+    # --- what it hears: each of these is called for every request, so each catches by itself
 
     def _opened(self, stream: UpstreamStream) -> None:
         if self._ended:
@@ -112,29 +105,54 @@ class Attempt:
             return
         self._stream = stream
         self.begun = True
-        self._tell(self._listener.opened, self)
+        try:
+            self._listener.opened(self)
+        except Exception as exc:
+            self._crashed(exc)
 
     def informational(self, status: int, headers: Headers) -> None:
-        self._tell(self._listener.informational, self, status, headers)
+        try:
+            self._listener.informational(self, status, headers)
+        except Exception as exc:
+            self._crashed(exc)
 
     def response(self, response: Response, ended: bool) -> None:
         if ended:
             self._over()
-        self._tell(self._listener.responded, self, response, ended)
+        try:
+            self._listener.responded(self, response, ended)
+        except Exception as exc:
+            self._crashed(exc)
 
     def data(self, data: bytes | memoryview) -> None:
-        self._tell(self._listener.response_data, self, data)
+        try:
+            self._listener.response_data(self, data)
+        except Exception as exc:
+            self._crashed(exc)
 
     def complete(self, trailers: Headers) -> None:
         self._over()
-        self._tell(self._listener.completed, self, trailers)
+        try:
+            self._listener.completed(self, trailers)
+        except Exception as exc:
+            self._crashed(exc)
 
     def failed(self, failure: UpstreamFailure) -> None:
         self._over()
-        self._tell(self._listener.failed, self, failure)
+        try:
+            self._listener.failed(self, failure)
+        except Exception as exc:
+            self._crashed(exc)
 
     def writable(self) -> None:
-        self._tell(self._listener.upstream_writable, self)
+        try:
+            self._listener.upstream_writable(self)
+        except Exception as exc:
+            self._crashed(exc)
+
+    def _crashed(self, error: Exception) -> None:
+        self._plane.reactor.report(error, "a try of a request")
+        self._listener.crashed(error)
 
     def _over(self) -> None:
         if not self._ended:
@@ -142,36 +160,29 @@ class Attempt:
             self._stream = self._cancel = None  # which know us: nothing of a request is left to the collector of cycles
             self._plane.balancer.ended(self.endpoint)
 
-    def _tell(self, call: Callable[[*Ts], None], *arguments: *Ts) -> None:
-        try:
-            call(*arguments)
-        except Exception as exc:
-            self._plane.reactor.report(exc, "a try of a request")
-            self._listener.crashed(exc)
-
 
 def protocol_towards(endpoint: Endpoint, declared: Protocol | None, request: Request) -> UpstreamProtocol:
     """What to speak to an application. ``declared``: by its port, where we stand before it; None: the mesh knows its service's ports.
 
     A port that declares nothing gets what the client speaks. gRPC is spoken in HTTP/2 whatever the port declares: in HTTP/1.1 it is none.
     """
-    client = UpstreamProtocol.HTTP2 if request.version is Version.HTTP_2 else UpstreamProtocol.HTTP1
-    match endpoint.policy.pool.h2_upgrade:
-        case H2Upgrade.UPGRADE:
-            return UpstreamProtocol.HTTP2
-        case H2Upgrade.CLIENT:
-            return client
-        case H2Upgrade.NO:
-            pass
-    if request.is_grpc:
-        return UpstreamProtocol.HTTP2
-    match declared if declared is not None else _declared_by_service(endpoint):
-        case Protocol.HTTP:
-            return UpstreamProtocol.HTTP1
-        case Protocol.HTTP2 | Protocol.GRPC:
-            return UpstreamProtocol.HTTP2
-        case _:
-            return client
+    upgrade = endpoint.policy.pool.h2_upgrade
+    if upgrade is _UPGRADE:
+        return _HTTP2
+    if upgrade is not _UPGRADE_AS_CLIENT:
+        if declared is None:
+            declared = _declared_by_service(endpoint)
+        if declared in _BY_HTTP2 or request.is_grpc:
+            return _HTTP2
+        if declared is _DECLARED_HTTP:
+            return _HTTP1
+    return _HTTP2 if request.version is _VERSION_2 else _HTTP1
+
+
+_HTTP1, _HTTP2 = UpstreamProtocol.HTTP1, UpstreamProtocol.HTTP2  # members of an enum are slower to find
+_VERSION_2, _DECLARED_HTTP = Version.HTTP_2, Protocol.HTTP
+_BY_HTTP2 = (Protocol.HTTP2, Protocol.GRPC)
+_UPGRADE, _UPGRADE_AS_CLIENT = H2Upgrade.UPGRADE, H2Upgrade.CLIENT
 
 
 def direct_endpoint(facts: Connection) -> Endpoint:

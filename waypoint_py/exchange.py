@@ -53,6 +53,9 @@ WEBSOCKET: Final = b"websocket"
 PREFLIGHT: Final = "cors_response"
 
 
+_CONNECTED: Final = LocalOutcome.CONNECTED  # members of an enum are slower to find
+
+
 class _Wait:
     """A step's word that it will go on by itself."""
 
@@ -66,7 +69,7 @@ class Exchange:
     __slots__ = (
         "_additions", "_affinity", "_arrived", "_attempt", "_body", "_buffering", "_chosen", "_claims", "_conn", "_counter",
         "_destination", "_grpc_in", "_load", "_matched", "_mirrors", "_origin", "_out", "_over", "_parked", "_per_try",
-        "_plane", "_policy", "_port", "_response", "_response_complete", "_retry", "_retrying", "_settings", "_step", "_stream",
+        "_plane", "_policy", "_port", "_response", "_response_complete", "_retry", "_retrying", "_settings", "_steps", "_stream",
         "_timeouts", "_timer", "_total", "_trailers", "_upgraded", "_upstream_request", "record", "request",
     )  # fmt: skip
 
@@ -85,7 +88,8 @@ class Exchange:
             self.record.request_complete = now
         self._grpc_in = MessageCounter() if self.record.is_grpc else None
         self._counter = MessageCounter() if self.record.is_grpc else None
-        self._step = 0
+        self._steps = iter(self._STEPS)
+        """Those that are left."""
         self._over = False
         self._parked: Cancel | None = None
         self._buffering = 0  # bytes that an authorizer still wants to see
@@ -209,24 +213,20 @@ class Exchange:
 
     def _go_on(self, reply: LocalReply | None) -> None:
         """The next steps, until one answers or waits."""
-        steps = self._STEPS
-        while not self._over:
-            if reply is not None:
-                self.reply(reply)
+        if reply is not None:
+            self.reply(reply)
+            return
+        for step in self._steps:
+            if self._over:
                 return
-            if self._step == len(steps):
-                return
-            step = steps[self._step]
-            self._step += 1
             verdict = step(self)
             if verdict is None:
                 continue
-            if isinstance(verdict, _Wait):
-                return
             if isinstance(verdict, Park):
                 self._parked = self._plane.waits.wait(verdict.run, self._unparked, self.crashed)
-                return
-            reply = verdict
+            elif not isinstance(verdict, _Wait):
+                self.reply(verdict)
+            return
 
     def _unparked(self, reply: LocalReply | None) -> None:
         self._parked = None
@@ -403,22 +403,23 @@ class Exchange:
         request = self._upstream_request.copy()
         tell_upstream(request, self._timeouts, now - record.started)
         self._body.rewind()
-        self._attempt = Attempt(self, plane, endpoint, kind, request, facts, ended=self._body.empty)
+        self._attempt = attempt = Attempt(self, plane, endpoint, ended=self._body.empty)
+        attempt.begin(kind, request, facts)
 
     def _protocol_towards(self, endpoint: Endpoint) -> UpstreamProtocol:
         declared = None
-        destination, service = self._destination, self._conn.facts.service
-        if self._port is not None and service is not None and destination is not None:
-            own = (service.namespace, service.hostname, self._port.config.port)
-            if (destination.namespace, destination.hostname, destination.port) == own:
-                declared = self._port.config.protocol
+        port, destination, service = self._port, self._destination, self._conn.facts.service
+        if port is not None and service is not None and destination is not None:
+            config = port.config
+            if destination.port == config.port and destination.hostname == service.hostname and destination.namespace == service.namespace:
+                declared = config.protocol
         return protocol_towards(endpoint, declared, self.request)
 
     def opened(self, attempt: Attempt) -> None:
         """Its head has been written."""
         if attempt is self._attempt and not self._over:
             self.record.upstream_local_address = attempt.local_address
-            self._plane.balancer.happened_here(attempt.endpoint, LocalOutcome.CONNECTED, self._plane.reactor.now())
+            self._plane.balancer.happened_here(attempt.endpoint, _CONNECTED, self._plane.reactor.now())
             if attempt.sent:
                 self._request_sent()
             else:

@@ -40,7 +40,8 @@ class MirrorCopy:
             _log.debug("not_sent", because=endpoint.because)
             return
         self._timer = plane.reactor.call_later(PATIENCE_SECONDS, self.cut_off)
-        self._attempt = Attempt(self, plane, endpoint, protocol_towards(endpoint, None, request), request, facts, ended=ended)
+        self._attempt = attempt = Attempt(self, plane, endpoint, ended=ended)
+        attempt.begin(protocol_towards(endpoint, None, request), request, facts)
 
     # --- the request's body
 

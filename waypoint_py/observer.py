@@ -6,12 +6,13 @@ A record is also what Envoy's operators are rendered of (`mesh.telemetry.operato
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, cast
 
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import Destination
+from mesh.telemetry.operators import Facts
 from waypoint_py.context import Connection
 from waypoint_py.http.message import Headers, Request, Response, Version
 from waypoint_py.policy.authorize import DryRunVerdict, Judgement
@@ -19,6 +20,9 @@ from waypoint_py.telemetry.context import SpanContext
 from waypoint_py.upstream.session import Endpoint, UpstreamProtocol
 from waypoint_py.verdict import Flag
 
+_HTTP_1_1, _HTTP_2 = Version.HTTP_1_1, Version.HTTP_2  # members of an enum, and their values, are slower to find
+_UNREAD = Request(b"", b"http", b"", b"", [])
+_Rendered: TypeAlias = tuple[str, object, object, object]
 _PSEUDO = frozenset((b":method", b":path", b":scheme", b":authority", b"host"))
 _PROTOCOLS = {UpstreamProtocol.HTTP1: "HTTP/1.1", UpstreamProtocol.HTTP2: "HTTP/2"}
 
@@ -36,6 +40,11 @@ class Local:
 class _Record:
     """Common to both. Times in seconds: ``start_time`` is Unix time, the others are on the reactor's clock, whose ``started`` is the
     record's beginning; None where it did not come to that."""
+
+    __slots__ = (
+        "audited", "because", "bytes_received", "bytes_sent", "connection", "connection_id", "destination", "details", "dry_run", "ended",
+        "flags", "local", "policy", "server_name", "start_time", "started", "transport_failure", "upstream", "upstream_local_address",
+    )  # fmt: skip
 
     def __init__(self, connection: Connection, local: Local, began: float, started: float) -> None:
         self.connection = connection
@@ -90,7 +99,7 @@ class _Record:
 
     @property
     def duration(self) -> float | None:
-        return self._since_start(self.ended)
+        return None if self.ended is None else self.ended - self.started
 
     @property
     def response_code_details(self) -> str | None:
@@ -98,7 +107,7 @@ class _Record:
 
     @property
     def response_flags(self) -> Sequence[str]:
-        return [flag.value for flag in self.flags]
+        return [flag.value for flag in self.flags] if self.flags else ()
 
     @property
     def upstream_transport_failure_reason(self) -> str | None:
@@ -156,16 +165,25 @@ class _Record:
 class RequestRecord(_Record):
     """One HTTP request. Filled while it lives; nothing changes after an observer has got it."""
 
+    __slots__ = (
+        "_named", "attempts", "authority", "grpc_status", "is_grpc", "method", "path", "request", "request_complete", "request_messages",
+        "request_sent", "response", "response_began", "response_messages", "response_trailers", "route", "route_because", "span",
+        "termination", "trace", "upstream_began", "upstream_kind", "version",
+    )  # fmt: skip
+
     def __init__(self, connection: Connection, local: Local, began: float, started: float, request: Request | None) -> None:
         super().__init__(connection, local, began, started)
         self.request = request
         """As it stands: with what was added and changed on the way. None: it could not be read."""
-        self.method = request.method if request is not None else b""
-        self.authority = request.authority if request is not None else b""
-        self.path = request.path if request is not None else b""
+        self._named: dict[bytes, bytes] | None = None
+        if request is None:
+            request = _UNREAD
+        self.method = request.method
+        self.authority = request.authority
+        self.path = request.path
         """With its query, as it was routed and judged: normalised, before any rewrite."""
-        self.version = request.version if request is not None else Version.HTTP_1_1
-        self.is_grpc = request is not None and request.is_grpc
+        self.version = request.version
+        self.is_grpc = request.is_grpc
         self.response: Response | None = None
         """As the client got it. None: it went before there was one."""
         self.response_trailers: Headers = []
@@ -206,6 +224,15 @@ class RequestRecord(_Record):
 
     # For operators
 
+    def steady(self, render: Callable[[Facts], str]) -> str:
+        """As `mesh.telemetry.operators.Facts.steady`: by identity of what is the record's own, on the memo of the connection."""
+        key = (render, id(self.upstream), id(self.upstream_local_address), id(self.destination), self.route, self.server_name)
+        known = self.connection.memo.get(key)
+        if known is None:
+            known = (render(self), self.upstream, self.upstream_local_address, self.destination)  # held: no other can have their numbers
+            self.connection.remember(key, known)
+        return cast("_Rendered", known)[0]
+
     def metadata(self, key: str) -> str | None:
         return self.route_because if key == "route" else super().metadata(key)
 
@@ -214,7 +241,11 @@ class RequestRecord(_Record):
         if request is None:
             return None
         if name not in _PSEUDO:
-            return request.first(name)
+            if self.ended is None:
+                return request.first(name)
+            if self._named is None:  # nothing changes any more
+                self._named = dict(reversed(request.headers))
+            return self._named.get(name)
         match name:
             case b":method":
                 return request.method
@@ -234,7 +265,8 @@ class RequestRecord(_Record):
 
     @property
     def protocol(self) -> str | None:
-        return self.version.value
+        version = self.version
+        return "HTTP/1.1" if version is _HTTP_1_1 else "HTTP/2" if version is _HTTP_2 else version.value
 
     @property
     def upstream_protocol(self) -> str | None:
@@ -242,7 +274,7 @@ class RequestRecord(_Record):
 
     @property
     def response_code(self) -> int | None:
-        return self.status
+        return self.response.status if self.response is not None else 0
 
     @property
     def connection_termination_details(self) -> str | None:
@@ -280,6 +312,8 @@ class RequestRecord(_Record):
 class _WithoutHttp:
     """What operators say where there is no request."""
 
+    __slots__ = ()
+
     def request_header(self, name: bytes) -> bytes | None:
         return None
 
@@ -306,6 +340,9 @@ class _WithoutHttp:
 class ConnectionRecord(_WithoutHttp, _Record):
     """One TCP connection that was carried on as such."""
 
+    def steady(self, render: Callable[[Facts], str]) -> str:
+        return render(self)
+
 
 class RefusalRecord(_WithoutHttp):
     """A connection, or a CONNECT within one, that was not let in. ``status`` 0: there was no request to answer."""
@@ -322,6 +359,9 @@ class RefusalRecord(_WithoutHttp):
         # What decided is the one thing that such a line is for.
         self.response_code_details = because if status else None
         self.connection_termination_details = None if status else because
+
+    def steady(self, render: Callable[[Facts], str]) -> str:
+        return render(self)
 
     def request_header(self, name: bytes) -> bytes | None:
         if not self.status:

@@ -54,7 +54,9 @@ class Loads:
         self._loads: dict[Destination, Load] = {}
 
     def enter(self, destination: Destination) -> Load:
-        load = self._loads.setdefault(destination, Load())
+        load = self._loads.get(destination)
+        if load is None:
+            load = self._loads[destination] = Load()
         load.requests += 1
         return load
 

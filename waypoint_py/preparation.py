@@ -43,23 +43,22 @@ CONTROLS: Final = frozenset(
 """Headers that command a proxy, or that only a proxy may say: whoever sends a request has no say in them."""
 
 
+_DROPPED: Final = CONTROLS | {FORWARDED_CLIENT_CERT}
+_OURS: Final = frozenset((b"server", SERVICE_TIME))
+
+
 def prepare(request: Request, *, peer: SpiffeId, us: SpiffeId | None, include_identity: bool, rng: random.Random) -> None:
     """A request as it is judged and routed. ``include_identity``: applications are told who the caller is, in place of what it says."""
-    kept = []
-    request_id = proto = None
-    for pair in request.headers:
-        name = pair[0]
-        if name[:2] == b"x-":
-            if name == REQUEST_ID:
-                request_id = pair[1]
-            elif name == FORWARDED_PROTO:
-                proto = pair[1]
-            elif name == FORWARDED_CLIENT_CERT or name in CONTROLS:
-                continue
-        kept.append(pair)
+    kept = request.headers
+    said = dict(kept)  # of several of one name the last
+    if not _DROPPED.isdisjoint(said):
+        kept = [pair for pair in kept if pair[0] not in _DROPPED]
+    request_id = said.get(REQUEST_ID)
     if not request_id:
-        kept = [pair for pair in kept if pair[0] != REQUEST_ID]
+        if request_id is not None:
+            kept = [pair for pair in kept if pair[0] != REQUEST_ID]
         kept.append((REQUEST_ID, new_request_id(rng)))
+    proto = said.get(FORWARDED_PROTO)
     if proto is None:
         kept.append((FORWARDED_PROTO, b"http"))
         request.scheme = b"http"
@@ -72,16 +71,11 @@ def prepare(request: Request, *, peer: SpiffeId, us: SpiffeId | None, include_id
 
 def finish_response(response: Response, date: bytes, service_time: float | None) -> None:
     """A response as the client gets it. ``service_time`` in seconds; None: it is an answer of ours."""
-    dated = False
-    headers = []
-    for pair in response.headers:
-        name = pair[0]
-        if name == b"server" or name == SERVICE_TIME:
-            continue
-        if name == b"date":
-            dated = True
-        headers.append(pair)
-    if not dated:
+    headers = response.headers
+    said = dict(headers)
+    if not _OURS.isdisjoint(said):
+        headers = [pair for pair in headers if pair[0] not in _OURS]
+    if b"date" not in said:
         headers.append((b"date", date))
     if service_time is not None:
         headers.append((SERVICE_TIME, b"%d" % round(service_time * 1000)))

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import attrgetter
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from mesh.model.address import SocketAddress, ip_text
@@ -153,6 +154,10 @@ class Facts(Protocol):
     def metadata(self, key: str) -> str | None:
         """What decided, by the keys of `METADATA`."""
 
+    def steady(self, render: Callable[[Facts], str]) -> str:
+        """What ``render`` makes of this, which may be what it made of other facts whose ends and route were the same objects: it asks for
+        operators of `_STEADY` alone."""
+
     @property
     def start_time(self) -> float: ...
     @property
@@ -261,7 +266,19 @@ _Reader: TypeAlias = Callable[[Facts], Value]
 class Format:
     """A compiled format. ``warnings``: operators that always render as missing, and why."""
 
-    __slots__ = ("_missing", "_parts", "_readers", "_template", "text", "warnings")
+    __slots__ = (
+        "_backslashes",
+        "_line_body",
+        "_line_readers",
+        "_line_template",
+        "_missing",
+        "_parts",
+        "_quotes",
+        "_readers",
+        "_template",
+        "text",
+        "warnings",
+    )
 
     def __init__(self, text: str, parts: tuple[str | _Reader, ...], missing: str, warnings: tuple[str, ...]) -> None:
         self.text = text
@@ -269,8 +286,11 @@ class Format:
         self._parts = parts
         self._missing = missing
         # One formatting in C for all of it: a line of the access log has two dozen operators, and every request has a line.
-        self._readers = [part for part in parts if not isinstance(part, str)]
-        self._template = "".join([part.replace("%", "%%") if isinstance(part, str) else "%s" for part in parts])
+        self._readers, self._template = _split(parts)
+        self._line_readers, self._line_template = _split(_grouped(parts, missing))
+        literal = "".join([part for part in parts if isinstance(part, str)])
+        self._quotes, self._backslashes = literal.count('"'), literal.count("\\")
+        self._line_body = slice(None, -1 if parts and isinstance(parts[-1], str) and parts[-1].endswith("\n") else None)
 
     @property
     def literal(self) -> str | None:
@@ -287,10 +307,13 @@ class Format:
         """The same for a log of lines: in values, which others choose, quotes, backslashes and what does not print are ``\\x22`` and
         the like, so that no value can end a quoted field or start a line."""
         missing = self._missing
+        values = [read(facts) for read in self._line_readers]
+        line = self._line_template % tuple([missing if value is None else value for value in values])
+        # The line has as many quotes and backslashes as the format itself: then no value has any.
+        if line.count('"') == self._quotes and line.count("\\") == self._backslashes and line[self._line_body].isprintable():
+            return line
         values = [read(facts) for read in self._readers]
-        if not _is_harmless("".join([value for value in values if isinstance(value, str)])):
-            values = [_harmless(value) if isinstance(value, str) else value for value in values]
-        return self._template % tuple([missing if value is None else value for value in values])
+        return self._template % tuple([missing if value is None else _harmless(value) for value in values])
 
     def value(self, facts: Facts) -> Value:
         """For JSON: a lone operator's value with its type, None if there is none; otherwise the text. What is not UTF-8 is replaced."""
@@ -299,6 +322,37 @@ class Format:
         if isinstance(value, str) and not value.isascii():
             return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return value
+
+
+def _split(parts: Sequence[str | _Reader]) -> tuple[list[_Reader], str]:
+    readers = [part for part in parts if not isinstance(part, str)]
+    return readers, "".join([part.replace("%", "%%") if isinstance(part, str) else "%s" for part in parts])
+
+
+def _grouped(parts: Sequence[str | _Reader], missing: str) -> list[str | _Reader]:
+    """Neighbours among operators of `_STEADY`, and the texts between them, as one that renders them for a line: most requests have the same
+    ends as others before."""
+    found: list[str | _Reader] = []
+    run: list[str | _Reader] = []
+    for part in (*parts, None):
+        if part is not None and (isinstance(part, str) or part in _STEADY):
+            run.append(part)
+            continue
+        found += run if sum(not isinstance(each, str) for each in run) < 2 else [_group(run, missing)]
+        run = []
+        if part is not None:
+            found.append(part)
+    return found
+
+
+def _group(parts: Sequence[str | _Reader], missing: str) -> _Reader:
+    readers, template = _split(parts)
+
+    def render(facts: Facts) -> str:
+        values = [read(facts) for read in readers]
+        return template % tuple([missing if value is None else _harmless(value) for value in values])
+
+    return lambda facts: facts.steady(render)
 
 
 def compile_format(text: str, missing: str = MISSING) -> Format:
@@ -406,18 +460,19 @@ def _header_names(command: _Command) -> tuple[bytes, bytes | None]:
 _HEADER_NAME: Final = re.compile(r":?[!#$%&'*+.^_`|~0-9a-z-]+")
 
 
-def _header_reader(get: Callable[[Facts, bytes], bytes | None]) -> Callable[[_Command], _Reader]:
+def _header_reader(get: Callable[[Facts], Callable[[bytes], bytes | None]]) -> Callable[[_Command], _Reader]:
     def make(command: _Command) -> _Reader:
         name, alternative = _header_names(command)
         length = command.length
 
         def read(facts: Facts) -> str | None:
-            value = get(facts, name)
+            find = get(facts)
+            value = find(name)
             if value is None and alternative is not None:
-                value = get(facts, alternative)
+                value = find(alternative)
             if value is None:
                 return None
-            return _text(value if length is None else value[:length])
+            return (value if length is None else value[:length]).decode("utf-8", "surrogateescape")
 
         return read
 
@@ -595,8 +650,14 @@ def _flags_long(facts: Facts) -> str | None:
     return ",".join([FLAG_NAMES.get(flag, flag) for flag in facts.response_flags]) or None
 
 
-def _details(text: str | None) -> str | None:
+def _details(facts: Facts) -> str | None:
     # Blanks would make one field two: Envoy prints underscores too.
+    text = facts.response_code_details
+    return text.replace(" ", "_") if text else None
+
+
+def _termination_details(facts: Facts) -> str | None:
+    text = facts.connection_termination_details
     return text.replace(" ", "_") if text else None
 
 
@@ -659,12 +720,12 @@ def _port(get: Callable[[Facts], SocketAddress | None]) -> _Reader:
 def _ends() -> dict[str, _Reader]:
     """Operators of addresses, in their three forms."""
     ends: dict[str, Callable[[Facts], SocketAddress | None]] = {
-        "UPSTREAM_LOCAL": lambda facts: facts.upstream_local_address,
-        "UPSTREAM_REMOTE": lambda facts: facts.upstream_host,
-        "DOWNSTREAM_LOCAL": lambda facts: facts.downstream_local_address,
-        "DOWNSTREAM_DIRECT_LOCAL": lambda facts: facts.downstream_local_address,
-        "DOWNSTREAM_REMOTE": lambda facts: facts.downstream_remote_address,
-        "DOWNSTREAM_DIRECT_REMOTE": lambda facts: facts.downstream_direct_remote_address,
+        "UPSTREAM_LOCAL": attrgetter("upstream_local_address"),
+        "UPSTREAM_REMOTE": attrgetter("upstream_host"),
+        "DOWNSTREAM_LOCAL": attrgetter("downstream_local_address"),
+        "DOWNSTREAM_DIRECT_LOCAL": attrgetter("downstream_local_address"),
+        "DOWNSTREAM_REMOTE": attrgetter("downstream_remote_address"),
+        "DOWNSTREAM_DIRECT_REMOTE": attrgetter("downstream_direct_remote_address"),
     }
     found: dict[str, _Reader] = {}
     for name, get in ends.items():
@@ -679,19 +740,19 @@ _PLAIN: Final[Mapping[str, _Reader]] = {
     "UPSTREAM_PROTOCOL": lambda facts: facts.upstream_protocol or None,
     # A request that was never answered has the code 0 in Envoy's log.
     "RESPONSE_CODE": lambda facts: facts.response_code or 0,
-    "RESPONSE_CODE_DETAILS": lambda facts: _details(facts.response_code_details),
+    "RESPONSE_CODE_DETAILS": _details,
     "RESPONSE_FLAGS": _flags,
     "RESPONSE_FLAGS_LONG": _flags_long,
-    "CONNECTION_TERMINATION_DETAILS": lambda facts: _details(facts.connection_termination_details),
+    "CONNECTION_TERMINATION_DETAILS": _termination_details,
     "UPSTREAM_TRANSPORT_FAILURE_REASON": lambda facts: facts.upstream_transport_failure_reason or None,
-    "BYTES_RECEIVED": lambda facts: facts.bytes_received,
-    "BYTES_SENT": lambda facts: facts.bytes_sent,
-    "DURATION": _millis(lambda facts: facts.duration),
-    "REQUEST_DURATION": _millis(lambda facts: facts.request_duration),
-    "REQUEST_TX_DURATION": _millis(lambda facts: facts.request_tx_duration),
-    "RESPONSE_DURATION": _millis(lambda facts: facts.response_duration),
-    "RESPONSE_TX_DURATION": _millis(lambda facts: facts.response_tx_duration),
-    "UPSTREAM_HOST": _address(lambda facts: facts.upstream_host),
+    "BYTES_RECEIVED": attrgetter("bytes_received"),  # where there is nothing to be done with what is there: no call of Python's
+    "BYTES_SENT": attrgetter("bytes_sent"),
+    "DURATION": _millis(attrgetter("duration")),
+    "REQUEST_DURATION": _millis(attrgetter("request_duration")),
+    "REQUEST_TX_DURATION": _millis(attrgetter("request_tx_duration")),
+    "RESPONSE_DURATION": _millis(attrgetter("response_duration")),
+    "RESPONSE_TX_DURATION": _millis(attrgetter("response_tx_duration")),
+    "UPSTREAM_HOST": _address(attrgetter("upstream_host")),
     "UPSTREAM_CLUSTER": lambda facts: facts.upstream_cluster or None,
     "UPSTREAM_CLUSTER_RAW": lambda facts: facts.upstream_cluster or None,
     "UPSTREAM_REQUEST_ATTEMPT_COUNT": lambda facts: facts.upstream_attempts,
@@ -706,10 +767,30 @@ _PLAIN: Final[Mapping[str, _Reader]] = {
     **_ends(),
 }
 
+_STEADY: Final = frozenset(
+    [
+        *(_PLAIN[name] for name in _ends()),
+        *(
+            _PLAIN[name]
+            for name in (
+                "UPSTREAM_HOST",
+                "UPSTREAM_CLUSTER",
+                "UPSTREAM_CLUSTER_RAW",
+                "REQUESTED_SERVER_NAME",
+                "ROUTE_NAME",
+                "HOSTNAME",
+                "DOWNSTREAM_PEER_URI_SAN",
+                "DOWNSTREAM_LOCAL_URI_SAN",
+            )
+        ),
+    ]
+)
+"""Operators that say the same of all requests between the same ends on the same route."""
+
 _WITH_ARGUMENT: Final[Mapping[str, Callable[[_Command], _Reader]]] = {
-    "REQ": _header_reader(lambda facts, name: facts.request_header(name)),
-    "RESP": _header_reader(lambda facts, name: facts.response_header(name)),
-    "TRAILER": _header_reader(lambda facts, name: facts.response_trailer(name)),
+    "REQ": _header_reader(attrgetter("request_header")),
+    "RESP": _header_reader(attrgetter("response_header")),
+    "TRAILER": _header_reader(attrgetter("response_trailer")),
     "QUERY_PARAM": _query_parameter,
     "START_TIME": _start_time,
     "GRPC_STATUS": _grpc_status,
@@ -787,8 +868,8 @@ def _is_harmless(text: str) -> bool:
     return text.isprintable() and '"' not in text and "\\" not in text
 
 
-def _harmless(text: str) -> str:
-    if _is_harmless(text):
+def _harmless(text: str | int) -> str | int:
+    if isinstance(text, int) or _is_harmless(text):
         return text
     return "".join([char if char.isprintable() and char not in '"\\' else _escaped(char) for char in text])
 

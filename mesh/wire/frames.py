@@ -51,6 +51,8 @@ class FrameType(IntEnum):
 
 _DATA, _HEADERS = int(FrameType.DATA), int(FrameType.HEADERS)  # members of an enum are slower to find and to compare
 
+_CONTINUATION, _WINDOW_UPDATE = int(FrameType.CONTINUATION), int(FrameType.WINDOW_UPDATE)
+
 _HEADER = Struct(">IBI")  # length and type share the first 32 bits
 _U32 = Struct(">I")
 _U32_U32 = Struct(">II")
@@ -70,7 +72,7 @@ def frame_header(length: int, kind: int, flags: int, stream: int) -> bytes:
 
 
 def window_update_frame(stream: int, increment: int) -> bytes:
-    return _HEADER.pack(4 << 8 | FrameType.WINDOW_UPDATE, 0, stream) + _U32.pack(increment)
+    return _HEADER.pack(4 << 8 | _WINDOW_UPDATE, 0, stream) + _U32.pack(increment)
 
 
 def rst_stream_frame(stream: int, code: int) -> bytes:
@@ -85,11 +87,11 @@ def header_frames(stream: int, block: bytes, *, end_stream: bool, max_frame_size
     """A header block as HEADERS and as many CONTINUATIONs as the peer's frame size asks for."""
     flags = END_STREAM if end_stream else 0
     if len(block) <= max_frame_size:
-        return frame_header(len(block), FrameType.HEADERS, flags | END_HEADERS, stream) + block
+        return _HEADER.pack(len(block) << 8 | _HEADERS, flags | END_HEADERS, stream) + block
     frames = bytearray()
     for start in range(0, len(block), max_frame_size):
         fragment = block[start : start + max_frame_size]
-        kind = FrameType.CONTINUATION if start else FrameType.HEADERS
+        kind = _CONTINUATION if start else _HEADERS
         last = END_HEADERS if start + max_frame_size >= len(block) else 0
         frames += frame_header(len(fragment), kind, last | (0 if start else flags), stream) + fragment
     return bytes(frames)
@@ -133,6 +135,9 @@ class _Reading(Enum):
     DATA = "payload of DATA, handed on as it comes"
     SMALL = "payload of any other frame, collected"
     SKIPPED = "bytes that nobody needs: padding, unknown frames"
+
+
+_FRAME_HEADER: Final = _Reading.FRAME_HEADER
 
 
 class FrameSplitter:
@@ -188,7 +193,7 @@ class FrameSplitter:
         on_data = self._sink.on_data
         max_frame_size = self.max_frame_size
         while at < size:
-            if self._reading is not _Reading.FRAME_HEADER or self._partial or size - at < FRAME_HEADER_SIZE:
+            if self._reading is not _FRAME_HEADER or self._partial or size - at < FRAME_HEADER_SIZE:
                 at = self._go_on(data, at, size)
                 continue
             word, flags, stream = _HEADER.unpack_from(data, at)
@@ -207,7 +212,7 @@ class FrameSplitter:
                     at = end
                     continue
             self._start_frame(length, word & 0xFF, flags, stream & MAX_STREAM_ID)
-        self.between_frames = self._plain and self._reading is _Reading.FRAME_HEADER and not self._partial
+        self.between_frames = self._plain and self._reading is _FRAME_HEADER and not self._partial
 
     def _go_on(self, data: memoryview, at: int, size: int) -> int:
         """Take what is there of what is half read; returns the position after it."""
@@ -257,7 +262,7 @@ class FrameSplitter:
         if length:
             self._read(_Reading.SKIPPED, length)
         else:
-            self._read(_Reading.FRAME_HEADER, FRAME_HEADER_SIZE)
+            self._read(_FRAME_HEADER, FRAME_HEADER_SIZE)
 
     # --- the start of a frame: everything that can be refused by its header is refused before its payload is read ----------------------
 

@@ -7,7 +7,7 @@ Stable headers (method, baggage) enter the dynamic table and cost a byte from th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from hpack import Encoder
@@ -18,10 +18,15 @@ from hpack.table import HeaderTable
 
 from mesh.wire.errors import ErrorCode, RemoteProtocolError
 
-Fields: TypeAlias = list[tuple[bytes, bytes]]
+Fields: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 # Both ways. HTTP/2's default, which we do not change; a peer may allow us up to 4 GiB, but our few stable headers need some hundred bytes.
 MAX_TABLE_SIZE: Final = 4096
+
+REMEMBERED_BLOCKS: Final = 16
+"""Of one connection: what a client repeats is a handful of methods of a service and their answers."""
+MAX_REMEMBERED_BLOCK: Final = 2048
+"""Bytes of one. A hostile connection makes us keep at most some hundred kilobytes: its fields are the table's."""
 
 _ENTRY_OVERHEAD: Final = 32  # RFC 7541 section 4.1
 
@@ -107,16 +112,26 @@ class HeaderReader:
     number of literals, and takes a microsecond for each of the 65 thousand size updates that fit a block.
     """
 
-    __slots__ = ("_known", "_max_list_size", "_table")
+    __slots__ = ("_blocks", "_known", "_max_list_size", "_remembers", "_table", "steady")
 
-    def __init__(self, max_list_size: int) -> None:
+    def __init__(self, max_list_size: int, *, remembers: bool = False) -> None:
+        """``remembers``: whole blocks are looked up, for a connection on which they are repeated to the byte."""
         self._max_list_size = max_list_size
+        self._remembers = remembers
+        self._blocks: dict[bytes, Fields] = {}
+        """What blocks said that changed no table. Any change of a table empties this."""
+        self.steady = False
+        """The fields that were read last are remembered: if the same block says the same again, they will be the same object."""
         self._table = HeaderTable()
         self._known: dict[int, tuple[bytes, bytes]] = {}
         """Fields of the tables by the byte that means them. Any insertion shifts the dynamic ones, so it empties this."""
 
     def read(self, block: bytes) -> Fields:
         """The fields of a block. Raises RemoteProtocolError, after which the table is lost and the connection must end."""
+        remembered = self._blocks.get(block)
+        if remembered is not None:
+            self.steady = True
+            return remembered
         try:
             return self._read(block)
         except IndexError:
@@ -129,7 +144,8 @@ class HeaderReader:
         at = self._read_size_updates(block)
         known = self._known
         room = self._max_list_size
-        fields: Fields = []
+        self.steady = self._remembers and not at and len(block) <= MAX_REMEMBERED_BLOCK
+        fields: list[tuple[bytes, bytes]] = []
         while at < len(block):
             first = block[at]
             if first & 0x80:  # indexed
@@ -158,12 +174,22 @@ class HeaderReader:
                 value, at = _read_string(block, at)
                 if indexing:
                     self._table.add(name, value)
-                    known.clear()
+                    self._forget()
             room -= len(name) + len(value) + _ENTRY_OVERHEAD
             if room < 0:
                 raise RemoteProtocolError(f"header list of over {self._max_list_size} bytes", ErrorCode.ENHANCE_YOUR_CALM)
             fields.append((name, value))
+        if self.steady:
+            if len(self._blocks) >= REMEMBERED_BLOCKS:
+                self._blocks.clear()
+            self._blocks[block] = fields
         return fields
+
+    def _forget(self) -> None:
+        """A table changes: what stood in it stands elsewhere now, or nowhere."""
+        self._known.clear()
+        self._blocks.clear()
+        self.steady = False
 
     def _read_size_updates(self, block: bytes) -> int:
         """RFC 7541 section 4.2: before the first field, and two are enough to say everything. Returns the position after them."""
@@ -175,7 +201,7 @@ class HeaderReader:
             if size > MAX_TABLE_SIZE:
                 raise RemoteProtocolError(f"table size {size}, over the {MAX_TABLE_SIZE} allowed", ErrorCode.COMPRESSION_ERROR)
             self._table.maxsize = size
-            self._known.clear()
+            self._forget()
         return at
 
 

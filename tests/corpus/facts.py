@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mesh.model.address import SocketAddress
+from mesh.telemetry.operators import Facts
 from waypoint_py.http.message import Headers, Request
 from waypoint_py.routing.predicates import header_values
 
@@ -52,6 +54,9 @@ class Known:
 
     def metadata(self, key: str) -> str | None:
         return self.known.get(key)
+
+    def steady(self, render: Callable[[Facts], str]) -> str:
+        return render(self)
 
     def request_header(self, name: bytes) -> bytes | None:
         values = () if self.request is None else header_values(self.request, name)

@@ -62,6 +62,35 @@ def test_any_block_means_to_us_what_it_means_to_the_library(blocks: list[bytes])
         assert [tuple(field) for field in library.decode(block, raw=True)] == fields
 
 
+_FEW = [
+    b"\x40\x01a\x01b",
+    b"\x40\x01c\x01d",
+    b"\xbe",
+    b"\xbf",
+    b"\xbe\xbf",
+    b"\x82\xbe",
+    b"\x00\x01a\x01b",
+    b"\x20\x3f\xe1\x1f\x82",
+    b"\x3f\x11\x82",
+]
+"""Blocks that insert, that name what was inserted last, and that change the table's size."""
+
+
+@settings(max_examples=500)
+@given(blocks=st.lists(st.sampled_from(_FEW), min_size=4, max_size=40))
+def test_a_block_that_is_remembered_means_what_it_would_mean_without_memory(blocks: list[bytes]) -> None:
+    reader, forgetful = HeaderReader(2000, remembers=True), HeaderReader(2000)
+    for block in (_FEW[0], _FEW[1], *blocks):
+        try:
+            expected = forgetful.read(block)
+        except RemoteProtocolError:
+            return
+        found = reader.read(block)
+        assert found == expected
+        if reader.steady:
+            assert reader.read(block) is found
+
+
 @given(
     fields=st.lists(
         st.tuples(st.binary(max_size=12) | st.sampled_from([b":method", b":authority", b":status"]), st.binary(max_size=12)), max_size=6

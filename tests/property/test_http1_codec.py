@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import h11
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -106,6 +108,38 @@ def test_a_clients_bytes_mean_the_same_however_they_are_cut(data: bytes, sizes: 
         assert [chunks_joined(each.raw) for each in other.forwarded] == [chunks_joined(each.raw) for each in at_once.forwarded]
 
 
+class Forgetful(dict[bytes, Any]):
+    """What a codec remembers nothing in."""
+
+    def __setitem__(self, key: bytes, value: object) -> None:
+        pass
+
+
+class Spoiling(Through):
+    """Does to requests what whoever gets them may do."""
+
+    def _take(self, event: Event) -> bool:
+        answered = super()._take(event)
+        if isinstance(event, RequestHead):
+            event.request.headers.append((b"x-spoilt", b"by the driver"))
+            event.request.remove(b"x")
+        return answered
+
+
+@given(st.lists(st.lists(whole | heads | st.sampled_from(CHUNKS), max_size=4), max_size=3))
+def test_a_head_means_the_same_however_often_it_has_come_and_whatever_became_of_it(rounds: list[list[bytes]]) -> None:
+    ours, forgetful = Spoiling(OPTIONS), Spoiling(OPTIONS)
+    forgetful.server._known = Forgetful()
+    for each in rounds:
+        for data in [*each, *each]:
+            ours.feed(data)
+            forgetful.feed(data)
+    assert ours.events == forgetful.events
+    assert ours.answers == forgetful.answers
+    assert ours.closed == forgetful.closed
+    assert [each.raw for each in ours.forwarded] == [each.raw for each in forgetful.forwarded]
+
+
 @given(requests)
 def test_another_reader_finds_in_what_goes_on_the_requests_that_we_found(data: bytes) -> None:
     through = Through(OPTIONS)
@@ -200,6 +234,48 @@ def test_an_applications_bytes_mean_the_same_however_they_are_cut(data: bytes, s
     at_once = listen([data], method, upgrade=upgrade)
     assert listen(pieces(data, sizes), method, upgrade=upgrade) == at_once
     assert listen([data[at : at + 1] for at in range(len(data))], method, upgrade=upgrade) == at_once
+
+
+ANSWERS = [
+    b"\r\n".join([line, *fields, b"", b"ok" if b"Content-Length: 2" in fields else b""])
+    for line in STATUSES[:6]
+    for fields in (
+        [b"Content-Length: 2", b"X: y"],
+        [b"Content-Length: 2", b"Connection: keep-alive"],
+        [b"content-length: 0"],
+        [b"X: y"],
+    )
+]
+
+
+@given(st.lists(st.tuples(st.sampled_from(ANSWERS), st.sampled_from([b"GET", b"GET", b"HEAD"]), st.booleans()), max_size=12))
+def test_an_answer_means_the_same_however_often_it_has_come_and_whatever_became_of_it(turns: list[tuple[bytes, bytes, bool]]) -> None:
+    clients = [Http1Client(LIMITS, websocket_nonce=lambda: bytes(16)) for _ in range(2)]
+    clients[1]._known = Forgetful()
+    for answer, method, upgrade in turns:
+        told = []
+        for client in clients:
+            if not client.capacity:
+                return
+            client.send_request(Request(method, b"http", b"a", b"/", [], upgrade=b"websocket" if upgrade else None), ended=not upgrade)
+            events = client.receive(answer)
+            told.append(
+                [
+                    (each.response.status, list(each.response.headers), each.response.content_length, each.ended)
+                    if isinstance(each, ResponseHead)
+                    else bytes(each.data)
+                    if isinstance(each, BodyData)
+                    else each
+                    for each in events
+                ]
+            )
+            for each in events:
+                if isinstance(each, ResponseHead):
+                    each.response.headers.append((b"x-spoilt", b"by the driver"))
+                    each.response.remove(b"x")
+        assert told[0] == told[1]
+        assert clients[0].reusable == clients[1].reusable
+        assert clients[0].finished == clients[1].finished
 
 
 # Serialising and parsing

@@ -122,6 +122,80 @@ def test_arbitrary_bytes_raise_nothing_but_the_protocol_error(new: New, start: b
     run(new(), start + wire, [])
 
 
+def spoil(event: Event) -> None:
+    """What a driver may do to a message that it was given."""
+    match event:
+        case RequestHead(request=message) | ResponseHead(response=message):
+            message.append(b"x-spoilt", b"by the driver")
+            message.remove(b"x-common")
+            message.content_length = 7
+        case BodyEnd(trailers=trailers):
+            trailers.append((b"x-spoilt", b"by the driver"))
+
+
+REPEATED = st.lists(
+    st.tuples(
+        st.sampled_from(
+            [
+                GET,
+                [*POST, ("content-length", "2"), ("te", "trailers"), ("x-common", "y"), ("cookie", "a=b"), ("cookie", "c=d")],
+                [*GET, ("x-common", "y" * 40)],
+                [(":method", "CONNECT"), *GET[1:], (":protocol", "websocket")],
+                [*GET, ("connection", "close")],
+                [*GET, ("expect", "200-maybe")],
+                [(":status", "200"), ("x-common", "y"), ("content-length", "2")],
+                [(":status", "204")],
+                [(":status", "103"), ("link", "</a>")],
+                [("grpc-status", "0"), ("x-common", "y")],
+                [("grpc-status", "0"), (":status", "200")],
+            ]
+        ),
+        st.sampled_from([0, 0, 0, 64, 4096]),
+        st.booleans(),
+        st.sampled_from([b"", b"ok"]),
+    ),
+    min_size=4,
+    max_size=24,
+)
+"""Blocks, most of which have come before: fields, the table's size, whether they end their stream, and the DATA behind them."""
+
+
+@pytest.mark.parametrize("new", [new_server, new_client], ids=["server", "client"])
+@settings(max_examples=300)
+@given(blocks=REPEATED, stay=st.integers(1, 3))
+def test_a_block_means_the_same_however_often_it_has_come_and_whatever_became_of_it(
+    new: New, blocks: list[tuple[list[tuple[str, str]], int, bool, bytes]], stay: int
+) -> None:
+    """``stay``: how many blocks come on a stream before the next one."""
+    ours, forgetful = new(), new()
+    forgetful._reader._remembers = False
+    encoder = Encoder()
+    wire = (PREFACE if new is new_server else b"") + SETTINGS
+    for number, (fields, table, end, data) in enumerate(blocks):
+        stream = 2 * (number // stay) + 1
+        if table:
+            encoder.header_table_size = table
+        wire += header_frames(stream, encoder.encode(fields), end_stream=end, max_frame_size=16384)
+        if data and not end:
+            wire += frame_header(len(data), FrameType.DATA, 0, stream) + data
+        told = []
+        for codec in (ours, forgetful):
+            try:
+                told.append(deliver(codec, wire))
+            except RemoteProtocolError as exc:
+                told.append(exc.reason)
+        mine, theirs = told
+        assert ours.take_outgoing() == forgetful.take_outgoing()
+        if isinstance(mine, str) or isinstance(theirs, str):
+            assert mine == theirs
+            return
+        assert meaning(mine) == meaning(theirs)
+        for event in mine:
+            spoil(event)
+        wire = b""
+    assert not forgetful._reader._blocks
+
+
 @CODECS
 @settings(max_examples=300)
 @given(wire=mutated(FRAMES))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
+from typing import Any
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mesh.model.l7.policy import JwtRule, RequestAuthentication
+from mesh.model.l7.policy import JwtHeader, JwtRule, RequestAuthentication
 from mesh.model.l7.routing import Origin
-from tests.corpus.tokens import ED_KEY, KEYS, NOW, jwk, key_set, sign
+from tests.corpus.tokens import EC_KEY, ED_KEY, KEYS, NOW, jwk, key_set, sign
 from waypoint_py.http.message import Headers, Request
 from waypoint_py.policy.keys import InvalidKeySet, KeySet
-from waypoint_py.policy.tokens import Passed, Refused, Token, TokenChecker, parse_token
+from waypoint_py.policy.tokens import KeysFailed, Passed, Refused, Token, TokenChecker, parse_token
 
 GOOD = sign(ED_KEY, "EdDSA", headers={"kid": "ed"}).encode()
 RULE = JwtRule(
@@ -94,6 +96,62 @@ def test_whatever_a_signed_token_claims_breaks_no_header(claims: dict[str, objec
         for name, value in asked.headers:
             assert name in (b"x-payload", b"x-sub", b"x-nested")
             assert not set(value) & {0, 10, 13, 127}
+
+
+_TOKENS = [
+    GOOD,
+    sign(ED_KEY, "EdDSA", headers={"kid": "ed"}, exp=int(NOW) + 100).encode(),
+    sign(ED_KEY, "EdDSA", headers={"kid": "ed"}, nbf=int(NOW) + 100).encode(),
+    sign(ED_KEY, "EdDSA", headers={"kid": "ed"}, iss="b").encode(),
+    GOOD[:-4] + b"AAAA",
+]
+_FETCHED = [KeySet.parse(KEYS), KeySet.parse(KEYS), KeySet.parse(key_set(jwk(EC_KEY, kid="ed"))), None, KeysFailed("nobody answers")]
+_RULES = [
+    RULE,
+    JwtRule("a", jwks_uri="https://first", from_headers=(JwtHeader("x-token", ""),), from_params=("token",), forward_token=True),
+    JwtRule("a", jwks_uri="https://second", from_headers=(JwtHeader("x-token", ""),), claim_headers=(("x-sub", "sub"),)),
+    JwtRule("b", jwks_uri="https://first", from_headers=(JwtHeader("x-token", ""),), audiences=("me",)),
+]
+_PLACES = ["x-token", "authorization", "param", "both"]
+_TIMES = [NOW, NOW + 50, NOW + 1000]
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from([_RULES[:1], _RULES[1:2], _RULES[1:3], _RULES[1::2], _RULES]),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=4, max_size=20),
+)
+@example(_RULES[1:2], [(1, 0), (3, 2)])
+@example(_RULES[1:2], [(0, 1), (2, 2)])
+@example(_RULES[1:3], [(1, 0), (4, 3)])
+def test_what_is_remembered_of_a_token_is_what_would_be_found_of_it(rules: list[JwtRule], changes: list[tuple[int, int]]) -> None:
+    """One thing changes from request to request: the token, its place, the time, and what is known of two key sets."""
+    policy = RequestAuthentication(Origin("RequestAuthentication", "ns", "jwt"), rules=tuple(rules))
+    choices: tuple[Sequence[Any], ...] = (_TOKENS, _PLACES, _TIMES, _FETCHED, _FETCHED)
+    numbers = [0] * len(choices)
+
+    def find(rule: JwtRule) -> KeySet | KeysFailed | None:
+        return _FETCHED[numbers[3 if rule.jwks_uri == "https://first" else 4]]
+
+    kept = TokenChecker([policy], find)
+    for which, number in changes:
+        numbers[which] = number % len(choices[which])
+        token, place, now, *_ = (some[number] for some, number in zip(choices, numbers, strict=True))
+        outcomes: list[object] = []
+        for each in (kept, TokenChecker([policy], find)):
+            named: Headers = [(b"x-payload", b"a lie"), (b"x-sub", b"another")]
+            if place in ("authorization", "both"):
+                named.append((b"authorization", b"Bearer " + token))
+            if place in ("x-token", "both"):
+                named.append((b"x-token", token))
+            asked = Request(b"GET", b"http", b"h", b"/?token=" + token if place == "param" else b"/", named)
+            outcome = each.check(asked, now)
+            if isinstance(outcome, Passed):
+                outcome.changes.apply(asked)
+                outcomes.append((outcome.facts, asked.headers, asked.path))
+            else:
+                outcomes.append(outcome)
+        assert outcomes[0] == outcomes[1]
 
 
 keys = st.fixed_dictionaries(

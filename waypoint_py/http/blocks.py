@@ -7,11 +7,15 @@ costs more CPU than the bytes are worth inside a mesh. Credentials are never ind
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final
 
 from hpack.hpack import encode_integer
 from hpack.table import HeaderTable
+
+from mesh.wire.errors import LocalProtocolError
+from waypoint_py.http.headers import FIELD_TEXT, LOWER_TOKEN
+from waypoint_py.http.message import Headers
 
 MAX_TABLE_SIZE: Final = 4096
 """HTTP/2's default. A peer may allow more; a hundred entries are enough."""
@@ -30,7 +34,8 @@ def _integer(value: int, bits: int, first: int) -> bytes:
 
 
 _INDEXED: Final = [_integer(index, 7, 0x80) for index in range(_FIRST_DYNAMIC + _MAX_ENTRIES)]
-_STATIC: Final = {pair: -index for index, pair in enumerate(HeaderTable.STATIC_TABLE, 1)}
+_STATIC: Final = {pair: _INDEXED[index] for index, pair in enumerate(HeaderTable.STATIC_TABLE, 1) if pair[0][:1] != b":"}
+_STATIC_PSEUDO: Final = {pair: _INDEXED[index] for index, pair in enumerate(HeaderTable.STATIC_TABLE, 1) if pair[0][:1] == b":"}
 _NAMES: Final = {name: index for index, (name, _) in reversed(list(enumerate(HeaderTable.STATIC_TABLE, 1)))}
 _NEVER_INDEXED: Final = frozenset({b"authorization", b"proxy-authorization"})
 _SHORT: Final = [_integer(length, 7, 0) for length in range(256)]
@@ -48,40 +53,52 @@ _PLAIN_NAMES: Final = {name: _integer(index, 4, 0x00) for name, index in _NAMES.
 class BlockWriter:
     """One connection's encoder. Blocks must be sent in the order in which they were made."""
 
-    __slots__ = ("_capacity", "_count", "_known", "_resized", "_room", "_seen")
+    __slots__ = ("_capacity", "_known", "_order", "_pseudo", "_resized", "_room", "_seen")
 
     def __init__(self) -> None:
-        self._capacity = self._room = MAX_TABLE_SIZE
-        self._count = 0
-        self._known: dict[tuple[bytes, bytes], int] = _STATIC.copy()
-        """By field: minus its static index, or which insertion it was, from 0."""
-        self._seen: set[tuple[bytes, bytes]] = set()
+        self._capacity = MAX_TABLE_SIZE
         self._resized = b""
+        self._seen: set[tuple[bytes, bytes]] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        """With an empty table."""
+        self._room = self._capacity
+        self._order: list[tuple[bytes, bytes]] = []
+        """What was inserted."""
+        # A pseudo-header is known apart, so that no header can pass for one.
+        self._pseudo = _STATIC_PSEUDO.copy()
+        self._known = _STATIC.copy()
+        """Fields that stand in a table, in their indexed form. They were checked when they came to stand there."""
 
     def resize(self, allowed: int) -> None:
         """The peer's SETTINGS_HEADER_TABLE_SIZE. A change empties the table, which the next block says first (section 4.2)."""
         capacity = min(allowed, MAX_TABLE_SIZE)
         if capacity != self._capacity:
-            self._capacity = self._room = capacity
-            self._count = 0
-            self._known = _STATIC.copy()
+            self._capacity = capacity
+            self._begin()
             self._resized = b"\x20" + _integer(capacity, 5, 0x20)
 
-    def write(self, fields: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """A block of fields with names in lower case, pseudo-headers first."""
+    def write(self, pseudo: Headers, headers: Headers) -> bytes:
+        """A block; names are in lower case. Raises LocalProtocolError, and nothing has changed, for a field that no peer would take, or
+        that a peer's HTTP/1.1 side might take for two."""
+        known, known_pseudo = self._known, self._pseudo
+        new = [field for field in headers if field not in known]
+        if new:
+            _check([field[0] for field in new], [field[1] for field in new])
+        if new_values := [field[1] for field in pseudo if field not in known_pseudo]:
+            _check([], new_values)
         parts: list[bytes] = []
         if self._resized:
             parts.append(self._resized)
             self._resized = b""
-        known = self._known
-        for field in fields:
-            place = known.get(field)
-            if place is None:
-                parts.append(self._literal(field))
-            elif place < 0:
-                parts.append(_INDEXED[-place])
-            else:
-                parts.append(_INDEXED[_FIRST_DYNAMIC + self._count - 1 - place])
+        for field in pseudo:
+            parts.append(known_pseudo.get(field) or self._literal(field))
+        if not new:
+            parts += [known[field] for field in headers]
+        else:
+            for field in headers:
+                parts.append(known.get(field) or self._literal(field))
         return b"".join(parts)
 
     def _literal(self, field: tuple[bytes, bytes]) -> bytes:
@@ -91,12 +108,22 @@ class BlockWriter:
         size = len(name) + len(value) + _ENTRY_OVERHEAD
         if size <= self._room and size <= _MAX_INDEXED:
             if field in self._seen:
-                self._room -= size
-                self._known[field] = self._count
-                self._count += 1
+                self._insert(field, size)
                 return (_integer(_NAMES[name], 6, 0x40) if name in _NAMES else b"\x40" + _string(name)) + _string(value)
             if len(self._seen) >= _MAX_SEEN:
                 self._seen.clear()
             self._seen.add(field)
         plain = _PLAIN_NAMES.get(name)
         return (b"\x00" + _string(name) if plain is None else plain) + _string(value)
+
+    def _insert(self, field: tuple[bytes, bytes], size: int) -> None:
+        """What stands in the table moves on by one. That is work for all of them, and there are not many insertions in a table's life."""
+        self._room -= size
+        self._order.append(field)
+        for index, each in enumerate(reversed(self._order), _FIRST_DYNAMIC):
+            (self._pseudo if each[0][:1] == b":" else self._known)[each] = _INDEXED[index]
+
+
+def _check(names: Sequence[bytes], values: Sequence[bytes]) -> None:
+    if b"".join(values).translate(None, FIELD_TEXT) or b"".join(names).translate(None, LOWER_TOKEN) or b"" in names:
+        raise LocalProtocolError("a header that HTTP/2 cannot carry")

@@ -61,6 +61,9 @@ MAX_CHUNK_LINE: Final = 1024
 """A chunk's size with its extensions, which nobody uses and some have used for floods (CVE-2024-22019)."""
 MAX_INFORMATIONAL: Final = 16
 """1xx responses to one request."""
+REMEMBERED_HEADS: Final = 4
+MAX_REMEMBERED_HEAD: Final = 2048
+"""Bytes. Who asks the same again, as everybody who polls, does so to the byte."""
 
 _END: Final = b"\r\n\r\n"
 _CRLFS: Final = b"\r\n" * 128
@@ -108,6 +111,10 @@ class _Sending(Enum):
     RAW = "bytes of another protocol"
     NO_BODY = "begun, without a body"
     ENDED = "ended"
+
+
+_SILENT, _CHUNKED, _NO_BODY, _ENDED = _Sending.SILENT, _Sending.CHUNKED, _Sending.NO_BODY, _Sending.ENDED
+_SENDING_SIZED, _SENDING_UNTIL_CLOSE, _SENDING_RAW = _Sending.SIZED, _Sending.UNTIL_CLOSE, _Sending.RAW
 
 
 class _Fields:
@@ -176,6 +183,8 @@ class _Http1(ABC):
 
     def __init__(self, limits: HeadLimits) -> None:
         self._limits = limits
+        self._known: dict[bytes, tuple[bytes, _Fields]] = {}
+        """The first line and the fields of heads that came: they mean the same whenever the same bytes come."""
         self._reading = _HEAD
         self._buffer = bytearray()
         self._scanned = 0  # bytes of the buffer in which no line end was found
@@ -183,7 +192,7 @@ class _Http1(ABC):
         self._pieces: list[bytes | memoryview] = []  # of the body, not handed out yet
         self._unconsumed = 0
         self._stream = 1
-        self._sending = _Sending.SILENT
+        self._sending = _SILENT
         self._to_send = 0  # of a sized body
         self._parts: list[bytes] = []
         self._unsent = 0
@@ -291,10 +300,23 @@ class _Http1(ABC):
                 return self._refuse(BadHead("head too large", 431), events)
             return self._wait(window)
         head = window[:end]
+        known = self._known.get(head)
+        if known is not None:
+            self._take_head(*known, events)
+            return at + end + len(_END)
         lines = head.split(b"\r\n")
         if head.translate(None, FIELD_TEXT) != _line_ends(len(lines) - 1):
             return self._refuse(BadHead("control character or bare line end in head"), events)
-        self._take_head(lines, events)
+        try:
+            fields = _Fields(lines[1:], self._limits)
+        except BadHead as exc:
+            self._take_head(lines[0], exc, events)
+            return at + end + len(_END)
+        if len(head) <= MAX_REMEMBERED_HEAD:
+            if len(self._known) >= REMEMBERED_HEADS:
+                self._known.clear()
+            self._known[head] = lines[0], fields
+        self._take_head(lines[0], fields, events)
         return at + end + len(_END)
 
     def _read_counted(self, view: memoryview, at: int, events: list[Event]) -> int:
@@ -383,7 +405,8 @@ class _Http1(ABC):
     # --- what the ends differ in -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _take_head(self, lines: list[bytes], events: list[Event]) -> None: ...
+    def _take_head(self, start: bytes, fields: _Fields | BadHead, events: list[Event]) -> None:
+        """``fields``: nobody's to change; or what is wrong with them."""
 
     @abstractmethod
     def _refuse(self, flaw: BadHead, events: list[Event]) -> int:
@@ -415,7 +438,7 @@ class _Http1(ABC):
         sending = self._sending
         if stream != self._stream or self._finished or sending in _CLOSED:
             return 0
-        return self._to_send if sending is _Sending.SIZED else ROOM
+        return self._to_send if sending is _SENDING_SIZED else ROOM
 
     def send_data(self, stream: int, data: bytes | memoryview) -> None:
         """Raises LocalProtocolError for a body longer than was said, after which the connection is `finished`."""
@@ -423,17 +446,17 @@ class _Http1(ABC):
             return
         sending = self._sending
         size = len(data)
-        if sending is _Sending.SIZED:
+        if sending is _SENDING_SIZED:
             if size > self._to_send:
                 self._finish()
                 raise LocalProtocolError(f"{size} bytes of a body of which {self._to_send} are left")
             self._to_send -= size
-        elif sending is _Sending.CHUNKED:
+        elif sending is _CHUNKED:
             self._write(b"%x\r\n" % size)
             self._write(bytes(data))
             self._write(b"\r\n")
             return
-        elif sending is not _Sending.UNTIL_CLOSE and sending is not _Sending.RAW:
+        elif sending is not _SENDING_UNTIL_CLOSE and sending is not _SENDING_RAW:
             return
         self._write(bytes(data))
 
@@ -442,16 +465,16 @@ class _Http1(ABC):
         if stream != self._stream or self._finished:
             return
         sending = self._sending
-        if sending is _Sending.SIZED and self._to_send:
+        if sending is _SENDING_SIZED and self._to_send:
             self._finish()
             return
-        if sending is _Sending.CHUNKED:
+        if sending is _CHUNKED:
             self._write(self._last_chunk(trailers))
-        elif sending is _Sending.RAW or sending is _Sending.UNTIL_CLOSE:
+        elif sending is _SENDING_RAW or sending is _SENDING_UNTIL_CLOSE:
             self._finish()
-        elif sending in _CLOSED and sending is not _Sending.NO_BODY:
+        elif sending in _CLOSED and sending is not _NO_BODY:
             return
-        self._sending = _Sending.ENDED
+        self._sending = _ENDED
         self._message_sent()
 
     def _last_chunk(self, trailers: Headers | None) -> bytes:
@@ -470,7 +493,7 @@ class _Http1(ABC):
     def _finish(self) -> None:
         self._finished = True
         self._reading = _IGNORED
-        self._sending = _Sending.ENDED
+        self._sending = _ENDED
         self._buffer.clear()
 
     def _write(self, data: bytes) -> None:
@@ -478,8 +501,7 @@ class _Http1(ABC):
         self._unsent += len(data)
 
 
-_CLOSED: Final = (_Sending.SILENT, _Sending.NO_BODY, _Sending.ENDED)  # no set: hashing a member of an enum is a call
-_SILENT: Final = _Sending.SILENT
+_CLOSED: Final = (_SILENT, _NO_BODY, _ENDED)  # no set: hashing a member of an enum is a call
 
 
 def _line_ends(count: int) -> bytes:
@@ -555,18 +577,19 @@ class Http1Server(_Http1):
         self._unconsumed = 0
         self._forget_request()
 
-    def _take_head(self, lines: list[bytes], events: list[Event]) -> None:
+    def _take_head(self, start: bytes, fields: _Fields | BadHead, events: list[Event]) -> None:
         self._begin_turn()
         request: Request | None = None
         try:
-            start = lines[0].split(b" ")
-            if len(start) != 3 or not start[0] or start[0].translate(None, TOKEN) or b"\t" in start[1]:
+            words = start.split(b" ")
+            if len(words) != 3 or not words[0] or words[0].translate(None, TOKEN) or b"\t" in words[1]:
                 raise BadHead("invalid request line")
-            method, target, version = start
+            method, target, version = words
             request = Request(method, self._options.scheme, b"", target, [])
             self._take_version(version, request)
-            fields = _Fields(lines[1:], self._limits)
-            request.headers = fields.headers
+            if isinstance(fields, BadHead):
+                raise fields
+            request.headers = fields.headers.copy()
             self._take_target(request, fields.hosts)
             chunked = self._take_framing(request, fields)
         except BadHead as exc:
@@ -718,19 +741,19 @@ class Http1Server(_Http1):
         length = _length_of(response)
         framing: list[bytes] = []
         if status == 204:
-            self._sending = _Sending.NO_BODY
+            self._sending = _NO_BODY
         elif self._head_only or status == 304:
-            self._sending = _Sending.NO_BODY
+            self._sending = _NO_BODY
             if length is not None:
                 framing.append(b"content-length: %d\r\n" % length)
         elif length is not None or ended:
-            self._sending, self._to_send = _Sending.SIZED, length or 0
+            self._sending, self._to_send = _SENDING_SIZED, length or 0
             framing.append(b"content-length: %d\r\n" % self._to_send)
         elif self._http10:
-            self._sending = _Sending.UNTIL_CLOSE
+            self._sending = _SENDING_UNTIL_CLOSE
             self._close = True
         else:
-            self._sending = _Sending.CHUNKED
+            self._sending = _CHUNKED
             framing.append(_TRANSFER_CHUNKED)
         if not self._request_done and not self._may_be_discarded():
             self._close = True  # whoever answers before the request is over does not know what the rest of it will be
@@ -759,7 +782,7 @@ class Http1Server(_Http1):
             kept.append((b"sec-websocket-accept", b64encode(sha1(self._websocket_key + _WEBSOCKET_GUID, usedforsecurity=False).digest())))
         framing = [b"connection: upgrade\r\n", b"upgrade: %b\r\n" % self._upgrade, b"\r\n"]
         self._write(_checked(_STATUS_LINES[101], kept, framing, len(kept) + 4))
-        self._sending, self._reading = _Sending.RAW, _RAW
+        self._sending, self._reading = _SENDING_RAW, _RAW
 
     def _may_be_discarded(self) -> bool:
         """Whether little enough is left of the request to read it for nothing."""
@@ -850,7 +873,7 @@ class Http1Client(_Http1):
         self._active, self._reading, self._sending, self._to_send = True, _HEAD, sending, to_send
         self._unconsumed = self._informational = 0
         self._head_only = method == b"HEAD"
-        self._gives_trailers = sending is _Sending.CHUNKED and request.is_grpc
+        self._gives_trailers = sending is _CHUNKED and request.is_grpc
         self._wants_trailers = self._wants_trailers or self._gives_trailers
         self._upgrade = request.upgrade
         return self._stream
@@ -865,10 +888,10 @@ class Http1Client(_Http1):
             if length:
                 raise LocalProtocolError(f"no body, where {length} bytes were said to come")
             says = length is not None or request.method in _WITH_BODY
-            return [b"content-length: 0\r\n"] if says else [], _Sending.ENDED, 0
+            return [b"content-length: 0\r\n"] if says else [], _ENDED, 0
         if length is not None:
-            return [b"content-length: %d\r\n" % length], _Sending.SIZED, length
-        return [_TRANSFER_CHUNKED], _Sending.CHUNKED, 0
+            return [b"content-length: %d\r\n" % length], _SENDING_SIZED, length
+        return [_TRANSFER_CHUNKED], _CHUNKED, 0
 
     def _may_send_trailers(self) -> bool:
         return self._gives_trailers
@@ -878,10 +901,11 @@ class Http1Client(_Http1):
 
     # --- responses ---------------------------------------------------------------------------------------------------------------------
 
-    def _take_head(self, lines: list[bytes], events: list[Event]) -> None:
+    def _take_head(self, start: bytes, fields: _Fields | BadHead, events: list[Event]) -> None:
         try:
-            http10, status = _read_status_line(lines[0])
-            fields = _Fields(lines[1:], self._limits)
+            http10, status = _read_status_line(start)
+            if isinstance(fields, BadHead):
+                raise fields
             if status < 200:
                 self._take_informational(status, fields, events)
                 return
@@ -895,7 +919,7 @@ class Http1Client(_Http1):
         if status == 101:
             if self._upgrade is None or fields.upgrade != self._upgrade:
                 raise BadHead("101 without having been asked")
-            self._reading, self._sending, self._close = _RAW, _Sending.RAW, True
+            self._reading, self._sending, self._close = _RAW, _SENDING_RAW, True
             events.append(ResponseHead(self._stream, response, False))
             return
         self._informational += 1
@@ -915,12 +939,13 @@ class Http1Client(_Http1):
             self._close = True
         length = fields.length
         bodiless = self._head_only or status in (204, 304)
+        headers = fields.headers.copy()
         if status == 204 and length is not None:
             length = None
-            fields.headers = [pair for pair in fields.headers if pair[0] != b"content-length"]
-        response = Response(status, fields.headers, content_length=length)
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
+        response = Response(status, headers, content_length=length)
         if self._upgrade is not None:
-            self._sending = _Sending.ENDED  # the offer was not taken: there is nothing to send
+            self._sending = _ENDED  # the offer was not taken: there is nothing to send
         if bodiless or (length == 0 and not chunked):
             events.append(ResponseHead(self._stream, response, True))
             self._end_turn()
@@ -937,7 +962,7 @@ class Http1Client(_Http1):
         self._end_turn()
 
     def _end_turn(self) -> None:
-        if self._close or self._sending is not _Sending.ENDED:  # a response before the request was over leaves the rest of it to whom?
+        if self._close or self._sending is not _ENDED:  # a response before the request was over leaves the rest of it to whom?
             self._finish()
         self._active = False
         if not self._finished:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.frames import (
@@ -39,7 +39,7 @@ from mesh.wire.frames import (
 )
 from mesh.wire.hbone import patience
 from mesh.wire.hbone.streams import Direction, Stream
-from mesh.wire.headers import Fields, HeaderReader, MalformedHeaders
+from mesh.wire.headers import REMEMBERED_BLOCKS, Fields, HeaderReader, MalformedHeaders
 from mesh.wire.settings import SETTINGS_ACK, PeerSettings, SettingCode, opening
 from waypoint_py.http.blocks import BlockWriter
 from waypoint_py.http.codec import BodyData, BodyEnd, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
@@ -68,11 +68,37 @@ _REMEMBERED_RESETS: Final = 1024
 _CROSSING: Final = 4
 """Weightless frames on a stream that may have been sent before our reset was read: two informational responses, a head, and an end."""
 _OWN_PING: Final = b"\xffgoodbye"
-_OPEN, _SILENT, _ENDED = Direction.OPEN, Direction.SILENT, Direction.ENDED
+_OPEN, _SILENT, _ENDED = Direction.OPEN, Direction.SILENT, Direction.ENDED  # members of an enum are slower to find
+_DATA: Final = int(FrameType.DATA)
 _UNCOUNTED: Final = -1
 _OVERSIZED: Final = 50
 """Points of patience for a head that gets a 431."""
 _BLANKS: Final = b" \t"
+
+
+T = TypeVar("T")
+
+
+class _Remembered(Generic[T]):
+    """What was made of fields, for as long as their reader may give the same object again. Held by it, so that no other can have its id."""
+
+    __slots__ = ("_made", "_reader")
+
+    def __init__(self, reader: HeaderReader) -> None:
+        self._reader = reader
+        self._made: dict[int, tuple[Fields, T]] = {}
+
+    def find(self, fields: Fields) -> T | None:
+        made = self._made.get(id(fields))
+        return None if made is None else made[1]
+
+    def keep(self, fields: Fields, made: T) -> T:
+        """Of fields that were read last; it is nobody's to change."""
+        if self._reader.steady:
+            if len(self._made) >= REMEMBERED_BLOCKS:
+                self._made.clear()
+            self._made[id(fields)] = fields, made
+        return made
 
 
 class _Stream(Stream):
@@ -113,7 +139,8 @@ class _Http2(ABC):
         self._courtesy = 0  # WINDOW_UPDATEs and PINGs that our own traffic explains
         self._peer = PeerSettings(of_server=not server)
         self._splitter = FrameSplitter(self, max_frame_size=MAX_FRAME_SIZE, max_block_size=MAX_BLOCK, expect_preface=server)
-        self._reader = HeaderReader(MAX_LIST)
+        self._reader = HeaderReader(MAX_LIST, remembers=True)
+        self._known_trailers: _Remembered[Headers] = _Remembered(self._reader)
         self._writer = BlockWriter()
         self._events: list[Event] = []
         self._parts: list[bytes] = []
@@ -228,14 +255,14 @@ class _Http2(ABC):
         most = self._max_frame_size
         parts = self._parts
         if size <= most:
-            parts += (frame_header(size, FrameType.DATA, 0, stream), bytes(data))
+            parts += (frame_header(size, _DATA, 0, stream), bytes(data))
             frames = 1
         else:
             frames = 0
             view = memoryview(data)
             for at in range(0, size, most):
                 piece = bytes(view[at : at + most])
-                parts += (frame_header(len(piece), FrameType.DATA, 0, stream), piece)
+                parts += (frame_header(len(piece), _DATA, 0, stream), piece)
                 frames += 1
         self._unsent += size + 9 * frames
         self._tail = stream
@@ -251,9 +278,9 @@ class _Http2(ABC):
         if trailers and (kept := clean_trailers(trailers)):
             self._send_block(state, [], kept, end=True)
         elif self._tail == stream:
-            self._parts[-2] = frame_header(len(self._parts[-1]), FrameType.DATA, END_STREAM, stream)
+            self._parts[-2] = frame_header(len(self._parts[-1]), _DATA, END_STREAM, stream)
         else:
-            self._write(frame_header(0, FrameType.DATA, END_STREAM, stream))
+            self._write(frame_header(0, _DATA, END_STREAM, stream))
         self._sent_end(state)
 
     def reset(self, stream: int, code: int) -> None:
@@ -380,15 +407,22 @@ class _Http2(ABC):
         try:
             if not end:
                 raise MalformedHeaders("trailers that do not end the stream")
-            pseudo, headers, special, size = _sort(fields)
-            if pseudo or any(name in _MALFORMED for name, _ in special):
-                raise MalformedHeaders("pseudo-headers or connection-specific headers in trailers")
-            if size > self._limits.size or len(fields) > self._limits.count:
-                raise MalformedHeaders("trailers too large")
+            trailers = self._known_trailers.find(fields)
+            if trailers is None:
+                trailers = self._known_trailers.keep(fields, self._read_trailers(fields))
         except MalformedHeaders as exc:
             self._fail_stream(state.id, ErrorCode.PROTOCOL_ERROR, str(exc))
             return
-        self._on_end(state, clean_trailers(headers))
+        self._on_end(state, trailers.copy())
+
+    def _read_trailers(self, fields: Fields) -> Headers:
+        """Raises MalformedHeaders."""
+        pseudo, headers, special, size = _sort(fields)
+        if pseudo or any(name in _MALFORMED for name, _ in special):
+            raise MalformedHeaders("pseudo-headers or connection-specific headers in trailers")
+        if size > self._limits.size or len(fields) > self._limits.count:
+            raise MalformedHeaders("trailers too large")
+        return clean_trailers(headers)
 
     def _on_end(self, state: _Stream, trailers: Headers) -> None:
         if state.left > 0:
@@ -532,12 +566,8 @@ class _Http2(ABC):
         self._tail = 0
 
     def _send_block(self, state: _Stream, pseudo: Headers, headers: Headers, *, end: bool) -> None:
-        """Raises LocalProtocolError for a field that no peer would take, or that a peer's HTTP/1.1 side might take for two."""
-        names = [name for name, _ in headers]
-        values = b"".join([value for _, value in (*pseudo, *headers)])
-        if values.translate(None, FIELD_TEXT) or b"".join(names).translate(None, LOWER_TOKEN) or b"" in names:
-            raise LocalProtocolError("a header that HTTP/2 cannot carry")
-        block = self._writer.write((*pseudo, *headers))
+        """Raises LocalProtocolError, as `BlockWriter.write` does."""
+        block = self._writer.write(pseudo, headers)
         self._write(header_frames(state.id, block, end_stream=end, max_frame_size=self._max_frame_size))
 
 
@@ -583,6 +613,25 @@ def _length_of(message: Request | Response) -> int | None:
     return int(value) if value is not None and value.isdigit() else None
 
 
+class _RequestFacts(NamedTuple):
+    """A head that was found good. ``request``: to be copied."""
+
+    request: Request
+    ended: bool
+    size: int
+    left: int
+    head: bool
+    upgrade: bool
+
+
+class _ResponseFacts(NamedTuple):
+    """What a response's head says, whatever it answers. ``lengths``: of ``content-length``, which is not among ``headers``."""
+
+    status: int
+    headers: Headers
+    lengths: list[bytes]
+
+
 class Http2Server(_Http2):
     """The end that answers. See the module and `codec.ServerCodec`."""
 
@@ -596,6 +645,7 @@ class Http2Server(_Http2):
             settings={SettingCode.MAX_CONCURRENT_STREAMS: options.max_streams, SettingCode.ENABLE_CONNECT_PROTOCOL: 1},
         )
         self._options = options
+        self._known_heads: _Remembered[_RequestFacts] = _Remembered(self._reader)
         self._highest = 0  # of the streams the client opened
         self._highest_taken = 0  # of those that we looked at
         self._last_accepted = MAX_STREAM_ID  # by our GOAWAY
@@ -639,31 +689,38 @@ class Http2Server(_Http2):
         state = _Stream(stream, self._stream_window, self._initial_send_window)
         self._streams[stream] = state
         state.receiving = _ENDED if end else _OPEN
-        request = Request(b"", b"", b"", b"", [], Version.HTTP_2)
-        try:
-            pseudo, headers, special, size = _sort(fields)
-            request.headers = headers
-            self._take_pseudo(request, pseudo, state)
-            self._take_special(request, special, end)
-            if size > self._limits.size or len(fields) - len(pseudo) > self._limits.count:
-                raise BadHead("head too large", 431)
-            self._judge(request)
-            state.weight = size
-            self._heads += size
-        except MalformedHeaders as exc:
-            self._fail_stream(stream, ErrorCode.PROTOCOL_ERROR, f"malformed request: {exc}")
-            return
-        except BadHead as exc:
-            state.dropped = True
-            self._patience.spend(_OVERSIZED if exc.status == 431 else patience.BAD_REQUEST, "bad requests")
-            self._events.append(RefusedHead(stream, exc.status, exc.reason, request))
-            return
-        if request.content_length is not None and not state.upgrade:
-            state.left = request.content_length
-        state.head = request.method == b"HEAD"
-        self._events.append(RequestHead(stream, request, end))
+        facts = self._known_heads.find(fields)
+        if facts is None or facts.ended is not end:
+            request = Request(b"", b"", b"", b"", [], Version.HTTP_2)
+            try:
+                facts = self._known_heads.keep(fields, self._read_request(request, fields, end))
+            except MalformedHeaders as exc:
+                self._fail_stream(stream, ErrorCode.PROTOCOL_ERROR, f"malformed request: {exc}")
+                return
+            except BadHead as exc:
+                state.dropped = True
+                self._patience.spend(_OVERSIZED if exc.status == 431 else patience.BAD_REQUEST, "bad requests")
+                self._events.append(RefusedHead(stream, exc.status, exc.reason, request))
+                return
+        state.weight = facts.size
+        self._heads += facts.size
+        state.left, state.head, state.upgrade = facts.left, facts.head, facts.upgrade
+        self._events.append(RequestHead(stream, facts.request.copy(), end))
 
-    def _take_pseudo(self, request: Request, pseudo: dict[bytes, bytes], state: _Stream) -> None:
+    def _read_request(self, request: Request, fields: Fields, end: bool) -> _RequestFacts:
+        """Fills ``request``, as far as it comes. Raises MalformedHeaders, BadHead."""
+        pseudo, headers, special, size = _sort(fields)
+        request.headers = headers
+        self._take_pseudo(request, pseudo)
+        self._take_special(request, special, end)
+        if size > self._limits.size or len(fields) - len(pseudo) > self._limits.count:
+            raise BadHead("head too large", 431)
+        self._judge(request)
+        upgrade = request.upgrade is not None
+        left = _UNCOUNTED if request.content_length is None or upgrade else request.content_length
+        return _RequestFacts(request, end, size, left, request.method == b"HEAD", upgrade)
+
+    def _take_pseudo(self, request: Request, pseudo: dict[bytes, bytes]) -> None:
         """RFC 9113 section 8.3.1, RFC 8441 section 4."""
         method = pseudo.get(b":method", b"")
         if not method or method.translate(None, TOKEN):
@@ -684,7 +741,6 @@ class Http2Server(_Http2):
             known += 1
             request.upgrade = pseudo[b":protocol"].lower()
             request.method = b"GET"
-            state.upgrade = True
         if len(pseudo) != known:
             raise MalformedHeaders("unknown pseudo-headers")
 
@@ -831,6 +887,7 @@ class Http2Client(_Http2):
         super().__init__(
             now=now, server=False, limits=limits or HeadLimits(), stream_window=stream_window, settings={SettingCode.ENABLE_PUSH: 0}
         )
+        self._known_heads: _Remembered[_ResponseFacts] = _Remembered(self._reader)
         self._next_stream = 1
         self._last_served = MAX_STREAM_ID
 
@@ -901,14 +958,14 @@ class Http2Client(_Http2):
         except MalformedHeaders as exc:
             self._fail_stream(state.id, ErrorCode.PROTOCOL_ERROR, f"malformed response: {exc}")
 
-    def _take_response(self, state: _Stream, fields: Fields, end: bool) -> None:
+    def _read_response(self, fields: Fields) -> _ResponseFacts:
+        """Raises MalformedHeaders."""
         pseudo, headers, special, size = _sort(fields)
         digits = pseudo.get(b":status", b"")
         if len(pseudo) != 1 or len(digits) != 3 or not digits.isdigit() or not 100 <= int(digits) <= 599:
             raise MalformedHeaders("no status, or more than that")
         if size > self._limits.size or len(fields) - 1 > self._limits.count:
             raise MalformedHeaders("head too large")
-        status = int(digits)
         lengths: list[bytes] = []
         for name, value in special:
             if name in _MALFORMED:
@@ -917,6 +974,13 @@ class Http2Client(_Http2):
                 lengths.append(value)
             elif name == b"cookie":
                 headers.append((name, value))
+        return _ResponseFacts(int(digits), headers, lengths)
+
+    def _take_response(self, state: _Stream, fields: Fields, end: bool) -> None:
+        facts = self._known_heads.find(fields)
+        if facts is None:
+            facts = self._known_heads.keep(fields, self._read_response(fields))
+        status, headers, lengths = facts.status, facts.headers.copy(), facts.lengths
         if status < 200:
             self._take_informational(state, status, headers, end)
             return

@@ -13,7 +13,7 @@ import base64
 import binascii
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -83,8 +83,7 @@ class Changes:
         request.headers += self.add
 
 
-@dataclass(frozen=True, slots=True)
-class Passed:
+class Passed(NamedTuple):
     """``facts`` None: there was no token."""
 
     facts: TokenFacts | None
@@ -339,13 +338,22 @@ _DEFAULTS: Final = JwtRule("", from_headers=(JwtHeader("authorization", "Bearer 
 # Decision
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(NamedTuple):
     """A token at its place; ``verdicts`` by the number of each rule that the place is for: the token, if it is verified, or the status."""
 
     place: _Place
     name: bytes
     verdicts: dict[int, Token | str]
+
+
+class _Accepted(NamedTuple):
+    """A token that was the only one of its request, at a place that is for one rule: what was made of it by these keys, and is made of it
+    again as long as it is timely and the rule has these."""
+
+    rule: int
+    token: Token
+    keys: KeySet
+    passed: Passed
 
 
 class TokenChecker:
@@ -363,6 +371,7 @@ class TokenChecker:
                 shared.setdefault(key, (place, []))[1].append(index)
         self._places = tuple((place, tuple(dict.fromkeys(rules))) for place, rules in shared.values())
         self._guarded = tuple(dict.fromkeys(name for rule in self._rules for name in _set_by(rule)))
+        self._accepted: dict[tuple[_Place, bytes], _Accepted] = {}
 
     @property
     def idle(self) -> bool:
@@ -378,6 +387,8 @@ class TokenChecker:
         present = [(place, rules, text, name) for place, rules in self._places for text, name in place.find(request)]
         if not present:
             return Passed(None, Changes(self._guarded))
+        if len(present) == 1 and (passed := self._pass_again(present[0][0], present[0][2], int(now))) is not None:
+            return passed
         if len(present) > MAX_TOKENS:
             return Refused(self._refuse(request, MALFORMED, f"more than {MAX_TOKENS} tokens"))
         tokens: list[_Found] = []
@@ -392,7 +403,30 @@ class TokenChecker:
                     unknown.append(self._rules[index])
                 verdicts[index] = verdict
             tokens.append(_Found(place, name, verdicts))
-        return self._accept(tokens) or Refused(self._refuse(request, *self._reason(tokens)), tuple(unknown))
+        accepted = self._accept(tokens)
+        if accepted is None:
+            return Refused(self._refuse(request, *self._reason(tokens)), tuple(unknown))
+        if len(tokens) == 1:
+            self._remember(tokens[0], accepted)
+        return accepted
+
+    def _pass_again(self, place: _Place, text: bytes, now: int) -> Passed | None:
+        """The outcome for a token that passed before, if nothing that could change it has changed."""
+        accepted = self._accepted.get((place, text))
+        if accepted is None:
+            return None
+        keys = self._inline[accepted.rule] or self._find_keys(self._rules[accepted.rule])
+        return accepted.passed if keys is accepted.keys and _find_untimely(accepted.token, now) is None else None
+
+    def _remember(self, found: _Found, passed: Passed) -> None:
+        if len(found.verdicts) != 1:
+            return  # another rule may come to say something else of it
+        ((index, token),) = found.verdicts.items()
+        keys = self._inline[index] or self._find_keys(self._rules[index])
+        if isinstance(token, Token) and isinstance(keys, KeySet) and token.text in keys.verified:
+            if len(self._accepted) >= MAX_REMEMBERED:
+                self._accepted.clear()
+            self._accepted[found.place, token.text] = _Accepted(index, token, keys, passed)
 
     def refuse_unfetched(self, request: Request, rule: JwtRule) -> LocalReply:
         """The keys of a rule could not be had."""
@@ -425,10 +459,8 @@ class TokenChecker:
                 return token
         if token.issuer != rule.issuer:
             return UNKNOWN_ISSUER
-        if token.not_before is not None and now + CLOCK_SKEW < token.not_before:
-            return NOT_YET
-        if token.expires is not None and now > token.expires + CLOCK_SKEW:
-            return EXPIRED
+        if (untimely := _find_untimely(token, now)) is not None:
+            return untimely
         if rule.audiences and not _allows_audience(rule.audiences, token.audiences):
             return WRONG_AUDIENCE
         if remembered:
@@ -495,6 +527,14 @@ def _parse_inline(rule: JwtRule) -> KeySet | KeysFailed | None:
         return KeySet.parse(rule.jwks)
     except InvalidKeySet as exc:
         return KeysFailed(str(exc))
+
+
+def _find_untimely(token: Token, now: int) -> str | None:
+    if token.not_before is not None and now + CLOCK_SKEW < token.not_before:
+        return NOT_YET
+    if token.expires is not None and now > token.expires + CLOCK_SKEW:
+        return EXPIRED
+    return None
 
 
 def _allows_audience(allowed: Sequence[str], audiences: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Final, TypeAlias, assert_never
+from typing import Any, Final, NamedTuple, TypeAlias, assert_never
 
 from mesh.model.l7.matching import PathKind, PathMatch
 from mesh.model.l7.routing import DirectResponse, Forward, Redirect, Rewrite, Route, WeightedDestination
@@ -73,12 +73,19 @@ class CompiledRoute:
     broken: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """Where a request goes. ``because``: how it was chosen."""
+class Chosen(NamedTuple):
+    """Where a request goes, of what was offered it."""
 
     destination: CompiledDestination
-    because: str
+    route: CompiledRoute
+
+    @property
+    def because(self) -> str:
+        """How it was chosen."""
+        origin, weights = self.route.route.origin, self.route.weights
+        if weights is None or len(weights.ends) == 1:
+            return str(origin)
+        return f"{origin}: a share of {self.to.weight} in {weights.ends[-1]}"
 
     @property
     def to(self) -> WeightedDestination:
@@ -206,20 +213,18 @@ def split_port(authority: bytes) -> tuple[bytes, bytes]:
 
 def choose(route: CompiledRoute, rng: random.Random) -> Chosen | LocalReply:
     """One of a forwarding route's destinations, or the answer where there is none or the share drawn is that of one that cannot be used."""
-    origin = route.route.origin
     weights = route.weights
     if weights is None:
         action = route.route.action
         status = action.empty_status if isinstance(action, Forward) else 500
-        return LocalReply(status, details=DIRECT_RESPONSE, because=f"{origin} has no destination with a share")
+        return LocalReply(status, details=DIRECT_RESPONSE, because=f"{route.route.origin} has no destination with a share")
     chosen = weights.pick(rng)
     to = chosen.to
     if to.fails_with is not None:
         why = to.because or "its destination cannot be used"
-        return LocalReply(to.fails_with, flags=(Flag.NO_CLUSTER_FOUND,), details="cluster_not_found", because=f"{origin}: {why}")
-    if len(weights.ends) == 1:
-        return Chosen(chosen, str(origin))
-    return Chosen(chosen, f"{origin}: a share of {to.weight} in {weights.ends[-1]}")
+        because = f"{route.route.origin}: {why}"
+        return LocalReply(to.fails_with, flags=(Flag.NO_CLUSTER_FOUND,), details="cluster_not_found", because=because)
+    return Chosen(chosen, route)
 
 
 # Changes -------------------------------------------------------------------------------------------------------------------------------
@@ -230,9 +235,9 @@ def change_request(request: Request, route: CompiledRoute, chosen: CompiledDesti
 
     Order: the route's headers, the destination's, the authority (the route's word before the destination's), the path.
     """
-    if route.request:
+    if route.request is not NO_CHANGES:
         route.request.apply(request, facts)
-    if chosen.request:
+    if chosen.request is not NO_CHANGES:
         chosen.request.apply(request, facts)
     if authority := route.authority or chosen.authority:
         request.replace(ORIGINAL_HOST, request.authority)
@@ -246,9 +251,9 @@ def change_request(request: Request, route: CompiledRoute, chosen: CompiledDesti
 
 def change_response(response: Message, route: CompiledRoute, chosen: CompiledDestination | None, facts: Facts) -> None:
     """Make an upstream's response what the client shall see: the route's changes, then the destination's."""
-    if route.response:
+    if route.response is not NO_CHANGES:
         route.response.apply(response, facts)
-    if chosen is not None and chosen.response:
+    if chosen is not None and chosen.response is not NO_CHANGES:
         chosen.response.apply(response, facts)
 
 

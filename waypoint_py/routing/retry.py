@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from functools import lru_cache
+from typing import Final, NamedTuple, TypeAlias
 
 from mesh.model.l7.destination import RetryBudget
 from mesh.model.l7.routing import Retry
@@ -71,8 +72,7 @@ class Enough:
 Decision: TypeAlias = Again | Enough
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(NamedTuple):
     """What a destination has under way, and how many retries of it may be: ``maximum``, or by ``budget`` where it has one."""
 
     active_requests: int = 0
@@ -101,9 +101,9 @@ class RetryState:
     __slots__ = ("_on", "_policy", "_priorities", "_remaining", "_retries", "_statuses", "tried")
 
     def __init__(self, policy: Retry | None, request: Request, *, honour_client: bool = False) -> None:
-        self._policy = policy or Retry(attempts=0, on=())
-        self._on = frozenset(self._policy.on)
-        self._statuses = frozenset(self._policy.statuses)
+        self._policy = policy or _NEVER
+        self._on = self._policy.on
+        self._statuses = self._policy.statuses
         self._remaining = self._policy.attempts
         self._retries = 0
         self._priorities: list[int] = []
@@ -148,7 +148,7 @@ class RetryState:
         """The head of a response came, and nothing of it has gone to the client. Trailers-only gRPC responses have their status here."""
         wanted = self._wants_response(response)
         if wanted is None:
-            return Enough(f"the response {response.status} is no reason to retry")
+            return _no_reason(response.status)
         return self._decide(wanted, rng, room, replayable)
 
     def after_failure(
@@ -217,6 +217,14 @@ class RetryState:
         """Anything up to the base, then up to twice that, and so on: full jitter, so that retries of many requests do not meet."""
         ceiling = min(self._policy.backoff_base * float(1 << min(self._retries - 1, 30)), self._policy.backoff_max)
         return rng.random() * ceiling
+
+
+_NEVER: Final = Retry(attempts=0, on=())
+
+
+@lru_cache(maxsize=64)
+def _no_reason(status: int) -> Enough:
+    return Enough(f"the response {status} is no reason to retry")
 
 
 def _max_retries(request: Request) -> int | None:

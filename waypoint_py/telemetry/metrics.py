@@ -33,8 +33,6 @@ MAX_SERIES: Final = 5000
 has 70 lines for each of them."""
 OTHER: Final = "other"
 """Every label's value there."""
-_REMEMBERED: Final = 256
-"""Ends of requests that one connection remembers; then it begins anew."""
 LABELS: Final = (*TcpLabels._fields, "response_code", "grpc_response_status", "response_flags")
 _POLICY_LABELS: Final = ("destination_service", "policy")
 
@@ -119,9 +117,8 @@ class WaypointMetrics:
         memo = cast("dict[object, _Remembered]", record.connection.memo)
         remembered = memo.get(key)
         if remembered is None:
-            if len(memo) >= _REMEMBERED:
-                memo.clear()
-            remembered = memo[key] = (workload, self._find(self._labels(record, workload), grpc=record.is_grpc))
+            remembered = (workload, self._find(self._labels(record, workload), grpc=record.is_grpc))
+            record.connection.remember(key, remembered)
         remembered[1].count(record)
         if record.dry_run or record.audited:
             self._judged(record)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from mesh.model.address import IpAddress, NamespacedHostname, SocketAddress
 from mesh.model.l7.destination import DestinationConfig, TrafficPolicy
@@ -45,8 +45,7 @@ class NoEndpoint:
     known: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(NamedTuple):
     """What a try asks for, beside its destination. ``client``: the downstream's address. ``like``: an address whose family is preferred.
     ``tried``: keys of endpoints that were tried. ``elsewhere``: leave out so many of the nearest levels (``retryRemoteLocalities``)."""
 
@@ -57,7 +56,9 @@ class Wish:
 
 
 class Balancer:
-    """For the whole waypoint. ``source``: the waypoint's own workload, whose place decides what is near; None while it is unknown."""
+    """For the whole waypoint. ``source``: the waypoint's own workload, whose place decides what is near; None while it is unknown.
+    ``version``: another value whenever ``find_config`` or, beside what the mesh's state says, ``source`` may say something else; without
+    it they are asked every time."""
 
     def __init__(
         self,
@@ -65,20 +66,27 @@ class Balancer:
         find_config: Callable[[NamespacedHostname], DestinationConfig | None],
         source: Callable[[], Workload | None],
         rng: random.Random,
+        version: Callable[[], int] | None = None,
     ) -> None:
         self._state = state
         self._find_config = find_config
         self._source = source
         self._rng = rng
+        self._version = version
         self._clusters: dict[Destination, _Cluster] = {}
 
     def find_affinity(self, destination: Destination, request: Request | None, client: SocketAddress) -> Affinity:
         """Once for a request, before its first try: a cookie that is made has to stay the same."""
-        wanted = policy_of(self._find_config(_key(destination)), destination).load_balancer.hash
+        cluster = self._find_current(destination)
+        policy = cluster.policy if cluster is not None else policy_of(self._find_config(_key(destination)), destination)
+        wanted = policy.load_balancer.hash
         return NO_AFFINITY if wanted is None else find_affinity(wanted, request, client, self._rng)
 
     def choose(self, destination: Destination, wish: Wish, now: float) -> Endpoint | NoEndpoint:
         """An endpoint for one try."""
+        current = self._find_current(destination)
+        if current is not None:
+            return current.choose(wish, self._rng, now)
         service = self._state.find_service(_key(destination)) if destination.namespace else None
         if service is None:
             self._clusters.pop(destination, None)
@@ -90,24 +98,28 @@ class Balancer:
 
     def began(self, endpoint: Endpoint) -> None:
         """A request or connection is under way there."""
-        host = self._find_host(endpoint)
+        host = endpoint.host
         if host is not None:
             host.active += 1
 
     def ended(self, endpoint: Endpoint) -> None:
         """It is over, however. Once for every `began`."""
-        host = self._find_host(endpoint)
-        if host is not None and host.active > 0:
+        host = endpoint.host
+        if host is not None:
             host.active -= 1
 
     def answered(self, endpoint: Endpoint, status: int, now: float) -> None:
         """The application's answer (of a gRPC call: what its grpc-status is in HTTP)."""
+        if endpoint.policy.outlier is None:
+            return
         cluster = self._clusters.get(endpoint.destination) if endpoint.destination is not None else None
         if cluster is not None:
             cluster.answered(endpoint, status, now)
 
     def happened_here(self, endpoint: Endpoint, outcome: LocalOutcome, now: float) -> None:
         """A connection to it was made, or failed, was reset or not answered in time."""
+        if endpoint.policy.outlier is None:
+            return
         cluster = self._clusters.get(endpoint.destination) if endpoint.destination is not None else None
         if cluster is not None:
             cluster.happened_here(endpoint, outcome, now)
@@ -116,11 +128,20 @@ class Balancer:
         """For operators: every destination in use, its endpoints and what is held against them."""
         return [cluster.describe(now) for _, cluster in sorted(self._clusters.items(), key=lambda item: str(item[0]))]
 
-    def _find_host(self, endpoint: Endpoint) -> Host | None:
-        cluster = self._clusters.get(endpoint.destination) if endpoint.destination is not None else None
-        return cluster.hosts.get(endpoint.workload.uid) if cluster is not None and endpoint.workload is not None else None
+    def _find_current(self, destination: Destination) -> _Cluster | None:
+        """One that was found to be right since anything it is made of changed last."""
+        cluster = self._clusters.get(destination)
+        if cluster is None or self._version is None or cluster.right_at != (self._state.version, self._version()):
+            return None
+        return cluster
 
     def _cluster(self, destination: Destination, service: Service, now: float) -> _Cluster | NoEndpoint:
+        found = self._find_or_make(destination, service, now)
+        if isinstance(found, _Cluster) and self._version is not None:
+            found.right_at = self._state.version, self._version()
+        return found
+
+    def _find_or_make(self, destination: Destination, service: Service, now: float) -> _Cluster | NoEndpoint:
         source = self._source()
         config = self._find_config(_key(destination))
         # The list itself is not what we choose from: it is another object whenever the service or one of its endpoints is.
@@ -176,15 +197,21 @@ class _Cluster:
         self._config = config
         self._seen = seen
         self._source = source
-        self._policy = policy_of(config, destination)
-        self._detector = OutlierDetector(self._policy.outlier) if self._policy.outlier is not None else None
+        self.policy = policy_of(config, destination)
+        self.right_at: tuple[int, int] | None = None
+        """The versions of the mesh and of the configuration at which it was found to be made of what there is."""
+        self._detector = OutlierDetector(self.policy.outlier) if self.policy.outlier is not None else None
         self._levels: tuple[Level, ...] = ()
         self._shares: list[float] = []
+        self._carrying: list[int] = []
+        """Levels with a share."""
         self._algorithms: dict[tuple[int, int], Algorithm] = {}
         self._healths: list[Health] = []
         self._panics = False
         self._endpoints: dict[tuple[str, int, IpAddress], Endpoint] = {}
         """By workload, level and what address the asker would like: what is asked for again is the same object, by which others know it."""
+        self._recent: dict[tuple[int, int, int], tuple[Host, IpAddress, Endpoint]] = {}
+        """The same by the numbers of host and address, which are held: an address is hashed and compared in Python."""
         self.hosts: dict[str, Host] = {}
 
     def is_of(self, service: Service, config: DestinationConfig | None, seen: PickList | None, source: Workload | None) -> bool:
@@ -217,7 +244,7 @@ class _Cluster:
             for health in self._healths:
                 health.ejected_at = None
         source = self._source or Workload("", "", "")
-        setting = self._policy.load_balancer.locality
+        setting = self.policy.load_balancer.locality
         hosts = list(self.hosts.values())
         self._levels = arrange(hosts, setting, source, of_workloads, detects=self._detector is not None)
         self._settle()
@@ -234,7 +261,7 @@ class _Cluster:
             return NoEndpoint(f"all {len(self.hosts)} endpoints of {self._name} are ejected ({ejected})", known=True)
         host = self._draw_host(level, wish.affinity.key, rng, now)
         endpoint = self._endpoint(host, level, wish)
-        if wish.tried and self._policy.load_balancer.hash is None:
+        if wish.tried and self.policy.load_balancer.hash is None:
             for _ in range(REPICKS):
                 if endpoint.key not in wish.tried:
                     break
@@ -277,17 +304,18 @@ class _Cluster:
         """After hosts came, went, fell ill or got well."""
         self._algorithms.clear()
         well = sum(1 for health in self._healths if health.ejected_at is None)
-        outlier = self._policy.outlier
+        outlier = self.policy.outlier
         least = outlier.min_health_percent if outlier is not None else 0
         self._panics = bool(self._healths) and least > 0 and well * 100 < least * len(self._healths)
         self._shares = share_out([(sum(map(self._is_well, level.hosts)), len(level.hosts)) for level in self._levels])
+        self._carrying = [number for number, share in enumerate(self._shares) if share > 0]
 
     def _is_well(self, host: Host) -> bool:
         return self._panics or host.health.ejected_at is None
 
     def _draw_level(self, elsewhere: int, rng: random.Random) -> int | None:
         """The index of a level, by the shares; with ``elsewhere``, of those that are further away if there are any."""
-        carrying = [number for number, share in enumerate(self._shares) if share > 0]
+        carrying = self._carrying
         if elsewhere:
             further = [n for n, level in enumerate(self._levels) if n >= elsewhere and any(map(self._is_well, level.hosts))]
             if further:
@@ -306,7 +334,7 @@ class _Cluster:
         algorithm = self._algorithms.get((level, group))
         if algorithm is None:
             well = [host for host in self._levels[level].groups[group].hosts if self._is_well(host)]
-            algorithm = self._algorithms[(level, group)] = make_algorithm(well, self._policy.load_balancer, rng)
+            algorithm = self._algorithms[(level, group)] = make_algorithm(well, self.policy.load_balancer, rng)
         return algorithm.pick(rng, key, now)
 
     def _draw_group(self, level: int, rng: random.Random) -> int:
@@ -319,14 +347,21 @@ class _Cluster:
     def _endpoint(self, host: Host, level: int, wish: Wish) -> Endpoint:
         workload = host.workload
         like = wish.like if wish.like is not None else workload.addresses[0]
+        numbers = (id(host), level, id(like))
+        recent = self._recent.get(numbers)
+        if recent is not None:
+            return recent[2]
         key = (workload.uid, level, like)
         endpoint = self._endpoints.get(key)
         if endpoint is None:
             ip = choose_ip(workload, self._service, like, like=like)
             address = SocketAddress(workload.addresses[0] if ip is None else ip, host.port)
             because = f"{self._name}: {workload.namespace}/{workload.name}, {self._levels[level].because}"
-            endpoint = Endpoint(address, workload, self._service, self._destination, self._policy, because)
+            endpoint = Endpoint(address, workload, self._service, self._destination, self.policy, because, host)
             if len(self._endpoints) >= MAX_ENDPOINTS:
                 self._endpoints.clear()
             self._endpoints[key] = endpoint
+        if len(self._recent) >= MAX_ENDPOINTS:
+            self._recent.clear()
+        self._recent[numbers] = host, like, endpoint
         return endpoint

@@ -26,6 +26,9 @@ LINGER: Final = 2.0
 UNREAD_ANSWERS: Final = 64 * 1024
 """Bytes of answers to what only wants answers (PING, SETTINGS) that a server may ask for and not read. Bodies have their own bound."""
 
+FLUSHED_AT_ONCE: Final = 64 * 1024
+"""Bytes that wait for the turn's end. With more, what is sent goes to the stream at once: `HttpSession.room` goes by what waits there."""
+
 SWITCHING_PROTOCOLS: Final = 101
 
 _OfStream: TypeAlias = RequestHead | RefusedHead | ResponseHead | BodyData | BodyEnd | StreamReset
@@ -37,6 +40,9 @@ class Place(Enum):
     NOWHERE = "nowhere"
     WAITING = "waiting"
     SESSION = "session"
+
+
+_NOWHERE: Final = Place.NOWHERE  # members of an enum are slower to find
 
 
 class Owner(Protocol):
@@ -103,7 +109,7 @@ class Call:
         self.sink = sink
         self._on_open = on_open
         self.session: HttpSession | None = None
-        self.place = Place.NOWHERE
+        self.place = _NOWHERE
         """The owner's to set."""
         self.stream = 0
         self.local_address: SocketAddress | None = None
@@ -119,7 +125,7 @@ class Call:
         self.room_seen = 0
         """What `room` said last, less what was sent since."""
         self.began_at = 0
-        """How many bytes the session had written before this call's."""
+        """How many bytes the session writes before this call's."""
         self._pending_end: tuple[Headers | None] | None = None
 
     # --- UpstreamStream
@@ -202,6 +208,7 @@ class HttpSession:
         "_cut",
         "_dispatching",
         "_eof",
+        "_flushing",
         "_freed",
         "_heard",
         "_idle_timer",
@@ -240,6 +247,7 @@ class HttpSession:
         self._took_back = False  # what is still unsent here will be sent on another connection
         self._cut = False  # what is unsent of a request is not wanted any more
         self._eof = False
+        self._flushing = False  # `_flush_turn` will be called
         self._postponed = False
         self._closing = False
         self._broken = False
@@ -283,15 +291,16 @@ class HttpSession:
 
     # --- what the owner does
 
-    def begin(self, call: Call) -> str | None:
-        """Send the head of its request; `available` must not be 0. The call is told soon. Returns why it cannot be sent, if so."""
+    def begin(self, call: Call, *, soon: bool = True) -> str | None:
+        """Send the head of its request; `available` must not be 0. The call is told of it ``soon``, or else within this call if it can be
+        sent now. Returns why it cannot be sent, if so."""
         upgrades = call.request.upgrade is None or self._codec.upgrades
         if upgrades is None:
             self._postpone(call)
             return None
         if not upgrades:
             return "the server takes no upgrades"
-        began_at = self._written
+        began_at = self._written + self._codec.unsent()
         try:
             stream = self._codec.send_request(call.request, ended=call.head_ended)
         except LocalProtocolError as exc:
@@ -300,8 +309,11 @@ class HttpSession:
         self._enter(call, stream)
         call.began_at = began_at
         call.sent_all = call.head_ended and call.request.upgrade is None
-        self._flush()
-        self._reactor.call_soon(call.tell_open)
+        self._flush_soon()
+        if soon:
+            self._reactor.call_soon(call.tell_open)
+        else:
+            call.tell_open()
         return None
 
     def _enter(self, call: Call, stream: int) -> None:
@@ -358,7 +370,7 @@ class HttpSession:
                 self._cut_short_soon(call, "the request's body is longer than it was said to be")
                 return
         self._codec.send_data(call.stream, data)
-        self._flush()
+        self._flush_soon()
         call.room_seen -= size
         if call.room_seen <= 0:
             call.room_seen = 0
@@ -374,7 +386,7 @@ class HttpSession:
             return
         call.sent_all = True
         self._codec.send_end(call.stream, trailers)
-        self._flush()
+        self._flush_soon()
         if self._codec.finished:
             self._cut_short_soon(call, "the request ended its connection")
 
@@ -402,7 +414,7 @@ class HttpSession:
     def consumed(self, call: Call, size: int) -> None:
         self._codec.consumed(call.stream, size)
         if not self._dispatching:
-            self._flush()
+            self._flush_soon()
             self._regulate()
 
     def give_up(self, call: Call) -> None:
@@ -423,12 +435,13 @@ class HttpSession:
         if self._broken:
             return
         self._heard = True
+        ours = self._codec.unsent()
         try:
             events = self._codec.receive(data)
         except RemoteProtocolError as exc:
             self._break(FailureKind.PROTOCOL, exc.reason, explained=True)
             return
-        answers = self._codec.unsent()
+        answers = self._codec.unsent() - ours
         if answers and self._is_deaf(answers):
             self._break(FailureKind.PROTOCOL, "the peer sends and does not read")
             return
@@ -563,6 +576,18 @@ class HttpSession:
         self._calls.pop(call.stream, None)
         self._limited.discard(call)
 
+    def _flush_soon(self) -> None:
+        """Before the loop waits again: heads, bodies and their ends, of many calls, leave together."""
+        if self._codec.unsent() > FLUSHED_AT_ONCE:
+            self._flush()
+        elif not self._flushing:
+            self._flushing = True
+            self._reactor.call_soon(self._flush_turn, self._stream.abort)
+
+    def _flush_turn(self) -> None:
+        self._flushing = False
+        self._flush()
+
     def _flush(self) -> None:
         data = self._codec.take_outgoing()
         if data:
@@ -639,8 +664,8 @@ class HttpSession:
     # --- ends
 
     def _is_untouched(self, call: Call) -> bool:
-        """Nothing of the call has left this process: all that was written since it began is unsent."""
-        return self._written > call.began_at and self._stream.unsent >= self._written - call.began_at
+        """Nothing of the call has left this process: all that was written since it began is unsent, or nothing was."""
+        return self._stream.unsent >= self._written - call.began_at
 
     def _fail_call(self, call: Call, failure: UpstreamFailure, *, untouched: bool) -> None:
         call.session = None
@@ -690,5 +715,6 @@ class HttpSession:
         if self._paused:
             self._paused = False
             stream.resume()
+        self._flush()
         stream.end()
         self._linger = self._reactor.call_later(LINGER, lambda: stream.abort("the peer does not end its connection"))

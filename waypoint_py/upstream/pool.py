@@ -42,7 +42,10 @@ NEEDED_ELSEWHERE: Final = "another endpoint needs the connection"
 MakeCodec: TypeAlias = Callable[[UpstreamProtocol], ClientCodec]
 """A codec for HTTP1 or HTTP2."""
 OnConnection: TypeAlias = Callable[[ByteStream | UpstreamFailure], None]
-_Recent: TypeAlias = tuple[int, UpstreamProtocol]
+_Recent: TypeAlias = tuple[int, bool]
+"""An endpoint's number, and whether HTTP/2 is spoken: to hash a member of an enum is a call of Python's."""
+_NOWHERE, _WAITING, _SESSION = Place.NOWHERE, Place.WAITING, Place.SESSION  # members of an enum are slower to find
+_HTTP2: Final = UpstreamProtocol.HTTP2
 
 
 class Breaker:
@@ -153,7 +156,7 @@ class Shelf:
         """Begin it, let it wait, or fail it soon."""
         session = self._find_available() if not self._waiting else None
         if session is not None:
-            self._start(call, session)
+            self._start(call, session, soon=False)
         elif self._breaker.pending >= self.limits.max_pending:
             self._pool.fail_soon(call, _overflow(f"{self.limits.max_pending} requests wait for a connection"))
             self._forget_if_empty()
@@ -162,12 +165,12 @@ class Shelf:
             self.dial_as_needed()
 
     def call_over(self, call: Call) -> None:
-        if call.place is Place.SESSION:
+        if call.place is _SESSION:
             self._breaker.requests -= 1
-        elif call.place is Place.WAITING:
+        elif call.place is _WAITING:
             self._leave_queue(call)
             self._forget_if_empty()
-        call.place = Place.NOWHERE
+        call.place = _NOWHERE
 
     def take_back(self, call: Call) -> bool:
         if self._pool.ending:
@@ -180,23 +183,23 @@ class Shelf:
         return True
 
     def _wait(self, call: Call) -> None:
-        call.place = Place.WAITING
+        call.place = _WAITING
         self._waiting[call] = None
         self._breaker.pending += 1
 
     def _leave_queue(self, call: Call) -> None:
-        call.place = Place.NOWHERE
+        call.place = _NOWHERE
         del self._waiting[call]
         self._breaker.pending -= 1
 
-    def _start(self, call: Call, session: HttpSession) -> None:
+    def _start(self, call: Call, session: HttpSession, *, soon: bool = True) -> None:
         limits, breaker = self.limits, self._breaker
         if breaker.requests >= limits.max_requests:
             self._pool.fail_soon(call, _overflow(f"{limits.max_requests} requests are under way"))
             return
         breaker.requests += 1
-        call.place = Place.SESSION
-        unsendable = session.begin(call)
+        call.place = _SESSION
+        unsendable = session.begin(call, soon=soon)
         if unsendable is not None:
             self._pool.fail_soon(call, UpstreamFailure(FailureKind.PROTOCOL, f"request cannot be sent: {unsendable}"))
 
@@ -426,7 +429,7 @@ class Pool:
         client: Connection | None = None,
     ) -> Call:
         """As `Connections.request`."""
-        recent = self._recent.get((id(endpoint), protocol))
+        recent = self._recent.get((id(endpoint), protocol is _HTTP2))
         shelf = recent[1] if recent is not None else self._find_shelf(endpoint, protocol, request, client)
         call = Call(shelf, request, ended, sink, on_open)
         if self.ending:
@@ -530,8 +533,9 @@ class Pool:
                 self._recent.clear()
                 for each in self._shelves.values():
                     each.remembered_as.clear()
-            self._recent[id(endpoint), protocol] = endpoint, shelf
-            shelf.remembered_as.append((id(endpoint), protocol))
+            recent = id(endpoint), protocol is _HTTP2
+            self._recent[recent] = endpoint, shelf
+            shelf.remembered_as.append(recent)
         return shelf
 
     def _put_among_named(self, address: SocketAddress, shelf: Shelf) -> None:

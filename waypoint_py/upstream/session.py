@@ -15,6 +15,7 @@ from mesh.model.workload import Workload
 from waypoint_py.context import Connection
 from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.stream import ByteStream
+from waypoint_py.upstream.algorithms import Host
 
 
 class UpstreamProtocol(Enum):
@@ -36,6 +37,8 @@ class Endpoint:
     destination: Destination | None
     policy: TrafficPolicy
     because: str
+    host: Host | None = field(default=None, repr=False, compare=False)
+    """What the balancer counts of it; None: it was not chosen among several."""
     key: str = field(init=False, repr=False, compare=False)
     """What tries, ejections and counts go by."""
 
@@ -127,8 +130,9 @@ class Connections(Protocol):
         *,
         client: Connection | None = None,
     ) -> Cancel:
-        """Send a request on a pooled or new connection. ``on_open`` when its head has been written: send the body then. Failures go to the
-        sink. Neither is called from within this call. ``client``: who asks, for the PROXY header if the endpoint gets one."""
+        """Send a request on a pooled or new connection. ``on_open`` when its head has been written, from within this call if a connection
+        is at hand: send the body then, and it leaves with the head. Failures go to the sink, never from within this call. ``client``: who
+        asks, for the PROXY header if the endpoint gets one."""
 
     def connect(
         self,

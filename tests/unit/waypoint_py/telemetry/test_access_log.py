@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
+from mesh.model.l7.routing import Destination
 from mesh.model.l7.waypoint import AccessLogging
 from mesh.telemetry.operators import DEFAULT_JSON_FORMAT, METADATA, Facts
 from mesh.telemetry.output import LogOutput
-from tests.unit.waypoint_py.telemetry.records import connection_record, request_record
+from tests.unit.waypoint_py.telemetry.records import HOST, POD, connection, connection_record, endpoint, request_record
 from waypoint_py.observer import RefusalRecord, RequestRecord
 from waypoint_py.policy.authorize import DryRunVerdict, Judgement
 from waypoint_py.telemetry.access_log import AccessLog, compile_lines
@@ -148,6 +153,43 @@ def test_no_client_can_begin_a_line_or_end_a_field() -> None:
     assert line.count("\n") == 1
     assert line.count('"') == rendered(request_record()).count('"')
     assert json.loads(rendered(nasty, AccessLogging(as_json=True)))["x_forwarded_for"] == 'a" 200 "\n[2026'
+
+
+_PLACES = [None, *(endpoint(replace(POD, uid=str(n), addresses=(ip_address(f"10.1.0.{n}"),))) for n in (4, 5))]
+_SENT_FROM = [None, SocketAddress(ip_address("10.1.0.9"), 1), SocketAddress(ip_address("fd00::9"), 2)]
+_DESTINATIONS = [None, Destination("shop", HOST, 80), Destination("shop", HOST, 80, "v1"), Destination("else", "other", 81)]
+_FORMATS = [
+    AccessLogging(),
+    AccessLogging(format='%HOSTNAME%%ROUTE_NAME% \t"\\ %UPSTREAM_HOST%%REQ(X)%%UPSTREAM_CLUSTER% %DOWNSTREAM_PEER_URI_SAN% 100%%'),
+]
+
+
+_ROUTES = ["default", "", 'a"\nb', "\\"]
+_VALUES = ["a", "", '"', "\\", "\n", "\x00", "ü", '\\x22"']
+
+
+@given(changes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=4, max_size=20))
+def test_a_line_does_not_depend_on_those_before_it_on_its_connection(changes: list[tuple[int, int]]) -> None:
+    """One thing changes from line to line."""
+    choices: tuple[Sequence[Any], ...] = (_FORMATS, _PLACES, _SENT_FROM, _DESTINATIONS, _ROUTES, _VALUES)
+    renders = [compile_lines(logging)[0] for logging in _FORMATS]
+    facts = connection()
+    numbers = [1] * len(choices)
+    for which, number in changes:
+        numbers[which] = number % len(choices[which])
+        logging, upstream, sent_from, destination, route, value = (some[number] for some, number in zip(choices, numbers, strict=True))
+        render = renders[_FORMATS.index(logging)]
+        found = []
+        for each in (facts, connection()):
+            record = request_record(each, [(b"x", value.encode()), (b"x-forwarded-for", value.encode())])
+            record.upstream, record.upstream_local_address, record.destination = upstream, sent_from, destination
+            record.route = route
+            found.append(render(record))
+        assert found[0] == found[1]
+        assert found[0].count("\n") == 1
+        plain = render(request_record())
+        assert found[0].count('"') == plain.count('"')
+        assert found[0].replace("\\x", "").count("\\") == plain.count("\\")
 
 
 def test_what_has_no_effect_in_a_format_is_told() -> None:

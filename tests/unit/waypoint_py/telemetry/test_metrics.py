@@ -10,6 +10,7 @@ import pytest
 from mesh.model.address import SocketAddress
 from mesh.telemetry.metrics import Number, Registry, render
 from tests.unit.waypoint_py.telemetry.records import CALLER, HOST, POD, connection, connection_record, endpoint, request_record
+from waypoint_py.context import REMEMBERED
 from waypoint_py.http.message import Headers
 from waypoint_py.observer import RefusalRecord, RequestRecord
 from waypoint_py.policy.authorize import DryRunVerdict, Judgement
@@ -216,7 +217,7 @@ def test_what_a_connection_remembers_has_a_bound() -> None:
         record = request_record(facts)
         record.upstream = endpoint(replace(POD, uid=str(number)))
         counted.metrics.request(record)
-    assert len(facts.memo) <= metrics._REMEMBERED
+    assert len(facts.memo) <= REMEMBERED
     assert list(counted.series("istio_requests").values()) == [1000]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from ipaddress import ip_address
 
 from hypothesis import given
@@ -54,13 +55,19 @@ def pod(number: int, region: str = "r1", zone: str = "z1", subzone: str = "", **
 class World:
     """A mesh of one service, and a waypoint in r1/z1 before it."""
 
-    def __init__(self, *pods: Workload, config: DestinationConfig | None = None, seed: int = 1) -> None:
+    def __init__(self, *pods: Workload, config: DestinationConfig | None = None, seed: int = 1, told_of_changes: bool = True) -> None:
         self.state = MeshState()
         self.state.apply(Delta(workloads=pods, services=(SERVICE,)))
         self.config = config
         self.rng = random.Random(seed)
         source = Workload("waypoint", "waypoint", "shop", locality=Place("r1", "z1", ""))
-        self.balancer = Balancer(self.state, lambda key: self.config if key == KEY else None, lambda: source, self.rng)
+        self.version = 0
+        version = (lambda: self.version) if told_of_changes else None
+        self.balancer = Balancer(self.state, lambda key: self.config if key == KEY else None, lambda: source, self.rng, version)
+
+    def configure(self, config: DestinationConfig | None) -> None:
+        self.config = config
+        self.version += 1
 
     def choose(self, to: Destination = TO, now: float = 0.0, **wish: object) -> Endpoint:
         endpoint = self.balancer.choose(to, Wish(**wish), now)  # type: ignore[arg-type]
@@ -287,6 +294,49 @@ def test_shares_of_levels_sum_to_one_and_nearer_levels_never_carry_less_than_the
     assert all(share == 0 for share, (good, _) in zip(shares, healthy, strict=True) if good == 0)
     if healthy[0][0] == healthy[0][1]:
         assert shares[0] == 1.0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 4), st.sampled_from(["up", "down", "gone", "service", "no service", "plain", "located", "hash", "500", "200"])
+        ),
+        max_size=40,
+    )
+)
+def test_what_is_remembered_of_a_destination_outlives_no_change(steps: list[tuple[int, str]]) -> None:
+    worlds = [World(told_of_changes=told, seed=3) for told in (True, False)]
+    request = Request(b"GET", b"http", b"x", b"/", [(b"x-user", b"ann")])
+    for now, (number, step) in enumerate(steps):
+        for world in worlds:
+            match step:
+                case "up" | "down":
+                    status = HealthStatus.HEALTHY if step == "up" else HealthStatus.UNHEALTHY
+                    world.state.apply(Delta(workloads=(pod(number, zone=f"z{number % 3}", status=status),)))
+                case "gone":
+                    world.state.apply(Delta(removed_addresses=(f"uid-{number}",)))
+                case "service":
+                    world.state.apply(Delta(services=(replace(SERVICE, ports=(ServicePort(80, 8080 + number),)),)))
+                case "no service":
+                    world.state.apply(Delta(removed_addresses=(str(KEY),)))
+                case "plain":
+                    world.configure(None)
+                case "located":
+                    world.configure(located())
+                case "hash":
+                    world.configure(config(TrafficPolicy(load_balancer=LoadBalancer(hash=ConsistentHash(HashHeader("x-user"))))))
+                case status:
+                    found = world.balancer.choose(TO, Wish(), float(now))
+                    if isinstance(found, Endpoint):
+                        world.balancer.began(found)
+                        world.balancer.answered(found, int(status), float(now))
+        one, other = (
+            (world.balancer.find_affinity(TO, request, CLIENT), world.balancer.choose(TO, Wish(), float(now))) for world in worlds
+        )
+        assert one == other
+        assert [world.balancer.describe(float(now)) for world in worlds[:1]] == [
+            world.balancer.describe(float(now)) for world in worlds[1:]
+        ]
 
 
 @given(
