@@ -521,14 +521,16 @@ def compare(
     theirs: Sequence[Config] = (DEFAULT,),
     others: Mapping[str, Reached] | None = None,
     by_http2: Sequence[Http2Case] = (),
+    manages: Mapping[str, Any] | None = None,
 ) -> Pair:
-    """Ask both with one application behind them. The routes are the same said twice; by default that of a service without any."""
+    """Ask both with one application behind them. The routes are the same said twice; by default that of a service without any.
+    ``manages``: more for Envoy's connection manager."""
     application = application or Application({})
     world = World()
     others = others or {}
     clusters = [cluster("application", application.address)]
     clusters += [cluster(name, *each.endpoints, http2=each.http2, **each.theirs) for name, each in others.items()]
-    with closing(application), envoy(clusters, lambda log: manager(log, theirs, paths)) as beside:
+    with closing(application), envoy(clusters, lambda log: manager(log, theirs, paths, **(manages or {}))) as beside:
         pair = Pair(world, beside, application)
 
         async def main() -> None:
