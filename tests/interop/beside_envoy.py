@@ -59,12 +59,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Http2Case:
-    """A request by HTTP/2, its header block as it is: nothing is checked or put right. ``trailers`` None: none."""
+    """A request by HTTP/2, its header block as it is: nothing is checked or put right. ``trailers`` None: none. ``stays``: it does not
+    end, as tunnels do not."""
 
     name: str
     headers: tuple[tuple[str, str], ...]
     body: bytes = b""
     trailers: tuple[tuple[str, str], ...] | None = None
+    stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -397,8 +399,8 @@ async def ask(stream: trio.abc.HalfCloseableStream, case: Case, arrived: Callabl
     return Outcome(status, _kept(head.headers), body.decode("latin-1"), trailers, tuple(informational), broken)
 
 
-async def ask_http2(stream: trio.abc.HalfCloseableStream, case: Http2Case) -> Outcome:
-    """Likewise by HTTP/2. A stream that is reset and a connection that ends are one: no answer."""
+async def ask_http2(stream: trio.abc.Stream, case: Http2Case) -> Outcome:
+    """Likewise by HTTP/2. A stream that is reset and a connection that ends are one: the answer, if there is any, is broken."""
     config = h2.config.H2Configuration(
         header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False, validate_inbound_headers=False
     )
@@ -407,7 +409,7 @@ async def ask_http2(stream: trio.abc.HalfCloseableStream, case: Http2Case) -> Ou
     over = not case.body and case.trailers is None
     http.send_headers(1, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in case.headers], end_stream=over)
     if case.body:
-        http.send_data(1, case.body, end_stream=case.trailers is None)
+        http.send_data(1, case.body, end_stream=case.trailers is None and not case.stays)
     if case.trailers is not None:
         http.send_headers(1, [(name.encode(), value.encode()) for name, value in case.trailers], end_stream=True)
     with suppress(trio.BrokenResourceError):
@@ -430,11 +432,11 @@ async def ask_http2(stream: trio.abc.HalfCloseableStream, case: Http2Case) -> Ou
                         return replace(found, body=body.decode("latin-1"))
                     case h2.events.StreamReset() | h2.events.ConnectionTerminated():
                         await stream.aclose()
-                        return Outcome(0, broken=True)
+                        return replace(found or Outcome(0), body=body.decode("latin-1"), broken=True)
             with suppress(trio.BrokenResourceError):
                 await stream.send_all(http.data_to_send())
     await stream.aclose()
-    return Outcome(0, broken=True)
+    return replace(found or Outcome(0), body=body.decode("latin-1"), broken=True)
 
 
 @dataclass
@@ -519,14 +521,16 @@ def compare(
     theirs: Sequence[Config] = (DEFAULT,),
     others: Mapping[str, Reached] | None = None,
     by_http2: Sequence[Http2Case] = (),
+    manages: Mapping[str, Any] | None = None,
 ) -> Pair:
-    """Ask both with one application behind them. The routes are the same said twice; by default that of a service without any."""
+    """Ask both with one application behind them. The routes are the same said twice; by default that of a service without any.
+    ``manages``: more for Envoy's connection manager."""
     application = application or Application({})
     world = World()
     others = others or {}
     clusters = [cluster("application", application.address)]
     clusters += [cluster(name, *each.endpoints, http2=each.http2, **each.theirs) for name, each in others.items()]
-    with closing(application), envoy(clusters, lambda log: manager(log, theirs, paths)) as beside:
+    with closing(application), envoy(clusters, lambda log: manager(log, theirs, paths, **(manages or {}))) as beside:
         pair = Pair(world, beside, application)
 
         async def main() -> None:

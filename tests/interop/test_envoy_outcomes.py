@@ -234,6 +234,7 @@ SITUATIONS = (
     Situation("503 again and again", answers(503), retry=ON_5XX),
     Situation("503 then 200", answers(503, 200), retry=ON_5XX),
     Situation("with a body", answers(503, 200), retry=ON_5XX, method="POST", body=b"x" * 1000),
+    Situation("with a body too large to keep", answers(503), retry=ON_5XX, method="POST", body=b"x" * (3 << 20)),
     Situation("no gateway error", answers(500), retry=Retry(attempts=2, on=("gateway-error",))),
     Situation("gateway error", answers(504, 200), retry=Retry(attempts=2, on=("gateway-error",))),
     Situation("retriable 4xx", answers(409, 200), retry=Retry(attempts=2, on=("retriable-4xx",))),

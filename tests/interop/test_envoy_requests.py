@@ -231,6 +231,15 @@ def test_requests_are_read_and_sent_on_alike() -> None:
         assert (ours.flags, ours.details.partition(".")[0]) == (theirs.flags, theirs.details.partition(".")[0]), name
 
 
+def test_a_head_that_takes_too_long_has_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Istio sets no such time, so that a client may hold a connection of Envoy for ever; ours is said to Envoy here."""
+    monkeypatch.setattr("waypoint_py.downstream.HEAD_SECONDS", 0.2)
+    begun = (Case("line", b"GET / HT"), Case("fields", b"GET / HTTP/1.1\r\nHost: web.shop\r\nX-A: "))
+    pair = compare(begun, manages={"request_headers_timeout": "0.2s"})
+    assert {outcome.status for outcome in pair.ours.values()} == {408}
+    assert not (different := pair.different()), told(different)
+
+
 # HTTP/2
 
 BY_HTTP2: list[Http2Case] = []

@@ -22,7 +22,7 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, PingFr
 
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
-from mesh.testing.ca import FakeCa
+from mesh.testing.ca import FakeCa, trusting_context
 from mesh.testing.lab import Lab, running_lab, wait_until
 from mesh.testing.netns import Netns
 from mesh.tls.bundle import CertificateBundle
@@ -53,32 +53,19 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 class Attacker:
     """A pod outside the mesh, with the lab's CA in its hands."""
 
-    def __init__(self, lab: Lab, place: Netns, directory: Path) -> None:
+    def __init__(self, lab: Lab, place: Netns) -> None:
         self.lab = lab
         self.place = place
         self.ca = FakeCa.with_key_of(lab.home / "istiod")
         self.server = lab.pod("shop/server")["ips"]
         self.other = lab.pod("shop/database")["ips"][0]
-        self._directory = directory
         self._begun = 0
 
     def connect(self, port: int = 15008, ip: str | None = None) -> socket.socket:
         return self.place.connect(SocketAddress.parse(f"{ip or self.server[0]}:{port}"))
 
-    def context(self, bundle: CertificateBundle | None, *, alpn: tuple[str, ...] = ("h2",)) -> ssl.SSLContext:
-        """A client that trusts everybody and shows ``bundle``."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        if alpn:
-            context.set_alpn_protocols(list(alpn))
-        if bundle is not None:
-            file = self._directory / "identity.pem"
-            file.write_bytes(bundle.key_pem + b"".join(bundle.chain_pem))
-            context.load_cert_chain(file)
-        return context
-
     def shake_hands(self, bundle: CertificateBundle | None, *, alpn: tuple[str, ...] = ("h2",)) -> ssl.SSLSocket:
-        return self.context(bundle, alpn=alpn).wrap_socket(self.connect())
+        return trusting_context(bundle, alpn=alpn).wrap_socket(self.connect())
 
     def certificate(self, identity: SpiffeId = CALLER) -> CertificateBundle:
         return self.ca.issue(identity)
@@ -164,9 +151,9 @@ class Link:
 
 
 @pytest.fixture(scope="module")
-def caller(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacker]:
+def caller(lab: Lab) -> Iterator[Attacker]:
     with lab.inside("outside/caller") as place:
-        yield Attacker(lab, place, tmp_path_factory.mktemp("attacker"))
+        yield Attacker(lab, place)
 
 
 @pytest.fixture
@@ -260,7 +247,7 @@ def test_a_handshake_that_stalls_is_cut_off(attacker: Attacker) -> None:
     with attacker.connect() as silent, attacker.connect() as begun, attacker.shake_hands(attacker.certificate()) as done:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         with pytest.raises(ssl.SSLWantReadError):
-            attacker.context(None).wrap_bio(incoming, outgoing).do_handshake()
+            trusting_context(None).wrap_bio(incoming, outgoing).do_handshake()
         begun.sendall(outgoing.read()[:100])
         for sock, what in (
             (silent, "tls handshake error: not complete"),
@@ -276,9 +263,9 @@ def test_a_handshake_that_stalls_is_cut_off(attacker: Attacker) -> None:
 
 
 def test_old_versions_and_foreign_protocols_of_tls_are_refused(attacker: Attacker) -> None:
-    old = attacker.context(attacker.certificate())
+    old = trusting_context(attacker.certificate())
     old.maximum_version = ssl.TLSVersion.TLSv1_2
-    http = attacker.context(attacker.certificate(), alpn=("http/1.1",))
+    http = trusting_context(attacker.certificate(), alpn=("http/1.1",))
     for context, because in ((old, "unsupported protocol"), (http, "no protocol in common: the peer offers http/1.1")):
         sock = attacker.connect()
         name = "{}:{}".format(*sock.getsockname())
@@ -375,7 +362,7 @@ def test_a_bad_request_gets_its_status_and_one_record(
 
 def test_a_bad_request_over_ipv6_is_judged_alike(attacker: Attacker) -> None:
     ip = next(ip for ip in attacker.server if ":" in ip)
-    with attacker.context(attacker.certificate()).wrap_socket(attacker.connect(ip=f"[{ip}]")) as sock:
+    with trusting_context(attacker.certificate()).wrap_socket(attacker.connect(ip=f"[{ip}]")) as sock:
         link = Link(sock)
         link.send(PREFACE + SettingsFrame(0).serialize())
         for stream, (authority, status) in enumerate(
@@ -631,12 +618,12 @@ def test_garbage_on_the_control_planes_port_ends_nothing(lab: Lab, caller: Attac
     )
     grpc = ((":authority", "x"), ("content-type", "application/grpc"), ("te", "trailers"))
     for name, (data, _) in FRAMES.items():
-        with caller.context(None).wrap_socket(caller.connect(15012, address)) as sock, suppress(ConnectionError, ssl.SSLError):
+        with trusting_context(None).wrap_socket(caller.connect(15012, address)) as sock, suppress(ConnectionError, ssl.SSLError):
             link = Link(sock)
             link.send(PREFACE + SettingsFrame(0).serialize(), link.headers(1, *call, *grpc), data)
             answer = link.status(1, "grpc-status")
             assert answer == "16" or answer.startswith(("reset", "goaway", "closed")), f"a caller without a token gets {answer} ({name})"
-    with caller.context(None).wrap_socket(caller.connect(15012, address)) as sock, suppress(ConnectionError, ssl.SSLError):
+    with trusting_context(None).wrap_socket(caller.connect(15012, address)) as sock, suppress(ConnectionError, ssl.SSLError):
         link = Link(sock)
         link.send(PREFACE + SettingsFrame(0).serialize())
         for stream in range(1, 10_001, 2):

@@ -25,14 +25,11 @@ def _request(method: bytes = b"GET", **headers: bytes) -> Request:
         (replies.no_endpoint("x"), 503, b"no healthy upstream", ["UH"], "no_healthy_upstream"),
         (replies.response_timeout("x"), 504, b"upstream request timeout", ["UT"], "response_timeout"),
         (replies.per_try_timeout("x"), 504, b"upstream request timeout", ["UT"], "upstream_per_try_timeout"),
-        (replies.refused_head(408, "x"), 408, b"request timeout", [], "request_header_timeout"),
-        (replies.stream_timeout(request_complete=False), 408, b"stream timeout", ["SI"], "stream_idle_timeout"),
-        (replies.stream_timeout(request_complete=True), 504, b"stream timeout", ["SI"], "stream_idle_timeout"),
+        (replies.refused_head(408, "x"), 408, b"request header timeout", [], "request_header_timeout"),
         (replies.refused_head(431, "too large"), 431, b"Request Header Fields Too Large", ["DPE"], "http1.headers_too_large"),
         (replies.refused_head(400, "bad head"), 400, b"Bad Request", ["DPE"], "http1.codec_error.bad_head"),
         (replies.refused_head(400, "bad head", serial=False), 400, b"Bad Request", ["DPE"], "http2.codec_error.bad_head"),
         (replies.refused_head(426, "HTTP/1.0"), 426, b"Upgrade Required", ["DPE"], "low_version"),
-        (replies.too_large(), 413, b"Payload Too Large", [], "request_payload_too_large"),
     ],
 )
 def test_a_situation_has_its_status_body_flag_and_details(
