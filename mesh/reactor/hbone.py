@@ -356,6 +356,8 @@ class HboneLink:
         """DER, once `ready`; verified up to a root of ours and by the caller's judgement."""
         self.pooled = False
         """The owner keeps this link for later tunnels: ping it also when it carries none."""
+        self.on_room: Callable[[], None] | None = None
+        """Called once, when a tunnel has ended, and then forgotten. It may not end the link."""
         self.owner: object = None
         """For whoever holds the link; not touched here."""
 
@@ -664,9 +666,9 @@ class HboneLink:
                     self._tunnel_moved(ended)
                 return ended
             case TunnelReset(stream=stream, code=code):
-                gone = self._tunnels.pop(stream, None)
+                gone = self._tunnels.get(stream)
                 if gone is not None:
-                    self._shut_out.discard(gone)
+                    self._leave(gone)
                     self._guard(gone, lambda: gone._lost(f"tunnel reset by peer: {_code_name(code)}", code, retryable=event.is_retryable))
                 return gone
             case TunnelResponded():
@@ -752,9 +754,17 @@ class HboneLink:
 
     def _tunnel_moved(self, tunnel: Tunnel) -> None:
         if not tunnel.alive:
-            self._tunnels.pop(tunnel.stream, None)
-            self._shut_out.discard(tunnel)
+            self._leave(tunnel)
         self._schedule_pump()
+
+    def _leave(self, tunnel: Tunnel) -> None:
+        """The tunnel is one of the link's no more."""
+        self._tunnels.pop(tunnel.stream, None)
+        self._shut_out.discard(tunnel)
+        on_room = self.on_room
+        if on_room is not None:
+            self.on_room = None
+            on_room()
 
     def _let_in(self, tunnel: Tunnel | None) -> None:
         if tunnel is not None and tunnel._window_shut:

@@ -14,6 +14,7 @@ from mesh.model.identity import SpiffeId
 from mesh.reactor import hbone, tls
 from mesh.reactor.hbone import HboneLink, Tunnel, TunnelFailure, TunnelRequest, connect_hbone
 from mesh.reactor.relay import RelayResult, TunnelRelay, relay_tunnel
+from mesh.reactor.tcp import reset as reset_tcp
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, Path, ReactorThread, open_descriptors, read_all, tcp_listener, wait_until
 from mesh.tls.contexts import client_context, server_context
@@ -313,6 +314,28 @@ def test_a_draining_server_lets_tunnels_end_and_the_client_goes_elsewhere(path: 
         wait_until(lambda: first.closed, "the drained link to close")
     assert near(path).failures[0] is None
     assert {result.error for result in path.results(2)} == {None}
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+def test_a_link_tells_once_that_a_tunnel_of_its_has_ended(path: Path, orderly: bool) -> None:
+    told: list[int] = []
+    with ExitStack() as stack:
+        ends = [path.connect() for _ in range(2)]
+        for pair in ends:
+            for sock in pair:
+                stack.enter_context(sock)
+        link = near(path).link
+        assert link is not None
+        link.on_room = lambda: told.append(link.active)
+        for client, server in ends:
+            client.shutdown(socket.SHUT_WR)
+            assert server.recv(1) == b""
+            assert not orderly or told == [1] * (len(ends) - link.active), "half a tunnel is one still"
+            if not orderly:
+                reset_tcp(server)
+            server.close()
+        wait_until(lambda: link.active == 0, "both tunnels to end")
+    assert told == [1]
 
 
 def test_draining_an_idle_link_closes_it(path: Path) -> None:
