@@ -127,8 +127,8 @@ class Tunnel:
     """One CONNECT stream. Data that arrives before a consumer is attached waits here, bounded by the stream window."""
 
     __slots__ = (
-        "_chunks", "_ended", "_held", "_in_round", "_local_end", "_on_response", "_request", "_reset", "_response_timer",
-        "_state", "_waiting", "_window_shut", "authority", "consumer", "headers", "link", "stream",
+        "_chunks", "_ended", "_held", "_in_round", "_local_end", "_on_response", "_request", "_reset", "_state",
+        "_waiting", "_window_shut", "authority", "consumer", "headers", "link", "stream",
     )  # fmt: skip
 
     def __init__(self, link: HboneLink, stream: int, authority: str, headers: Mapping[str, str]) -> None:
@@ -139,7 +139,6 @@ class Tunnel:
         """Of the peer: the request's on a server, the response's on a client. Lower-case names."""
         self.consumer: TunnelConsumer | None = None
         self._on_response: OnResponse | None = None
-        self._response_timer: Timer | None = None
         self._request: TunnelRequest | None = None
         self._chunks: list[memoryview] = []
         self._held = bytearray()
@@ -259,10 +258,9 @@ class Tunnel:
             on_response(failure)
 
     def _take_on_response(self) -> OnResponse | None:
-        if self._response_timer is not None:
-            self._response_timer.cancel()
-            self._response_timer = None
         on_response, self._on_response = self._on_response, None
+        if on_response is not None:
+            self.link._unanswered.pop(self, None)
         return on_response
 
 
@@ -351,6 +349,9 @@ class HboneLink:
         self._heard_since_tick = False
         self._ping_sent_at: float | None = None
         self._timer: Timer | None = None
+        self._unanswered: dict[Tunnel, float] = {}
+        """Requests by the time of their CONNECT, the oldest first."""
+        self._answer_timer: Timer | None = None
         self._local_address: SocketAddress | None = None
         self.peer_certificate: bytes | None = None
         """DER, once `ready`; verified up to a root of ours and by the caller's judgement."""
@@ -376,7 +377,9 @@ class HboneLink:
     @property
     def usable(self) -> bool:
         """Client: whether `open_tunnel` may be called now: not closed or closing, and within the peer's number of streams."""
-        return self.ready and not self._draining and not self._closing and self._client is not None and self._client.available_tunnels > 0
+        if self._closed or self._closing or self._draining or self._client is None:
+            return False
+        return self._engine.established and self._client.takes_tunnels
 
     @property
     def closed(self) -> bool:
@@ -399,10 +402,9 @@ class HboneLink:
 
     # --- what the owner does
 
-    def open_tunnel(
-        self, authority: str, headers: Mapping[str, str], on_response: OnResponse, *, timeout: float = RESPONSE_TIMEOUT
-    ) -> Tunnel:
-        """Client: send CONNECT. ``on_response`` gets the tunnel (status 200) or a TunnelFailure, never within this call.
+    def open_tunnel(self, authority: str, headers: Mapping[str, str], on_response: OnResponse) -> Tunnel:
+        """Client: send CONNECT. ``on_response`` gets the tunnel (status 200) or a TunnelFailure, within `RESPONSE_TIMEOUT` and never within
+        this call.
 
         Attach a consumer within ``on_response`` or later; no byte is lost meanwhile. The returned tunnel is only good for ``reset``
         (with which a dial is cancelled) until then.
@@ -419,11 +421,22 @@ class HboneLink:
         assert state is not None  # made by this call
         tunnel = self._enter(Tunnel(self, stream, authority, {}), state)
         tunnel._on_response = on_response
-        tunnel._response_timer = self._reactor.call_later(
-            timeout, lambda: tunnel.reset(ErrorCode.CANCEL, f"no response to CONNECT within {timeout:g} s")
-        )
+        self._unanswered[tunnel] = self._reactor.now()
+        if self._answer_timer is None:
+            self._answer_timer = self._reactor.call_later(RESPONSE_TIMEOUT, self._give_up_unanswered)
         self._schedule_pump()
         return tunnel
+
+    def _give_up_unanswered(self) -> None:
+        """One timer for all requests: the oldest is due first."""
+        self._answer_timer = None
+        now = self._reactor.now()
+        for tunnel, asked in list(self._unanswered.items()):
+            left = asked + RESPONSE_TIMEOUT - now
+            if left > 0:
+                self._answer_timer = self._reactor.call_later(left, self._give_up_unanswered)
+                return
+            self._guard(tunnel, partial(tunnel.reset, ErrorCode.CANCEL, f"no response to CONNECT within {RESPONSE_TIMEOUT:g} s"))
 
     def _enter(self, tunnel: Tunnel, state: Stream) -> Tunnel:
         self._tunnels[tunnel.stream] = tunnel
@@ -993,8 +1006,9 @@ class HboneLink:
         self._closed = True
         self._reactor.remove(self._fd)
         self._sock.close()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._answer_timer):
+            if timer is not None:
+                timer.cancel()
         self._round.clear()
         self._shut_out.clear()
         tunnels, self._tunnels = self._tunnels, {}

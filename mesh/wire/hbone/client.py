@@ -32,20 +32,22 @@ class HboneClient(HboneConnection):
         self._last_served = MAX_STREAM_ID
 
     @property
-    def available_tunnels(self) -> int:
-        """How many tunnels may be requested now: none after GOAWAY in either direction, else what the peer's concurrency leaves."""
-        if self.going_away or self._failure is not None:
-            return 0
-        unused = (MAX_STREAM_ID + 1 - self._next_stream) // 2
-        return max(0, min(self.peer_max_concurrent_streams - self.active_streams, unused))
+    def takes_tunnels(self) -> bool:
+        """Whether a tunnel may be requested now: not after GOAWAY in either direction, and within the peer's concurrency."""
+        return (
+            len(self._streams) < self._peer_max_streams
+            and not (self._goaway_sent or self._goaway_received)
+            and self._next_stream <= MAX_STREAM_ID
+            and self._failure is None
+        )
 
     def request_tunnel(self, authority: str, headers: Mapping[str, str]) -> int:
         """Send CONNECT; returns the stream. `TunnelResponded` or `TunnelReset` follows; send no DATA before.
 
         ``authority`` is ``ip:port``, ``[v6]:port`` or ``hostname:port``; header names are lower-case. Raises LocalProtocolError when
-        `available_tunnels` is 0.
+        `takes_tunnels` is False.
         """
-        if not self.available_tunnels:
+        if not self.takes_tunnels:
             raise LocalProtocolError("the peer takes no more tunnels on this connection")
         stream = Stream(self._next_stream, self._limits.stream_window, self._initial_send_window)
         self._next_stream += 2

@@ -436,9 +436,9 @@ class Asking:
         )
         assert ready.wait(10)
 
-    def ask(self, headers: Mapping[str, str] | None = None, timeout: float = 10.0) -> Tunnel:
+    def ask(self, headers: Mapping[str, str] | None = None) -> Tunnel:
         before = len(self.requests)
-        tunnel = self.thread.call(lambda: self.link.open_tunnel("10.0.0.1:80", headers or {}, self.answers.append, timeout=timeout))
+        tunnel = self.thread.call(lambda: self.link.open_tunnel("10.0.0.1:80", headers or {}, self.answers.append))
         wait_until(lambda: len(self.requests) > before, "the request")
         return tunnel
 
@@ -479,9 +479,21 @@ def test_a_refusal_arrives_as_a_failure_with_its_status(asking: Asking, status: 
     assert asking.link.active == 0
 
 
-def test_a_request_never_answered_times_out_and_is_withdrawn(asking: Asking) -> None:
+def test_each_request_that_is_never_answered_times_out_by_itself(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One timer serves them all: whoever was answered meanwhile is passed over."""
+    monkeypatch.setattr(hbone, "RESPONSE_TIMEOUT", 0.2)
+    for _ in range(3):
+        asking.ask()
+    asking.do(lambda: asking.requests[1].refuse(503))
+    because = [failure.because for failure in (asking.answer(), asking.answer(), asking.answer()) if isinstance(failure, TunnelFailure)]
+    assert because == ["http status: 503", *["no response to CONNECT within 0.2 s"] * 2]
+    assert not asking.link._unanswered
+
+
+def test_a_request_never_answered_times_out_and_is_withdrawn(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hbone, "RESPONSE_TIMEOUT", 0.2)
     gone: list[str] = []
-    asking.ask(timeout=0.2)
+    asking.ask()
     asking.requests[0].on_gone = gone.append
     failure = asking.answer()
     assert isinstance(failure, TunnelFailure)
