@@ -760,10 +760,10 @@ class HboneLink:
     # --- sending
 
     def _schedule_pump(self) -> None:
-        """Send after the events at hand, so that what they all have to say goes out together."""
+        """Send at the end of the turn, so that what all that it does has to say goes out together."""
         if not self._pump_scheduled:
             self._pump_scheduled = True
-            self._reactor.call_soon(self._pump, self.abort)
+            self._reactor.call_last(self._pump, self.abort)
 
     def _tunnel_moved(self, tunnel: Tunnel) -> None:
         if not tunnel.alive:
