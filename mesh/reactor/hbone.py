@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from mesh.reactor.loop import CONNECTION, OUT, PEER_CLOSED, Reactor, Timer
-from mesh.reactor.tcp import enable_keepalive, socket_address
+from mesh.reactor.tcp import socket_address
 from mesh.reactor.tls import PLAIN_OUT_SIZE, READ_SIZE, TlsEngine, TlsError, scratch, tls_engine
 from mesh.wire.authority import Authority
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
@@ -473,8 +473,6 @@ class HboneLink:
 
     def _start(self) -> None:
         self._sock.setblocking(False)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        enable_keepalive(self._sock)
         self._timer = self._reactor.call_later(HANDSHAKE_TIMEOUT, self._on_handshake_timeout)
         self._reactor.add(self._fd, CONNECTION, self._on_event, self.abort)
         if self._client is not None:
@@ -1046,7 +1044,7 @@ def serve_hbone(
     limits: Limits = SERVER_LIMITS,
     wrong_method: int = 400,
 ) -> HboneLink:
-    """Serve HBONE on an accepted socket, which is the link's from now on.
+    """Serve HBONE on an accepted socket (`mesh.reactor.tcp.listen_on`), which is the link's from now on.
 
     ``on_handshake(peer_der)`` is asked within the TLS handshake, once the chain is verified: None takes the peer, text refuses it (the
     peer gets an alert). ``on_request`` gets each valid CONNECT; ``on_refused`` is told of each other request, which has been answered
@@ -1070,7 +1068,7 @@ def connect_hbone(
     on_ready: Callable[[HboneLink], None],
     on_close: OnClose,
 ) -> HboneLink:
-    """Speak HBONE to a server on a connected socket, which is the link's from now on.
+    """Speak HBONE to a server on a connected socket, which is the link's from now on; its options are the caller's to set.
 
     ``verify_peer(der)``: None takes the server, text refuses it. ``on_ready(link)`` comes after the handshake, never within this call;
     ``on_close`` as in `serve_hbone`, also when the handshake failed (then without ``on_ready``). Under TLS 1.3 a server's refusal of
