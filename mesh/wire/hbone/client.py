@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Final
 
 from mesh.wire.errors import ErrorCode, LocalProtocolError
@@ -12,22 +13,27 @@ from mesh.wire.hbone.connection import HboneConnection, Limits
 from mesh.wire.hbone.events import GoingAway, TunnelReset, TunnelResponded
 from mesh.wire.hbone.streams import Signal, Stream
 from mesh.wire.headers import Fields, MalformedHeaders, parse_response
-from mesh.wire.settings import SettingCode
+from mesh.wire.settings import SettingCode, opening
 
 CLIENT_LIMITS: Final = Limits(max_header_list_size=16 << 10)
+
+
+@lru_cache(maxsize=16)
+def _opening(limits: Limits) -> bytes:
+    settings = {
+        SettingCode.ENABLE_PUSH: 0,
+        SettingCode.INITIAL_WINDOW_SIZE: limits.stream_window,
+        SettingCode.MAX_FRAME_SIZE: limits.max_frame_size,
+        SettingCode.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
+    }
+    return opening(settings, server=False)
 
 
 class HboneClient(HboneConnection):
     """The client core. Its preface and SETTINGS are outgoing from the start; tunnels may be requested at once."""
 
     def __init__(self, *, now: Callable[[], float], limits: Limits = CLIENT_LIMITS) -> None:
-        settings = {
-            SettingCode.ENABLE_PUSH: 0,
-            SettingCode.INITIAL_WINDOW_SIZE: limits.stream_window,
-            SettingCode.MAX_FRAME_SIZE: limits.max_frame_size,
-            SettingCode.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
-        }
-        super().__init__(now=now, limits=limits, server=False, settings=settings)
+        super().__init__(now=now, limits=limits, server=False, opening=_opening(limits))
         self._next_stream = 1
         self._last_served = MAX_STREAM_ID
 
