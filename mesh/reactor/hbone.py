@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from mesh.reactor.loop import CONNECTION, OUT, PEER_CLOSED, Reactor, Timer
-from mesh.reactor.tcp import enable_keepalive, socket_address
+from mesh.reactor.tcp import socket_address
 from mesh.reactor.tls import PLAIN_OUT_SIZE, READ_SIZE, TlsEngine, TlsError, scratch, tls_engine
 from mesh.wire.authority import Authority
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
@@ -127,8 +127,8 @@ class Tunnel:
     """One CONNECT stream. Data that arrives before a consumer is attached waits here, bounded by the stream window."""
 
     __slots__ = (
-        "_chunks", "_ended", "_held", "_in_round", "_local_end", "_on_response", "_request", "_reset", "_response_timer",
-        "_state", "_waiting", "_window_shut", "authority", "consumer", "headers", "link", "stream",
+        "_chunks", "_ended", "_held", "_in_round", "_local_end", "_on_response", "_request", "_reset", "_state",
+        "_waiting", "_window_shut", "authority", "consumer", "headers", "link", "stream",
     )  # fmt: skip
 
     def __init__(self, link: HboneLink, stream: int, authority: str, headers: Mapping[str, str]) -> None:
@@ -139,7 +139,6 @@ class Tunnel:
         """Of the peer: the request's on a server, the response's on a client. Lower-case names."""
         self.consumer: TunnelConsumer | None = None
         self._on_response: OnResponse | None = None
-        self._response_timer: Timer | None = None
         self._request: TunnelRequest | None = None
         self._chunks: list[memoryview] = []
         self._held = bytearray()
@@ -259,10 +258,9 @@ class Tunnel:
             on_response(failure)
 
     def _take_on_response(self) -> OnResponse | None:
-        if self._response_timer is not None:
-            self._response_timer.cancel()
-            self._response_timer = None
         on_response, self._on_response = self._on_response, None
+        if on_response is not None:
+            self.link._unanswered.pop(self, None)
         return on_response
 
 
@@ -351,11 +349,16 @@ class HboneLink:
         self._heard_since_tick = False
         self._ping_sent_at: float | None = None
         self._timer: Timer | None = None
+        self._unanswered: dict[Tunnel, float] = {}
+        """Requests by the time of their CONNECT, the oldest first."""
+        self._answer_timer: Timer | None = None
         self._local_address: SocketAddress | None = None
         self.peer_certificate: bytes | None = None
         """DER, once `ready`; verified up to a root of ours and by the caller's judgement."""
         self.pooled = False
         """The owner keeps this link for later tunnels: ping it also when it carries none."""
+        self.on_room: Callable[[], None] | None = None
+        """Called once, when a tunnel has ended, and then forgotten. It may not end the link."""
         self.owner: object = None
         """For whoever holds the link; not touched here."""
 
@@ -374,7 +377,9 @@ class HboneLink:
     @property
     def usable(self) -> bool:
         """Client: whether `open_tunnel` may be called now: not closed or closing, and within the peer's number of streams."""
-        return self.ready and not self._draining and not self._closing and self._client is not None and self._client.available_tunnels > 0
+        if self._closed or self._closing or self._draining or self._client is None:
+            return False
+        return self._engine.established and self._client.takes_tunnels
 
     @property
     def closed(self) -> bool:
@@ -397,10 +402,9 @@ class HboneLink:
 
     # --- what the owner does
 
-    def open_tunnel(
-        self, authority: str, headers: Mapping[str, str], on_response: OnResponse, *, timeout: float = RESPONSE_TIMEOUT
-    ) -> Tunnel:
-        """Client: send CONNECT. ``on_response`` gets the tunnel (status 200) or a TunnelFailure, never within this call.
+    def open_tunnel(self, authority: str, headers: Mapping[str, str], on_response: OnResponse) -> Tunnel:
+        """Client: send CONNECT. ``on_response`` gets the tunnel (status 200) or a TunnelFailure, within `RESPONSE_TIMEOUT` and never within
+        this call.
 
         Attach a consumer within ``on_response`` or later; no byte is lost meanwhile. The returned tunnel is only good for ``reset``
         (with which a dial is cancelled) until then.
@@ -417,11 +421,22 @@ class HboneLink:
         assert state is not None  # made by this call
         tunnel = self._enter(Tunnel(self, stream, authority, {}), state)
         tunnel._on_response = on_response
-        tunnel._response_timer = self._reactor.call_later(
-            timeout, lambda: tunnel.reset(ErrorCode.CANCEL, f"no response to CONNECT within {timeout:g} s")
-        )
+        self._unanswered[tunnel] = self._reactor.now()
+        if self._answer_timer is None:
+            self._answer_timer = self._reactor.call_later(RESPONSE_TIMEOUT, self._give_up_unanswered)
         self._schedule_pump()
         return tunnel
+
+    def _give_up_unanswered(self) -> None:
+        """One timer for all requests: the oldest is due first."""
+        self._answer_timer = None
+        now = self._reactor.now()
+        for tunnel, asked in list(self._unanswered.items()):
+            left = asked + RESPONSE_TIMEOUT - now
+            if left > 0:
+                self._answer_timer = self._reactor.call_later(left, self._give_up_unanswered)
+                return
+            self._guard(tunnel, partial(tunnel.reset, ErrorCode.CANCEL, f"no response to CONNECT within {RESPONSE_TIMEOUT:g} s"))
 
     def _enter(self, tunnel: Tunnel, state: Stream) -> Tunnel:
         self._tunnels[tunnel.stream] = tunnel
@@ -458,8 +473,6 @@ class HboneLink:
 
     def _start(self) -> None:
         self._sock.setblocking(False)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        enable_keepalive(self._sock)
         self._timer = self._reactor.call_later(HANDSHAKE_TIMEOUT, self._on_handshake_timeout)
         self._reactor.add(self._fd, CONNECTION, self._on_event, self.abort)
         if self._client is not None:
@@ -664,9 +677,9 @@ class HboneLink:
                     self._tunnel_moved(ended)
                 return ended
             case TunnelReset(stream=stream, code=code):
-                gone = self._tunnels.pop(stream, None)
+                gone = self._tunnels.get(stream)
                 if gone is not None:
-                    self._shut_out.discard(gone)
+                    self._leave(gone)
                     self._guard(gone, lambda: gone._lost(f"tunnel reset by peer: {_code_name(code)}", code, retryable=event.is_retryable))
                 return gone
             case TunnelResponded():
@@ -745,16 +758,24 @@ class HboneLink:
     # --- sending
 
     def _schedule_pump(self) -> None:
-        """Send after the events at hand, so that what they all have to say goes out together."""
+        """Send at the end of the turn, so that what all that it does has to say goes out together."""
         if not self._pump_scheduled:
             self._pump_scheduled = True
-            self._reactor.call_soon(self._pump, self.abort)
+            self._reactor.call_last(self._pump, self.abort)
 
     def _tunnel_moved(self, tunnel: Tunnel) -> None:
         if not tunnel.alive:
-            self._tunnels.pop(tunnel.stream, None)
-            self._shut_out.discard(tunnel)
+            self._leave(tunnel)
         self._schedule_pump()
+
+    def _leave(self, tunnel: Tunnel) -> None:
+        """The tunnel is one of the link's no more."""
+        self._tunnels.pop(tunnel.stream, None)
+        self._shut_out.discard(tunnel)
+        on_room = self.on_room
+        if on_room is not None:
+            self.on_room = None
+            on_room()
 
     def _let_in(self, tunnel: Tunnel | None) -> None:
         if tunnel is not None and tunnel._window_shut:
@@ -983,8 +1004,9 @@ class HboneLink:
         self._closed = True
         self._reactor.remove(self._fd)
         self._sock.close()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._answer_timer):
+            if timer is not None:
+                timer.cancel()
         self._round.clear()
         self._shut_out.clear()
         tunnels, self._tunnels = self._tunnels, {}
@@ -1022,7 +1044,7 @@ def serve_hbone(
     limits: Limits = SERVER_LIMITS,
     wrong_method: int = 400,
 ) -> HboneLink:
-    """Serve HBONE on an accepted socket, which is the link's from now on.
+    """Serve HBONE on an accepted socket (`mesh.reactor.tcp.listen_on`), which is the link's from now on.
 
     ``on_handshake(peer_der)`` is asked within the TLS handshake, once the chain is verified: None takes the peer, text refuses it (the
     peer gets an alert). ``on_request`` gets each valid CONNECT; ``on_refused`` is told of each other request, which has been answered
@@ -1046,7 +1068,7 @@ def connect_hbone(
     on_ready: Callable[[HboneLink], None],
     on_close: OnClose,
 ) -> HboneLink:
-    """Speak HBONE to a server on a connected socket, which is the link's from now on.
+    """Speak HBONE to a server on a connected socket, which is the link's from now on; its options are the caller's to set.
 
     ``verify_peer(der)``: None takes the server, text refuses it. ``on_ready(link)`` comes after the handshake, never within this call;
     ``on_close`` as in `serve_hbone`, also when the handshake failed (then without ``on_ready``). Under TLS 1.3 a server's refusal of

@@ -95,6 +95,7 @@ class Reactor:
         self.alone = False
         """Within a callback for an event: it is the only event of this turn."""
         self._soon: deque[tuple[Callable[[], None], Abort | None]] = deque()
+        self._last: deque[tuple[Callable[[], None], Abort | None]] = deque()
         self._guest_soon: deque[Callable[[], object]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._timer_serial = 0
@@ -139,6 +140,10 @@ class Reactor:
     def call_soon(self, fn: Callable[[], None], abort: Abort | None = None) -> None:
         """Call ``fn()`` after the events at hand, before waiting again."""
         self._soon.append((fn, abort))
+
+    def call_last(self, fn: Callable[[], None], abort: Abort | None = None) -> None:
+        """Call ``fn()`` when the turn has nothing else to do: for sending what all that the turn does has to say."""
+        self._last.append((fn, abort))
 
     def call_later(self, seconds: float, fn: Callable[[], None]) -> Timer:
         """Call ``fn()`` once, ``seconds`` from now."""
@@ -189,11 +194,11 @@ class Reactor:
     def _loop(self) -> outcome.Outcome[Any]:
         """Turn after turn until trio is done. Flat and on local names: it goes round once for every message that passes."""
         poll, monotonic, registrations = self._epoll.poll, time.monotonic, self._registrations
-        timers, soon, guest_soon = self._timers, self._soon, self._guest_soon
+        timers, soon, last, guest_soon = self._timers, self._soon, self._last, self._guest_soon
         now = monotonic()
         timeout: float | None
         while self._outcome is None:
-            if soon or guest_soon:
+            if soon or last or guest_soon:
                 timeout = 0
             elif timers:
                 if timers[0][2]._fn is None:
@@ -219,9 +224,11 @@ class Reactor:
             if timers and timers[0][0] <= now:
                 self._run_timers(now)
             if soon:
-                self._run_soon()
-                if soon:  # what a call asks for, as a relay's end a log line, most often need not wait for another look at the events
-                    self._run_soon()
+                self._run_calls(soon)
+            if last:
+                self._run_calls(last)
+            if soon:  # what these ask for, as a relay's end a log line, most often need not wait for another look at the events
+                self._run_calls(soon)
             if guest_soon:
                 for _ in range(len(guest_soon)):
                     guest_soon.popleft()()
@@ -248,10 +255,10 @@ class Reactor:
             except Exception as exc:
                 self._on_error(exc, f"timer {fn!r}")
 
-    def _run_soon(self) -> None:
-        soon = self._soon
-        for _ in range(len(soon)):
-            fn, abort = soon.popleft()
+    def _run_calls(self, calls: deque[tuple[Callable[[], None], Abort | None]]) -> None:
+        """Those that are there now: what they add has its turn later."""
+        for _ in range(len(calls)):
+            fn, abort = calls.popleft()
             try:
                 fn()
             except Exception as exc:

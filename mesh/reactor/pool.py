@@ -9,7 +9,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from functools import partial
+from typing import TypeAlias
 
 from OpenSSL import SSL
 
@@ -37,13 +38,25 @@ class PoolLimits:
     unused_release: float
 
 
-class PoolKey(NamedTuple):
-    """What two tunnels must have in common to share a connection."""
+class PoolKey:
+    """What two tunnels must have in common to share a connection. Who asks with the same object each time saves its hash, which is most of
+    what a checkout costs: those of addresses and identities are calls in Python."""
 
-    source: SpiffeId
-    expected: frozenset[SpiffeId]
-    peer: SocketAddress
-    source_ip: IpAddress
+    __slots__ = ("_hash", "_parts", "expected", "peer", "source", "source_ip")
+
+    def __init__(self, source: SpiffeId, expected: frozenset[SpiffeId], peer: SocketAddress, source_ip: IpAddress) -> None:
+        self.source = source
+        self.expected = expected
+        self.peer = peer
+        self.source_ip = source_ip
+        self._parts = (source, expected, peer, source_ip)
+        self._hash = hash(self._parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PoolKey) and self._parts == other._parts
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 OnLink: TypeAlias = Callable[[HboneLink | str], None]
@@ -55,9 +68,12 @@ Dial: TypeAlias = Callable[[PoolKey, OnLink, Callable[[HboneLink], None]], None]
 
 @dataclass(slots=True)
 class _Shelf:
-    """The connections of one key, and who waits for the next."""
+    """The connections of one key, in the order in which they came, and who waits for the next."""
 
-    links: list[HboneLink] = field(default_factory=list)
+    links: dict[HboneLink, None] = field(default_factory=dict)
+    roomy: dict[HboneLink, None] = field(default_factory=dict)
+    """Those of them that may take a tunnel more. Where connections carry few, nearly all are full: to ask each of them again for every
+    tunnel cost more than all the rest of it."""
     waiting: list[OnLink] = field(default_factory=list)
     dialling: int = 0
     idle_since: float | None = None
@@ -87,15 +103,34 @@ class TunnelPool:
         if shelf is None:
             shelf = self._shelves[key] = _Shelf()
         shelf.idle_since = None
-        for link in shelf.links:
-            if link.active < self._max_streams and link.usable:  # in this order: most are full where connections carry few
-                on_link(link)
-                return
+        link = self._find_room(shelf)
+        if link is not None:
+            on_link(link)
+            return
         shelf.waiting.append(on_link)
         if len(shelf.waiting) > shelf.dialling * self._max_streams:
             shelf.dialling += 1
             self._dial(key, lambda link: self._dialled(key, link), lambda link: self._closed(key, link))
         self._sweep_later()
+
+    def _find_room(self, shelf: _Shelf) -> HboneLink | None:
+        """The first connection that takes a tunnel more. Full ones stand aside until they say that a tunnel has ended."""
+        full: list[HboneLink] = []
+        found = None
+        for link in shelf.roomy:
+            if link.active < self._max_streams and link.usable:
+                found = link
+                break
+            if link.active:
+                full.append(link)
+        for link in full:
+            del shelf.roomy[link]
+            link.on_room = partial(self._has_room, shelf, link)
+        return found
+
+    def _has_room(self, shelf: _Shelf, link: HboneLink) -> None:
+        if link in shelf.links:
+            shelf.roomy[link] = None
 
     def connections(self) -> int:
         """How many established connections the pool holds."""
@@ -120,15 +155,17 @@ class TunnelPool:
         if self._gone and not isinstance(link, str):
             link.abort(GONE)
             link = GONE
-        waiting, shelf.waiting = shelf.waiting, []
         if isinstance(link, str):
+            served, shelf.waiting = shelf.waiting, []
             self._forget_if_empty(key, shelf)
         else:
             link.pooled = True
-            shelf.links.append(link)
-        for number, on_link in enumerate(waiting):
+            shelf.links[link] = shelf.roomy[link] = None
+            # The rest waits for the other dials, of which there are as many as they need.
+            served, shelf.waiting = shelf.waiting[: self._max_streams], shelf.waiting[self._max_streams :]
+        for number, on_link in enumerate(served):
             try:
-                if isinstance(link, str) or number == 0 or (number < self._max_streams and link.usable):
+                if isinstance(link, str) or number == 0 or link.usable:
                     on_link(link)
                 else:
                     self.checkout(key, on_link)
@@ -138,7 +175,8 @@ class TunnelPool:
     def _closed(self, key: PoolKey, link: HboneLink) -> None:
         shelf = self._shelves.get(key)
         if shelf is not None and link in shelf.links:
-            shelf.links.remove(link)
+            del shelf.links[link]
+            shelf.roomy.pop(link, None)
             self._forget_if_empty(key, shelf)
 
     def _forget_if_empty(self, key: PoolKey, shelf: _Shelf) -> None:

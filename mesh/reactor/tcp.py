@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeAlias
 
+from mesh.linux.sockets import set_connection_options
 from mesh.model.address import IpAddress, SocketAddress, ip_text, parse_ip
 from mesh.reactor.loop import Reactor, Timer
 
@@ -22,9 +23,6 @@ ACCEPT_PAUSE = 0.1
 
 CONNECT_TIMEOUT = 10.0
 """Seconds; ztunnel's limit for every upstream connect."""
-
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 180), (socket.TCP_KEEPINTVL, 180), (socket.TCP_KEEPCNT, 9))
-"""ztunnel's defaults for application sockets."""
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -38,13 +36,6 @@ _cached_ip: Callable[[str], IpAddress] = lru_cache(maxsize=4096)(parse_ip)
 def socket_address(name: tuple[str, int] | tuple[str, int, int, int]) -> SocketAddress:
     """What ``accept``, ``getpeername`` or ``getsockname`` return, IPv4-mapped addresses unmapped and zone dropped."""
     return SocketAddress(_cached_ip(name[0].partition("%")[0]), name[1])
-
-
-def enable_keepalive(sock: socket.socket) -> None:
-    """Let the kernel find dead peers. Set on a listener it is inherited by what is accepted there."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in KEEPALIVE:
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def reset(sock: socket.socket) -> None:
@@ -139,12 +130,12 @@ class Listener:
 
 
 def listen_on(reactor: Reactor, listening_socket: socket.socket, on_accept: OnAccept) -> Listener:
-    """Hand every connection of a bound, listening socket to ``on_accept(socket, peer)``: non-blocking, TCP_NODELAY set.
+    """Hand every connection of a bound, listening socket to ``on_accept(socket, peer)``: non-blocking, with the options of connections.
 
     The socket may be shared with other processes. If ``on_accept`` raises, that connection is reset and the error reported.
     """
     listening_socket.setblocking(False)
-    listening_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by what is accepted
+    set_connection_options(listening_socket)  # inherited by what is accepted
     return Listener(reactor, listening_socket, on_accept)
 
 

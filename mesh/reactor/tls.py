@@ -99,7 +99,8 @@ def verify_chain(connection: Any, certificate: crypto.X509, error: int, depth: i
         engine.refusal = f"certificate verify failed: {_verify_error(error)}"
         return False
     if depth == 0:
-        der = certificate.to_cryptography().public_bytes(Encoding.DER)
+        # Not by to_cryptography(), which would read it once more to write it once more.
+        der = engine.peer_der = crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate)
         engine.refusal = engine.verify_peer(der) if engine.verify_peer is not None else None
         return engine.refusal is None
     return True
@@ -112,7 +113,7 @@ class TlsEngine:
     Plaintext it puts into ``scratch().plain_out`` and calls `seal`. It sends what that says, and after the others what `take` says.
     """
 
-    __slots__ = ("_connection", "_scratch", "established", "peer_closed", "refusal", "verify_peer")
+    __slots__ = ("_connection", "_scratch", "established", "peer_closed", "peer_der", "refusal", "verify_peer")
 
     def __init__(
         self,
@@ -135,6 +136,8 @@ class TlsEngine:
         self.verify_peer = verify_peer
         """Judges the peer's verified certificate (DER) within the handshake; text refuses it."""
         self.refusal: str | None = None
+        self.peer_der: bytes | None = None
+        """What `verify_chain` was shown; nobody's until the handshake is over."""
         self.established = False
         self.peer_closed = False
         """The peer has sent close_notify: end of data, and not a truncation."""
@@ -207,6 +210,8 @@ class TlsEngine:
 
     def peer_certificate(self) -> bytes | None:
         """The peer's certificate, DER."""
+        if self.peer_der is not None:
+            return self.peer_der
         certificate = self._connection.get_peer_certificate(as_cryptography=True)
         return None if certificate is None else certificate.public_bytes(Encoding.DER)
 

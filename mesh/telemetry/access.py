@@ -7,8 +7,9 @@ Fields and their order are ztunnel's (target ``access``). Ours follow them: ``re
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -37,33 +38,45 @@ class AccessEvent(Enum):
 _COMPLETE = AccessEvent.COMPLETE  # members of an enum are slower to find
 
 
-# Named tuples rather than frozen dataclasses: a connection makes three, and a frozen dataclass sets every field by a call.
-class AccessPeer(NamedTuple):
-    """One side of a connection as the log names it; empty: not known. ``identity`` only when mutual TLS proved it."""
+# No slots: the texts are kept in the instance, which all connections between the same ends share.
+@dataclass(frozen=True)
+class AccessPeer:
+    """Who one side of a connection is, as the log names it; empty: not known. ``identity`` only when mutual TLS proved it."""
 
-    address: SocketAddress | None
     workload: str = ""
     namespace: str = ""
     cluster: str = ""
     identity: SpiffeId | None = None
 
     @classmethod
-    def of(cls, address: SocketAddress | None, workload: Workload | None, identity: SpiffeId | None = None) -> AccessPeer:
+    def of(cls, workload: Workload | None, identity: SpiffeId | None = None) -> AccessPeer:
         if workload is None:
-            return cls(address, identity=identity)
-        return cls(address, workload.name or workload.canonical_name, workload.namespace, workload.cluster_id, identity)
+            return cls(identity=identity)
+        return cls(workload.name or workload.canonical_name, workload.namespace, workload.cluster_id, identity)
+
+    @cached_property
+    def plain_source(self) -> str:
+        """Each field with a blank behind it."""
+        return _plain_named("src", self)
+
+    @cached_property
+    def plain_destination(self) -> str:
+        return _plain_named("dst", self)
 
 
+# A named tuple rather than a frozen dataclass, which sets every field by a call.
 class AccessRecord(NamedTuple):
     """``bytes_sent``/``bytes_recv`` as ztunnel counts them: outbound sent = application to peer, inbound sent = the application's answer.
 
-    ``destination.address`` is the next hop that was dialled (outbound), the pod's own address (inbound); ``hbone_address`` the CONNECT
+    ``destination_address`` is the next hop that was dialled (outbound), the pod's own address (inbound); ``hbone_address`` the CONNECT
     authority. ``ended`` is Unix time in seconds, ``duration`` seconds.
     """
 
     event: AccessEvent
     direction: Direction
+    source_address: SocketAddress | None
     source: AccessPeer
+    destination_address: SocketAddress | None
     destination: AccessPeer
     ended: float
     duration: float = 0.0
@@ -93,21 +106,21 @@ def _level(event: AccessEvent, error: str | None) -> str:
 def format_plain(record: AccessRecord) -> str:
     """One line with its newline. Every value that others may choose is escaped."""
     # Unpacked, and one text after the other: this runs for every connection, and attributes and lists cost more than the text.
-    event, direction, source, destination, ended, duration, hbone_address, service, sent, received, error, *_ = record
+    event, direction, client, source, server, destination, ended, duration, hbone_address, service, sent, received, error, *_ = record
     line = f"{timestamp(ended)}\t{_level(event, error)}\t{SCOPE}\t{event._value_}\t"
-    if source.address is not None:
-        line += f"src.addr={source.address} "
-    line += _plain_named("src", source[1:])
-    if destination.address is not None:
-        line += f"dst.addr={destination.address} "
+    if client is not None:
+        line += f"src.addr={client} "
+    line += source.plain_source
+    if server is not None:
+        line += f"dst.addr={server} "
     if hbone_address or service:
         line += _plain_target(hbone_address, service)
-    line += f'{_plain_named("dst", destination[1:])}direction="{direction}"'
+    line += f'{destination.plain_destination}direction="{direction}"'
     if event is _COMPLETE:
         line += f' bytes_sent={sent} bytes_recv={received} duration="{round(duration * 1000)}ms"'
     if error is not None:
         line += f" error={quoted(error)}"
-    return f"{line}{_plain_decision(record[11:])}\n"
+    return f"{line}{_plain_decision(record[13:])}\n"
 
 
 def format_json(record: AccessRecord) -> str:
@@ -118,8 +131,8 @@ def format_json(record: AccessRecord) -> str:
         "scope": SCOPE,
         "message": record.event.value,
     }
-    _json_peer(fields, "src", record.source)
-    _json_peer(fields, "dst", record.destination)
+    _json_peer(fields, "src", record.source_address, record.source)
+    _json_peer(fields, "dst", record.destination_address, record.destination)
     if record.hbone_address:
         fields["dst.hbone_addr"] = record.hbone_address
     if record.service:
@@ -153,7 +166,7 @@ def _plain_decision(fields: tuple[Any, ...]) -> str:
     """The last fields of a record, each with a blank before it; most connections share them."""
     flags, *others = fields
     text = "" if flags == "-" else f" response_flags={quoted(flags)}"
-    named = zip(AccessRecord._fields[12:], others, strict=True)
+    named = zip(AccessRecord._fields[14:], others, strict=True)
     return text + "".join([f" {name}={_plain_value(value)}" for name, value in named if value is not None])
 
 
@@ -172,23 +185,21 @@ def _plain_target(hbone_address: str, service: str) -> str:
     return f"{text}dst.service={quoted(service)} " if service else text
 
 
-@lru_cache(maxsize=4096)
-def _plain_named(side: str, named: tuple[str, str, str, SpiffeId | None]) -> str:
+def _plain_named(side: str, peer: AccessPeer) -> str:
     """What lines about the same workload have in common, each field with a blank behind it."""
-    workload, namespace, cluster, identity = named
-    text = f"{side}.workload={quoted(workload)} " if workload else ""
-    if namespace:
-        text += f"{side}.namespace={quoted(namespace)} "
-    if cluster:
-        text += f"{side}.cluster={quoted(cluster)} "
-    if identity is not None:
-        text += f"{side}.identity={quoted(str(identity))} "
+    text = f"{side}.workload={quoted(peer.workload)} " if peer.workload else ""
+    if peer.namespace:
+        text += f"{side}.namespace={quoted(peer.namespace)} "
+    if peer.cluster:
+        text += f"{side}.cluster={quoted(peer.cluster)} "
+    if peer.identity is not None:
+        text += f"{side}.identity={quoted(str(peer.identity))} "
     return text
 
 
-def _json_peer(fields: dict[str, Any], side: str, peer: AccessPeer) -> None:
-    if peer.address is not None:
-        fields[f"{side}.addr"] = str(peer.address)
+def _json_peer(fields: dict[str, Any], side: str, address: SocketAddress | None, peer: AccessPeer) -> None:
+    if address is not None:
+        fields[f"{side}.addr"] = str(address)
     if peer.workload:
         fields[f"{side}.workload"] = peer.workload
     if peer.namespace:

@@ -13,6 +13,7 @@ from typing import Final, Protocol, TypeAlias
 
 from OpenSSL import SSL
 
+from mesh.linux.sockets import KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.destination import Keepalive, UpstreamTls
@@ -39,6 +40,9 @@ LIMITS: Final = PoolLimits(max_streams=100, unused_release=300.0)
 MOST_RETRIES: Final = 3
 """As the agents: a peer's agent may have several movers that die at once, and each has pooled connections of which one hears one after the
 other. Nothing of the application's has gone with an unanswered CONNECT."""
+
+_LINK_KEEPALIVE: Final = Keepalive(KEEPALIVE_PROBES, KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS)
+"""Of HBONE connections, which no rule is about."""
 
 _ANYWHERE: Final = IPv4Address(0)
 """A waypoint's connections all come from its own address."""
@@ -101,7 +105,7 @@ class Dialler:
             on_link(f"identity error: {context}")
             return
         try:
-            sock = make_socket(key.peer)
+            sock = make_socket(key.peer, _LINK_KEEPALIVE)
         except OSError as exc:
             on_link(dial_error(exc))
             return

@@ -82,7 +82,6 @@ class _Ends(NamedTuple):
     sockets_open: Series
     source: AccessPeer
     destination: AccessPeer
-    """Both without their addresses."""
     service: str
     held: tuple[object, ...]
     """Whose ids the ends are known by, so that no id gets another meaning."""
@@ -258,12 +257,14 @@ class Ledger:
         verdict, ends = living.verdict, living.ends
         source, destination, service = ends[2:5] if ends is not None else _named(living)
         sent, received = living.counted if living.direction == "outbound" else reversed(living.counted)
-        # By position, in the order of the fields: seventeen names would cost half as much again.
+        # By position, in the order of the fields: that many names would cost half as much again.
         return AccessRecord(
             event,
             living.direction,
-            AccessPeer(living.client, *source[1:]),
-            AccessPeer(living.destination, *destination[1:]),
+            living.client,
+            source,
+            living.destination,
+            destination,
             time.time(),
             self._now() - living.started,
             living.authority,
@@ -280,9 +281,9 @@ class Ledger:
 
 
 def _named(living: Living) -> tuple[AccessPeer, AccessPeer, str]:
-    """Source and destination without their addresses, and the service, as the log names them."""
+    """Source, destination and service, as the log names them."""
     return (
-        AccessPeer.of(None, living.source, living.source_identity),
-        AccessPeer.of(None, living.target, living.target_identity),
+        AccessPeer.of(living.source, living.source_identity),
+        AccessPeer.of(living.target, living.target_identity),
         living.service.hostname if living.service is not None else "",
     )

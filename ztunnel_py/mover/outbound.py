@@ -12,7 +12,7 @@ from mesh.model.route import Direct, Refusal, Route, Tunnel
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink, OnResponse, TunnelFailure
 from mesh.reactor.hbone import Tunnel as OpenTunnel
-from mesh.reactor.pool import REFUSED, PoolKey, is_unreachable
+from mesh.reactor.pool import REFUSED, is_unreachable
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
 from mesh.reactor.tcp import reset
 from mesh.wire.forwarded import write_forwarded
@@ -90,7 +90,7 @@ class Outbound:
     # HBONE
 
     def _checkout(self, route: Tunnel, workload: Workload) -> None:
-        key = PoolKey(workload.identity, route.identities, route.next_hop, self._living.client.ip)
+        key = self._pod.pool_key(route, workload, self._living.client.ip)
         self._pod.pool.checkout(key, self._guarded(self._living, lambda link: self._open_tunnel(link, route, workload)))
 
     def _open_tunnel(self, link: HboneLink | str, route: Tunnel, workload: Workload) -> None:

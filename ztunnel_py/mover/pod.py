@@ -16,6 +16,7 @@ from mesh.linux.sockets import bind_foreign, make_upstream_socket
 from mesh.model.address import IpAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.ports import PROXY_MARK
+from mesh.model.route import Tunnel
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink
 from mesh.reactor.loop import Timer
@@ -35,6 +36,7 @@ AHEAD_SECONDS = 10.0
 """How long sockets that nobody needed are kept."""
 WORKLOAD_SECONDS = 5.0
 """How long a connection waits for its own pod's workload to arrive over xDS (ztunnel O1)."""
+_POOL_KEYS_KEPT = 256
 
 T = TypeVar("T")
 
@@ -115,6 +117,8 @@ class Pod:
         self._trimmer: Timer | None = None
         self._described: tuple[Workload, str] | None = None
         self._name_server: NameServing | None = None
+        self._pool_keys: dict[tuple[int, int, int], tuple[Tunnel, Workload, IpAddress, PoolKey]] = {}
+        """By the ids of what the key is made of, which is held here so that no id gets another meaning."""
         self._known: tuple[int, Workload | None] = -1, None
         """The pod's workload at a version of the state."""
 
@@ -155,6 +159,17 @@ class Pod:
         if self._described is None or self._described[0] is not workload:
             self._described = workload, baggage_of(workload)
         return self._described[1]
+
+    def pool_key(self, route: Tunnel, workload: Workload, client: IpAddress) -> PoolKey:
+        """By which a tunnel of the pod's ``workload`` shares a connection: the same object for the same objects."""
+        by = id(route), id(workload), id(client)
+        kept = self._pool_keys.get(by)
+        if kept is None:
+            if len(self._pool_keys) >= _POOL_KEYS_KEPT:
+                self._pool_keys.clear()
+            key = PoolKey(workload.identity, route.identities, route.next_hop, client)
+            kept = self._pool_keys[by] = route, workload, client, key
+        return kept[3]
 
     def unknown_workload(self) -> str:
         """ztunnel's words for a pod that the control plane has not described."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Final
 
 from mesh.wire.errors import ErrorCode, LocalProtocolError
@@ -12,40 +13,47 @@ from mesh.wire.hbone.connection import HboneConnection, Limits
 from mesh.wire.hbone.events import GoingAway, TunnelReset, TunnelResponded
 from mesh.wire.hbone.streams import Signal, Stream
 from mesh.wire.headers import Fields, MalformedHeaders, parse_response
-from mesh.wire.settings import SettingCode
+from mesh.wire.settings import SettingCode, opening
 
 CLIENT_LIMITS: Final = Limits(max_header_list_size=16 << 10)
+
+
+@lru_cache(maxsize=16)
+def _opening(limits: Limits) -> bytes:
+    settings = {
+        SettingCode.ENABLE_PUSH: 0,
+        SettingCode.INITIAL_WINDOW_SIZE: limits.stream_window,
+        SettingCode.MAX_FRAME_SIZE: limits.max_frame_size,
+        SettingCode.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
+    }
+    return opening(settings, server=False)
 
 
 class HboneClient(HboneConnection):
     """The client core. Its preface and SETTINGS are outgoing from the start; tunnels may be requested at once."""
 
     def __init__(self, *, now: Callable[[], float], limits: Limits = CLIENT_LIMITS) -> None:
-        settings = {
-            SettingCode.ENABLE_PUSH: 0,
-            SettingCode.INITIAL_WINDOW_SIZE: limits.stream_window,
-            SettingCode.MAX_FRAME_SIZE: limits.max_frame_size,
-            SettingCode.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
-        }
-        super().__init__(now=now, limits=limits, server=False, settings=settings)
+        super().__init__(now=now, limits=limits, server=False, opening=_opening(limits))
         self._next_stream = 1
         self._last_served = MAX_STREAM_ID
 
     @property
-    def available_tunnels(self) -> int:
-        """How many tunnels may be requested now: none after GOAWAY in either direction, else what the peer's concurrency leaves."""
-        if self.going_away or self._failure is not None:
-            return 0
-        unused = (MAX_STREAM_ID + 1 - self._next_stream) // 2
-        return max(0, min(self.peer_max_concurrent_streams - self.active_streams, unused))
+    def takes_tunnels(self) -> bool:
+        """Whether a tunnel may be requested now: not after GOAWAY in either direction, and within the peer's concurrency."""
+        return (
+            len(self._streams) < self._peer_max_streams
+            and not (self._goaway_sent or self._goaway_received)
+            and self._next_stream <= MAX_STREAM_ID
+            and self._failure is None
+        )
 
     def request_tunnel(self, authority: str, headers: Mapping[str, str]) -> int:
         """Send CONNECT; returns the stream. `TunnelResponded` or `TunnelReset` follows; send no DATA before.
 
         ``authority`` is ``ip:port``, ``[v6]:port`` or ``hostname:port``; header names are lower-case. Raises LocalProtocolError when
-        `available_tunnels` is 0.
+        `takes_tunnels` is False.
         """
-        if not self.available_tunnels:
+        if not self.takes_tunnels:
             raise LocalProtocolError("the peer takes no more tunnels on this connection")
         stream = Stream(self._next_stream, self._limits.stream_window, self._initial_send_window)
         self._next_stream += 2

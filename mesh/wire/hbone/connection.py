@@ -20,7 +20,7 @@ Contract with the driver
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
@@ -46,7 +46,7 @@ from mesh.wire.hbone import patience
 from mesh.wire.hbone.events import GoingAway, HboneEvent, PingAcknowledged, TunnelData, TunnelEnded, TunnelReset, WindowOpened
 from mesh.wire.hbone.streams import Direction, Signal, Stream
 from mesh.wire.headers import Fields, HeaderReader, HeaderWriter, MalformedHeaders, check_trailers
-from mesh.wire.settings import SETTINGS_ACK, PeerSettings, SettingCode, opening
+from mesh.wire.settings import SETTINGS_ACK, PeerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,8 @@ _DATA_HEADER_INTO = _HEADER.pack_into
 class HboneConnection(ABC):
     """What client and server have in common. See the module for the contract."""
 
-    def __init__(self, *, now: Callable[[], float], limits: Limits, server: bool, settings: Mapping[SettingCode, int]) -> None:
+    def __init__(self, *, now: Callable[[], float], limits: Limits, server: bool, opening: bytes) -> None:
+        """``opening``: the first bytes of this end (`mesh.wire.settings.opening`)."""
         self._limits = limits
         self._patience = patience.Patience(now)
         self._peer = PeerSettings(of_server=not server)
@@ -94,7 +95,7 @@ class HboneConnection(ABC):
         self._reader = HeaderReader(limits.max_header_list_size)
         self._writer = HeaderWriter()
         self._events: list[HboneEvent] = []
-        self.outgoing = bytearray(opening(settings, server=server))
+        self.outgoing = bytearray(opening)
         """What `take_outgoing` will give: to see whether there is anything, and how much. A peer that asks and never reads makes it grow:
         the driver must set a bound."""
         self._failure: RemoteProtocolError | None = None

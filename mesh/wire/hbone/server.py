@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Final
 
 from mesh.wire.authority import parse_authority
@@ -13,9 +14,20 @@ from mesh.wire.hbone.connection import OWN_PING, HboneConnection, Limits
 from mesh.wire.hbone.events import RequestRefused, TunnelEnded, TunnelRequested
 from mesh.wire.hbone.streams import Signal, Stream
 from mesh.wire.headers import Fields, MalformedHeaders, parse_request
-from mesh.wire.settings import SettingCode
+from mesh.wire.settings import SettingCode, opening
 
 SERVER_LIMITS: Final = Limits()
+
+
+@lru_cache(maxsize=16)
+def _opening(limits: Limits) -> bytes:
+    settings = {
+        SettingCode.MAX_CONCURRENT_STREAMS: limits.max_concurrent_streams,
+        SettingCode.INITIAL_WINDOW_SIZE: limits.stream_window,
+        SettingCode.MAX_FRAME_SIZE: limits.max_frame_size,
+        SettingCode.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
+    }
+    return opening(settings, server=True)
 
 
 class HboneServer(HboneConnection):
@@ -24,13 +36,7 @@ class HboneServer(HboneConnection):
     def __init__(self, *, now: Callable[[], float], limits: Limits = SERVER_LIMITS, wrong_method: int = 400) -> None:
         """``wrong_method``: what a request is answered that is no CONNECT."""
         self._wrong_method = wrong_method
-        settings = {
-            SettingCode.MAX_CONCURRENT_STREAMS: limits.max_concurrent_streams,
-            SettingCode.INITIAL_WINDOW_SIZE: limits.stream_window,
-            SettingCode.MAX_FRAME_SIZE: limits.max_frame_size,
-            SettingCode.MAX_HEADER_LIST_SIZE: limits.max_header_list_size,
-        }
-        super().__init__(now=now, limits=limits, server=True, settings=settings)
+        super().__init__(now=now, limits=limits, server=True, opening=_opening(limits))
         self._highest = 0  # of the streams the peer opened
         self._highest_taken = 0  # of those that we looked at
         self._last_accepted = MAX_STREAM_ID  # by our GOAWAY

@@ -8,11 +8,12 @@ and RST_STREAM, legal in all of them, ends a stream by removing it from its conn
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import Final
 
 
-class Direction(Enum):
+# IntEnum, for each is looked up several times for every tunnel: to hash a member of Enum is a call in Python.
+class Direction(IntEnum):
     """How far one direction of a stream has come."""
 
     SILENT = auto()
@@ -21,7 +22,7 @@ class Direction(Enum):
     ENDED = auto()
 
 
-class Signal(Enum):
+class Signal(IntEnum):
     """What moves a direction on. A frame with END_STREAM is its signal, then END; trailers are END alone; a 1xx response is none."""
 
     HEADERS = auto()

@@ -122,10 +122,10 @@ def test_the_metrics_of_istiod_are_listed() -> None:
 
 
 def test_the_fields_and_flags_of_the_access_log_are_listed() -> None:
-    peer = AccessPeer(SocketAddress(parse_ip("10.0.0.1"), 1), "w", "n", "c", SpiffeId("cluster.local", "n", "a"))
+    address, peer = SocketAddress(parse_ip("10.0.0.1"), 1), AccessPeer("w", "n", "c", SpiffeId("cluster.local", "n", "a"))
     record = AccessRecord(
-        AccessEvent.COMPLETE, "inbound", peer, peer, 0.0, hbone_address="10.0.0.1:1", service="s", error="e", response_flags="DENY",
-        policy="p", rule=0, because="b", closed_first="downstream",
+        AccessEvent.COMPLETE, "inbound", address, peer, address, peer, 0.0, hbone_address="10.0.0.1:1", service="s", error="e",
+        response_flags="DENY", policy="p", rule=0, because="b", closed_first="downstream",
     )  # fmt: skip
     fields = json.loads(format_json(record)).keys() - {"level", "time", "scope", "message"}
     reasons = ("", "connection timed out, maybe a NetworkPolicy", "identity error", "tls failed", "h2 failed")

@@ -14,6 +14,7 @@ from mesh.model.identity import SpiffeId
 from mesh.reactor import hbone, tls
 from mesh.reactor.hbone import HboneLink, Tunnel, TunnelFailure, TunnelRequest, connect_hbone
 from mesh.reactor.relay import RelayResult, TunnelRelay, relay_tunnel
+from mesh.reactor.tcp import reset as reset_tcp
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, Path, ReactorThread, open_descriptors, read_all, tcp_listener, wait_until
 from mesh.tls.contexts import client_context, server_context
@@ -315,6 +316,28 @@ def test_a_draining_server_lets_tunnels_end_and_the_client_goes_elsewhere(path: 
     assert {result.error for result in path.results(2)} == {None}
 
 
+@pytest.mark.parametrize("orderly", [True, False])
+def test_a_link_tells_once_that_a_tunnel_of_its_has_ended(path: Path, orderly: bool) -> None:
+    told: list[int] = []
+    with ExitStack() as stack:
+        ends = [path.connect() for _ in range(2)]
+        for pair in ends:
+            for sock in pair:
+                stack.enter_context(sock)
+        link = near(path).link
+        assert link is not None
+        link.on_room = lambda: told.append(link.active)
+        for client, server in ends:
+            client.shutdown(socket.SHUT_WR)
+            assert server.recv(1) == b""
+            assert not orderly or told == [1] * (len(ends) - link.active), "half a tunnel is one still"
+            if not orderly:
+                reset_tcp(server)
+            server.close()
+        wait_until(lambda: link.active == 0, "both tunnels to end")
+    assert told == [1]
+
+
 def test_draining_an_idle_link_closes_it(path: Path) -> None:
     client, server = path.connect()
     for sock in (client, server):
@@ -413,9 +436,9 @@ class Asking:
         )
         assert ready.wait(10)
 
-    def ask(self, headers: Mapping[str, str] | None = None, timeout: float = 10.0) -> Tunnel:
+    def ask(self, headers: Mapping[str, str] | None = None) -> Tunnel:
         before = len(self.requests)
-        tunnel = self.thread.call(lambda: self.link.open_tunnel("10.0.0.1:80", headers or {}, self.answers.append, timeout=timeout))
+        tunnel = self.thread.call(lambda: self.link.open_tunnel("10.0.0.1:80", headers or {}, self.answers.append))
         wait_until(lambda: len(self.requests) > before, "the request")
         return tunnel
 
@@ -456,9 +479,21 @@ def test_a_refusal_arrives_as_a_failure_with_its_status(asking: Asking, status: 
     assert asking.link.active == 0
 
 
-def test_a_request_never_answered_times_out_and_is_withdrawn(asking: Asking) -> None:
+def test_each_request_that_is_never_answered_times_out_by_itself(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One timer serves them all: whoever was answered meanwhile is passed over."""
+    monkeypatch.setattr(hbone, "RESPONSE_TIMEOUT", 0.2)
+    for _ in range(3):
+        asking.ask()
+    asking.do(lambda: asking.requests[1].refuse(503))
+    because = [failure.because for failure in (asking.answer(), asking.answer(), asking.answer()) if isinstance(failure, TunnelFailure)]
+    assert because == ["http status: 503", *["no response to CONNECT within 0.2 s"] * 2]
+    assert not asking.link._unanswered
+
+
+def test_a_request_never_answered_times_out_and_is_withdrawn(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hbone, "RESPONSE_TIMEOUT", 0.2)
     gone: list[str] = []
-    asking.ask(timeout=0.2)
+    asking.ask()
     asking.requests[0].on_gone = gone.append
     failure = asking.answer()
     assert isinstance(failure, TunnelFailure)

@@ -256,6 +256,56 @@ def test_calls_made_by_a_call_wait_for_the_events_in_between() -> None:
     assert run(body) == []
 
 
+def test_what_is_to_come_last_comes_in_the_same_turn_after_the_calls_and_what_it_asks_for_at_once() -> None:
+    seen: list[tuple[str, int]] = []
+
+    async def body(reactor: Reactor) -> None:
+        a, b = pair()
+        done = trio.Event()
+        first = 0
+
+        def note(name: str) -> None:
+            seen.append((name, reactor._batch - first))
+
+        def last() -> None:
+            note("last")
+            reactor.call_soon(lambda: note("line"))
+            reactor.call_last(lambda: (note("next"), done.set())[0])
+
+        def on_event(_events: int) -> None:
+            nonlocal first
+            first = reactor._batch
+            reactor.call_last(last)
+            reactor.call_soon(lambda: note("call"))
+            note("event")
+
+        with a, b:
+            reactor.add(a.fileno(), select.EPOLLIN | select.EPOLLET, on_event)
+            b.send(b"x")
+            await done.wait()
+            reactor.remove(a.fileno())
+
+    assert run(body) == []
+    assert seen == [("event", 0), ("call", 0), ("last", 0), ("line", 0), ("next", 1)]
+
+
+def test_an_exception_in_a_last_call_is_reported_and_its_abort_told() -> None:
+    told: list[str] = []
+
+    async def body(reactor: Reactor) -> None:
+        done = trio.Event()
+
+        def fail() -> None:
+            raise RuntimeError("bug")
+
+        reactor.call_last(fail, told.append)
+        reactor.call_last(done.set)
+        await done.wait()
+
+    assert len(run(body)) == 1
+    assert told == ["internal error: RuntimeError('bug')"]
+
+
 def test_another_thread_reaches_the_loop() -> None:
     async def body(reactor: Reactor) -> None:
         done = trio.Event()

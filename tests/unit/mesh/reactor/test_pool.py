@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ipaddress import IPv4Address
 from typing import cast
 
@@ -27,10 +28,23 @@ class Link:
     """What the pool looks at in a link."""
 
     def __init__(self, active: int = 0) -> None:
-        self.active = active
+        self.streams = active
+        self.asked = 0
         self.usable = True
         self.pooled = False
+        self.on_room: Callable[[], None] | None = None
         self.closed_gracefully = trio.Event()
+
+    @property
+    def active(self) -> int:
+        self.asked += 1
+        return self.streams
+
+    def end(self, streams: int = 1) -> None:
+        self.streams -= streams
+        on_room, self.on_room = self.on_room, None
+        if on_room is not None:
+            on_room()
 
     def close_gracefully(self) -> None:
         self.closed_gracefully.set()
@@ -51,7 +65,7 @@ class Dials:
     def checkout(self, wanted: PoolKey) -> None:
         def take(link: HboneLink | str) -> None:
             if not isinstance(link, str):
-                cast(Link, link).active += 1
+                cast(Link, link).streams += 1
             self.got.append(link)
 
         self.pool.checkout(wanted, take)
@@ -102,7 +116,7 @@ def test_a_connection_goes_when_it_carried_nothing_for_a_while() -> None:
         for link in (unused, used):
             dials.checkout(key(source=f"10.0.0.{len(dials.got) + 1}"))
             dials.answer(link)
-        unused.active = 0
+        unused.end()
         with trio.fail_after(10):
             await unused.closed_gracefully.wait()
 
@@ -136,7 +150,43 @@ def test_a_full_connection_is_used_again_once_its_streams_ended() -> None:
     dials.answer(link)
     dials.checkout(key())
     assert len(dials.open) == 1, "full: another is dialled"
-    link.active = 3
+    link.end(97)
+    dials.checkout(key())
+    assert dials.got == [link, link]
+
+
+def test_a_full_connection_that_closed_is_not_used_again_when_its_streams_end() -> None:
+    dials = Dials(PoolLimits(max_streams=1, unused_release=300.0))
+    dials.checkout(key())
+    (_, _, on_closed), link = dials.open[0], Link()
+    dials.answer(link)
+    dials.checkout(key())
+    cast("Callable[[object], None]", on_closed)(link)
+    link.end()
+    dials.checkout(key())
+    assert dials.got == [link]
+
+
+def test_full_connections_are_not_asked_again_for_every_tunnel() -> None:
+    dials = Dials(PoolLimits(max_streams=1, unused_release=300.0))
+    links = [Link() for _ in range(20)]
+    for link in links:
+        dials.checkout(key())
+        dials.answer(link)
+    assert dials.got == links
+    assert max(link.asked for link in links) <= 3
+
+
+def test_a_connection_without_a_stream_that_may_carry_none_now_is_asked_again() -> None:
+    """Its peer has allowed none yet: no stream could end, and nothing else tells of the room."""
+    dials = Dials()
+    dials.checkout(key())
+    link = Link()
+    dials.answer(link)
+    link.end()
+    link.usable = False
+    dials.checkout(key())
+    link.usable = True
     dials.checkout(key())
     assert dials.got == [link, link]
 

@@ -33,7 +33,7 @@ def dial(thread: ReactorThread, address: SocketAddress, timeout: float = 5.0) ->
 
 
 @pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
-def test_accepted_connections_come_with_their_peer_address_and_without_delay(thread: ReactorThread, ip: str) -> None:
+def test_accepted_connections_come_with_their_peer_address_without_delay_and_with_keepalive(thread: ReactorThread, ip: str) -> None:
     accepted: list[tuple[socket.socket, SocketAddress]] = []
     with tcp_listener(SocketAddress(parse_ip(ip), 0)) as listener:
         server = thread.call(lambda: listen_on(thread.reactor, listener, lambda sock, peer: accepted.append((sock, peer))))
@@ -43,6 +43,8 @@ def test_accepted_connections_come_with_their_peer_address_and_without_delay(thr
             assert peer == SocketAddress(parse_ip(ip), client.getsockname()[1])
             assert sock.gettimeout() == 0
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 180
             sock.close()
         thread.call(server.close)
 

@@ -144,16 +144,17 @@ def test_the_table_of_headers_stays_in_step_through_blocks_of_streams_that_are_g
 
 def test_no_more_tunnels_than_the_peer_takes() -> None:
     pair = HbonePair(server_limits=Limits(max_concurrent_streams=2))
-    assert pair.client.peer_max_concurrent_streams == pair.client.available_tunnels == 2
+    assert pair.client.peer_max_concurrent_streams == 2
+    assert pair.client.takes_tunnels
     first = pair.open_tunnel()
     pair.open_tunnel()
-    assert pair.client.available_tunnels == 0
+    assert not pair.client.takes_tunnels
     with pytest.raises(LocalProtocolError):
         pair.client.request_tunnel("10.0.0.1:80", {})
     pair.client.end(first)
     pair.server.end(first)
     pair.settle()
-    assert pair.client.available_tunnels == 1
+    assert pair.client.takes_tunnels
 
 
 def test_goaway_takes_back_the_streams_that_the_peer_never_looked_at() -> None:
@@ -162,7 +163,7 @@ def test_goaway_takes_back_the_streams_that_the_peer_never_looked_at() -> None:
     events = deliver(peer.client, goaway_frame(1, 0))
     assert events == [GoingAway(1, 0), *(TunnelReset(stream, ErrorCode.REFUSED_STREAM) for stream in later)]
     assert peer.client.going_away
-    assert peer.client.available_tunnels == 0
+    assert not peer.client.takes_tunnels
     assert deliver(peer.client, peer.headers((":status", "200"))) == [TunnelResponded(1, 200, {})]
     assert deliver(peer.client, rst_stream_frame(later[0], 7)) == []
 
