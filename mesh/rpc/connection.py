@@ -21,7 +21,7 @@ from h2.connection import ConnectionInputs, ConnectionState, H2ConnectionStateMa
 from mesh.rpc.errors import RpcError
 from mesh.rpc.metadata import Header
 from mesh.wire.errors import ErrorCode, RemoteProtocolError
-from mesh.wire.grpc import MessageReader, MessageTooLarge, Status, message_header, status_from_reset
+from mesh.wire.grpc import HEADER_SIZE, MessageReader, MessageTooLarge, Status, message_header, status_from_reset
 
 READ_SIZE: Final = 64 * 1024
 MAX_QUEUED_DATA: Final = 256 * 1024
@@ -29,6 +29,8 @@ MAX_QUEUED_DATA: Final = 256 * 1024
 MAX_QUEUED_CONTROL: Final = 1024 * 1024
 """Beyond MAX_QUEUED_DATA only answers to the peer's own frames are queued: this many mean that it sends and does not read."""
 INITIAL_WINDOW: Final = 65535
+SMALL_MESSAGE: Final = 16 * 1024 - HEADER_SIZE
+"""A message up to this size goes out with its header in one frame: two frames are often two packets, and two turns of both ends' loops."""
 CLOSE_TIMEOUT: Final = 1.0
 """For what is queued at the end (the last trailers, GOAWAY) to go out."""
 RESET_BURST: Final = 200
@@ -95,9 +97,11 @@ class Http2Stream:
 
     async def receive_message(self) -> bytes | None:
         """The next message; None when the peer has ended. Messages that came whole before a failure are still delivered."""
+        waited = False
         while True:
             if (message := self._reader.next_message()) is not None:
-                await trio.lowlevel.checkpoint()
+                if not waited:  # others get their turn between messages, also when many are there already
+                    await trio.lowlevel.checkpoint()
                 return message
             if self._arrived:
                 self._take_arrived()
@@ -107,13 +111,23 @@ class Http2Stream:
                 return None
             self._raise_failure()
             await self._changed.park()
+            waited = True
 
     async def send_message(self, payload: bytes, *, end: bool = False) -> None:
         """Waits for the peer's windows and for room in the output. Messages of concurrent callers do not mix."""
-        async with self._sending:
-            await self._connection.send_data(self, memoryview(message_header(len(payload))), end=end and not payload)
-            if payload:
+        header = message_header(len(payload))
+        try:
+            self._sending.acquire_nowait()  # a turn of the loop cheaper than to acquire what is free
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            if len(payload) <= SMALL_MESSAGE:
+                await self._connection.send_data(self, memoryview(header + payload), end=end)
+            else:
+                await self._connection.send_data(self, memoryview(header), end=False)
                 await self._connection.send_data(self, memoryview(payload), end=end)
+        finally:
+            self._sending.release()
 
     def send_headers(self, headers: Sequence[Header], *, end: bool = False) -> None:
         self._connection.send_headers(self, headers, end=end)
@@ -295,7 +309,7 @@ class Http2Connection:
         self._sent(stream, end)
 
     async def send_data(self, stream: Http2Stream, data: memoryview, *, end: bool) -> None:
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()  # who sends for ever waits in the end: for a window, or for room in the output
         while data:
             stream._raise_failure()
             if stream.closed_here:
@@ -354,8 +368,10 @@ class Http2Connection:
             self._progress.unpark_all()
 
     def _pump(self) -> None:
-        self._out += self._h2.data_to_send()
-        self._wake_writer.unpark_all()
+        data = self._h2.data_to_send()
+        if data:
+            self._out += data
+            self._wake_writer.unpark_all()
 
     # --- tasks ---
 
