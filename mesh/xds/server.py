@@ -87,6 +87,32 @@ class ConnectionStatus:
     types: Mapping[str, TypeStatus]
 
 
+class _Encodings:
+    """The last response of each type, but for its nonce, as bytes: a change goes to every agent, and so does the whole mesh of one that has
+    just been installed."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, bool], tuple[tuple[object, ...], list[Resource], bytes]] = {}
+
+    def encode(self, type_url: str, version: str, with_aliases: bool, resources: list[Resource], removed: list[str]) -> bytes:
+        """Of a DeltaDiscoveryResponse all fields but ``nonce``: in protobuf's encoding what follows is another field."""
+        kind = type_url, with_aliases
+        # Resources are told apart by identity, and held so long: to compare the bytes of a whole mesh would cost what is saved.
+        key = version, tuple(map(id, resources)), tuple(removed)
+        kept = self._kept.get(kind)
+        if kept is not None and kept[0] == key:
+            return kept[2]
+        response = discovery.DeltaDiscoveryResponse(
+            system_version_info=version,
+            type_url=type_url,
+            removed_resources=removed,
+            resources=[_message(type_url, resource, with_aliases) for resource in resources],
+        )
+        encoded = response.SerializeToString()
+        self._kept[kind] = key, resources, encoded
+        return encoded
+
+
 class AdsServer:
     """Serves ``source``; whoever changes it calls `publish` with what changed."""
 
@@ -106,6 +132,7 @@ class AdsServer:
         self._confirm = confirm
         self._confirm_every = confirm_every
         self._assign = assign
+        self._encodings = _Encodings()
         self._connections: set[_Connection] = set()
         self._progress = trio.lowlevel.ParkingLot()
         """Woken whenever a client may have caught up, or gone."""
@@ -137,7 +164,7 @@ class AdsServer:
     async def _serve_stream(self, stream: ServerStream) -> None:
         caller = await self._authenticate(stream.call) if self._authenticate is not None else None
         guardian = partial(self._run_confirming, stream.call)
-        connection = _Connection(self._source, stream, caller, guardian, self._assign, self._note_progress)
+        connection = _Connection(self._source, self._encodings, stream, caller, guardian, self._assign, self._note_progress)
         self._connections.add(connection)
         try:
             await connection.run()
@@ -163,6 +190,7 @@ class _Connection:
     def __init__(
         self,
         source: ResourceSource,
+        encodings: _Encodings,
         stream: ServerStream,
         caller: object,
         guardian: Callable[[], Awaitable[None]],
@@ -178,6 +206,7 @@ class _Connection:
         self._guardian = guardian
         self._node_name = ""
         self._source = source
+        self._encodings = encodings
         self._stream = stream
         self._caller = caller
         self._machine = DeltaServer()
@@ -294,19 +323,14 @@ class _Connection:
         for type_url, names in gone.items():
             await self._push(type_url, names)
 
-    async def _respond(self, type_url: str, resources: Iterable[Resource], removed: Iterable[str]) -> None:
+    async def _respond(self, type_url: str, resources: list[Resource], removed: Iterable[str]) -> None:
         self._responses += 1
-        nonce = f"{self._source.version}-{self._session}-{self._responses}"
+        version = self._source.version
+        nonce = f"{version}-{self._session}-{self._responses}"
         with_aliases = not self._machine.watches[type_url].wildcard
-        response = discovery.DeltaDiscoveryResponse(
-            system_version_info=self._source.version,
-            type_url=type_url,
-            nonce=nonce,
-            removed_resources=sorted(removed),
-            resources=[_message(type_url, resource, with_aliases) for resource in resources],
-        )
+        shared = self._encodings.encode(type_url, version, with_aliases, resources, sorted(removed))
         self._machine.sent(type_url, nonce)
-        await self._stream.send(response.SerializeToString())
+        await self._stream.send(shared + discovery.DeltaDiscoveryResponse(nonce=nonce).SerializeToString())
 
     def _answer(self, answer: Answer) -> tuple[list[Resource], list[str]]:
         if answer.names is None:
