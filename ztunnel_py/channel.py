@@ -28,6 +28,11 @@ _MAX_DESCRIPTORS = 8
 _READ = 64 * 1024
 """Bytes to read at once where no more are known to come."""
 
+# As numbers: to combine flags of an enumeration takes longer than to read a message.
+_SEND_FLAGS = int(socket.MSG_DONTWAIT)
+_RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_ROOM_FOR_DESCRIPTORS = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+
 M = TypeVar("M", bound=Message)
 
 
@@ -91,7 +96,7 @@ class Channel(Generic[M]):
         """Send what there is room for, with the descriptors. False: there is none."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         try:
-            self._unsent = frame[self._raw.sendmsg([frame], rights, socket.MSG_DONTWAIT) :]
+            self._unsent = frame[self._raw.sendmsg([frame], rights, _SEND_FLAGS) :]
         except BlockingIOError:
             return False
         except OSError as exc:
@@ -101,7 +106,7 @@ class Channel(Generic[M]):
     async def _flush(self) -> None:
         while self._unsent:
             try:
-                self._unsent = self._unsent[self._raw.send(self._unsent, socket.MSG_DONTWAIT) :]
+                self._unsent = self._unsent[self._raw.send(self._unsent, _SEND_FLAGS) :]
             except BlockingIOError:
                 await self._wait_writable()
             except OSError as exc:
@@ -136,6 +141,11 @@ class Channel(Generic[M]):
                 return None
         return self._take()
 
+    @property
+    def has_read(self) -> bool:
+        """Whether bytes are here that no message was made of yet. Else there is nothing unless the socket is readable."""
+        return bool(self._buffer)
+
     def _missing(self) -> int:
         """Bytes until the first frame is whole, or until it says how long it is."""
         missing = _HEADER.size - len(self._buffer)
@@ -162,9 +172,7 @@ class Channel(Generic[M]):
     def _read(self, wanted: int) -> bool:
         """False: nothing is there."""
         try:
-            data, ancillary, flags, _ = self._raw.recvmsg(
-                max(_READ, wanted), socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
+            data, ancillary, flags, _ = self._raw.recvmsg(max(_READ, wanted), _ROOM_FOR_DESCRIPTORS, _RECEIVE_FLAGS)
         except BlockingIOError:
             return False
         except OSError as exc:

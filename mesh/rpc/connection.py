@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 import h2.config
 import h2.connection
@@ -63,6 +63,16 @@ _GRACEFUL_GOAWAY: Final = {
     (ConnectionState.CLIENT_OPEN, ConnectionInputs.RECV_GOAWAY): (None, ConnectionState.CLIENT_OPEN),
     (ConnectionState.SERVER_OPEN, ConnectionInputs.RECV_GOAWAY): (None, ConnectionState.SERVER_OPEN),
 }
+
+
+@runtime_checkable
+class Direct(Protocol):
+    """What a transport may be able to do besides: send without a task that waits."""
+
+    def send_now(self, data: bytearray) -> bool:
+        """Take all of it, and send what there is room for. False: the rest goes with `flush`."""
+
+    async def flush(self) -> None: ...
 
 
 class Http2Stream:
@@ -127,6 +137,7 @@ class Http2Stream:
                 await self._connection.send_data(self, memoryview(header), end=False)
                 await self._connection.send_data(self, memoryview(payload), end=end)
         finally:
+            self._connection.send_queued()
             self._sending.release()
 
     def send_headers(self, headers: Sequence[Header], *, end: bool = False) -> None:
@@ -198,6 +209,7 @@ class Http2Connection:
         """Why the connection is over."""
         self.going_away = False
         self._transport = transport
+        self._direct = transport if isinstance(transport, Direct) else None
         self._on_request = on_request
         self._streams: dict[int, Http2Stream] = {}
         self._out = bytearray()
@@ -316,12 +328,25 @@ class Http2Connection:
                 raise RpcError(Status.CANCELLED, "the stream is closed")
             room = self._room(stream)
             if room <= 0:
+                self._wake_writer.unpark_all()
                 await self._progress.park()
                 continue
             last = len(data) <= room
             self._h2.send_data(stream.id, bytes(data[:room]), end_stream=end and last)
             data = data[room:]
-            self._sent(stream, end and last)
+            self._sent(stream, end and last, wake=not last or self._direct is None)
+
+    def send_queued(self) -> None:
+        """Send what waits in the output, without waking the writer for it where the transport takes it now."""
+        if self._direct is None or self._in_flight or not self._out:
+            return
+        data, self._out = self._out, bytearray()
+        try:
+            if not self._direct.send_now(data):
+                self._in_flight = len(data)
+                self._wake_writer.unpark_all()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
+            self._lose(f"connection lost: {_reason(exc)}")
 
     def _room(self, stream: Http2Stream) -> int:
         try:
@@ -356,34 +381,39 @@ class Http2Connection:
             return  # closed meanwhile: no window to open
         self._pump()
 
-    def _sent(self, stream: Http2Stream, end: bool) -> None:
+    def _sent(self, stream: Http2Stream, end: bool, *, wake: bool = True) -> None:
         if end:
             stream.closed_here = True
             if stream.ended:
                 self._forget(stream)
-        self._pump()
+        self._pump(wake=wake)
 
     def _forget(self, stream: Http2Stream) -> None:
         if self._streams.pop(stream.id, None) is not None:
             self._progress.unpark_all()
 
-    def _pump(self) -> None:
+    def _pump(self, *, wake: bool = True) -> None:
+        """``wake``: else whoever calls sees to it that it is sent."""
         data = self._h2.data_to_send()
         if data:
             self._out += data
-            self._wake_writer.unpark_all()
+            if wake:
+                self._wake_writer.unpark_all()
 
     # --- tasks ---
 
     async def _run_writer(self) -> None:
-        while self._out or self.lost is None:
-            if not self._out:
+        while self._out or self._in_flight or self.lost is None:
+            if not self._out and not self._in_flight:
                 await self._wake_writer.park()
                 continue
-            data, self._out = self._out, bytearray()
-            self._in_flight = len(data)
             try:
-                await self._transport.send_all(data)
+                if self._in_flight and self._direct is not None:
+                    await self._direct.flush()
+                else:
+                    data, self._out = self._out, bytearray()
+                    self._in_flight = len(data)
+                    await self._transport.send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
                 self._lose(f"connection lost: {_reason(exc)}")
                 break

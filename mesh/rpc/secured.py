@@ -39,14 +39,14 @@ class SecuredStream(trio.abc.Stream):
             try:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
-                await self._flush()
+                await self.flush()
                 if not await self._fill():
                     raise trio.BrokenResourceError("closed by the peer") from None
             except ssl.SSLError as exc:
                 self._answer()  # with an alert that says why
                 raise trio.BrokenResourceError from exc
             else:
-                return await self._flush()
+                return await self.flush()
 
     @property
     def selected_alpn_protocol(self) -> str | None:
@@ -59,14 +59,24 @@ class SecuredStream(trio.abc.Stream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
+        if not self.send_now(data):
+            await self.flush()
+
+    def send_now(self, data: bytes | bytearray | memoryview) -> bool:
+        """Take all of it, and send what there is room for. False: the rest goes with `flush`. Raises as `send_all`."""
         try:
             self._tls.write(data)
         except ssl.SSLError as exc:
             raise trio.BrokenResourceError from exc
-        await self._flush()
+        return self._flush_now()
+
+    async def flush(self) -> None:
+        """Send what `send_now` has left."""
+        while not self._flush_now():
+            await trio.lowlevel.wait_writable(self._fd)
 
     async def wait_send_all_might_not_block(self) -> None:
-        await self._flush()
+        await self.flush()
         await trio.lowlevel.wait_writable(self._fd)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -123,10 +133,6 @@ class SecuredStream(trio.abc.Stream):
         """Send what TLS says of its own accord, if the peer still takes it. If not, whoever reads or sends finds that out by itself."""
         with suppress(trio.BrokenResourceError):
             self._flush_now()
-
-    async def _flush(self) -> None:
-        while not self._flush_now():
-            await trio.lowlevel.wait_writable(self._fd)
 
     def _flush_now(self) -> bool:
         """Send what there is room for. False: there is more. What the reader leaves, the next to send takes along: it may come late, but

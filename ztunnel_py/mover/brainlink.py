@@ -62,6 +62,8 @@ class BrainLink:
                 if rest is not None:
                     self._pause(rest)
                     return
+                if not self._channel.has_read:
+                    return
             self._reactor.call_soon(self._again)  # what the channel has read already makes no event
         except Exception as exc:  # as in a task: whoever runs us ends with it
             self._end(exc)
