@@ -22,6 +22,7 @@ from istiod_py.debounce import Debounce
 from istiod_py.dump import describe
 from istiod_py.files import PUBLIC_MODE, make_private_directory, write_atomically
 from istiod_py.jwks import KeySetKeeper
+from istiod_py.keyarchive import ArchiveFailed, find_sets, merge
 from istiod_py.problems import ProblemLog
 from istiod_py.serving import ServingTls
 from istiod_py.signing import SigningMetrics, SigningService, require_caller
@@ -54,6 +55,9 @@ LINGER: Final = 1.0
 """Seconds that a waypoint keeps a service that has left it, when agents know: connections that came just before have a request to send."""
 FIRST_KEYS: Final = 5.0
 """Seconds at most that a control plane which starts waits for key sets before it serves."""
+ARCHIVE_EVERY: Final = 3600.0
+"""Seconds until key sets that did not change are noted as fetched anew."""
+ARCHIVE_RETRY: Final = 10.0
 
 _log = get_logger("istiod")
 
@@ -95,6 +99,7 @@ async def run_istiod(config: Config, *, task_status: trio.TaskStatus[Started] = 
         nursery.start_soon(istiod.run_pushes)
         nursery.start_soon(istiod.run_departures)
         nursery.start_soon(istiod.follow_key_sets)
+        nursery.start_soon(istiod.run_key_archive)
         nursery.start_soon(istiod.run_upkeep)
         istiod.ready.done()
         started = Started(tuple(bound_addresses(agents)), tuple(bound_addresses(monitoring)))
@@ -161,6 +166,8 @@ class Istiod:
         translation = await trio.to_thread.run_sync(translate, objects, None, self._translating)
         if translation.wanted_keys:
             # Waypoints that are connected again would take a set that we do not have yet for one that is empty, and refuse good tokens.
+            with trio.move_on_after(FIRST_KEYS):
+                await self._recall_key_sets()
             self._keys.want(translation.wanted_keys)
             with trio.move_on_after(FIRST_KEYS):
                 await self._keys.wait_tried()
@@ -220,6 +227,33 @@ class Istiod:
         while True:
             await self._keys.wait_changed()
             self._debounce.notify()
+
+    async def _recall_key_sets(self) -> None:
+        """What the control plane before us had. One that cannot be asked at the moment is asked again."""
+        while True:
+            try:
+                sets = find_sets(await self._source.key_archive.read(), now().timestamp())
+                break
+            except ArchiveFailed as exc:
+                _log.warning("key_sets.not_recalled", because=str(exc))
+                await trio.sleep(1)
+        self._keys.recall(sets)
+
+    async def run_key_archive(self) -> None:
+        """Write down the key sets that there are, for the control plane after us."""
+        written: object = {}
+        while True:
+            kept = self._keys.kept
+            if kept == written:
+                with trio.move_on_after(ARCHIVE_EVERY):
+                    await self._keys.wait_changed()
+                continue
+            try:
+                await self._source.key_archive.update(partial(merge, kept, now=now().timestamp()))
+                written = kept
+            except ArchiveFailed as exc:
+                _log.warning("key_sets.not_archived", because=str(exc))
+                await trio.sleep(ARCHIVE_RETRY)
 
     async def watch_source(self) -> None:
         """Follow the source. Tokens and assignments follow at once, what is translated after the debounce."""

@@ -1,19 +1,23 @@
 """Key sets of identity providers, fetched by the control plane and handed to waypoints inside their RequestAuthentications.
 
 Whoever may write such an object names the URL, and so it is fetched as a stranger's: `mesh.runtime.outbound` goes to no address of this
-machine or its cloud. A set that was had stays in use when it can't be renewed, and goes when nobody has wanted it for a week.
+machine or its cloud. A set that was had stays in use when it can't be renewed, also over a restart (`istiod_py.keyarchive`), and goes when
+nobody has wanted it for a week.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final, TypeAlias
 
 import trio
 
+from istiod_py.keyarchive import KEPT, KeptSet, KeptSets
 from istiod_py.translate.l7.authentication import KeySource
 from mesh.kube.requestauthentication import find_key_set_mistake, find_url_mistake
 from mesh.runtime.outbound import OutboundError, fetch
@@ -25,8 +29,6 @@ RETRY: Final = (60.0, 3600.0)
 """Seconds until a failed fetch is tried again, doubled each time up to the second."""
 FIRST_RETRY: Final = 1.0
 """The same where there is no set yet: tokens are refused meanwhile, and its server may have come with the policy and be starting."""
-KEPT: Final = 7 * 24 * 3600.0
-"""Seconds that a set which nobody wants is remembered: a policy that comes back must not start with no keys."""
 SPREAD: Final = 0.1
 """Share of a pause by which it is drawn shorter: replicas, and sources that came together, do not all ask at once."""
 MAX_SET: Final = 1 << 20
@@ -55,13 +57,14 @@ async def fetch_from_outside(url: str, within: float, limit: int) -> bytes:
 
 @dataclass(slots=True)
 class _Entry:
-    """What is known of one source. Times are trio's clock."""
+    """What is known of one source. Times are trio's clock, but for ``fetched``, of ``keys``: that is the wall's, to outlive the process."""
 
     within: float
     due: float
     wanted: float
     """When it was wanted last."""
     keys: str | None = None
+    fetched: float = 0.0
     failures: int = 0
     problem: str = ""
     fetching: bool = False
@@ -70,8 +73,17 @@ class _Entry:
 class KeySetKeeper:
     """Told what is wanted, and has what there is."""
 
-    def __init__(self, fetch: Fetch = fetch_from_outside, *, refresh: float = REFRESH, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        fetch: Fetch = fetch_from_outside,
+        *,
+        refresh: float = REFRESH,
+        rng: random.Random | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """``wall``: Unix time."""
         self._fetch = fetch
+        self._wall = wall
         self._refresh = refresh
         self._rng = rng or random.Random()
         self._entries: dict[KeySource, _Entry] = {}
@@ -86,10 +98,21 @@ class KeySetKeeper:
         return {source: entry.keys for source, entry in self._entries.items() if entry.keys is not None}
 
     @property
+    def kept(self) -> dict[KeySource, KeptSet]:
+        """The same, with when each was fetched."""
+        return {source: KeptSet(entry.keys, entry.fetched) for source, entry in self._entries.items() if entry.keys is not None}
+
+    @property
     def problems(self) -> dict[KeySource, str]:
-        """Why a set that is wanted could not be fetched the last time."""
+        """Why a set that is wanted could not be fetched the last time, and what is used instead."""
         found = ((source, self._entries.get(source)) for source in self._wanted)
-        return {source: entry.problem for source, entry in found if entry is not None and entry.problem}
+        return {source: _describe(entry) for source, entry in found if entry is not None and entry.problem}
+
+    def recall(self, sets: KeptSets) -> None:
+        """Start with what an earlier process had: used until there is something newer, and renewed as soon as it is wanted."""
+        now = trio.current_time()
+        for source, kept in sets.items():
+            self._entries.setdefault(source, _Entry(0.0, now, now, kept.keys, kept.fetched))
 
     def want(self, sources: Mapping[KeySource, float]) -> None:
         """These are all that are wanted now, each with the seconds that fetching may take. New ones are fetched at once."""
@@ -185,7 +208,7 @@ class KeySetKeeper:
 
     def _note_keys(self, source: KeySource, entry: _Entry, keys: str) -> None:
         news = keys != entry.keys or bool(entry.problem)
-        entry.keys, entry.problem, entry.failures = keys, "", 0
+        entry.keys, entry.fetched, entry.problem, entry.failures = keys, self._wall(), "", 0
         entry.due = trio.current_time() + self._spread(self._refresh)
         if news:
             _log.info("key_set.fetched", source=source.uri or source.issuer)
@@ -208,6 +231,12 @@ class KeySetKeeper:
     def _tell(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+
+
+def _describe(entry: _Entry) -> str:
+    if entry.keys is None:
+        return entry.problem
+    return f"{entry.problem}; the keys that were fetched at {datetime.fromtimestamp(entry.fetched, UTC):%Y-%m-%dT%H:%M:%SZ} stay in use"
 
 
 def _decode(uri: str, body: bytes) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from istiod_py.authenticate import Authenticator
 from istiod_py.ca import CertificateAuthority
+from istiod_py.keyarchive import Archive
 from istiod_py.pods import AssignedPods
 from istiod_py.translate import StatusEntry
 from mesh.kube.objects import ObjectKey
@@ -28,6 +29,9 @@ class Source(Protocol):
 
     @property
     def authenticator(self) -> Authenticator: ...
+
+    @property
+    def key_archive(self) -> Archive: ...
 
     async def run(self) -> None:
         """What goes on in the background; returns early or never."""

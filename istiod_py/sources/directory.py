@@ -13,6 +13,7 @@ from istiod_py.ca import CertificateAuthority
 from istiod_py.config import Config
 from istiod_py.deploy import GatewayController
 from istiod_py.deploy.directory import DirectoryPlace
+from istiod_py.keyarchive import FileArchive
 from istiod_py.pods import AssignedPods
 from istiod_py.tokens import PodName, TokenStore
 from istiod_py.translate import Config as TranslateConfig
@@ -36,6 +37,7 @@ class DirectorySource:
         self._directory = config.tokens
         self.ca = open_authority(config, now)
         self.pods = AssignedPods()
+        self.key_archive = FileArchive(config.state_dir)
         self._tokens = TokenStore(config.tokens)
         # The root namespace needs no Namespace object: without one, policies of the whole mesh would be passed over.
         implicit = IMPLICIT_NAMESPACES | {config.root_namespace}

@@ -16,6 +16,7 @@ from istiod_py.config import Config
 from istiod_py.deploy import GatewayController
 from istiod_py.deploy.cluster import ClusterPlace, make_template
 from istiod_py.deploy.controller import Unreachable
+from istiod_py.keyarchive import SecretArchive
 from istiod_py.pods import AssignedPods
 from istiod_py.review import ReviewAuthenticator
 from istiod_py.rootmap import RootMaps
@@ -47,6 +48,7 @@ class KubernetesSource:
     def __init__(self, config: Config, client: ApiClient, ca: CertificateAuthority, secret: RootSecret | None) -> None:
         self.ca = ca
         self.pods = AssignedPods()
+        self.key_archive = SecretArchive(client, config.root_namespace)
         self.store = ClusterStore(client, [kind for kind in RESOURCES if kind != "Secret" or config.read_secrets])
         self.authenticator = ReviewAuthenticator(client, self.store, self.pods, config.trusted_node_accounts)
         self._secret = secret

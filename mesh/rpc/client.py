@@ -13,6 +13,7 @@ import trio
 from mesh.rpc.connection import Http2Connection, Http2Stream, Limits
 from mesh.rpc.errors import RpcError
 from mesh.rpc.metadata import Header, from_headers, to_headers
+from mesh.rpc.secured import SecuredStream
 from mesh.wire.grpc import Status, decode_status_message, encode_timeout, parse_status, status_from_http
 
 CONNECT_TIMEOUT: Final = 5.0
@@ -161,9 +162,8 @@ async def open_channel(
     """Connect (5 s), shake hands (10 s), then yield a Channel. ``ssl_context`` None is plaintext. ``server_hostname`` is the name that the
     certificate must have, ``host`` by default. Raises RpcError UNAVAILABLE when any of it fails."""
     name = server_hostname or host
-    transport = await _connect(host, port)
-    if ssl_context is not None:
-        transport = await _shake_hands(transport, ssl_context, name)
+    connected = await _connect(host, port)
+    transport = connected if ssl_context is None else await _shake_hands(connected, ssl_context, name)
     authority = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
     async with open_channel_on(transport, authority=authority, scheme="https" if ssl_context else "http", limits=limits) as channel:
         yield channel
@@ -188,7 +188,7 @@ async def open_channel_on(
         raise failure
 
 
-async def _connect(host: str, port: int) -> trio.abc.Stream:
+async def _connect(host: str, port: int) -> trio.SocketStream:
     try:
         with trio.fail_after(CONNECT_TIMEOUT):
             stream = await trio.open_tcp_stream(host, port)
@@ -210,8 +210,8 @@ _TCP_KEEPALIVE: Final = (
 )
 
 
-async def _shake_hands(transport: trio.abc.Stream, context: ssl.SSLContext, name: str) -> trio.abc.Stream:
-    secured = trio.SSLStream(transport, context, server_hostname=name, https_compatible=True)
+async def _shake_hands(transport: trio.SocketStream, context: ssl.SSLContext, name: str) -> SecuredStream:
+    secured = SecuredStream(transport, context, server_hostname=name)
     try:
         with trio.fail_after(HANDSHAKE_TIMEOUT):
             await secured.do_handshake()
@@ -221,7 +221,7 @@ async def _shake_hands(transport: trio.abc.Stream, context: ssl.SSLContext, name
     except BaseException:
         await trio.aclose_forcefully(transport)
         raise
-    if secured.selected_alpn_protocol() != "h2":
+    if secured.selected_alpn_protocol != "h2":
         await trio.aclose_forcefully(transport)
         raise RpcError(Status.UNAVAILABLE, f"{name} did not agree on HTTP/2")
     return secured

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 import h2.config
 import h2.connection
@@ -21,7 +21,7 @@ from h2.connection import ConnectionInputs, ConnectionState, H2ConnectionStateMa
 from mesh.rpc.errors import RpcError
 from mesh.rpc.metadata import Header
 from mesh.wire.errors import ErrorCode, RemoteProtocolError
-from mesh.wire.grpc import MessageReader, MessageTooLarge, Status, message_header, status_from_reset
+from mesh.wire.grpc import HEADER_SIZE, MessageReader, MessageTooLarge, Status, message_header, status_from_reset
 
 READ_SIZE: Final = 64 * 1024
 MAX_QUEUED_DATA: Final = 256 * 1024
@@ -29,6 +29,8 @@ MAX_QUEUED_DATA: Final = 256 * 1024
 MAX_QUEUED_CONTROL: Final = 1024 * 1024
 """Beyond MAX_QUEUED_DATA only answers to the peer's own frames are queued: this many mean that it sends and does not read."""
 INITIAL_WINDOW: Final = 65535
+SMALL_MESSAGE: Final = 16 * 1024 - HEADER_SIZE
+"""A message up to this size goes out with its header in one frame: two frames are often two packets, and two turns of both ends' loops."""
 CLOSE_TIMEOUT: Final = 1.0
 """For what is queued at the end (the last trailers, GOAWAY) to go out."""
 RESET_BURST: Final = 200
@@ -63,6 +65,16 @@ _GRACEFUL_GOAWAY: Final = {
 }
 
 
+@runtime_checkable
+class Direct(Protocol):
+    """What a transport may be able to do besides: send without a task that waits."""
+
+    def send_now(self, data: bytearray) -> bool:
+        """Take all of it, and send what there is room for. False: the rest goes with `flush`."""
+
+    async def flush(self) -> None: ...
+
+
 class Http2Stream:
     """One call's stream. Made by the connection; every method may raise the RpcError by which the stream failed."""
 
@@ -95,9 +107,11 @@ class Http2Stream:
 
     async def receive_message(self) -> bytes | None:
         """The next message; None when the peer has ended. Messages that came whole before a failure are still delivered."""
+        waited = False
         while True:
             if (message := self._reader.next_message()) is not None:
-                await trio.lowlevel.checkpoint()
+                if not waited:  # others get their turn between messages, also when many are there already
+                    await trio.lowlevel.checkpoint()
                 return message
             if self._arrived:
                 self._take_arrived()
@@ -107,13 +121,24 @@ class Http2Stream:
                 return None
             self._raise_failure()
             await self._changed.park()
+            waited = True
 
     async def send_message(self, payload: bytes, *, end: bool = False) -> None:
         """Waits for the peer's windows and for room in the output. Messages of concurrent callers do not mix."""
-        async with self._sending:
-            await self._connection.send_data(self, memoryview(message_header(len(payload))), end=end and not payload)
-            if payload:
+        header = message_header(len(payload))
+        try:
+            self._sending.acquire_nowait()  # a turn of the loop cheaper than to acquire what is free
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            if len(payload) <= SMALL_MESSAGE:
+                await self._connection.send_data(self, memoryview(header + payload), end=end)
+            else:
+                await self._connection.send_data(self, memoryview(header), end=False)
                 await self._connection.send_data(self, memoryview(payload), end=end)
+        finally:
+            self._connection.send_queued()
+            self._sending.release()
 
     def send_headers(self, headers: Sequence[Header], *, end: bool = False) -> None:
         self._connection.send_headers(self, headers, end=end)
@@ -184,6 +209,7 @@ class Http2Connection:
         """Why the connection is over."""
         self.going_away = False
         self._transport = transport
+        self._direct = transport if isinstance(transport, Direct) else None
         self._on_request = on_request
         self._streams: dict[int, Http2Stream] = {}
         self._out = bytearray()
@@ -295,19 +321,32 @@ class Http2Connection:
         self._sent(stream, end)
 
     async def send_data(self, stream: Http2Stream, data: memoryview, *, end: bool) -> None:
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()  # who sends for ever waits in the end: for a window, or for room in the output
         while data:
             stream._raise_failure()
             if stream.closed_here:
                 raise RpcError(Status.CANCELLED, "the stream is closed")
             room = self._room(stream)
             if room <= 0:
+                self._wake_writer.unpark_all()
                 await self._progress.park()
                 continue
             last = len(data) <= room
             self._h2.send_data(stream.id, bytes(data[:room]), end_stream=end and last)
             data = data[room:]
-            self._sent(stream, end and last)
+            self._sent(stream, end and last, wake=not last or self._direct is None)
+
+    def send_queued(self) -> None:
+        """Send what waits in the output, without waking the writer for it where the transport takes it now."""
+        if self._direct is None or self._in_flight or not self._out:
+            return
+        data, self._out = self._out, bytearray()
+        try:
+            if not self._direct.send_now(data):
+                self._in_flight = len(data)
+                self._wake_writer.unpark_all()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
+            self._lose(f"connection lost: {_reason(exc)}")
 
     def _room(self, stream: Http2Stream) -> int:
         try:
@@ -342,32 +381,39 @@ class Http2Connection:
             return  # closed meanwhile: no window to open
         self._pump()
 
-    def _sent(self, stream: Http2Stream, end: bool) -> None:
+    def _sent(self, stream: Http2Stream, end: bool, *, wake: bool = True) -> None:
         if end:
             stream.closed_here = True
             if stream.ended:
                 self._forget(stream)
-        self._pump()
+        self._pump(wake=wake)
 
     def _forget(self, stream: Http2Stream) -> None:
         if self._streams.pop(stream.id, None) is not None:
             self._progress.unpark_all()
 
-    def _pump(self) -> None:
-        self._out += self._h2.data_to_send()
-        self._wake_writer.unpark_all()
+    def _pump(self, *, wake: bool = True) -> None:
+        """``wake``: else whoever calls sees to it that it is sent."""
+        data = self._h2.data_to_send()
+        if data:
+            self._out += data
+            if wake:
+                self._wake_writer.unpark_all()
 
     # --- tasks ---
 
     async def _run_writer(self) -> None:
-        while self._out or self.lost is None:
-            if not self._out:
+        while self._out or self._in_flight or self.lost is None:
+            if not self._out and not self._in_flight:
                 await self._wake_writer.park()
                 continue
-            data, self._out = self._out, bytearray()
-            self._in_flight = len(data)
             try:
-                await self._transport.send_all(data)
+                if self._in_flight and self._direct is not None:
+                    await self._direct.flush()
+                else:
+                    data, self._out = self._out, bytearray()
+                    self._in_flight = len(data)
+                    await self._transport.send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
                 self._lose(f"connection lost: {_reason(exc)}")
                 break

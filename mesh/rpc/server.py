@@ -15,6 +15,7 @@ import trio
 from mesh.rpc.connection import Http2Connection, Http2Stream, Limits
 from mesh.rpc.errors import RpcError
 from mesh.rpc.metadata import Header, from_headers, to_headers
+from mesh.rpc.secured import SecuredStream
 from mesh.wire.errors import ErrorCode, RemoteProtocolError
 from mesh.wire.grpc import Status, encode_status_message, parse_timeout
 
@@ -155,17 +156,16 @@ async def _serve_socket(
         return await stream.aclose()
     if tls is None:
         return await serve_connection(stream, handlers, peer=Peer(address), limits=limits)
-    secured = trio.SSLStream(stream, tls(), server_side=True, https_compatible=True)
+    secured = SecuredStream(stream, tls(), server_side=True)
     try:
         with trio.fail_after(HANDSHAKE_TIMEOUT):
             await secured.do_handshake()
     except (trio.TooSlowError, trio.BrokenResourceError, OSError) as exc:
         log.info("rpc.handshake_failed", peer=address, error=str(exc.__cause__ or exc) or type(exc).__name__)
         return await trio.aclose_forcefully(stream)
-    if secured.selected_alpn_protocol() not in ("h2", None):
+    if secured.selected_alpn_protocol not in ("h2", None):
         return await trio.aclose_forcefully(stream)
-    certificate: bytes | None = secured.getpeercert(binary_form=True)
-    return await serve_connection(secured, handlers, peer=Peer(address, certificate), limits=limits)
+    return await serve_connection(secured, handlers, peer=Peer(address, secured.peer_certificate), limits=limits)
 
 
 async def serve_connection(

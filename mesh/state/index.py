@@ -29,11 +29,16 @@ class Index(Generic[K, V]):
 
     def replace(self, old: V | None, new: V | None) -> None:
         """Take ``old`` out and put ``new`` in; None for nothing."""
+        before = {*self._keys(old)} if old is not None else set()
+        after = {*self._keys(new)} if new is not None else set()
         if old is not None:
-            for key in set(self._keys(old)):
-                self._discard(key, old)
+            for key in before:
+                if new is not None and key in after:  # most changes of a value are of none of its keys
+                    self._exchange(key, old, new)
+                else:
+                    self._discard(key, old)
         if new is not None:
-            for key in set(self._keys(new)):
+            for key in after - before if before else after:
                 self._add(key, new)
 
     def find(self, key: K) -> tuple[V, ...]:
@@ -56,6 +61,14 @@ class Index(Generic[K, V]):
             self._many[key] = {id(one): one, id(value): value}
         else:
             self._one[key] = value
+
+    def _exchange(self, key: K, old: V, new: V) -> None:
+        many = self._many.get(key)
+        if many is None:
+            self._one[key] = new
+        else:
+            del many[id(old)]
+            many[id(new)] = new
 
     def _discard(self, key: K, value: V) -> None:
         many = self._many.get(key)

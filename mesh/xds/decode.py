@@ -315,10 +315,10 @@ def _port(number: int) -> int:
 
 
 def _enum(kind: type[_E], number: int) -> _E:
-    try:
-        return kind(number)
-    except ValueError:
-        raise _Unusable(f"unknown {kind.__name__} {number}") from None
+    value = kind._value2member_map_.get(number)  # what ``kind(number)`` finds after a detour
+    if value is None:
+        raise _Unusable(f"unknown {kind.__name__} {number}")
+    return cast(_E, value)
 
 
 def _cidr(packed: bytes, length: int) -> Cidr:

@@ -91,6 +91,25 @@ class ConnectionStatus:
     types: Mapping[str, TypeStatus]
 
 
+class _Encodings:
+    """The last response of each type as bytes (`_encode`): a change goes to every agent, and so does the whole mesh of one that has
+    just been installed."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, bool], tuple[tuple[object, ...], Sequence[Resource], bytes]] = {}
+
+    def encode(self, type_url: str, version: str, with_aliases: bool, part: Part) -> bytes:
+        kind = type_url, with_aliases
+        # Resources are told apart by identity, and held so long: to compare the bytes of a whole mesh would cost what is saved.
+        key = version, tuple(map(id, part.resources)), tuple(part.removed)
+        kept = self._kept.get(kind)
+        if kept is not None and kept[0] == key:
+            return kept[2]
+        encoded = _encode(type_url, version, with_aliases, part)
+        self._kept[kind] = key, part.resources, encoded
+        return encoded
+
+
 class AdsServer:
     """Serves ``source``; whoever changes it calls `publish` with what changed."""
 
@@ -110,6 +129,7 @@ class AdsServer:
         self._confirm = confirm
         self._confirm_every = confirm_every
         self._assign = assign
+        self._encodings = _Encodings()
         self._connections: set[_Connection] = set()
         self._progress = trio.lowlevel.ParkingLot()
         """Woken whenever a client may have caught up, or gone."""
@@ -141,7 +161,7 @@ class AdsServer:
     async def _serve_stream(self, stream: ServerStream) -> None:
         caller = await self._authenticate(stream.call) if self._authenticate is not None else None
         guardian = partial(self._run_confirming, stream.call)
-        connection = _Connection(self._source, stream, caller, guardian, self._assign, self._note_progress)
+        connection = _Connection(self._source, self._encodings, stream, caller, guardian, self._assign, self._note_progress)
         self._connections.add(connection)
         try:
             await connection.run()
@@ -167,6 +187,7 @@ class _Connection:
     def __init__(
         self,
         source: ResourceSource,
+        encodings: _Encodings,
         stream: ServerStream,
         caller: object,
         guardian: Callable[[], Awaitable[None]],
@@ -182,6 +203,7 @@ class _Connection:
         self._guardian = guardian
         self._node_name = ""
         self._source = source
+        self._encodings = encodings
         self._stream = stream
         self._caller = caller
         self._machine = DeltaServer()
@@ -308,17 +330,13 @@ class _Connection:
         version, with_aliases = self._source.version, not self._machine.watches[type_url].wildcard
         response = Part(resources, tuple(sorted(removed)))
         parts = [response] if whole and not self._takes_parts else list(split(response, PART_SIZE))
+        # One of many parts is not kept for others: all of them would have to be, and a waypoint's are for nobody else.
+        encode = self._encodings.encode if len(parts) == 1 else _encode
         for index, part in enumerate(parts):
-            message = discovery.DeltaDiscoveryResponse(
-                system_version_info=version,
-                type_url=type_url,
-                nonce=nonce_of(number, index),
-                removed_resources=part.removed,
-                resources=[_message(type_url, resource, with_aliases) for resource in part.resources],
-                more=self._takes_parts and index + 1 < len(parts),
-            )
-            self._machine.sent(type_url, message.nonce)
-            await self._stream.send(message.SerializeToString())
+            nonce, more = nonce_of(number, index), self._takes_parts and index + 1 < len(parts)
+            own = discovery.DeltaDiscoveryResponse(nonce=nonce, more=more)
+            self._machine.sent(type_url, nonce)
+            await self._stream.send(encode(type_url, version, with_aliases, part) + own.SerializeToString())
 
     def _answer(self, answer: Answer) -> tuple[list[Resource], list[str]]:
         if answer.names is None:
@@ -427,6 +445,17 @@ def _request(message: discovery.DeltaDiscoveryRequest) -> Request:
         nonce=message.response_nonce,
         error=message.error_detail.message if message.HasField("error_detail") else None,
     )
+
+
+def _encode(type_url: str, version: str, with_aliases: bool, part: Part) -> bytes:
+    """Of a DeltaDiscoveryResponse all fields but ``nonce`` and ``more``: in protobuf's encoding what follows is another field."""
+    response = discovery.DeltaDiscoveryResponse(
+        system_version_info=version,
+        type_url=type_url,
+        removed_resources=part.removed,
+        resources=[_message(type_url, resource, with_aliases) for resource in part.resources],
+    )
+    return response.SerializeToString()
 
 
 def _message(type_url: str, resource: Resource, with_aliases: bool) -> discovery.Resource:

@@ -39,7 +39,7 @@ POLL: Final = 0.5
 NAMESPACES: Final = RESOURCES["Namespace"]
 _AUTHORITY: Final = (SECRETS, "istio-ca-secret")
 """The key that the control plane makes. A CA that was plugged in (cacerts) is the user's."""
-_RUNTIME: Final = ((LEASES, "istiod-py-leader"), (CONFIG_MAPS, inventory.NAME))
+_RUNTIME: Final = ((LEASES, "istiod-py-leader"), (SECRETS, "istiod-py-key-sets"), (CONFIG_MAPS, inventory.NAME))
 """What it makes for itself besides, and what we noted down."""
 _SHARED: Final = "waypoints, statuses, the authority's key and its root certificate"
 _OF_EVERY_NAMESPACE: Final = frozenset({("ConfigMap", "kube-root-ca.crt"), ("ConfigMap", ROOT_MAP), ("ServiceAccount", "default")})

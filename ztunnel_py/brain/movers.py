@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import trio
 
@@ -64,6 +64,10 @@ class Holding:
     descriptors: tuple[int, ...]
 
 
+_Posted: TypeAlias = tuple[messages.Message | None, list[int]]
+"""What waits to be sent: a message with descriptors of its own, or the rest of one that has begun."""
+
+
 @dataclass(slots=True, eq=False)
 class Mover:
     """One living mover process. `post` never blocks: the queue is the brain's memory, a mover that reads nothing is replaced."""
@@ -71,7 +75,7 @@ class Mover:
     name: str
     pid: int
     channel: Channel[messages.FromMover]
-    _queue: trio.MemorySendChannel[tuple[messages.Message, list[int]]]
+    _queue: trio.MemorySendChannel[_Posted]
     apart: bool = False
     """It runs beside the agent, perhaps in another container: its pid means nothing here, and it has a supervisor of its own."""
     ending: bool = False
@@ -88,14 +92,28 @@ class Mover:
     def post(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
         """Send, in order, as soon as the mover reads. Descriptors are duplicated: the caller's stay its own. Raises OSError when there
         are none left to duplicate them."""
-        if self._queue.statistics().current_buffer_used >= _MOST_UNREAD:
+        queued = self._queue.statistics()
+        if queued.current_buffer_used >= _MOST_UNREAD:
             self.kill("it reads nothing")
+            return
+        if queued.tasks_waiting_receive and self._send_now(message, descriptors):
             return
         duplicates = _duplicate(descriptors)
         try:
             self._queue.send_nowait((message, duplicates))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             close_all(duplicates)  # it has just ended
+
+    def _send_now(self, message: messages.Message, descriptors: Sequence[int]) -> bool:
+        """Most often it reads, and nothing is before this message: then no task has to be woken for it."""
+        try:
+            if not self.channel.send_now(message, descriptors):
+                return False
+            if self.channel.unfinished:
+                self._queue.send_nowait((None, []))
+        except ChannelClosed:
+            self.channel.close()  # whoever receives from it finds out
+        return True
 
     def kill(self, because: str) -> None:
         """It is stuck: its slot gets another, its connections are lost."""
@@ -202,7 +220,7 @@ class Movers:
         """One mover's connection, from its `Hello` to its end."""
         channel: Channel[messages.FromMover] = Channel(sock, messages.FromMover)
         mover: Mover | None = None
-        send, receive = trio.open_memory_channel[tuple[messages.Message, list[int]]](inf)
+        send, receive = trio.open_memory_channel[_Posted](inf)
         try:
             hello, _ = await channel.receive()
             if not isinstance(hello, messages.Hello):
@@ -284,12 +302,13 @@ class Movers:
             raise ChannelClosed("expected Holding")
         return Holding(message.pod, tuple(descriptors))
 
-    async def _send_queued(
-        self, channel: Channel[messages.FromMover], receive: trio.MemoryReceiveChannel[tuple[messages.Message, list[int]]]
-    ) -> None:
+    async def _send_queued(self, channel: Channel[messages.FromMover], receive: trio.MemoryReceiveChannel[_Posted]) -> None:
         async for message, descriptors in receive:
             try:
-                await channel.send(message, descriptors)
+                if message is not None:
+                    await channel.send(message, descriptors)
+                else:
+                    await channel.finish()
             finally:
                 close_all(descriptors)
 
@@ -402,7 +421,7 @@ def _duplicate(descriptors: Sequence[int]) -> list[int]:
     return duplicates
 
 
-def _discard(queue: trio.MemoryReceiveChannel[tuple[messages.Message, list[int]]]) -> None:
+def _discard(queue: trio.MemoryReceiveChannel[_Posted]) -> None:
     """Close the descriptors of messages that were never sent."""
     while True:
         try:

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import socket
+from collections.abc import Awaitable
 
 import trio
 from OpenSSL import SSL
@@ -28,12 +29,14 @@ from mesh.telemetry.access import SCOPE, AccessLog
 from mesh.telemetry.metrics import DnsMetrics, Registry, TcpMetrics, encode_snapshot
 from mesh.telemetry.output import LogOutput
 from mesh.tls.bundle import CertificateBundle, InvalidBundle
-from mesh.xds.client import decode
+from mesh.xds.client import DECODE_IN_THREAD, decode
+from mesh.xds.decode import DecodedResponse, decode_response
 from mesh.xds.names import ADDRESS, AUTHORIZATION
 from ztunnel_py import messages
 from ztunnel_py.channel import Channel, ChannelClosed, close_all
 from ztunnel_py.config import SPARE, AgentConfig, read_config
 from ztunnel_py.messages import PodInfo
+from ztunnel_py.mover.brainlink import BrainLink
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.dns import NameServer, NameService
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
@@ -152,6 +155,7 @@ class Mover:
     async def _follow_brain(self) -> bool:
         """Until the brain has gone; True if there was one that answered."""
         met = False
+        link: BrainLink | None = None
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with sock:
             with unix_address(self._config.socket_path) as address:
@@ -167,13 +171,12 @@ class Mover:
                     self._ask_certificate(identity)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._send_outgoing, channel, receive)
-                    while True:
-                        message, descriptors = await channel.receive()
-                        met = True
-                        await self._handle(message, descriptors)
+                    link = BrainLink(self._reactor, channel, self._handle, nursery)
+                    await link.run()
             except* ChannelClosed:
                 pass
             finally:
+                met = link is not None and link.met
                 self._to_brain = None
                 channel.close()
                 if met:
@@ -213,10 +216,13 @@ class Mover:
 
     # Messages
 
-    async def _handle(self, message: messages.ToMover, descriptors: list[int]) -> None:
+    def _handle(self, message: messages.ToMover, descriptors: list[int]) -> Awaitable[None] | None:
+        """Do what a message says; if it takes long, return what does it: the next message is for afterwards."""
         match message:
             case messages.Resources():
-                await self._take_resources(message)
+                if len(message.payload) > DECODE_IN_THREAD:
+                    return self._take_large(message)
+                self._take_resources(message, decode_response(message.payload))
             case messages.Certificate():
                 self._take_certificate(message)
             case messages.CertificateUnavailable():
@@ -242,9 +248,12 @@ class Mover:
                 self._nursery.start_soon(self._drain, message.seconds)
             case messages.SetLogLevels():
                 log.set_levels(log.LogLevels.parse(message.levels))
+        return None
 
-    async def _take_resources(self, message: messages.Resources) -> None:
-        decoded = await decode(message.payload)
+    async def _take_large(self, message: messages.Resources) -> None:
+        self._take_resources(message, await decode(message.payload))
+
+    def _take_resources(self, message: messages.Resources, decoded: DecodedResponse) -> None:
         state = self._plane.state
         if message.whole:
             addresses, policies = decoded.type_url == ADDRESS, decoded.type_url == AUTHORIZATION

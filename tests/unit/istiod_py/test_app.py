@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,7 @@ from mesh.model.l7.policy import RequestAuthentication
 from mesh.rpc import RpcError, Status, open_channel
 from mesh.rpc.tls import client_tls
 from mesh.runtime.inspection import ControlPlanePage
+from mesh.runtime.outbound import OutboundError
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.csr import make_request
 from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, bearer_metadata, connect_tls, run_ads_client
@@ -615,6 +617,48 @@ def test_a_control_plane_that_starts_has_its_key_sets_before_it_serves(world, mo
             nursery.start_soon(follow_as_waypoint, world, [], "waypoint", None, lambda update: sets.extend(key_sets_in(update)))
             await until(lambda: bool(sets))
             assert ['"kid":"one"' in each for each in sets] == [True]
+
+    trio.run(main)
+
+
+def note_key_sets(sets: list[str], update: AdsUpdate) -> None:
+    sets.extend(key_sets_in(update))
+
+
+def test_a_control_plane_that_starts_while_a_provider_is_away_has_the_keys_of_the_one_before(world, monkeypatch):
+    """Else waypoints would lose keys that they have, and refuse good tokens."""
+    away = False
+
+    async def fetch(url: str, *, limit: int, within: float) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if away:
+            raise OutboundError("nobody there")
+        return b'{"keys":[{"kty":"oct","kid":"one","k":"c2VjcmV0"}]}'
+
+    monkeypatch.setattr("istiod_py.jwks.fetch", fetch)
+
+    async def main() -> None:
+        nonlocal away
+        world.write("waypoint.yaml", WAYPOINT)
+        world.write("service.yaml", SERVICE.replace("namespace: app}", "namespace: app, labels: {istio.io/use-waypoint: waypoint}}"))
+        world.write("tokens.yaml", FETCHED)
+        async with running(world):
+            await until((world.directory / "state" / "key-sets.json").exists)
+        away = True
+        for written in (True, True, False):
+            if not written:
+                (world.directory / "state" / "key-sets.json").unlink()
+            sets: list[str] = []
+            async with running(world) as nursery:
+                take = partial(note_key_sets, sets)
+                nursery.start_soon(follow_as_waypoint, world, [], "waypoint", None, take)
+                await until(partial(bool, sets))
+                assert ['"kid":"one"' in each for each in sets] == [written]
+                told: list[str] = []
+                while not told:
+                    problems = json.loads((await world.get("/debug/problems"))[1])
+                    told = [problem["message"] for problem in problems if "issuer.test" in problem["file"]]
+                assert ("stay in use" in told[0]) == written
 
     trio.run(main)
 

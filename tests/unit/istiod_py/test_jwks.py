@@ -13,7 +13,8 @@ import pytest
 import trio
 import trio.testing
 
-from istiod_py.jwks import KEPT, MAX_SOURCES, REFRESH, FetchFailed, KeySetKeeper, fetch_from_outside
+from istiod_py.jwks import MAX_SOURCES, REFRESH, FetchFailed, KeySetKeeper, fetch_from_outside
+from istiod_py.keyarchive import KEPT, KeptSet
 from istiod_py.translate.l7.authentication import KeySource
 
 KEYS = json.dumps({"keys": [{"kty": "RSA", "n": "1", "e": "AQAB"}]})
@@ -52,7 +53,7 @@ class Steady(random.Random):
 
 @asynccontextmanager
 async def running(web: Web, refresh: float = REFRESH) -> AsyncGenerator[KeySetKeeper, None]:
-    keeper = KeySetKeeper(web.fetch, refresh=refresh, rng=Steady())
+    keeper = KeySetKeeper(web.fetch, refresh=refresh, rng=Steady(), wall=lambda: 1_800_000_000.0 + trio.current_time())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(keeper.run)
         yield keeper
@@ -93,7 +94,8 @@ def test_a_set_that_cannot_be_renewed_stays_and_the_reason_is_told() -> None:
             del web.answers[SOURCE.uri]
             await wait_until(lambda: bool(keeper.problems), keeper)
             assert keeper.key_sets == {SOURCE: KEYS}
-            assert keeper.problems == {SOURCE: "https://id.example.com/keys: nobody there"}
+            stay = "the keys that were fetched at 2027-01-15T08:00:00Z stay in use"
+            assert keeper.problems == {SOURCE: f"https://id.example.com/keys: nobody there; {stay}"}
             web.answers[SOURCE.uri] = KEYS
             await wait_until(lambda: not keeper.problems, keeper)
 
@@ -228,6 +230,38 @@ def test_a_set_that_is_not_wanted_is_not_fetched_but_remembered_for_a_week() -> 
             assert keeper.key_sets == {}
             keeper.want({SOURCE: 5.0})
             await wait_until(lambda: SOURCE in keeper.key_sets, keeper)
+
+    run(main)
+
+
+def test_what_an_earlier_process_had_is_used_at_once_and_until_there_is_something_newer() -> None:
+    async def main() -> None:
+        web = Web()
+        web.answers.clear()
+        async with running(web) as keeper:
+            keeper.recall({SOURCE: KeptSet(KEYS, 1_799_990_000.0)})
+            keeper.want({SOURCE: 5.0})
+            await keeper.wait_tried()
+            assert keeper.key_sets == {SOURCE: KEYS}
+            await wait_until(lambda: bool(keeper.problems), keeper)
+            assert trio.current_time() == 0, "it is renewed at once"
+            assert keeper.problems[SOURCE].endswith("the keys that were fetched at 2027-01-15T05:13:20Z stay in use")
+            assert keeper.key_sets == {SOURCE: KEYS}
+            web.answers[SOURCE.uri] = OTHER
+            await wait_until(lambda: not keeper.problems, keeper)
+            assert trio.current_time() == 60
+            assert keeper.kept == {SOURCE: KeptSet(OTHER, 1_800_000_060.0)}
+
+    run(main)
+
+
+def test_what_was_fetched_is_not_replaced_by_what_an_earlier_process_had() -> None:
+    async def main() -> None:
+        async with running(Web()) as keeper:
+            keeper.want({SOURCE: 5.0})
+            await wait_until(lambda: SOURCE in keeper.key_sets, keeper)
+            keeper.recall({SOURCE: KeptSet(OTHER, 1_799_990_000.0)})
+            assert keeper.key_sets == {SOURCE: KEYS}
 
     run(main)
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
+import trio.testing
 
 from ztunnel_py import messages
 from ztunnel_py.channel import Channel, ChannelClosed
@@ -99,5 +100,69 @@ def test_the_death_of_the_other_side_is_told() -> None:
         mover.close()
         with pytest.raises(ChannelClosed):
             await brain.receive()
+
+    run_with_pair(body)
+
+
+def test_what_can_be_sent_without_waiting_is_and_its_rest_goes_before_what_follows() -> None:
+    payload = os.urandom(3_000_000)
+
+    async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
+        assert brain.send_now(messages.Ping(1))
+        assert not brain.unfinished
+        assert brain.send_now(messages.Resources(False, payload)), "its beginning has gone"
+        assert brain.unfinished
+        assert not brain.send_now(messages.Ping(2)), "it would get into the midst of the one before"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(brain.send, messages.Ping(3))
+            received = [(await mover.receive())[0] for _ in range(3)]
+        assert received == [messages.Ping(1), messages.Resources(False, payload), messages.Ping(3)]
+        assert not brain.unfinished
+        assert brain.send_now(messages.Resources(False, payload))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(brain.finish)
+            assert (await mover.receive())[0] == messages.Resources(False, payload)
+
+    run_with_pair(body)
+
+
+def test_where_there_is_no_room_nothing_is_sent_without_waiting() -> None:
+    async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
+        sent = 0
+        while brain.send_now(messages.Resources(False, bytes(1000))):
+            sent += 1
+            assert not brain.unfinished
+        with trio.move_on_after(0.01):
+            await brain.send(messages.Ping(1))
+        for _ in range(sent):
+            assert (await mover.receive())[0] == messages.Resources(False, bytes(1000))
+        assert mover.receive_now() is None
+
+    run_with_pair(body)
+
+
+def test_sending_without_waiting_to_one_that_is_gone_says_so() -> None:
+    async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
+        mover.close()
+        with pytest.raises(ChannelClosed):
+            brain.send_now(messages.Ping(1))
+        brain.close()
+        with pytest.raises(ChannelClosed):
+            brain.send_now(messages.Ping(1))
+        await trio.lowlevel.checkpoint()
+
+    run_with_pair(body)
+
+
+def test_who_closes_the_channel_wakes_who_receives_from_it() -> None:
+    async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
+        async def close() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            mover.close()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(close)
+            with pytest.raises(ChannelClosed):
+                await mover.receive()
 
     run_with_pair(body)

@@ -235,6 +235,27 @@ def test_replicas_and_restarts_share_one_root_and_one_leader(tmp_path: Path) -> 
     run(tmp_path, check)
 
 
+def test_key_sets_are_in_a_secret_for_replicas_and_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(url: str, *, limit: int, within: float) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return b'{"keys":[]}'
+
+    monkeypatch.setattr("istiod_py.jwks.fetch", fetch)
+
+    async def check(cluster: Cluster) -> None:
+        rule = {"issuer": "https://issuer.test", "jwksUri": "https://issuer.test/keys"}
+        spec = {"targetRefs": [{"kind": "Service", "group": "", "name": "web"}], "jwtRules": [rule]}
+        cluster.api.put({"kind": "RequestAuthentication", "metadata": {"name": "tokens", "namespace": SHOP}, "spec": spec})
+        async with running(cluster):
+            await cluster.wait_until(lambda: cluster.api.find("Secret", "istio-system", "istiod-py-key-sets") is not None)
+        cluster.api.requests.clear()
+        async with running(cluster, cluster.config("two")):
+            seen = [request.method for request in cluster.api.requests if request.path.endswith("/secrets/istiod-py-key-sets")]
+            assert seen[:1] == ["GET"], "read before it serves"
+
+    run(tmp_path, check)
+
+
 def test_policies_say_whether_agents_enforce_them(tmp_path: Path) -> None:
     def put(cluster: Cluster, **rule: Any) -> None:
         metadata = {"name": "p", "namespace": SHOP}

@@ -55,6 +55,20 @@ def test_what_is_replaced_leaves_no_key_behind() -> None:
     assert len(index) == 0
 
 
+def test_a_value_that_keeps_its_keys_takes_the_place_of_the_one_before() -> None:
+    index = index_by_keys()
+    a, b = Value("a", ("shared", "own")), Value("b", ("shared",))
+    index.replace(None, a)
+    index.replace(None, b)
+    changed = Value("changed", ("shared", "own"))
+    index.replace(a, changed)
+    assert index.find("own") == (changed,)
+    assert set(index.find("shared")) == {changed, b}
+    index.replace(changed, None)
+    index.replace(b, None)
+    assert len(index) == 0
+
+
 def test_equal_values_are_two() -> None:
     index = index_by_keys()
     one, other = Value("same", ("x",)), Value("same", ("x",))

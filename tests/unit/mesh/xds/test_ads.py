@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mesh.rpc import Bidi, Call, Channel, RpcError, ServerStream, Status, open_c
 from mesh.rpc.tls import client_tls, server_tls
 from mesh.state.store import Delta, MeshState
 from mesh.testing.serving import write_serving_certificate
+from mesh.xds import server as module
 from mesh.xds.cache import ResourceCache
 from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, Phase, bearer_metadata, connect_tls, run_ads_client
 from mesh.xds.encode import Resource
@@ -142,6 +144,9 @@ class _Agent:
     def synced(self) -> bool:
         return bool(self.states) and self.states[-1].synced and self.states[-1].phase is Phase.CONNECTED
 
+    def has(self, workload: Workload) -> bool:
+        return self.state.find_workload(workload.uid) == workload
+
     def names(self) -> set[str]:
         return {workload.name for workload in self.state.workloads()}
 
@@ -197,6 +202,40 @@ def test_changes_and_removals_arrive_and_nothing_else_does() -> None:
         sent = [discovery.DeltaDiscoveryResponse.FromString(update.raw) for update in agent.updates]
         assert [each.name for response in sent for each in response.resources] == ["c//Pod/ns/a"]
         assert not any(update.whole for update in agent.updates)
+
+    _run(main)
+
+
+def test_what_goes_to_many_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    real = module._message
+
+    def count(type_url: str, resource: Resource, with_aliases: bool) -> discovery.Resource:
+        encoded.append(resource.name)
+        return real(type_url, resource, with_aliases)
+
+    monkeypatch.setattr(module, "_message", count)
+
+    async def main(plane: _ControlPlane, agent: _Agent, nursery: trio.Nursery) -> None:
+        plane.cache.apply(Delta(workloads=(_workload("a"), _workload("b"))))
+        agents = [agent, _Agent(), _Agent()]
+        for each in agents:
+            _start(plane, each, nursery)
+        for each in agents:
+            await each.until(partial(getattr, each, "synced"))
+        assert sorted(encoded) == ["c//Pod/ns/a", "c//Pod/ns/b"]
+        for address in ("10.0.0.5", "10.0.0.6"):
+            encoded.clear()
+            changed = _workload("a", address)
+            plane.change(Delta(workloads=(changed,)))
+            for each in agents:
+                await each.until(partial(each.has, changed))
+            assert encoded == ["c//Pod/ns/a"]
+        plane.change(Delta(removed_addresses=("c//Pod/ns/b",)))
+        for each in agents:
+            await each.until(partial(lambda each: each.names() == {"a"}, each))
+        nonces = [discovery.DeltaDiscoveryResponse.FromString(update.raw).nonce for each in agents for update in each.updates]
+        assert len(set(nonces)) == len(nonces) == 15
 
     _run(main)
 

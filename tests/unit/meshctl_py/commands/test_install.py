@@ -165,6 +165,7 @@ def leaving(cluster: Cluster) -> Cluster:
         put({"kind": "ConfigMap", "metadata": {"name": "istio-ca-root-cert", "namespace": namespace, "managedFields": owner}})
     put({"kind": "ConfigMap", "metadata": {"name": "istio-ca-root-cert", "namespace": "istios", "managedFields": [{"manager": "pilot"}]}})
     put({"kind": "Secret", "metadata": {"name": "istio-ca-secret", "namespace": "istio-system"}})
+    put({"kind": "Secret", "metadata": {"name": "istiod-py-key-sets", "namespace": "istio-system"}})
     put({"kind": "Lease", "metadata": {"name": "istiod-py-leader", "namespace": "istio-system"}})
     put({"kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "istio-system"}})
     return cluster

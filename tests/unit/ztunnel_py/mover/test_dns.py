@@ -459,7 +459,14 @@ def test_a_silent_server_is_a_failure_in_the_end(names: Names, tcp: bool) -> Non
     assert names.metric("upstream_failures") == 1
 
 
-@pytest.mark.parametrize("answer", [b"", b"garbage", dns.message.make_response(dns.message.make_query("bad.", "A")).to_wire()])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"garbage", id="no message"),
+        pytest.param(dns.message.make_response(dns.message.make_query("bad.", "A")).to_wire(), id="to another question"),
+    ],
+)
 def test_garbage_over_tcp_is_a_failure(names: Names, answer: bytes) -> None:
     async def test() -> None:
         async with names.resolver(lambda wire: [answer]):
