@@ -6,6 +6,7 @@ The attacker sits in a pod outside the mesh; where it needs a certificate, it ha
 from __future__ import annotations
 
 import os
+import select
 import socket
 import ssl
 import struct
@@ -26,6 +27,7 @@ from mesh.testing.ca import FakeCa, trusting_context
 from mesh.testing.lab import Lab, running_lab, wait_until
 from mesh.testing.netns import Netns
 from mesh.tls.bundle import CertificateBundle
+from ztunnel_py.mover.pod import SOCKETS_AHEAD
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="entering a lab's namespaces from outside needs root")]
 
@@ -47,7 +49,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         lab.label("shop", "istio.io/dataplane-mode=ambient")
         wait_until(lambda: lab.pods_in_mesh() == SHOP, "every pod of the shop is captured")
         wait_until(lambda: lab.curl("shop/client", "http://server.shop/").returncode == 0, "its traffic flows")
+        before = quiet_descriptors(lab)
         yield lab
+        # One that each test leaves over would pass for one made ahead, but a hundred do not; a few tunnels of the shop's own are kept.
+        kept = Counter(socket=2 * SOCKETS_AHEAD)
+        wait_until(lambda: not lab.descriptors("n2") - before - kept, f"descriptors do not pile up (before: {before})")
 
 
 class Attacker:
@@ -113,13 +119,7 @@ class Link:
 
     def receive(self) -> Frame | None:
         """The next frame; None at the end, in whatever manner it comes."""
-        while True:
-            if len(self._buffer) >= 9:
-                frame, length = Frame.parse_frame_header(memoryview(self._buffer[:9]))
-                if len(self._buffer) >= 9 + length:
-                    frame.parse_body(memoryview(self._buffer[9 : 9 + length]))
-                    self._buffer = self._buffer[9 + length :]
-                    return frame
+        while (frame := self._take()) is None:
             try:
                 data = self.sock.recv(65536)
             except (ConnectionError, ssl.SSLError):
@@ -127,6 +127,25 @@ class Link:
             if not data:
                 return None
             self._buffer += data
+        return frame
+
+    def _take(self) -> Frame | None:
+        """The next frame if all of it has been read."""
+        if len(self._buffer) < 9:
+            return None
+        frame, length = Frame.parse_frame_header(memoryview(self._buffer[:9]))
+        if len(self._buffer) < 9 + length:
+            return None
+        frame.parse_body(memoryview(self._buffer[9 : 9 + length]))
+        self._buffer = self._buffer[9 + length :]
+        return frame
+
+    def arrived(self) -> Iterator[Frame]:
+        """The frames that are there already, and the rest of one that has begun."""
+        while self._buffer or self.sock.pending() or select.select([self.sock], [], [], 0)[0]:
+            if (frame := self.receive()) is None:
+                return
+            yield frame
 
     def status(self, stream: int, field: str = ":status") -> str:
         """A field of the answer on a stream; ``reset CODE``, ``goaway CODE`` or ``closed`` where there is no answer."""
@@ -158,12 +177,13 @@ def caller(lab: Lab) -> Iterator[Attacker]:
 
 @pytest.fixture
 def attacker(lab: Lab, caller: Attacker) -> Iterator[Attacker]:
-    """The movers of the attacked node are the same after the test, and hold not a descriptor more."""
+    """The movers of the attacked node are the same after the test, and hold no more than what a pod may have made ahead."""
     before, movers = quiet_descriptors(lab), lab.agent("n2", "mover")
     caller.begin()
     yield caller
     assert lab.agent("n2", "mover") == movers
-    wait_until(lambda: not lab.descriptors("n2") - before, f"no descriptor is left over (before: {before})")
+    made_ahead = Counter(socket=SOCKETS_AHEAD)
+    wait_until(lambda: not lab.descriptors("n2") - before - made_ahead, f"no descriptor is left over (before: {before})")
     log = (lab.home / "logs/ztunnel-n2.log").read_text()
     assert "callback.failed" not in log
     assert "Traceback" not in log
@@ -460,11 +480,13 @@ def test_data_beyond_the_window_ends_the_stream_alone(attacker: Attacker) -> Non
         link.send(frame(4, 0, 0, struct.pack(">HI", 4, 0)))
         block = DataFrame(1, bytes(16384)).serialize()
         link.sock.settimeout(20)
-        for _ in range((16 << 20) // 16384):
+        # Each frame that follows the reset uses up some patience with stale ones, so we look for it before we send the next.
+        for _ in range((64 << 20) // 16384):  # far more than the kernel's buffers on the way to the server and back
             link.send(block)
-            if link.sock.pending():
+            if any(isinstance(came, RstStreamFrame) and (came.stream_id, came.error_code) == (1, 3) for came in link.arrived()):
                 break
-        assert link.status(1) == "reset 3"
+        else:
+            pytest.fail("credit never ends")
         link.send(WindowUpdateFrame(3, 100).serialize(), DataFrame(3, b"still here").serialize())
         while not isinstance(received := link.receive(), DataFrame):
             assert received is not None
