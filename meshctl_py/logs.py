@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -54,3 +55,13 @@ def without_cri(content: bytes) -> bytes:
         else:
             out += parts[3] + (b"" if parts[2] == b"P" else b"\n")
     return bytes(out)
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a file, of its last 64 KiB; nothing if it is not there."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []

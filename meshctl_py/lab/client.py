@@ -38,8 +38,8 @@ from meshctl_py.lab.messages import (
     Request,
     StatusReply,
 )
-from meshctl_py.lab.processes import tail
 from meshctl_py.lab.status import LabStatus
+from meshctl_py.logs import tail
 
 _REPLY_WITHIN: Final = 10.0
 _DOWN_WITHIN: Final = 10.0

@@ -15,8 +15,9 @@ import trio
 from meshctl_py.lab.assign import CLUSTER_DNS, PodAssignment
 from meshctl_py.lab.endpoints import CLUSTER_DOMAIN
 from meshctl_py.lab.enter import Entry
-from meshctl_py.lab.processes import LabProcess, ProcessStatus, processes_in_netns
+from meshctl_py.lab.processes import LabProcess, processes_in_netns
 from meshctl_py.lab.spec import Container, EnvVar, ExecCheck, HttpCheck, Probe, TcpCheck
+from meshctl_py.lab.status import ProcessStatus
 from meshctl_py.lab.web import Unreachable, fetch, open_connection
 
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "TZ", "HOME", "TERM")

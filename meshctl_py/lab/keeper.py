@@ -21,10 +21,10 @@ from meshctl_py.lab.dns import serve_dns
 from meshctl_py.lab.init import LabConfig
 from meshctl_py.lab.messages import Event, Failed, PendingWithLog, Ready, Waiting
 from meshctl_py.lab.network import CannotBuild
-from meshctl_py.lab.processes import tail
 from meshctl_py.lab.spec import KINDS
 from meshctl_py.lab.status import LabStatus
 from meshctl_py.lab.world import World
+from meshctl_py.logs import tail
 
 log = get_logger("lab")
 

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import trio
 
 from meshctl_py.lab.enter import Entry
+from meshctl_py.lab.status import ProcessStatus
+from meshctl_py.logs import tail
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 10.0
@@ -22,18 +23,6 @@ _STEADY: Final = 10.0
 """A process that lived so many seconds starts the pauses anew."""
 _MAX_LOG: Final = 32 << 20
 """Bytes after which a log starts again; the part before is kept as ``NAME.log.1``."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessStatus:
-    """``state``: waiting (``because`` says for what), running, ending (told to end), pausing (before another start), ended."""
-
-    name: str
-    state: str = "waiting"
-    pid: int | None = None
-    starts: int = 0
-    last_exit: str = ""
-    because: str = ""
 
 
 class LabProcess:
@@ -160,16 +149,6 @@ def open_log(path: Path) -> BinaryIO:
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("ab")
-
-
-def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a file, of its last 64 KiB; nothing if it is not there."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-            return file.read().decode(errors="replace").splitlines()[-lines:]
-    except FileNotFoundError:
-        return []
 
 
 def descendants(pid: int) -> dict[int, list[str]]:

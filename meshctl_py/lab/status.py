@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meshctl_py.lab.processes import ProcessStatus
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """``state``: waiting (``because`` says for what), running, ending (told to end), pausing (before another start), ended."""
+
+    name: str
+    state: str = "waiting"
+    pid: int | None = None
+    starts: int = 0
+    last_exit: str = ""
+    because: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from meshctl_py.lab.enter import Entry
-from meshctl_py.lab.processes import tail
+from meshctl_py.logs import tail
 from tests.cluster.harness import cgroups
 from tests.cluster.harness.api import Api, Object, condition, path_of
 from tests.cluster.harness.assign import MAX_NODES, assign_nodes

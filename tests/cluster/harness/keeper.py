@@ -18,7 +18,8 @@ from ruamel.yaml import YAML
 
 from mesh.telemetry.log import configure, get_logger
 from meshctl_py.lab.enter import Entry
-from meshctl_py.lab.processes import LabProcess, descendants, tail
+from meshctl_py.lab.processes import LabProcess, descendants
+from meshctl_py.logs import tail
 from tests.cluster.harness import cgroups, credentials, network, programs
 from tests.cluster.harness.api import Api, ApiRefused, Object, condition
 from tests.cluster.harness.assign import API_PORT, API_SERVICE, CONTROL_PLANE, DOMAIN, SERVICE_RANGES, NodeAssignment, assign_nodes
