@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
-from benches import http2, machine, relay, render, wire
+from benches import http2, machine, relay, render, routes, wire
 from benches.figures import bulk, connections, dns, handshakes, idle, passthrough, pods, round_trip, state, waypoint
 from benches.rows import InvalidRows, Row, dump
 from benches.stage import Broken, Say
@@ -23,8 +23,8 @@ Measure = Callable[[Say], list[Row]]
 FIGURES: Final[Mapping[str, Measure]] = {
     module.FIGURE: module.measure for module in (bulk, connections, round_trip, passthrough, handshakes, idle, state, pods, dns, waypoint)
 }
-PARTS: Final[Mapping[str, Measure]] = {relay.FIGURE: relay.measure, wire.FIGURE: wire.measure, http2.FIGURE: http2.measure}
-"""Of the data path; run by name only."""
+PARTS: Final[Mapping[str, Measure]] = {part.FIGURE: part.measure for part in (relay, wire, http2, routes)}
+"""Of the data path and of configuration; run by name only."""
 
 
 def main() -> None:

@@ -50,14 +50,14 @@ class RoutedService:
     notes: tuple[Note, ...] = ()
 
 
-def route_service(service: L7Service, gathered: Gathered, uses: Sequence[Sequence[UnitUse]], scope: Scope) -> RoutedService:
-    """``gathered``: by `RouteIndex.gather`; ``uses``: the units that concern each port, oldest first. ``scope``: with the services that
+def route_service(service: L7Service, uses: Sequence[Sequence[UnitUse]], gathered: Gathered, scope: Scope) -> RoutedService:
+    """``uses``: the units that concern each port, oldest first; ``gathered``: by `RouteIndex.gather`. ``scope``: with the services that
     connections may be sent to."""
-    return _Router(service, gathered, uses, scope).route()
+    return _Router(service, uses, gathered, scope).route()
 
 
 class _Router:
-    def __init__(self, service: L7Service, gathered: Gathered, uses: Sequence[Sequence[UnitUse]], scope: Scope) -> None:
+    def __init__(self, service: L7Service, uses: Sequence[Sequence[UnitUse]], gathered: Gathered, scope: Scope) -> None:
         self._service = service
         self._gathered = gathered
         self._uses = uses

@@ -89,7 +89,8 @@ class Routing:
         if key not in self._routed:
             gathered = self._index.gather(service, waypoint_namespace)
             scope = self._scope(hosts_of_connections(gathered, self._defaults), waypoint_namespace)
-            inputs = service, gathered, tuple(self._list_uses(service, gathered, waypoint_namespace)), scope
+            # Units first: where one is another nothing else is compared, and objects are long.
+            inputs = service, tuple(self._list_uses(service, gathered, waypoint_namespace)), gathered, scope
             self._routed[key] = self._memory.services.make(key, inputs, route_service)
         return self._routed[key]
 

@@ -14,12 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import trio
 
 from mesh.model.address import SocketAddress
+from mesh.model.l7.matching import PathKind, PathMatch, RouteMatch
 from mesh.model.l7.policy import AuthorizationPolicy, PolicyAction, PolicyRule
-from mesh.model.l7.routing import Origin
-from mesh.model.l7.waypoint import AccessLogging, Assigned, PortConfig, Protocol, ServiceConfig, Tracing, WaypointSettings
+from mesh.model.l7.routing import DirectResponse, Origin, Route
+from mesh.model.l7.waypoint import (
+    AccessLogging,
+    Assigned,
+    PortConfig,
+    Protocol,
+    RouteTable,
+    ServiceConfig,
+    TableUse,
+    Tracing,
+    WaypointSettings,
+)
 from mesh.model.service import Service, ServicePort
 from mesh.model.workload import PortMapping
 from mesh.rpc import Call, RpcError, Status, Unary, serve
@@ -27,7 +39,7 @@ from mesh.rpc.tls import server_tls
 from mesh.state.store import Delta
 from mesh.testing.serving import write_serving_certificate
 from mesh.xds.cache import ResourceCache
-from mesh.xds.l7 import AUTHORIZATION_POLICY, resource_name
+from mesh.xds.l7 import AUTHORIZATION_POLICY, ROUTE_TABLE, resource_name
 from mesh.xds.names import CREATE_CERTIFICATE_METHOD, role_of_node_id
 from mesh.xds.proto.ca_pb2 import IstioCertificateRequest, IstioCertificateResponse
 from mesh.xds.server import AdsServer, Introduction
@@ -187,6 +199,61 @@ def test_a_waypoint_serves_what_it_is_told_and_follows_changes(tmp_path: Path) -
                 plane.change(Delta(removed_l7=((AUTHORIZATION_POLICY, resource_name(Assigned(OWNER, _deny()))),)))
                 await eventually(lambda: client.get("/"), lambda answer: answer.status == 200)
                 await _look_at_pages(process)
+                process.process.send_signal(signal.SIGTERM)
+                assert await process.process.wait() == 0
+
+    world.run(main)
+
+
+def _answering(status: int, count: int) -> tuple[RouteTable, ...]:
+    """Tables of routes that all answer this, by a path of each one's own."""
+    tables = []
+    for number in range(4):
+        paths = [PathMatch(PathKind.EXACT, f"/{number}/{index}") for index in range(count)]
+        origin = Origin("VirtualService", "shop", "v")
+        routes = tuple(Route(origin, DirectResponse(status), matches=(RouteMatch(path=path),)) for path in paths)
+        tables.append(RouteTable(f"{status}/{number}", routes))
+    return tuple(tables)
+
+
+def _naming(tables: tuple[RouteTable, ...]) -> ServiceConfig:
+    use = TableUse(tuple(table.key for table in tables))
+    return ServiceConfig("shop", HOST, (PortConfig(80, Protocol.HTTP, tables=(use,)),))
+
+
+def test_while_many_routes_change_every_request_has_all_of_the_old_ones_or_all_of_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.xds.server.PART_SIZE", 4096)
+    world, plane, count = World(), ControlPlane(tmp_path), 300
+    old, new = _answering(201, count), _answering(202, count)
+
+    async def main() -> None:
+        async with world.application(Echo()) as address, plane.running():
+            _mesh(world, plane, address)
+            plane.push(*old, _naming(old))
+            process = Process(plane)
+            async with process.running():
+                # Ready with the last part of the first answer: nobody is told that there is no route.
+                await process.wait_ready()
+                world.address = SocketAddress(process.ip, 15008)
+                client = await world.client()
+                seen: list[int] = []
+
+                async def ask() -> int:
+                    seen.append((await client.get(f"/{len(seen) % 4}/{len(seen) % count}")).status)
+                    return seen[-1]
+
+                await ask()
+                gone = tuple((ROUTE_TABLE, resource_name(Assigned(OWNER, table))) for table in old)
+                plane.change(Delta(l7=tuple(Assigned(OWNER, each) for each in (*new, _naming(new))), removed_l7=gone))
+                while await ask() == 201:
+                    pass
+                for _ in range(4 * count):
+                    await ask()
+                assert seen == sorted(seen)
+                assert set(seen) == {201, 202}
+                await plane.server.wait_taken(waypoints=True)
                 process.process.send_signal(signal.SIGTERM)
                 assert await process.process.wait() == 0
 
