@@ -412,7 +412,7 @@ class Exchange:
             config = port.config
             if destination.port == config.port and destination.hostname == service.hostname and destination.namespace == service.namespace:
                 declared = config.protocol
-        return protocol_towards(endpoint, declared, self.request)
+        return protocol_towards(endpoint, declared, self.request, grpc=self.record.is_grpc)
 
     def opened(self, attempt: Attempt) -> None:
         """Its head has been written."""

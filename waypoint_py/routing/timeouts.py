@@ -46,7 +46,7 @@ def find_timeouts(route: Route, request: Request) -> Timeouts:
 
 def find_grpc_timeout(request: Request) -> float | None:
     """What a gRPC client grants; None if that is nothing, or nothing readable (ignored, as Envoy does)."""
-    if not request.is_grpc or (value := request.first(GRPC_TIMEOUT)) is None:
+    if (value := request.first(GRPC_TIMEOUT)) is None or not request.is_grpc:
         return None
     try:
         # A deadline that has passed already is still one.
