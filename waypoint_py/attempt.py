@@ -161,7 +161,7 @@ class Attempt:
             self._plane.balancer.ended(self.endpoint)
 
 
-def protocol_towards(endpoint: Endpoint, declared: Protocol | None, request: Request) -> UpstreamProtocol:
+def protocol_towards(endpoint: Endpoint, declared: Protocol | None, request: Request, *, grpc: bool) -> UpstreamProtocol:
     """What to speak to an application. ``declared``: by its port, where we stand before it; None: the mesh knows its service's ports.
 
     A port that declares nothing gets what the client speaks. gRPC is spoken in HTTP/2 whatever the port declares: in HTTP/1.1 it is none.
@@ -172,7 +172,7 @@ def protocol_towards(endpoint: Endpoint, declared: Protocol | None, request: Req
     if upgrade is not _UPGRADE_AS_CLIENT:
         if declared is None:
             declared = _declared_by_service(endpoint)
-        if declared in _BY_HTTP2 or request.is_grpc:
+        if grpc or declared in _BY_HTTP2:
             return _HTTP2
         if declared is _DECLARED_HTTP:
             return _HTTP1

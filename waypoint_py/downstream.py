@@ -104,7 +104,7 @@ class HttpConnection:
     def data(self, data: memoryview) -> None:
         if self._over or self._ending:
             return
-        self._handle(lambda: self._codec.receive(data))
+        self._handle(self._codec.receive, data)
 
     def ended(self) -> None:
         if not (self._over or self._ending):
@@ -193,19 +193,22 @@ class HttpConnection:
 
     # --- what the codec says
 
-    def _handle(self, receive: Callable[[], Sequence[Event]]) -> None:
-        self._hear(receive)
+    def _handle(self, receive: Callable[[*Ts], Sequence[Event]], *arguments: *Ts) -> None:
+        self._hear(receive, *arguments)
         self._tell_blocked()
         self._settle()
 
-    def _hear(self, receive: Callable[[], Sequence[Event]]) -> None:
+    def _hear(self, receive: Callable[[*Ts], Sequence[Event]], *arguments: *Ts) -> None:
         self._handling = True
         begun: list[Exchange] = []
         try:
-            self._take(receive(), begun)
+            self._take(receive(*arguments), begun)
             # After everything that came with them: a request whose body is here already is a whole one.
             for exchange in begun:
-                self.guard(exchange, exchange.begin)
+                try:
+                    exchange.begin()
+                except Exception as exc:
+                    self._crashed(exchange, exc)
         except RemoteProtocolError as exc:
             self._fail(exc.reason)
         finally:
@@ -214,41 +217,54 @@ class HttpConnection:
     def _take(self, events: Sequence[Event], begun: list[Exchange]) -> None:
         exchanges = self._exchanges
         for event in events:
-            match event:
-                case BodyData():
-                    exchange = exchanges.get(event.stream)
-                    if exchange is None:
-                        self._codec.consumed(event.stream, len(event.data))
-                    else:
-                        self.guard(exchange, exchange.body, event.data)
-                case RequestHead():
-                    if self._winding_down:
-                        self._codec.go_away()
-                    exchange = Exchange(self, event.stream, event.request, ended=event.ended)
-                    exchanges[event.stream] = exchange
-                    begun.append(exchange)
-                case BodyEnd():
-                    exchange = exchanges.get(event.stream)
-                    if exchange is not None:
-                        self.guard(exchange, exchange.body_ended, event.trailers)
-                case StreamReset():
-                    exchange = exchanges.get(event.stream)
-                    if exchange is not None:
-                        self.guard(exchange, self._reset_came, exchange, event)
-                        if exchange in begun:
-                            begun.remove(exchange)
-                case RefusedHead():
-                    if self._winding_down:
-                        self._codec.go_away()
-                    exchange = Exchange(self, event.stream, event.request, ended=True)
-                    exchanges[event.stream] = exchange
-                    self.guard(exchange, exchange.refuse, event.status, event.reason)
-                case GoingAway():
-                    pass  # what is under way goes on, and the client closes after it
-                case ResponseHead():
-                    raise AssertionError("a client does not answer")
-                case _:
-                    assert_never(event)
+            # What every request has goes without a match and a guard of its own, which are calls.
+            if type(event) is BodyData:
+                exchange = exchanges.get(event.stream)
+                if exchange is None:
+                    self._codec.consumed(event.stream, len(event.data))
+                    continue
+                try:
+                    exchange.body(event.data)
+                except Exception as exc:
+                    self._crashed(exchange, exc)
+            elif type(event) is RequestHead:
+                if self._winding_down:
+                    self._codec.go_away()
+                exchange = Exchange(self, event.stream, event.request, ended=event.ended)
+                exchanges[event.stream] = exchange
+                begun.append(exchange)
+            elif type(event) is BodyEnd:
+                exchange = exchanges.get(event.stream)
+                if exchange is None:
+                    continue
+                try:
+                    exchange.body_ended(event.trailers)
+                except Exception as exc:
+                    self._crashed(exchange, exc)
+            else:
+                self._take_other(event, begun)
+
+    def _take_other(self, event: Event, begun: list[Exchange]) -> None:
+        exchanges = self._exchanges
+        match event:
+            case StreamReset():
+                exchange = exchanges.get(event.stream)
+                if exchange is not None:
+                    self.guard(exchange, self._reset_came, exchange, event)
+                    if exchange in begun:
+                        begun.remove(exchange)
+            case RefusedHead():
+                if self._winding_down:
+                    self._codec.go_away()
+                exchange = Exchange(self, event.stream, event.request, ended=True)
+                exchanges[event.stream] = exchange
+                self.guard(exchange, exchange.refuse, event.status, event.reason)
+            case GoingAway():
+                pass  # what is under way goes on, and the client closes after it
+            case BodyData() | RequestHead() | BodyEnd() | ResponseHead():
+                raise AssertionError(f"{event} is not taken here")
+            case _:
+                assert_never(event)
 
     def _reset_came(self, exchange: Exchange, reset: StreamReset) -> None:
         broken = reset.code == ErrorCode.PROTOCOL_ERROR
@@ -264,8 +280,11 @@ class HttpConnection:
         try:
             call(*arguments)
         except Exception as exc:
-            self.plane.reactor.report(exc, "an exchange")
-            exchange.crashed(exc)
+            self._crashed(exchange, exc)
+
+    def _crashed(self, exchange: Exchange, error: Exception) -> None:
+        self.plane.reactor.report(error, "an exchange")
+        exchange.crashed(error)
 
     def _tell_blocked(self) -> None:
         if self._blocked:
@@ -278,11 +297,11 @@ class HttpConnection:
     def _settle_soon(self) -> None:
         """Before the loop waits again: a head, its body and its end, and the answers of many streams, leave together. At once when `room`
         may be none: the stream tells that it has drained only of what it has been given."""
-        if self._handling or self._over:
+        if self._settling or self._handling or self._over:
             return
         if self.is_crowded:
             self._settle()
-        elif not self._settling:
+        else:
             self._settling = True
             self.plane.reactor.call_soon(self._settle, self.abort)
 
@@ -294,7 +313,7 @@ class HttpConnection:
         codec, stream = self._codec, self._stream
         while self._again:  # any number of requests that came at once may be answered at once
             self._again = False
-            self._hear(lambda: codec.receive(b""))
+            self._hear(codec.receive, b"")
         self._watch_head()
         outgoing = codec.take_outgoing()
         if outgoing:

@@ -31,14 +31,14 @@ from waypoint_py.policy.authorize import Judgement
 from waypoint_py.policy.consult import Buffered, ResponseHeaders
 from waypoint_py.policy.facts import TokenFacts
 from waypoint_py.preparation import date_of, finish_response, prepare
-from waypoint_py.routing.actions import Chosen, answer, change_reply, change_request, change_response, choose
+from waypoint_py.routing.actions import Chosen, answer, change_reply, change_response, changed_request, choose
 from waypoint_py.routing.cors import allow_response, answer_preflight, find_allowed_origin
 from waypoint_py.routing.fault import draw_fault
 from waypoint_py.routing.grpc import find_status, http_from_status, reply_status
 from waypoint_py.routing.match import Matched
 from waypoint_py.routing.mirror import draw_mirrors, mirrored
 from waypoint_py.routing.retry import UNBOUNDED, Again, Enough, RetryState, Room
-from waypoint_py.routing.timeouts import CLIENTS_WORD, UNLIMITED, Timeouts, find_grpc_timeout, find_timeouts, tell_upstream
+from waypoint_py.routing.timeouts import CLIENTS_WORD, UNLIMITED, Timeouts, find_grpc_timeout, find_timeouts, told_upstream
 from waypoint_py.store import PortRuntime
 from waypoint_py.upstream.affinity import NO_AFFINITY
 from waypoint_py.upstream.balancer import NoEndpoint, Wish
@@ -94,7 +94,7 @@ class Exchange:
         self._parked: Cancel | None = None
         self._buffering = 0  # bytes that an authorizer still wants to see
         self._arrived: trio.Event | None = None
-        self._additions = ResponseHeaders()
+        self._additions: ResponseHeaders | None = None
         self._timer: Timer | None = None  # of a delay, or a back-off
         self._total: Timer | None = None
         self._per_try: Timer | None = None
@@ -349,9 +349,10 @@ class Exchange:
         self._timeouts = find_timeouts(route, request)
         self._retry = RetryState(route.retry, request)
         self._body.replayable = self._retry.may_retry and request.upgrade is None
-        self._upstream_request = outgoing = request.copy()
-        self.record.request = outgoing
-        change_request(outgoing, matched.route, chosen.destination, matched.path, self.record)
+        if request.expect_continue:  # what the client waits for ends while the destination may still be asked again
+            request = request.copy()
+        outgoing = changed_request(request, matched.route, chosen.destination, matched.path, self.record)
+        self._upstream_request = self.record.request = outgoing
         self._affinity = self._plane.balancer.find_affinity(destination, request, self._conn.facts.peer_address)
         self._load = self._plane.loads.enter(destination)
         self._mirror(outgoing, matched)
@@ -400,8 +401,7 @@ class Exchange:
         record.upstream, record.upstream_local_address = endpoint, None
         record.upstream_began, record.response_began, record.request_sent = now, None, None
         kind = record.upstream_kind = self._protocol_towards(endpoint)
-        request = self._upstream_request.copy()
-        tell_upstream(request, self._timeouts, now - record.started)
+        request = told_upstream(self._upstream_request, self._timeouts, now - record.started)
         self._body.rewind()
         self._attempt = attempt = Attempt(self, plane, endpoint, ended=self._body.empty)
         attempt.begin(kind, request, facts)
@@ -413,7 +413,7 @@ class Exchange:
             config = port.config
             if destination.port == config.port and destination.hostname == service.hostname and destination.namespace == service.namespace:
                 declared = config.protocol
-        return protocol_towards(endpoint, declared, self.request)
+        return protocol_towards(endpoint, declared, self.request, grpc=self.record.is_grpc)
 
     def opened(self, attempt: Attempt) -> None:
         """Its head has been written."""
@@ -434,7 +434,7 @@ class Exchange:
         attempt, body = self._attempt, self._body
         if attempt is None or not attempt.open or attempt.sent:
             return
-        while (room := attempt.room()) > 0 and (piece := body.take(room)) is not None:
+        while body.waiting and (room := attempt.room()) > 0 and (piece := body.take(room)) is not None:
             attempt.send_data(piece)
         fresh = body.credit()
         if fresh:
@@ -637,7 +637,8 @@ class Exchange:
             change_response(response, matched.route, self._chosen.destination if self._chosen is not None else None, self.record)
             if self._origin is not None and matched.route.cors is not None:
                 allow_response(response, matched.route.cors, self._origin)
-        self._additions.apply(response)
+        if self._additions is not None:
+            self._additions.apply(response)
         if self._affinity.set_cookie is not None:
             response.append(b"set-cookie", self._affinity.set_cookie)
 
@@ -705,7 +706,8 @@ class Exchange:
     def _drop_attempt(self) -> None:
         """Give the present try up, if there is one."""
         attempt, self._attempt = self._attempt, None
-        self._cancel(self._per_try)
+        if self._per_try is not None:
+            self._per_try.cancel()
         if attempt is not None:
             attempt.drop()
 
@@ -728,8 +730,10 @@ class Exchange:
             self._conn.reset(self._stream, reset)
         record = self.record
         self._drop_attempt()
-        for timer in (self._timer, self._total, self._per_try):
-            self._cancel(timer)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._total is not None:
+            self._total.cancel()
         if self._parked is not None:
             self._parked.cancel()
         self._end_retrying()

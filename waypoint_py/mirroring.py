@@ -41,7 +41,7 @@ class MirrorCopy:
             return
         self._timer = plane.reactor.call_later(PATIENCE_SECONDS, self.cut_off)
         self._attempt = attempt = Attempt(self, plane, endpoint, ended=ended)
-        attempt.begin(protocol_towards(endpoint, None, request), request, facts)
+        attempt.begin(protocol_towards(endpoint, None, request, grpc=request.is_grpc), request, facts)
 
     # --- the request's body
 

@@ -105,9 +105,8 @@ class Reactor:
         self._on_error = on_error
         self._outcome: outcome.Outcome[Any] | None = None
 
-    def now(self) -> float:
-        """Seconds on the clock of `call_later`."""
-        return time.monotonic()
+    now = staticmethod(time.monotonic)
+    """Seconds on the clock of `call_later`."""
 
     # --- file descriptors
 

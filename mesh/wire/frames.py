@@ -190,13 +190,13 @@ class FrameSplitter:
         at = 0
         size = len(data)
         self.between_frames = False  # and so it stays when the sink raises
-        on_data = self._sink.on_data
+        on_data, read_header = self._sink.on_data, _HEADER.unpack_from
         max_frame_size = self.max_frame_size
         while at < size:
             if self._reading is not _FRAME_HEADER or self._partial or size - at < FRAME_HEADER_SIZE:
                 at = self._go_on(data, at, size)
                 continue
-            word, flags, stream = _HEADER.unpack_from(data, at)
+            word, flags, stream = read_header(data, at)
             at += FRAME_HEADER_SIZE
             length = word >> 8
             end = at + length

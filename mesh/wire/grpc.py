@@ -131,8 +131,14 @@ def decode_status_message(text: str) -> str:
     return _ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), raw).decode("utf-8", "replace")
 
 
+_BY_TEXT: Final = {str(int(status)): status for status in Status}
+
+
 def parse_status(text: str) -> Status:
     """``grpc-status``; numbers nobody defined are UNKNOWN."""
+    known = _BY_TEXT.get(text)
+    if known is not None:
+        return known
     try:
         return Status(int(text)) if text.isascii() and text.isdigit() and len(text) < 4 else Status.UNKNOWN
     except ValueError:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from struct import Struct
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
@@ -70,6 +71,8 @@ _CROSSING: Final = 4
 _OWN_PING: Final = b"\xffgoodbye"
 _OPEN, _SILENT, _ENDED = Direction.OPEN, Direction.SILENT, Direction.ENDED  # members of an enum are slower to find
 _DATA: Final = int(FrameType.DATA)
+_pack_header: Final = Struct(">IBI").pack
+"""`frame_header` for payload, whose first word is its length and type."""
 _UNCOUNTED: Final = -1
 _OVERSIZED: Final = 50
 """Points of patience for a head that gets a 431."""
@@ -125,6 +128,13 @@ class _Stream(Stream):
 class _Http2(ABC):
     """What both ends have in common. See the module."""
 
+    __slots__ = (
+        "_courtesy", "_ended", "_events", "_failure", "_goaway_received", "_goaway_sent", "_heads", "_initial_send_window",
+        "_known_trailers", "_limits", "_max_frame_size", "_parts", "_patience", "_peer", "_peer_max_streams", "_reader",
+        "_receive_window", "_reset_here", "_send_window", "_settings_seen", "_splitter", "_stream_credit_portion",
+        "_stream_window", "_streams", "_tail", "_unsent", "_waiting", "_writer", "pings",
+    )  # fmt: skip
+
     def __init__(
         self,
         *,
@@ -162,6 +172,8 @@ class _Http2(ABC):
         self._settings_seen = False
         self._goaway_received = False
         self._goaway_sent = False
+        self.pings = 0
+        """Of ours, that wait for their answer."""
         said = {
             **settings,
             SettingCode.INITIAL_WINDOW_SIZE: stream_window,
@@ -255,7 +267,7 @@ class _Http2(ABC):
         most = self._max_frame_size
         parts = self._parts
         if size <= most:
-            parts += (frame_header(size, _DATA, 0, stream), bytes(data))
+            parts += (_pack_header(size << 8 | _DATA, 0, stream), bytes(data))
             frames = 1
         else:
             frames = 0
@@ -278,7 +290,7 @@ class _Http2(ABC):
         if trailers and (kept := clean_trailers(trailers)):
             self._send_block(state, [], kept, end=True)
         elif self._tail == stream:
-            self._parts[-2] = frame_header(len(self._parts[-1]), _DATA, END_STREAM, stream)
+            self._parts[-2] = _pack_header(len(self._parts[-1]) << 8 | _DATA, END_STREAM, stream)
         else:
             self._write(frame_header(0, _DATA, END_STREAM, stream))
         self._sent_end(state)
@@ -304,9 +316,6 @@ class _Http2(ABC):
         """Ask for a sign of life; `pings` is 0 again when it has come."""
         self.pings += 1
         self._write(frame_header(8, FrameType.PING, 0, 0) + b"keepaliv")
-
-    pings = 0
-    """Pings of ours that wait for their answer."""
 
     # --- frames of the connection (called by the splitter) -----------------------------------------------------------------------------
 
@@ -552,7 +561,8 @@ class _Http2(ABC):
             self._receive_window = CONNECTION_WINDOW
 
     def _allow(self, courtesy: int) -> None:
-        self._courtesy = min(self._courtesy + courtesy, MAX_COURTESY)
+        courtesy += self._courtesy
+        self._courtesy = courtesy if courtesy < MAX_COURTESY else MAX_COURTESY
 
     def _spend_courtesy(self, on: str) -> None:
         if self._courtesy:
@@ -634,6 +644,10 @@ class _ResponseFacts(NamedTuple):
 
 class Http2Server(_Http2):
     """The end that answers. See the module and `codec.ServerCodec`."""
+
+    __slots__ = (
+        "_given_up", "_highest", "_highest_taken", "_known_heads", "_last_accepted", "_opened", "_options",
+    )  # fmt: skip
 
     def __init__(self, options: ServerOptions = _DEFAULTS, *, now: Callable[[], float]) -> None:
         """``now``: seconds, monotonic; it only bounds how often a client may do useless things."""
@@ -882,6 +896,10 @@ class Http2Server(_Http2):
 
 class Http2Client(_Http2):
     """The end that asks. See the module and `codec.ClientCodec`."""
+
+    __slots__ = (
+        "_known_heads", "_last_served", "_next_stream",
+    )  # fmt: skip
 
     def __init__(self, limits: HeadLimits | None = None, *, now: Callable[[], float], stream_window: int = 256 * 1024) -> None:
         super().__init__(

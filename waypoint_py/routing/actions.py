@@ -249,6 +249,20 @@ def change_request(request: Request, route: CompiledRoute, chosen: CompiledDesti
         request.replace(ORIGINAL_PATH, original)
 
 
+def changed_request(request: Request, route: CompiledRoute, chosen: CompiledDestination, path: PathMatch | None, facts: Facts) -> Request:
+    """A copy with `change_request`'s changes; the very one that was given if there are none."""
+    if (
+        route.request is NO_CHANGES
+        and chosen.request is NO_CHANGES
+        and route.rewrite_path is None
+        and not (route.authority or chosen.authority)
+    ):
+        return request
+    outgoing = request.copy()
+    change_request(outgoing, route, chosen, path, facts)
+    return outgoing
+
+
 def change_response(response: Message, route: CompiledRoute, chosen: CompiledDestination | None, facts: Facts) -> None:
     """Make an upstream's response what the client shall see: the route's changes, then the destination's."""
     if route.response is not NO_CHANGES:

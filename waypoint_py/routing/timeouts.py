@@ -46,7 +46,7 @@ def find_timeouts(route: Route, request: Request) -> Timeouts:
 
 def find_grpc_timeout(request: Request) -> float | None:
     """What a gRPC client grants; None if that is nothing, or nothing readable (ignored, as Envoy does)."""
-    if not request.is_grpc or (value := request.first(GRPC_TIMEOUT)) is None:
+    if (value := request.first(GRPC_TIMEOUT)) is None or not request.is_grpc:
         return None
     try:
         # A deadline that has passed already is still one.
@@ -55,18 +55,23 @@ def find_grpc_timeout(request: Request) -> float | None:
         return None
 
 
-def tell_upstream(request: Request, timeouts: Timeouts, elapsed: float) -> None:
-    """Write into a try's request how long its answer is waited for, ``elapsed`` seconds after the exchange began.
+def told_upstream(request: Request, timeouts: Timeouts, elapsed: float) -> Request:
+    """A try's request, in which stands how long its answer is waited for, ``elapsed`` seconds after the exchange began; the very one that
+    was given if there is nothing to say.
 
     A header of the client's of that name goes: it would be believed further on.
     """
-    request.remove(EXPECTED)
     left = expected(timeouts, elapsed)
+    if left is None and request.first(EXPECTED) is None:
+        return request
+    request = request.copy()
+    request.remove(EXPECTED)
     if left is None:
-        return
+        return request
     request.append(EXPECTED, b"%d" % math.ceil(left * 1000))
     if request.is_grpc:
         request.replace(GRPC_TIMEOUT, encode_timeout(left).encode())
+    return request
 
 
 def expected(timeouts: Timeouts, elapsed: float) -> float | None:

@@ -514,14 +514,14 @@ class HttpSession:
         if call is None:
             return  # given up meanwhile
         try:
-            if isinstance(event, BodyData):
+            if type(event) is BodyData:
                 call.sink.data(event.data)
-            elif isinstance(event, ResponseHead):
+            elif type(event) is ResponseHead:
                 self._on_head(call, event.response, event.ended)
-            elif isinstance(event, BodyEnd):
+            elif type(event) is BodyEnd:
                 self._complete(call)
                 call.sink.complete(event.trailers)
-            elif isinstance(event, StreamReset):
+            elif type(event) is StreamReset:
                 self._on_reset(call, event)
         except Exception as exc:  # a mistake with one request must not cost the others
             self._reactor.report(exc, f"response to {call.request.method!r} {call.request.path!r}")

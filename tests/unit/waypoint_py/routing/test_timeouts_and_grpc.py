@@ -9,7 +9,7 @@ from mesh.wire.grpc import Status
 from tests.corpus.facts import asked
 from waypoint_py.http.message import Request, Response
 from waypoint_py.routing.grpc import find_message, find_status, http_from_status, reply_status, trailers_only
-from waypoint_py.routing.timeouts import Timeouts, expected, find_timeouts, tell_upstream
+from waypoint_py.routing.timeouts import Timeouts, expected, find_timeouts, told_upstream
 from waypoint_py.verdict import LocalReply
 
 
@@ -63,7 +63,9 @@ def test_a_try_may_take_what_is_left(total: float | None, per_try: float | None,
 
 
 def told(request: Request, timeouts: Timeouts, elapsed: float = 0.0) -> tuple[bytes | None, bytes | None]:
-    tell_upstream(request, timeouts, elapsed)
+    before = list(request.headers)
+    request, given = told_upstream(request, timeouts, elapsed), request
+    assert given.headers == before
     assert sum(name == b"x-envoy-expected-rq-timeout-ms" for name, _ in request.headers) <= 1
     return request.first(b"x-envoy-expected-rq-timeout-ms"), request.first(b"grpc-timeout")
 
