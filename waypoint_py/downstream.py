@@ -7,6 +7,7 @@ nothing more should be read.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, TypeVarTuple, assert_never
@@ -41,6 +42,9 @@ _BEYOND: Final = 64 * 1024
 TOO_MUCH_UNSENT: Final = 2 * HIGH_WATER
 """Bytes that wait for the client to read, beyond which nothing of what it says is listened to. Bodies stop long before: these are answers
 to what only wants answers (PING, SETTINGS, refused requests), which a client that never reads could have us store."""
+REQUESTS_A_TURN: Final = 8
+"""That a connection may begin before the others have their turn. One read brings thousands where a client does not wait for answers, and
+each costs as much as any: a policy's refusal, too."""
 
 
 class HttpConnection:
@@ -57,6 +61,9 @@ class HttpConnection:
         self._on_gone = on_gone
         self._exchanges: dict[int, Exchange] = {}
         self._blocked: dict[Exchange, None] = {}
+        self._begun: deque[Exchange] = deque()  # they have come, and wait for their turn
+        self._left = REQUESTS_A_TURN
+        self._yielding = False  # `_next_turn` will be called
         self._handling = False
         self._settling = False  # `_settle` will be called
         self._again = False  # an exchange ended: what waits behind it may begin
@@ -118,6 +125,7 @@ class HttpConnection:
         if self._over:
             return
         self._over = True
+        self._begun.clear()
         for timer in (self._idle_timer, self._head_timer, self._linger):
             if timer is not None:
                 timer.cancel()
@@ -185,6 +193,8 @@ class HttpConnection:
         if exchange is None:
             return
         self._blocked.pop(exchange, None)
+        if self._begun and exchange in self._begun:
+            self._begun.remove(exchange)
         if not self._exchanges:
             self._idle_since = self.plane.reactor.now()
         if self._serial and not self._over:
@@ -200,21 +210,35 @@ class HttpConnection:
 
     def _hear(self, receive: Callable[[*Ts], Sequence[Event]], *arguments: *Ts) -> None:
         self._handling = True
-        begun: list[Exchange] = []
         try:
-            self._take(receive(*arguments), begun)
+            self._take(receive(*arguments))
             # After everything that came with them: a request whose body is here already is a whole one.
-            for exchange in begun:
+            while self._begun and self._left:
+                self._left -= 1
+                exchange = self._begun.popleft()
                 try:
                     exchange.begin()
                 except Exception as exc:
                     self._crashed(exchange, exc)
+            if not self._left:
+                self._yield()
         except RemoteProtocolError as exc:
             self._fail(exc.reason)
         finally:
             self._handling = False
 
-    def _take(self, events: Sequence[Event], begun: list[Exchange]) -> None:
+    def _yield(self) -> None:
+        if not self._yielding:
+            self._yielding = True
+            self.plane.reactor.call_soon(self._next_turn, self.abort)
+
+    def _next_turn(self) -> None:
+        self._yielding = False
+        self._left = REQUESTS_A_TURN
+        if not (self._over or self._ending):
+            self._handle(lambda: ())
+
+    def _take(self, events: Sequence[Event]) -> None:
         exchanges = self._exchanges
         for event in events:
             # What every request has goes without a match and a guard of its own, which are calls.
@@ -232,7 +256,7 @@ class HttpConnection:
                     self._codec.go_away()
                 exchange = Exchange(self, event.stream, event.request, ended=event.ended)
                 exchanges[event.stream] = exchange
-                begun.append(exchange)
+                self._begun.append(exchange)
             elif type(event) is BodyEnd:
                 exchange = exchanges.get(event.stream)
                 if exchange is None:
@@ -242,17 +266,15 @@ class HttpConnection:
                 except Exception as exc:
                     self._crashed(exchange, exc)
             else:
-                self._take_other(event, begun)
+                self._take_other(event)
 
-    def _take_other(self, event: Event, begun: list[Exchange]) -> None:
+    def _take_other(self, event: Event) -> None:
         exchanges = self._exchanges
         match event:
             case StreamReset():
                 exchange = exchanges.get(event.stream)
                 if exchange is not None:
                     self.guard(exchange, self._reset_came, exchange, event)
-                    if exchange in begun:
-                        begun.remove(exchange)
             case RefusedHead():
                 if self._winding_down:
                     self._codec.go_away()
@@ -311,7 +333,7 @@ class HttpConnection:
         if self._handling or self._over or self._ending:
             return
         codec, stream = self._codec, self._stream
-        while self._again:  # any number of requests that came at once may be answered at once
+        while self._again and self._left:  # requests that came at once may be answered at once
             self._again = False
             self._hear(codec.receive, b"")
         self._watch_head()
@@ -321,7 +343,7 @@ class HttpConnection:
         if codec.finished:
             self._end()
             return
-        wants = codec.wants_data and stream.unsent <= TOO_MUCH_UNSENT
+        wants = codec.wants_data and stream.unsent <= TOO_MUCH_UNSENT and not self._yielding
         if wants is self._paused:
             self._paused = not wants
             if wants:

@@ -109,6 +109,13 @@ def page_of(lab: Lab, page: str, waypoint: str = "shop/waypoint-0") -> str:
     return lab.run(waypoint, "curl", "-sS", f"localhost:15000/{page}").stdout
 
 
+def memory_of(lab: Lab, pod: str = "shop/waypoint-0", line: str = "VmRSS") -> int:
+    """Bytes that its process holds, or another line of ``/proc/PID/status``: ``VmHWM``, the most that it ever held."""
+    pid = next(each["pid"] for each in lab.status()["processes"] if each["name"].startswith(pod))
+    status = lab.run(pod, "cat", f"/proc/{pid}/status").stdout
+    return int(status.partition(f"{line}:")[2].split()[0]) << 10
+
+
 def lines_of(lab: Lab, *words: str) -> list[str]:
     """Lines of the waypoint's access log that hold all the words."""
     return [line for line in access_lines(lab, "shop/waypoint-0") if all(word in line for word in words)]

@@ -13,7 +13,7 @@ import pytest
 
 from mesh.testing.lab import Lab, wait_until
 from mesh.testing.serving import write_serving_certificate
-from mesh.testing.waypoints import CLIENT, Answer, ask, ask_often, lines_of, page_of, problems_of, running_shop
+from mesh.testing.waypoints import CLIENT, Answer, ask, ask_often, lines_of, memory_of, page_of, problems_of, running_shop
 
 pytestmark = pytest.mark.netns
 
@@ -365,18 +365,12 @@ UPLOAD = 96 << 20
 
 @pytest.mark.parametrize("version", ["--http1.1", "--http2-prior-knowledge"])
 def test_a_large_upload_waits_for_an_application_that_reads_late(lab: Lab, version: str) -> None:
-    def memory() -> int:
-        """Of the waypoint, in bytes."""
-        pid = next(each["pid"] for each in lab.status()["processes"] if each["name"].startswith("shop/waypoint-0"))
-        status = lab.run("shop/waypoint-0", "cat", f"/proc/{pid}/status").stdout
-        return int(status.partition("VmRSS:")[2].split()[0]) << 10
-
-    before = memory()
+    before = memory_of(lab)
     script = f"head -c {UPLOAD} /dev/zero | curl -sS -m 60 {version} -T - http://plain/late"
     sending = lab.start(CLIENT, "sh", "-c", script)
     most = before
     while sending.poll() is None:
-        most = max(most, memory())
+        most = max(most, memory_of(lab))
     answer, failure = sending.communicate()
     assert not failure
     assert json.loads(answer)["received"] == UPLOAD

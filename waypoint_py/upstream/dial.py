@@ -151,6 +151,10 @@ class Dialling:
         """A callback of this dial failed, by a mistake of ours."""
         self._fail(FailureKind.CONNECT, reason)
 
+    def abandon(self, because: str) -> None:
+        """Fail now."""
+        self._fail(FailureKind.CONNECT, because)
+
     def begin(self) -> None:
         """What `Dialler.dial` has the loop call."""
         if self._on_done is None:

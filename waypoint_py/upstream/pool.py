@@ -245,9 +245,12 @@ class Shelf:
         return next((session for session in self._sessions if not session.active), None)
 
     def expire(self) -> None:
-        """The endpoint is no more: idle sessions close, busy ones when their calls have ended."""
+        """The endpoint is no more: idle sessions close, busy ones when their calls have ended, and nobody waits for it to answer a dial:
+        it may have gone without a word, and another is tried sooner."""
         for session in list(self._sessions):
             session.expire()
+        for dialling in list(self._dialling):
+            dialling.abandon(f"connection to {self._key.address} failed: the endpoint is no more")
 
     def close_idle(self) -> None:
         """Sessions without calls close."""

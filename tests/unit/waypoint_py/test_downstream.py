@@ -8,8 +8,11 @@ import msgspec
 import pytest
 
 from mesh.model.l7.routing import Fault
+from mesh.wire.frames import PREFACE, FrameType, frame_header
+from tests.unit.waypoint_py.http.h2_peer import GET as H2_GET
+from tests.unit.waypoint_py.http.h2_peer import Peer
 from tests.unit.waypoint_py.stage import ROUTE, Call, Stage
-from waypoint_py.downstream import HEAD_SECONDS, LINGER_SECONDS, HttpConnection
+from waypoint_py.downstream import HEAD_SECONDS, LINGER_SECONDS, REQUESTS_A_TURN, HttpConnection
 from waypoint_py.http.h1 import DISCARDED, HELD, UNCONSUMED, Http1Server
 from waypoint_py.http.message import Response
 from waypoint_py.listener import SERVER_OPTIONS
@@ -102,6 +105,29 @@ def test_any_number_of_requests_that_we_answer_ourselves_may_come_at_once() -> N
     talk.say(GET)
     assert talk.hear().startswith(b"HTTP/1.1 403 ")
     talk.finish()
+
+
+@pytest.mark.parametrize("serial", [True, False])
+def test_requests_that_come_at_once_take_turns_with_those_of_others(serial: bool) -> None:
+    stage = Stage(1, serial=serial, route=REFUSING)
+    writer = Peer()
+    heads = b"".join(writer.head(stream, H2_GET) for stream in range(1, 200, 2))
+    said = GET * 100 if serial else PREFACE + frame_header(0, FrameType.SETTINGS, 0, 0) + heads
+    stage.connection.data(memoryview(said))
+    assert len(stage.log.ended) == REQUESTS_A_TURN
+    assert stage.wire.paused, "nothing more is listened to meanwhile"
+    turns = 0
+    while len(stage.log.ended) < 100:
+        before = len(stage.log.ended)
+        for call in [*stage.clock.soon]:
+            stage.clock.soon.remove(call)
+            call()
+        assert len(stage.log.ended) - before <= REQUESTS_A_TURN
+        turns += 1
+    assert turns >= 100 // REQUESTS_A_TURN
+    stage.clock.turn()
+    assert not stage.wire.paused
+    stage.finish()
 
 
 def test_a_request_that_came_while_the_answer_before_it_was_read_slowly_is_served(talk: Talk) -> None:

@@ -780,6 +780,18 @@ def test_a_removed_endpoint_loses_its_idle_connections_and_ends_busy_ones_later(
     assert removed.connections == 2
 
 
+def test_nobody_waits_for_a_removed_endpoint_to_answer(world: World, application: Application, agent: Agent) -> None:
+    agent.ignore = True
+    endpoint = in_mesh(endpoint_at(application.address))
+    answer = world.ask(endpoint)
+    wait_until(lambda: agent.authorities, "the agent has been asked")
+    world.call(lambda: world.pool.forget(lambda each: each.address == endpoint.address))
+    failure = answer.wait().failure
+    assert failure is not None
+    assert (failure.kind, failure.because) == (FailureKind.CONNECT, f"connection to {endpoint.address} failed: the endpoint is no more")
+    assert world.call(lambda: world.pool.connections) == 0
+
+
 def test_draining_serves_what_comes_and_keeps_nothing(world: World, serve: Callable[..., Application], agent: Agent) -> None:
     gate = Gate()
     application = serve(gate.script)
