@@ -96,7 +96,7 @@ class HeaderWriter:
 
     def request(self, authority: str, headers: Mapping[str, str]) -> bytes:
         """The block of a CONNECT to ``authority``. Header names are lower-case."""
-        parts = [self._size_update(), self._stable(":method", "CONNECT"), _STATIC_AUTHORITY, _string(_encoded(authority))]
+        parts = [self._size_update(), self._stable(":method", "CONNECT"), _STATIC_AUTHORITY, _literal(authority)]
         self._add(headers, parts)
         return b"".join(parts)
 
@@ -112,7 +112,7 @@ class HeaderWriter:
                 parts.append(self._stable(name, value))
             else:
                 parts.append(literal)
-                parts.append(_string(_encoded(value)))
+                parts.append(_literal(value))
 
     def _size_update(self) -> bytes:
         """A change of the table's size stands before the first field (RFC 7541 section 4.2): the least that it had, and what it has."""
@@ -427,9 +427,19 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+def _literal(text: str) -> bytes:
+    """`_string` of a text."""
+    value = text.encode("utf-8", "replace")
+    length = len(value)
+    return _LENGTHS[length] + value if length < 127 else _string(value)
+
+
+_LENGTHS = [bytes([length]) for length in range(127)]
+
+
 def _string(value: bytes) -> bytes:
     """A string literal of RFC 7541 section 5.2, not Huffman-coded: that costs more CPU than the few bytes are worth inside one mesh."""
-    return (bytes([len(value)]) if len(value) < 127 else _integer(len(value), 7, 0)) + value
+    return _integer(len(value), 7, 0) + value
 
 
 def _integer(value: int, bits: int, kind: int) -> bytes:

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import socket
+from functools import partial
 
 import trio
 from OpenSSL import SSL
@@ -93,7 +94,7 @@ class Mover:
         self._reactor = reactor
         self._registry = Registry()
         self._to_brain: trio.MemorySendChannel[tuple[messages.Message, tuple[int, ...]]] | None = None
-        self._access = AccessLog(reactor.call_soon, output, wanted=lambda level: log.wants(SCOPE, level), as_json=log.writes_json())
+        self._access = AccessLog(reactor.call_soon, output, wanted=partial(log.wants, SCOPE), as_json=log.writes_json())
         self._plane = Plane(
             reactor=reactor,
             state=MeshState(config.node_name),
