@@ -785,11 +785,13 @@ class HboneLink:
             tunnel.want_write()
 
     def _pump(self) -> None:
-        self._pump_scheduled = False
         if self._closed or self._closing or self._backlog is not None or not self._engine.established:
+            self._pump_scheduled = False
             return
         try:
             size = self._fill()
+            # Not before: what ends while it is read, as a socket does, is in this send already.
+            self._pump_scheduled = False
             if size and not self._transmit(self._engine.seal(size)):
                 return
         except TlsError as exc:

@@ -206,9 +206,8 @@ def connect(reactor: Reactor, sock: socket.socket, address: SocketAddress, timeo
     """Connect a non-blocking socket the caller made; ``on_done(None)`` when it stands, ``on_done(OSError)`` when it cannot.
 
     ``timeout`` in seconds; its passing is a TimeoutError. ``on_done`` never runs inside this call. The socket stays the caller's
-    in every case: close it when the connect failed.
+    in every case: close it when the connect failed. So are its options.
     """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     pending = Pending(reactor, sock, on_done)
     pending._start(address, timeout)
     return pending
