@@ -33,6 +33,7 @@ ECHO, BULK = b"e", b"b"
 _HEADER = struct.Struct("!cQQ")
 _QUERY = struct.Struct("!6H")
 """Id, flags, and how many questions, answers, authorities and additions follow (RFC 1035 4.1.1)."""
+_ENDLESS = 1 << 60
 _REPLY = bytes(MESSAGE)
 _REQUEST = _HEADER.pack(ECHO, 0, 0).ljust(MESSAGE, b".")
 _ZEROS = memoryview(bytes(CHUNK))
@@ -266,6 +267,17 @@ class Client:
             for sock in socks:
                 sock.close()
         return {"seconds": took, "trips": len(times), **percentiles(times)}
+
+    def crowd(self, host: str, port: int, seconds: float) -> dict[str, float]:
+        """Send as fast as it goes for so long, beside a connection whose server does the same and that nobody reads."""
+        stuck, sender = (socket.create_connection((host, port), timeout=PATIENCE) for _ in range(2))
+        with stuck, sender:
+            stuck.sendall(_HEADER.pack(BULK, 0, _ENDLESS))
+            sender.sendall(_HEADER.pack(BULK, _ENDLESS, 0))
+            until, sent = time.perf_counter() + seconds, 0
+            while time.perf_counter() < until:
+                sent += sender.send(_ZEROS)
+        return {"seconds": seconds, "bytes": sent}
 
     def look_up(self, host: str, port: int, name: str, count: int, parallel: int) -> dict[str, float]:
         """Ask a server for the IPv4 addresses of a name, so many times, so many at a time; a socket a query, as resolvers do it."""

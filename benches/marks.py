@@ -53,6 +53,16 @@ def growth(figure: str, unit: str, case: str) -> Find:
     return find
 
 
+def raised(figure: str, unit: str, case: str, beside: str) -> Find:
+    """How much more a case has that is called the same and then ``beside``."""
+
+    def find(rows: Sequence[Row]) -> list[float]:
+        found = {row.case: row.median for row in _of(rows, figure, unit, OURS)}
+        return [found[case + beside] - found[case]] if {case, case + beside} <= found.keys() else []
+
+    return find
+
+
 def second_mover(figure: str, unit: str, cases: str) -> Find:
     """How many times the rate of one mover two reach, in the cases that end so."""
 
@@ -75,6 +85,13 @@ MARKS: Final = (
     Mark("connections", "rate of short connections", 1.0, "x", ratios("connections", "connections/s"), at_most=False),
     Mark("round-trip", "CPU of a round trip", 1.2, "x", ratios("round-trip", "cpu us/trip")),
     Mark("round-trip", "median latency", 1.0, "x", ratios("round-trip", "us p50")),
+    Mark(
+        "round-trip",
+        "p99 of a crowd's neighbour, more than alone",
+        20_000.0,
+        "us",
+        raised("round-trip", "us p99", "500/s on 1 connection", ", crowded"),
+    ),
     Mark("passthrough", "CPU of a gigabyte", 1.0, "x", ratios("passthrough", "cpu s/GB")),
     Mark("handshakes", "handshakes a CPU second", 0.8, "x", ratios("handshakes", "handshakes/cpu s"), at_most=False),
     Mark("idle", "memory of an idle connection and proxy", 5.0, "KiB", medians("idle", "KiB/connection", "on average")),

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,11 +90,22 @@ class LoadClient:
 
     def do(self, what: str, **arguments: object) -> dict[str, float]:
         """One piece of work and what was seen of it. Raises Broken."""
+        self.begin(what, **arguments)
+        return self.finish(what)
+
+    def begin(self, what: str, **arguments: object) -> None:
+        """Set about a piece of work. Raises Broken."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
             self._process.stdin.flush()
+        except OSError as exc:
+            raise Broken(f"the load in {self._where}: {exc}") from exc
+
+    def finish(self, what: str) -> dict[str, float]:
+        """Wait for the work that was begun, and what was seen of it. Raises Broken."""
+        assert self._process.stdout is not None
+        try:
             line = self._process.stdout.readline()
         except OSError as exc:
             raise Broken(f"the load in {self._where}: {exc}") from exc
@@ -112,13 +123,15 @@ class LoadClient:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Two proxies in series, or none. ``server`` is reached through the mesh, ``outsider`` is a server beyond it."""
+    """Two proxies in series, or none. ``server`` is reached through the mesh, ``outsider`` is a server beyond it. ``neighbour`` is another
+    load in the client's pod."""
 
     name: str
     client: LoadClient
     server: str
     outsider: str
     pids: tuple[int, ...]
+    neighbour: LoadClient | None = field(default=None, kw_only=True)
 
     def beyond(self) -> Subject:
         """The same with the server that is not in the mesh."""
@@ -132,6 +145,16 @@ class Subject:
     def do(self, what: str, **arguments: object) -> dict[str, float]:
         """A piece of work with the server. Raises Broken."""
         return self.client.do(what, host=self.server, port=PORT, **arguments)
+
+    @contextmanager
+    def crowded(self, seconds: float) -> Iterator[None]:
+        """A neighbour moves bytes to the server for so long, and has another connection that it does not read. Raises Broken."""
+        assert self.neighbour is not None
+        self.neighbour.begin("crowd", host=self.server, port=PORT, seconds=seconds)
+        try:
+            yield
+        finally:
+            self.neighbour.finish("crowd")
 
     def look_up(self, **arguments: object) -> dict[str, float]:
         """Queries for the address of `SERVICE`, to a server that the proxy goes before. Raises Broken."""
@@ -158,7 +181,8 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
                 pids = stack.enter_context(_ztunnels(where, tunnel_each=tunnel_each))
             there = outsider if where is lab else pod_ip(where, _NAMESPACES[NO_PROXY], "server")
             server = pod_ip(where, _NAMESPACES[name], "server")
-            made[name] = subject = Subject(name, stack.enter_context(load_client(where, _NAMESPACES[name])), server, there, pids)
+            client, neighbour = (stack.enter_context(load_client(where, _NAMESPACES[name])) for _ in range(2))
+            made[name] = subject = Subject(name, client, server, there, pids, neighbour=neighbour)
             refused = max(refused, _warm(subject))
         # The agent of the server would be given the port of a refused client for one of its own connections, and be refused as well.
         time.sleep(max(refused + _FORGOTTEN - time.monotonic(), 0))

@@ -6,11 +6,9 @@ IP addresses are `ipaddress` objects everywhere, IPv4-mapped IPv6 already unmapp
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import NamedTuple, Self, TypeAlias
+from typing import Final, NamedTuple, Self, TypeAlias
 
 IpAddress: TypeAlias = IPv4Address | IPv6Address
 Cidr: TypeAlias = IPv4Network | IPv6Network
@@ -56,8 +54,19 @@ def parse_cidr(text: str) -> Cidr:
         raise InvalidAddress(f"not an IP address or CIDR: {text!r}") from exc
 
 
-ip_text: Callable[[IpAddress], str] = lru_cache(maxsize=4096)(str)
-"""The text of an address. `ipaddress` puts it together anew each time, and a connection asks several times."""
+_TEXTS_KEPT: Final = 4096
+_texts: dict[int, tuple[IpAddress, str]] = {}
+"""By the id of the address, which is held here so that no id gets another meaning: `ipaddress` hashes and compares in Python."""
+
+
+def ip_text(ip: IpAddress) -> str:
+    """The text of an address. `ipaddress` puts it together anew each time, and a connection asks several times."""
+    kept = _texts.get(id(ip))
+    if kept is None:
+        if len(_texts) >= _TEXTS_KEPT:
+            _texts.clear()
+        kept = _texts[id(ip)] = ip, str(ip)
+    return kept[1]
 
 
 class SocketAddress(NamedTuple):

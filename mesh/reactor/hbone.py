@@ -607,7 +607,7 @@ class HboneLink:
                     tunnel._waiting += size
                     self._waiting += size
             else:
-                tunnel = self._on_core_event(event)
+                tunnel = self._on_ended(event.stream) if type(event) is TunnelEnded else self._on_core_event(event)
                 if tunnel is not None and tunnel not in touched:
                     touched.append(tunnel)
         for tunnel in touched:
@@ -662,30 +662,24 @@ class HboneLink:
             self._schedule_pump()
 
     def _on_core_event(self, event: object) -> Tunnel | None:
-        """Act on anything but payload; returns a tunnel whose consumer has to be told once its payload is delivered."""
+        """Act on anything but payload and its end; returns a tunnel whose consumer has to be told once its payload is delivered."""
         match event:
+            case TunnelRequested():
+                self._on_requested(event)
+            case TunnelResponded():
+                self._on_responded(event)
             case WindowOpened(stream=None):
                 shut_out, self._shut_out = self._shut_out, set()
                 for tunnel in shut_out:
                     self._let_in(tunnel)
             case WindowOpened(stream=int(stream)):
                 self._let_in(self._tunnels.get(stream))
-            case TunnelEnded(stream=stream):
-                ended = self._tunnels.get(stream)
-                if ended is not None:
-                    ended._ended = True
-                    self._tunnel_moved(ended)
-                return ended
             case TunnelReset(stream=stream, code=code):
                 gone = self._tunnels.get(stream)
                 if gone is not None:
                     self._leave(gone)
                     self._guard(gone, lambda: gone._lost(f"tunnel reset by peer: {_code_name(code)}", code, retryable=event.is_retryable))
                 return gone
-            case TunnelResponded():
-                self._on_responded(event)
-            case TunnelRequested():
-                self._on_requested(event)
             case GoingAway():
                 self._draining = self._drain_read = True
             case PingAcknowledged(data=data) if data == _DRAIN_PING:
@@ -696,6 +690,13 @@ class HboneLink:
             case PingAcknowledged():
                 pass
         return None
+
+    def _on_ended(self, stream: int) -> Tunnel | None:
+        ended = self._tunnels.get(stream)
+        if ended is not None:
+            ended._ended = True
+            self._tunnel_moved(ended)
+        return ended
 
     def _on_requested(self, event: TunnelRequested) -> None:
         state = self._core.find_stream(event.stream)
@@ -784,11 +785,13 @@ class HboneLink:
             tunnel.want_write()
 
     def _pump(self) -> None:
-        self._pump_scheduled = False
         if self._closed or self._closing or self._backlog is not None or not self._engine.established:
+            self._pump_scheduled = False
             return
         try:
-            size = self._fill() if self._round else self._fill_control(0)
+            size = self._fill()
+            # Not before: what ends while it is read, as a socket does, is in this send already.
+            self._pump_scheduled = False
             if size and not self._transmit(self._engine.seal(size)):
                 return
         except TlsError as exc:
@@ -821,7 +824,7 @@ class HboneLink:
             self._tunnel_crashed(tunnel, exc)
             return
         if size:
-            core.write_lone_header(self._plain_out, stream, size)
+            core.write_header(self._plain_out, 0, stream, size)
             try:
                 self._transmit(self._engine.seal(_FRAME_HEADER + size))
             except TlsError as exc:
@@ -836,7 +839,8 @@ class HboneLink:
         position = 0
         while True:
             # Before each frame header whatever the core wants said earlier, as it demands.
-            position = self._fill_control(position)
+            if core.outgoing or self._unsent_control:
+                position = self._fill_control(position)
             room = PLAIN_OUT_SIZE - position - _FRAME_HEADER
             if not round_ or room < _SMALLEST_READ:
                 return position
@@ -845,18 +849,22 @@ class HboneLink:
             consumer = tunnel.consumer
             if consumer is None or tunnel._reset is not None or tunnel._local_end:
                 continue
-            allowed = core.sendable(tunnel.stream)
-            if allowed <= 0:
+            stream = tunnel._state
+            limit = core.room(stream)
+            if not limit:
                 tunnel._window_shut = True
                 self._shut_out.add(tunnel)
                 continue
-            limit = min(allowed, room, FAIR_SHARE) if round_ else min(allowed, room)
+            if limit > room:
+                limit = room
+            if limit > FAIR_SHARE and round_:
+                limit = FAIR_SHARE
             try:
                 if limit <= core.max_frame_size:
                     start = position + _FRAME_HEADER
                     size = consumer.read_into(out[start:], limit)
                     if size:
-                        out[position:start] = core.data_header(tunnel.stream, size)
+                        core.write_header(out, position, stream, size)
                         position = start + size
                 else:
                     position += self._fill_frames(tunnel, consumer, position, limit)
@@ -889,13 +897,12 @@ class HboneLink:
         return at - position
 
     def _fill_control(self, position: int) -> int:
-        if self._unsent_control or self._core.outgoing:
-            control = self._unsent_control + self._core.take_outgoing()
-            fits = min(len(control), PLAIN_OUT_SIZE - position)
-            self._plain_out[position : position + fits] = control[:fits]
-            self._unsent_control = control[fits:]
-            position += fits
-        return position
+        """Put what the core and earlier sends have to say into ``plain_out``, as far as it fits; the position behind it."""
+        control = self._unsent_control + self._core.take_outgoing()
+        fits = min(len(control), PLAIN_OUT_SIZE - position)
+        self._plain_out[position : position + fits] = control[:fits]
+        self._unsent_control = control[fits:]
+        return position + fits
 
     def _flush(self) -> bool:
         """Send what the engine has ready. False if the socket takes no more for now, or is gone."""

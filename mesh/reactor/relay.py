@@ -11,9 +11,8 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from select import EPOLLERR
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
 
 from mesh.reactor.hbone import Tunnel
 from mesh.reactor.loop import BYTE_BUDGET, CONNECTION, IN, OUT, PEER_CLOSED, Reactor, Timer
@@ -31,8 +30,7 @@ _MOST_VIEWS: Final = 64
 """Chunks given to one ``sendmsg``; above that they are joined, since a peer may send frames of one byte."""
 
 
-@dataclass(frozen=True, slots=True)
-class RelayResult:
+class RelayResult(NamedTuple):
     """How a relayed connection went. Bytes are payload; ``sent`` came from the first socket."""
 
     sent: int
@@ -116,24 +114,13 @@ class TunnelRelay:
 
     def read_into(self, view: memoryview, most: int) -> int | None:
         """For the link: bytes of the socket, straight into its send buffer."""
-        return self._received(lambda: self._sock.recv_into(view, most), most)
-
-    def read_into_many(self, views: list[memoryview]) -> int | None:
-        """The same for a peer that takes small frames."""
-        return self._received(lambda: self._sock.recvmsg_into(views)[0], sum(map(len, views)))
-
-    def _received(self, receive: Callable[[], int], most: int) -> int | None:
-        """How much ``receive`` took of at most so much; None where there is nothing now, or never again."""
         if self._sock_ended or self._on_close is None:
             self.readable = False
             return None
         try:
-            size = receive()
-        except BlockingIOError:
-            self.readable = False
-            return None
+            size = self._sock.recv_into(view, most)
         except OSError as exc:
-            self._socket_failed(exc)
+            self._nothing_received(exc)
             return None
         if size == 0:
             self._socket_ended()
@@ -143,6 +130,29 @@ class TunnelRelay:
         # the end as well: then there is no further one.
         self.readable = size == most or self._hung_up
         return size
+
+    def read_into_many(self, views: list[memoryview]) -> int | None:
+        """The same for a peer that takes small frames."""
+        if self._sock_ended or self._on_close is None:
+            self.readable = False
+            return None
+        try:
+            size = self._sock.recvmsg_into(views)[0]
+        except OSError as exc:
+            self._nothing_received(exc)
+            return None
+        if size == 0:
+            self._socket_ended()
+            return None
+        self.sent += size
+        self.readable = size == sum(map(len, views)) or self._hung_up
+        return size
+
+    def _nothing_received(self, error: OSError) -> None:
+        if isinstance(error, BlockingIOError):
+            self.readable = False
+        else:
+            self._socket_failed(error)
 
     def _socket_ended(self) -> None:
         self._sock_ended = True

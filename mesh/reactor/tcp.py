@@ -24,6 +24,8 @@ ACCEPT_PAUSE = 0.1
 CONNECT_TIMEOUT = 10.0
 """Seconds; ztunnel's limit for every upstream connect."""
 
+# What socket.socket wraps, which makes an enum's member of it each time: half of what connect() itself takes in the kernel.
+_family_of: Callable[[socket.socket], int] = socket.SocketType.family.__get__
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -157,7 +159,7 @@ class Pending:
 
     def _start(self, address: SocketAddress, timeout: float) -> None:
         try:
-            target = sockaddr(self._sock.family, address)
+            target = sockaddr(_family_of(self._sock), address)
             code = self._sock.connect_ex(target)
             if code == errno.EINPROGRESS:
                 # On the same host, as from a proxy to its application, the handshake is over by now; only a further call learns of it.
@@ -204,9 +206,8 @@ def connect(reactor: Reactor, sock: socket.socket, address: SocketAddress, timeo
     """Connect a non-blocking socket the caller made; ``on_done(None)`` when it stands, ``on_done(OSError)`` when it cannot.
 
     ``timeout`` in seconds; its passing is a TimeoutError. ``on_done`` never runs inside this call. The socket stays the caller's
-    in every case: close it when the connect failed.
+    in every case: close it when the connect failed. So are its options.
     """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     pending = Pending(reactor, sock, on_done)
     pending._start(address, timeout)
     return pending

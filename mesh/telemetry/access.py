@@ -220,17 +220,14 @@ class AccessLog:
         self, call_soon: Callable[[Callable[[], None]], object], output: LogOutput, *, wanted: Callable[[str], bool], as_json: bool = False
     ) -> None:
         self._call_soon = call_soon
-        self._wanted = wanted
+        self.wants = wanted
+        """Ask before building a record that is seldom written (``debug``)."""
         self._format = format_json if as_json else format_plain
         self._output = output
         self._lines: list[str] = []
 
-    def wants(self, level: str) -> bool:
-        """Ask before building a record that is seldom written (``debug``)."""
-        return self._wanted(level)
-
     def write(self, record: AccessRecord) -> None:
-        if not self._wanted(record.level):
+        if not self.wants(_level(record.event, record.error)):
             return
         if not self._lines:
             self._call_soon(self.flush)

@@ -18,6 +18,7 @@ from typing import Self, TypeAlias, TypeVar
 import trio
 from OpenSSL import SSL
 
+from mesh.linux.sockets import set_connection_options
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.reactor.hbone import HboneLink, Tunnel, TunnelFailure, TunnelRequest, connect_hbone, serve_hbone
 from mesh.reactor.loop import Reactor
@@ -127,6 +128,7 @@ class IngressProxy:
             return
         sock = self._make_socket(socket.AF_INET6 if request.target.ip.version == 6 else socket.AF_INET)
         sock.setblocking(False)
+        set_connection_options(sock)
 
         def connected(error: OSError | None) -> None:
             if error is not None:
@@ -187,6 +189,7 @@ class EgressProxy:
         self._dialling = True
         sock = self._make_socket(socket.AF_INET6 if self.peer.ip.version == 6 else socket.AF_INET)
         sock.setblocking(False)
+        set_connection_options(sock)
 
         def connected(error: OSError | None) -> None:
             if error is not None:
@@ -241,6 +244,7 @@ class DirectProxy:
     def _on_accept(self, sock: socket.socket, _peer: SocketAddress) -> None:
         upstream = socket.socket(socket.AF_INET6 if self.upstream.ip.version == 6 else socket.AF_INET)
         upstream.setblocking(False)
+        set_connection_options(upstream)
 
         def connected(error: OSError | None) -> None:
             if error is not None:

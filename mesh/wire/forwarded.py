@@ -38,6 +38,8 @@ def parse_forwarded(value: str) -> Forwarded:
 def parse_forwarded_host(value: str) -> str | None:
     """The service that the client addressed, if the header names one. What is too long for a hostname is none: it is kept, and a peer may
     send 64 KiB."""
+    if "host" not in value.lower():  # most connections are to an address
+        return None
     return next((text for text in _texts_of("host", value) if len(text) <= _LONGEST_HOST), None)
 
 

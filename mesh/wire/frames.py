@@ -54,6 +54,7 @@ _DATA, _HEADERS = int(FrameType.DATA), int(FrameType.HEADERS)  # members of an e
 _CONTINUATION, _WINDOW_UPDATE = int(FrameType.CONTINUATION), int(FrameType.WINDOW_UPDATE)
 
 _HEADER = Struct(">IBI")  # length and type share the first 32 bits
+_read_header = _HEADER.unpack_from
 _U32 = Struct(">I")
 _U32_U32 = Struct(">II")
 
@@ -190,28 +191,31 @@ class FrameSplitter:
         at = 0
         size = len(data)
         self.between_frames = False  # and so it stays when the sink raises
-        on_data, read_header = self._sink.on_data, _HEADER.unpack_from
-        max_frame_size = self.max_frame_size
+        on_data, on_headers, max_frame_size = self._sink.on_data, self._sink.on_headers, self.max_frame_size
+        between = plain = False  # what is known of the state, which frames that are taken here do not touch
         while at < size:
-            if self._reading is not _FRAME_HEADER or self._partial or size - at < FRAME_HEADER_SIZE:
+            if size - at < FRAME_HEADER_SIZE or not (between or (self._reading is _FRAME_HEADER and not self._partial)):
+                between = False
                 at = self._go_on(data, at, size)
                 continue
-            word, flags, stream = read_header(data, at)
+            if not between:
+                between, plain = True, self._plain
+            word, flags, stream = _read_header(data, at)
+            length, kind = word >> 8, word & 0xFF
             at += FRAME_HEADER_SIZE
-            length = word >> 8
             end = at + length
             # Frames that are there whole and have nothing peculiar about them: payload, an end of a tunnel, a request or an answer.
-            if end <= size and length <= max_frame_size and 0 < stream <= MAX_STREAM_ID and self._plain:
-                kind = word & 0xFF
+            if plain and end <= size and length <= max_frame_size and 0 < stream <= MAX_STREAM_ID:
                 if kind == _DATA and not flags & PADDED and (length or flags & END_STREAM):
                     on_data(stream, length, data[at:end], flags & END_STREAM != 0)
                     at = end
                     continue
                 if kind == _HEADERS and flags & ~END_STREAM == END_HEADERS and length <= self._max_block_size:
-                    self._sink.on_headers(stream, bytes(data[at:end]), flags & END_STREAM != 0)
+                    on_headers(stream, bytes(data[at:end]), flags & END_STREAM != 0)
                     at = end
                     continue
-            self._start_frame(length, word & 0xFF, flags, stream & MAX_STREAM_ID)
+            between = False
+            self._start_frame(length, kind, flags, stream & MAX_STREAM_ID)
         self.between_frames = self._plain and self._reading is _FRAME_HEADER and not self._partial
 
     def _go_on(self, data: memoryview, at: int, size: int) -> int:

@@ -36,6 +36,11 @@ _STATIC_AUTHORITY = b"\x01"  # literal without indexing, name from the static ta
 _LITERAL_NAMES = {name: b"\x00" + bytes([len(name)]) + name.encode() for name in ("forwarded", "traceparent")}
 
 
+_FORWARDED, _TRACEPARENT = (_LITERAL_NAMES[name] for name in ("forwarded", "traceparent"))
+_MOST_KEPT: Final = 64
+_LONGEST_KEPT: Final = 1024
+
+
 class MalformedHeaders(Exception):
     """A header list that RFC 9113 section 8.1.1 calls malformed: an error of its stream, not of the connection. Stays in `mesh.wire`."""
 
@@ -52,6 +57,15 @@ class Request(NamedTuple):
 class Response(NamedTuple):
     status: int
     headers: Mapping[str, str]
+
+
+class _Head(NamedTuple):
+    """The beginning of a request: all but its last two fields, and what those may cost of the header list's size besides their values."""
+
+    method: str
+    authority: str
+    headers: Mapping[str, str]
+    size: int
 
 
 class HeaderWriter:
@@ -87,7 +101,7 @@ class HeaderWriter:
 
     def request(self, authority: str, headers: Mapping[str, str]) -> bytes:
         """The block of a CONNECT to ``authority``. Header names are lower-case."""
-        parts = [self._size_update(), self._stable(":method", "CONNECT"), _STATIC_AUTHORITY, _string(_encoded(authority))]
+        parts = [self._size_update(), self._stable(":method", "CONNECT"), _STATIC_AUTHORITY, _literal(authority)]
         self._add(headers, parts)
         return b"".join(parts)
 
@@ -103,7 +117,7 @@ class HeaderWriter:
                 parts.append(self._stable(name, value))
             else:
                 parts.append(literal)
-                parts.append(_string(_encoded(value)))
+                parts.append(_literal(value))
 
     def _size_update(self) -> bytes:
         """A change of the table's size stands before the first field (RFC 7541 section 4.2): the least that it had, and what it has."""
@@ -160,7 +174,7 @@ class HeaderReader:
     number of literals, and takes a microsecond for each of the 65 thousand size updates that fit a block.
     """
 
-    __slots__ = ("_blocks", "_known", "_max_list_size", "_remembers", "_table", "steady")
+    __slots__ = ("_blocks", "_changes", "_heads", "_known", "_max_list_size", "_remembers", "_responses", "_table", "steady")
 
     def __init__(self, max_list_size: int, *, remembers: bool = False) -> None:
         """``remembers``: whole blocks are looked up, for a connection on which they are repeated to the byte."""
@@ -171,8 +185,77 @@ class HeaderReader:
         self.steady = False
         """The fields that were read last are remembered: if the same block says the same again, they will be the same object."""
         self._table = HeaderTable()
+        self._changes = 0
         self._known: dict[int, tuple[bytes, bytes]] = {}
-        """Fields of the tables by the byte that means them. Any insertion shifts the dynamic ones, so it empties this."""
+        """Fields of the tables by the byte that means them. Any change of the table empties this, and what follows."""
+        self._heads: dict[bytes, _Head] = {}
+        self._responses: dict[bytes, Response] = {}
+        """What beginnings of requests, and whole responses, meant."""
+
+    def read_request(self, block: bytes) -> Request:
+        """`read`, then `parse_request`. Raises RemoteProtocolError, MalformedHeaders."""
+        cut = block.find(_FORWARDED)
+        if cut <= 0:
+            return parse_request(self.read(block))
+        head = self._heads.get(block[:cut])
+        if head is not None:
+            request = self._read_on(head, block, cut)
+            if request is not None:
+                return request
+        changes = self._changes
+        request = parse_request(self.read(block))
+        if self._changes == changes and head is None and cut <= _LONGEST_KEPT:
+            self._keep_head(block[:cut])
+        return request
+
+    def read_response(self, block: bytes) -> Response:
+        """`read`, then `parse_response`. Raises RemoteProtocolError, MalformedHeaders."""
+        response = self._responses.get(block)
+        if response is None:
+            changes = self._changes
+            response = parse_response(self.read(block))
+            if self._changes == changes and len(block) <= _LONGEST_KEPT and len(self._responses) < _MOST_KEPT:
+                self._responses[block] = response
+        return response
+
+    def _read_on(self, head: _Head, block: bytes, cut: int) -> Request | None:
+        """A request whose beginning is known, if it goes on as our own writer's do: two short literals, then nothing."""
+        size = len(block)
+        at = cut + len(_FORWARDED)
+        if at >= size or block[at] >= 0x7F:
+            return None
+        start = at + 1 + block[at]
+        end = start + len(_TRACEPARENT)
+        if end >= size or block[start:end] != _TRACEPARENT or block[end] >= 0x7F or end + 1 + block[end] != size:
+            return None
+        forwarded, traceparent = block[at + 1 : start], block[end + 1 :]
+        if head.size + len(forwarded) + len(traceparent) > self._max_list_size:
+            return None
+        headers = {**head.headers, "forwarded": _checked_value(forwarded), "traceparent": _checked_value(traceparent)}
+        return Request(head.method, head.authority, headers)
+
+    def _keep_head(self, block: bytes) -> None:
+        """Keep what the beginning of a request means, if it ends where a field does. The whole was read and changed nothing."""
+        try:
+            fields = self._read(block)
+            request = parse_request(fields)
+        except (IndexError, HPACKError, RemoteProtocolError, MalformedHeaders):
+            return
+        if "forwarded" in request.headers or "traceparent" in request.headers:
+            return
+        if len(self._heads) >= _MOST_KEPT:
+            self._heads.clear()
+        size = sum(len(name) + len(value) + _ENTRY_OVERHEAD for name, value in fields)
+        self._heads[block] = _Head(*request, size + len("forwardedtraceparent") + 2 * _ENTRY_OVERHEAD)
+
+    def _table_changed(self) -> None:
+        """What stood in it stands elsewhere now, or nowhere."""
+        self._changes += 1
+        self._known.clear()
+        self._heads.clear()
+        self._responses.clear()
+        self._blocks.clear()
+        self.steady = False
 
     def read(self, block: bytes) -> Fields:
         """The fields of a block. Raises RemoteProtocolError, after which the table is lost and the connection must end."""
@@ -189,12 +272,13 @@ class HeaderReader:
 
     def _read(self, block: bytes) -> Fields:
         """RFC 7541 section 6: the first byte of a representation tells its kind and holds the first bits of its integer."""
-        at = self._read_size_updates(block)
+        size = len(block)
+        at = self._read_size_updates(block) if size and block[0] & 0xE0 == 0x20 else 0
         known = self._known
         room = self._max_list_size
-        self.steady = self._remembers and not at and len(block) <= MAX_REMEMBERED_BLOCK
+        self.steady = self._remembers and not at and size <= MAX_REMEMBERED_BLOCK
         fields: list[tuple[bytes, bytes]] = []
-        while at < len(block):
+        while at < size:
             first = block[at]
             if first & 0x80:  # indexed
                 if first in known:  # most of those we meet, in one byte
@@ -209,20 +293,35 @@ class HeaderReader:
             elif first & 0xE0 == 0x20:
                 raise RemoteProtocolError("table size update after the first field of a block", ErrorCode.COMPRESSION_ERROR)
             else:
-                indexing = first & 0x40
-                mask = 0x3F if indexing else 0x0F
-                if first & mask < mask:
-                    index, at = first & mask, at + 1
+                # Short strings without a Huffman code are cut out here: each call for one costs as much as all the rest of its field.
+                if not first:  # not indexed, and the name follows
+                    length = block[at + 1]
+                    if length < 0x7F:
+                        at += 2 + length
+                        name = block[at - length : at]
+                    else:
+                        name, at = _read_string(block, at + 1)
                 else:
-                    index, at = _read_integer(block, at, mask)
-                if index:
-                    name = self._table.get_by_index(index)[0]
+                    mask = 0x3F if first & 0x40 else 0x0F
+                    if first & mask < mask:
+                        index, at = first & mask, at + 1
+                    else:
+                        index, at = _read_integer(block, at, mask)
+                    if index:
+                        name = self._table.get_by_index(index)[0]
+                    else:
+                        name, at = _read_string(block, at)
+                length = block[at]
+                if length < 0x7F:
+                    at += 1 + length
+                    value = block[at - length : at]
+                    if at > size:
+                        raise IndexError
                 else:
-                    name, at = _read_string(block, at)
-                value, at = _read_string(block, at)
-                if indexing:
+                    value, at = _read_string(block, at)
+                if first & 0x40:
                     self._table.add(name, value)
-                    self._forget()
+                    self._table_changed()
             room -= len(name) + len(value) + _ENTRY_OVERHEAD
             if room < 0:
                 raise RemoteProtocolError(f"header list of over {self._max_list_size} bytes", ErrorCode.ENHANCE_YOUR_CALM)
@@ -232,12 +331,6 @@ class HeaderReader:
                 self._blocks.clear()
             self._blocks[block] = fields
         return fields
-
-    def _forget(self) -> None:
-        """A table changes: what stood in it stands elsewhere now, or nowhere."""
-        self._known.clear()
-        self._blocks.clear()
-        self.steady = False
 
     def _read_size_updates(self, block: bytes) -> int:
         """RFC 7541 section 4.2: before the first field, and two are enough to say everything. Returns the position after them."""
@@ -249,7 +342,7 @@ class HeaderReader:
             if size > MAX_TABLE_SIZE:
                 raise RemoteProtocolError(f"table size {size}, over the {MAX_TABLE_SIZE} allowed", ErrorCode.COMPRESSION_ERROR)
             self._table.maxsize = size
-            self._forget()
+            self._table_changed()
         return at
 
 
@@ -322,9 +415,9 @@ def _split(fields: Iterable[tuple[bytes, bytes]], allowed_pseudo: frozenset[byte
     pseudo: dict[bytes, bytes] = {}
     headers: dict[str, str] = {}
     for name, value in fields:
-        if name[:1] == b":":
-            if headers or name not in allowed_pseudo or name in pseudo:
-                raise MalformedHeaders(f"{name[:32]!r} after regular headers, twice, or unknown")
+        if name in allowed_pseudo:
+            if headers or name in pseudo:
+                raise MalformedHeaders(f"{name[:32]!r} after regular headers, or twice")
             pseudo[name] = value
             continue
         key = _KNOWN_NAMES.get(name) or _checked_name(name, value)
@@ -334,6 +427,8 @@ def _split(fields: Iterable[tuple[bytes, bytes]], allowed_pseudo: frozenset[byte
 
 
 def _checked_name(name: bytes, value: bytes) -> str:
+    if name[:1] == b":":
+        raise MalformedHeaders(f"unknown pseudo-header {name[:32]!r}")
     if not _NAME.fullmatch(name):
         raise MalformedHeaders(f"header name {name[:32]!r}")
     if name in _CONNECTION_SPECIFIC or (name == b"te" and value != b"trailers"):
@@ -343,18 +438,31 @@ def _checked_name(name: bytes, value: bytes) -> str:
 
 def _checked_value(value: bytes) -> str:
     """Text of a field value. What is not UTF-8 becomes U+FFFD: fields are opaque to HTTP, and a log must be able to print them."""
+    text = value.decode("utf-8", "replace")
+    if text.isprintable() and text[:1] != " " and text[-1:] != " ":  # no control character is
+        return text
     if _CONTROL.search(value) or value != value.strip(b" \t"):
         raise MalformedHeaders("control characters or outer blanks in a header value")
-    return value.decode("utf-8", "replace")
+    return text
 
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+def _literal(text: str) -> bytes:
+    """`_string` of a text."""
+    value = text.encode("utf-8", "replace")
+    length = len(value)
+    return _LENGTHS[length] + value if length < 127 else _string(value)
+
+
+_LENGTHS = [bytes([length]) for length in range(127)]
+
+
 def _string(value: bytes) -> bytes:
     """A string literal of RFC 7541 section 5.2, not Huffman-coded: that costs more CPU than the few bytes are worth inside one mesh."""
-    return (bytes([len(value)]) if len(value) < 127 else _integer(len(value), 7, 0)) + value
+    return _integer(len(value), 7, 0) + value
 
 
 def _integer(value: int, bits: int, kind: int) -> bytes:

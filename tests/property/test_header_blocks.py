@@ -1,5 +1,9 @@
 """HPACK, ours against the library's, and the fields that may come out of it."""
 
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
 from hpack import Decoder, Encoder
 from hpack.exceptions import HPACKError
 from hypothesis import given, settings
@@ -89,6 +93,71 @@ def test_a_block_that_is_remembered_means_what_it_would_mean_without_memory(bloc
         assert found == expected
         if reader.steady:
             assert reader.read(block) is found
+
+
+_TAILS = [
+    b"\x00\x09forwarded" + bytes([len(one)]) + one + b"\x00\x0btraceparent" + bytes([len(other)]) + other
+    for one in (b"", b"x", b" x", b"\xc3\xa9", b"y" * 30)
+    for other in (b"z", b"\x00", b"z" * 8)
+]
+_INSERTING = [b"\x42\x07CONNECT\x01\x011", b"\x48\x03200\x40\x01a\x01b", b"\x02\x07CONNECT\x01\x011\x40\x01c\x01d"]
+_LASTING = [
+    b"\x02\x07CONNECT\x01\x011",
+    b"\xbe\x01\x011",
+    b"\xbf\x01\x011",
+    b"\x02\x07CONNECT\x01\x011\xbe",
+    b"\x02\x07CONNECT\x01\x011\xbf",
+    b"\x02\x07CONNECT\x01\x011" + _TAILS[3],
+    b"\x02\x07CONNECT\x01\x011\x10\x09forwarded\x01x",
+    b"\x02\x07CONNECT\x01",  # ends amid a field, and goes on with the name of the next
+    b"\x88\xbe",
+    b"\x88\xbf",
+    b"\x88\xc0",
+    b"\x08\x03200\x00\x01x\x01y",
+    b"\x20\x3f\xe1\x1f\x88",  # empties the table
+]
+_BLOCK = st.one_of(
+    st.sampled_from([head + tail for head in _LASTING[:8] for tail in _TAILS]),
+    st.sampled_from(_LASTING),
+    st.sampled_from([*_INSERTING, *(head + tail for head in _INSERTING for tail in _TAILS)]),
+    st.tuples(st.sampled_from(_LASTING[:5]), st.sampled_from(_TAILS), st.sampled_from([b"\x88", b"\x00", b"\x00\x01a\x01b"])).map(b"".join),
+    st.tuples(st.sampled_from(_LASTING[:5]), st.sampled_from(_TAILS), st.integers(1, 30)).map(lambda cut: (cut[0] + cut[1])[: -cut[2]]),
+    st.lists(_REPRESENTATION, max_size=4).map(b"".join),
+)
+
+
+@settings(max_examples=500)
+@given(blocks=st.lists(_BLOCK, max_size=16), most=st.sampled_from([180, 200, 2000]))
+def test_what_is_known_of_blocks_means_what_reading_them_anew_gives(blocks: list[bytes], most: int) -> None:
+    def outcome(read: Callable[[HeaderReader, bytes], object], reader: HeaderReader, block: bytes) -> object:
+        try:
+            return read(reader, block)
+        except (RemoteProtocolError, MalformedHeaders) as exc:
+            return type(exc), str(exc)
+
+    ways: list[tuple[Callable[[HeaderReader, bytes], object], Callable[[HeaderReader, bytes], object]]] = [
+        (HeaderReader.read_request, lambda reader, block: parse_request(reader.read(block))),
+        (HeaderReader.read_response, lambda reader, block: parse_response(reader.read(block))),
+    ]
+    for kept, anew in ways:
+        quick, slow = HeaderReader(most), HeaderReader(most)
+        for block in [*_INSERTING[:2], *blocks]:  # so that there is something to refer to
+            before = deepcopy((quick, slow))
+            expected = outcome(anew, slow, block)
+            assert outcome(kept, quick, block) == expected
+            if isinstance(expected, tuple) and expected[0] is RemoteProtocolError:
+                quick, slow = before  # the table is lost; go on as if that block had not come
+
+
+def test_requests_that_differ_in_their_last_fields_only_are_read_from_what_is_known_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader = HeaderWriter(), HeaderReader(65536)
+    headers = {"baggage": "a=b", "forwarded": 'for="10.0.0.1:1"', "traceparent": "00-1"}
+    for number in range(4):
+        headers["forwarded"] = f'for="10.0.0.1:{number}"'
+        assert reader.read_request(writer.request("10.0.0.1:80", headers)) == ("CONNECT", "10.0.0.1:80", headers)
+    assert len(reader._heads) == 1
+    monkeypatch.setattr(HeaderReader, "read", None)  # not asked any more
+    assert reader.read_request(writer.request("10.0.0.1:80", headers)) == ("CONNECT", "10.0.0.1:80", headers)
 
 
 @given(

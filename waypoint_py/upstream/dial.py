@@ -318,6 +318,7 @@ def make_socket(address: SocketAddress, keepalive: Keepalive | None = None) -> s
     family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if keepalive is not None:
             _keep_alive(sock, keepalive)
     except OSError:

@@ -12,6 +12,7 @@ import random
 import signal
 import socket
 from collections.abc import Awaitable
+from functools import partial
 
 import trio
 from OpenSSL import SSL
@@ -96,7 +97,7 @@ class Mover:
         self._reactor = reactor
         self._registry = Registry()
         self._to_brain: trio.MemorySendChannel[tuple[messages.Message, tuple[int, ...]]] | None = None
-        self._access = AccessLog(reactor.call_soon, output, wanted=lambda level: log.wants(SCOPE, level), as_json=log.writes_json())
+        self._access = AccessLog(reactor.call_soon, output, wanted=partial(log.wants, SCOPE), as_json=log.writes_json())
         self._plane = Plane(
             reactor=reactor,
             state=MeshState(config.node_name),

@@ -19,7 +19,7 @@ from mesh.model.ports import RECURSIVE
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import PROTOCOL_ERROR, HboneLink, Tunnel, TunnelRequest, serve_hbone
 from mesh.reactor.relay import RelayResult, relay_tcp, relay_tunnel
-from mesh.reactor.tcp import reset
+from mesh.reactor.tcp import reset, socket_address
 from mesh.state.inbound import InboundRefusal
 from mesh.state.memo import Admission, AdmissionMemo
 from mesh.telemetry.log import get_logger
@@ -45,7 +45,7 @@ class InboundHbone:
         self._pod = pod
         self._sock = sock
         self.client = client
-        self.local = local_address(sock)
+        self.local = socket_address(sock.getsockname())
         self.told: str | None = None
         """The error in the last record of a tunnel: a connection that breaks with tunnels in it is told by theirs."""
         self._shown: SpiffeId | None = None
@@ -114,6 +114,8 @@ class _InboundTunnel:
         self._request = request
         self._tunnel: Tunnel | None = None
         self._pending: Dialling | None = None
+        self._admitted: tuple[int, Workload, Admission] | None = None
+        """What was decided, at which version of the state and for which workload."""
         self._living = Living(pod.uid, "inbound", link.client, link.local, self._plane.reactor.now(), authority=request.authority)
         self._living.source_identity = link.peer
         self._living.relay_from = "upstream"
@@ -131,12 +133,15 @@ class _InboundTunnel:
         if admission.target.proxied is not None:
             self._refuse(503, "the application takes the PROXY protocol, which is not supported yet")
             return
+        self._admitted = self._plane.state.version, workload, admission
         living = self._living
         living.target, living.target_identity = workload, workload.identity
         living.source, living.service = admission.source, admission.service
         _admit(self._pod, living, workload, admission.facts, self._judge, self._dial, self._deny)
 
     def _judge(self, workload: Workload, facts: Connection) -> Judgement:
+        if self._admitted is not None and self._admitted[0] == self._plane.state.version and self._admitted[1] is workload:
+            return self._admitted[2].applied, self._admitted[2].verdict
         admission = self._link.judge(workload, self._request)
         # A change that came while it waited may have given the request another meaning than the one that was entered.
         if isinstance(admission, Admission) and admission.facts == facts:

@@ -12,7 +12,7 @@ from mesh.wire.hbone import patience
 from mesh.wire.hbone.connection import HboneConnection, Limits
 from mesh.wire.hbone.events import GoingAway, TunnelReset, TunnelResponded
 from mesh.wire.hbone.streams import Signal, Stream
-from mesh.wire.headers import Fields, MalformedHeaders, parse_response
+from mesh.wire.headers import MalformedHeaders
 from mesh.wire.settings import SettingCode, opening
 
 CLIENT_LIMITS: Final = Limits(max_header_list_size=16 << 10)
@@ -73,9 +73,9 @@ class HboneClient(HboneConnection):
             self._remember_reset(stream)
             self._events.append(TunnelReset(stream, ErrorCode.REFUSED_STREAM))
 
-    def _on_answer(self, state: Stream, fields: Fields, end: bool) -> None:
+    def _on_answer(self, state: Stream, block: bytes, end: bool) -> None:
         try:
-            response = parse_response(fields)
+            response = self._reader.read_response(block)
         except MalformedHeaders:
             self._fail_stream(state.id, ErrorCode.PROTOCOL_ERROR)
             return
@@ -99,7 +99,8 @@ class HboneClient(HboneConnection):
         else:
             self.reset(state.id)
 
-    def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:
+    def _on_headers_of_no_stream(self, stream: int, block: bytes, end: bool) -> None:
+        self._reader.read(block)
         self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED)
 
     def _is_idle(self, stream: int) -> bool:

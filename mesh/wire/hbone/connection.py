@@ -184,11 +184,11 @@ class HboneConnection(ABC):
         if stream.owed >= self._stream_credit_portion:
             self._return_stream_credit(stream)
 
-    def write_lone_header(self, buffer: memoryview, stream: Stream, length: int) -> None:
-        """`data_header` into the first 9 bytes of ``buffer``, for a ``length`` of at most what `room` gave."""
+    def write_header(self, buffer: memoryview, at: int, stream: Stream, length: int) -> None:
+        """`data_header` into the 9 bytes of ``buffer`` from ``at`` on, for a ``length`` of at most what `room` gave."""
         stream.send_window -= length
         self._send_window -= length
-        _DATA_HEADER_INTO(buffer, 0, length << 8, 0, stream.id)
+        _DATA_HEADER_INTO(buffer, at, length << 8, 0, stream.id)
 
     def room(self, stream: Stream) -> int:
         """`sendable` for who holds the stream itself."""
@@ -376,14 +376,14 @@ class HboneConnection(ABC):
         self.consumed(stream, length)
 
     def on_headers(self, stream: int, block: bytes, end: bool) -> None:
-        fields = self._reader.read(block)  # also for streams that are gone: the table must see every block
+        # Each of these reads the block, whatever it means to them: the table must see every one, also of streams that are gone.
         state = self._streams.get(stream)
         if state is None:
-            self._on_headers_of_no_stream(stream, fields, end)
+            self._on_headers_of_no_stream(stream, block, end)
         elif state.receiving is Direction.SILENT:
-            self._on_answer(state, fields, end)
+            self._on_answer(state, block, end)
         else:
-            self._on_trailers(state, fields, end)
+            self._on_trailers(state, self._reader.read(block), end)
 
     def _on_trailers(self, state: Stream, fields: Fields, end: bool) -> None:
         """A tunnel has no use for trailers; they end it as an empty DATA does."""
@@ -447,10 +447,10 @@ class HboneConnection(ABC):
     # --- what the roles differ in --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None: ...
+    def _on_headers_of_no_stream(self, stream: int, block: bytes, end: bool) -> None: ...
 
     @abstractmethod
-    def _on_answer(self, state: Stream, fields: Fields, end: bool) -> None: ...
+    def _on_answer(self, state: Stream, block: bytes, end: bool) -> None: ...
 
     @abstractmethod
     def _is_idle(self, stream: int) -> bool:

@@ -14,7 +14,8 @@ from mesh.wire.authority import Authority
 from mesh.wire.errors import ErrorCode
 
 
-@dataclass(frozen=True, slots=True)
+# Those of which every tunnel or every message has some are not frozen: a frozen one costs twice as much to make.
+@dataclass(slots=True)
 class TunnelRequested:
     """Server: a well-formed CONNECT. Answer with ``accept`` or ``refuse``. `TunnelData` may come before the answer.
 
@@ -37,7 +38,7 @@ class RequestRefused:
     because: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TunnelResponded:
     """Client: the final answer to ``request_tunnel``. 200 opens the tunnel; after any other status the stream is already gone."""
 
@@ -46,7 +47,7 @@ class TunnelResponded:
     headers: Mapping[str, str]
 
 
-@dataclass(slots=True)  # not frozen: there is one for every 16 KiB, and a frozen one costs twice as much to make
+@dataclass(slots=True)
 class TunnelData:
     """Payload, never empty; give its length back with ``consumed`` once it has moved on. A DATA frame may come as several of these."""
 
@@ -54,7 +55,7 @@ class TunnelData:
     data: memoryview
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TunnelEnded:
     """The peer sends no more on this stream (END_STREAM); our direction stays open until ``end``."""
 

@@ -13,7 +13,7 @@ from mesh.wire.hbone import patience
 from mesh.wire.hbone.connection import OWN_PING, HboneConnection, Limits
 from mesh.wire.hbone.events import RequestRefused, TunnelEnded, TunnelRequested
 from mesh.wire.hbone.streams import Signal, Stream
-from mesh.wire.headers import Fields, MalformedHeaders, parse_request
+from mesh.wire.headers import MalformedHeaders, Request
 from mesh.wire.settings import SettingCode, opening
 
 SERVER_LIMITS: Final = Limits()
@@ -76,7 +76,12 @@ class HboneServer(HboneConnection):
         else:
             self._reset(stream, code)
 
-    def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:
+    def _on_headers_of_no_stream(self, stream: int, block: bytes, end: bool) -> None:
+        request: Request | MalformedHeaders
+        try:
+            request = self._reader.read_request(block)
+        except MalformedHeaders as exc:
+            request = exc  # answered if the stream is one that we take
         if stream <= self._highest or stream % 2 == 0:
             if stream in self._reset_here:  # trailers that crossed our reset
                 self._patience.spend(patience.STALE_FRAME, "HEADERS on closed streams")
@@ -92,18 +97,16 @@ class HboneServer(HboneConnection):
             self._reset(stream, ErrorCode.REFUSED_STREAM)
             return
         self._highest_taken = stream
-        self._on_request(stream, fields, end)
+        self._on_request(stream, request, end)
 
-    def _on_request(self, stream: int, fields: Fields, end: bool) -> None:
+    def _on_request(self, stream: int, request: Request | MalformedHeaders, end: bool) -> None:
         state = Stream(stream, self._limits.stream_window, self._initial_send_window)
         self._streams[stream] = state
         state.received(Signal.HEADERS)
         if end:
             state.received(Signal.END)
-        try:
-            request = parse_request(fields)
-        except MalformedHeaders as exc:
-            self._refuse_request(stream, f"malformed request: {exc}", ErrorCode.PROTOCOL_ERROR)
+        if isinstance(request, MalformedHeaders):
+            self._refuse_request(stream, f"malformed request: {request}", ErrorCode.PROTOCOL_ERROR)
             return
         if request.method != "CONNECT":
             self._refuse_request(stream, f"expected method CONNECT, got {request.method[:32]}", ErrorCode.NO_ERROR, self._wrong_method)
@@ -122,7 +125,7 @@ class HboneServer(HboneConnection):
         self._refuse(stream, status, {}, code)
         self._events.append(RequestRefused(stream, status, because))
 
-    def _on_answer(self, state: Stream, fields: Fields, end: bool) -> None:
+    def _on_answer(self, state: Stream, block: bytes, end: bool) -> None:
         raise AssertionError("a server's streams begin with the peer's HEADERS")
 
     def _on_ping_acknowledged(self, payload: bytes) -> None:

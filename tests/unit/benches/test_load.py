@@ -64,6 +64,12 @@ def test_round_trips_are_paced_or_saturate(port: int) -> None:
     assert 0 < saturated["p50"] <= saturated["p99"] <= saturated["p999"]
 
 
+def test_a_crowd_moves_bytes_for_as_long_as_asked_and_leaves_nothing(port: int) -> None:
+    before = descriptors([os.getpid()])
+    assert load.Client().crowd("127.0.0.1", port, 0.05)["bytes"] > 0
+    assert descriptors([os.getpid()]) == before
+
+
 def test_a_server_that_hangs_up_is_an_error_and_no_figure() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)

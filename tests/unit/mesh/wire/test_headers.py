@@ -90,6 +90,23 @@ def test_a_broken_or_oversized_block_ends_the_connection(code: ErrorCode, block:
     assert caught.value.code == code
 
 
+def test_a_request_that_begins_as_another_may_not_be_larger_than_any_other() -> None:
+    writer, reader = HeaderWriter(), HeaderReader(400)
+    for length in (10, 20, 30):
+        reader.read_request(writer.request("a:1", HEADERS | {"forwarded": "f" * length}))
+    assert len(reader._heads) == 1
+    with pytest.raises(RemoteProtocolError, match="over 400 bytes"):
+        reader.read_request(writer.request("a:1", HEADERS | {"forwarded": "f" * 126}))
+
+
+def test_a_field_that_is_repeated_at_the_end_is_joined_every_time() -> None:
+    reader = HeaderReader(65536)
+    ending = b"\x00\x09forwarded\x01y\x00\x0btraceparent\x01z"
+    for _ in range(3):
+        request = reader.read_request(b"\x02\x07CONNECT\x01\x03a:1\x10\x09forwarded\x01x" + ending)
+        assert request.headers == {"forwarded": "x,y", "traceparent": "z"}
+
+
 def test_a_peer_may_shrink_and_widen_our_table() -> None:
     encoder, reader = hpack.Encoder(), HeaderReader(65536)
     for size in (4096, 0, 100, 4096):

@@ -159,6 +159,7 @@ def test_keepalive_is_as_the_rule_says() -> None:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         options = (socket.TCP_KEEPCNT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)
         assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [3, 75, 1]
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
     with make_socket(SocketAddress.parse("127.0.0.1:80")) as sock:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
 

@@ -32,11 +32,8 @@ def allow(*principals: SpiffeId) -> Policy:
 
 class Log(AccessLog):
     def __init__(self) -> None:
-        super().__init__(lambda call: None, LogOutput(2), wanted=lambda level: True)
+        super().__init__(lambda call: None, LogOutput(2), wanted=lambda level: level != "debug")
         self.records: list[AccessRecord] = []
-
-    def wants(self, level: str) -> bool:
-        return level != "debug"
 
     def write(self, record: AccessRecord) -> None:
         self.records.append(record)
