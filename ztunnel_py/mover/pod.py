@@ -290,6 +290,7 @@ class Pod:
         self.stop_listening()
         if self._name_server is not None:
             self._name_server.close()
+            self._name_server = None  # it has us: together we would wait for the garbage collector, which comes seldom
         self.pool.close(gracefully=False)
         for link in list(self.links):
             link.abort("pod dropped")
