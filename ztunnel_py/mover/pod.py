@@ -307,7 +307,7 @@ class Pod:
             if isinstance(credentials, str):
                 on_link(credentials)
                 return
-            self.dial(key.peer, lambda result: connected(result, credentials.client))
+            self.dial(key.peer, lambda result: connected(result, credentials.context))
 
         def connected(result: socket.socket | OSError, context: SSL.Context) -> None:
             if isinstance(result, OSError):
