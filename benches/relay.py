@@ -28,7 +28,7 @@ from mesh.testing.ca import FakeCa
 from mesh.testing.envoy import running_client, running_server
 from mesh.testing.proxies import EgressProxy, IngressProxy, tcp_listener
 from mesh.tls.bundle import CertificateBundle
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 
 LOOPBACK: Final = parse_ip("127.0.0.1")
 WARM_UP: Final = 20
@@ -106,11 +106,11 @@ def _processes(*calls: tuple[Callable[..., None], tuple[object, ...]]) -> Iterat
 
 
 def _run_ingress(listener: socket.socket, bundle: CertificateBundle) -> None:
-    _run_proxy(lambda reactor: IngressProxy(reactor, listener, server_context(bundle)))
+    _run_proxy(lambda reactor: IngressProxy(reactor, listener, hbone_context(bundle)))
 
 
 def _run_egress(listener: socket.socket, bundle: CertificateBundle, peer: SocketAddress, authority: str) -> None:
-    _run_proxy(lambda reactor: EgressProxy(reactor, listener, client_context(bundle), peer, authority))
+    _run_proxy(lambda reactor: EgressProxy(reactor, listener, hbone_context(bundle), peer, authority))
 
 
 def _run_proxy(start: Callable[[Reactor], EgressProxy | IngressProxy]) -> None:

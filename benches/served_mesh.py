@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import structlog
 import trio
 
 from benches import synthetic
@@ -84,4 +85,8 @@ def _answer(answer: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
+    # Answers alone go to standard output: a line of the log would be taken for one.
+    structlog.configure(
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr), wrapper_class=structlog.make_filtering_bound_logger("warning")
+    )
     trio.run(ControlPlane().run, int(sys.argv[1]), Path(sys.argv[2]))

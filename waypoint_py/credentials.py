@@ -1,4 +1,4 @@
-"""The waypoint's certificate as ready TLS contexts: one pair per renewal, never one per connection."""
+"""The waypoint's certificate as a ready TLS context: one per renewal, never one per connection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from OpenSSL import SSL
 
 from mesh.model.identity import SpiffeId
 from mesh.tls.bundle import CertificateBundle
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 
 
 class Credentials:
@@ -19,8 +19,7 @@ class Credentials:
         self.identity = identity
         self._now = now
         self._bundle: CertificateBundle | None = None
-        self._server: SSL.Context | None = None
-        self._client: SSL.Context | None = None
+        self._context: SSL.Context | None = None
         self._because = "no certificate has come yet"
 
     @property
@@ -29,24 +28,17 @@ class Credentials:
 
     def put(self, bundle: CertificateBundle) -> None:
         """Use it for new connections from now on. Raises OpenSSL.SSL.Error when OpenSSL does not take it."""
-        server, client = server_context(bundle), client_context(bundle)
-        self._bundle, self._server, self._client = bundle, server, client
+        self._context = hbone_context(bundle)
+        self._bundle = bundle
 
     def refuse(self, because: str) -> None:
         """There is no new one; the one that is held goes on being used until it expires."""
         self._because = because
 
     def context(self) -> SSL.Context | str:
-        """For dialling; or why that cannot be done."""
-        return self._context_or_reason(self._client)
-
-    def server_context(self) -> SSL.Context | str:
-        """For accepting; or why that cannot be done."""
-        return self._context_or_reason(self._server)
-
-    def _context_or_reason(self, context: SSL.Context | None) -> SSL.Context | str:
-        """Peers would refuse an expired one in words that blame the wrong end."""
-        bundle = self._bundle
+        """For accepting and dialling; or why that cannot be done."""
+        # Peers would refuse an expired one in words that blame the wrong end.
+        context, bundle = self._context, self._bundle
         if context is None or bundle is None:
             return self._because
         if self._now() >= bundle.not_after:

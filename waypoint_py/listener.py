@@ -132,7 +132,7 @@ class HboneListener:
             peer.abort(reason)
 
     def _accepted(self, sock: socket.socket, address: SocketAddress) -> None:
-        context = self.credentials.server_context()
+        context = self.credentials.context()
         if isinstance(context, str):
             reset(sock)
             self.refused(None, address, "", 0, f"identity error: {context}")

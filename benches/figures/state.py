@@ -23,6 +23,7 @@ from mesh.model.address import SocketAddress
 from mesh.state.resolve import resolve
 from mesh.state.store import MeshState
 from mesh.testing.netns import Netns, namespaces
+from mesh.xds.client import TIDY_AFTER
 
 FIGURE: Final = "state"
 WORKLOADS: Final = 100_000
@@ -127,6 +128,7 @@ def _agent(netns: Netns, directory: Path) -> Iterator[Mapping[str, int]]:
             wait_until(lambda: _is_ready(netns), f"the agent is ready; it says: {log.read_text()[-2000:]}", PATIENCE)
             parts = _parts(Path(own, "run"))
             _wait_until_quiet(parts.values())
+            time.sleep(TIDY_AFTER + _QUIET)
             yield parts
         finally:
             agent.terminate()

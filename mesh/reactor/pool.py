@@ -138,7 +138,9 @@ class TunnelPool:
 
     def close(self, *, gracefully: bool) -> None:
         """Let go of every connection: after its streams ended, or at once; then also of those that are still being dialled."""
-        self._gone = self._gone or not gracefully
+        if not gracefully:
+            self._gone = True
+            self._dial = _dial_nobody  # nobody asks any more; whoever made us, and gave a method of its own, is free to go
         for shelf in list(self._shelves.values()):
             for link in list(shelf.links):
                 if gracefully:
@@ -200,6 +202,10 @@ class TunnelPool:
                     link.close_gracefully()
         if self._shelves:
             self._sweep_later()
+
+
+def _dial_nobody(key: PoolKey, on_link: OnLink, on_closed: Callable[[HboneLink], None]) -> None:
+    raise AssertionError("a pool that is gone dials")
 
 
 def open_link(

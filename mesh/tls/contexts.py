@@ -18,28 +18,20 @@ _MODE_NO_AUTO_CHAIN = 0x8
 """SSL_MODE_NO_AUTO_CHAIN: send the chain we were given, instead of building one with the root in it for every handshake."""
 
 
-def server_context(bundle: CertificateBundle) -> SSL.Context:
-    """For accepting HBONE: a client certificate is required; a client that offers no ALPN at all is served (as ztunnel does)."""
-    context = _context(bundle)
-    context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | SSL.OP_NO_TICKET)
-    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, verify_chain)
-    context.set_alpn_select_callback(_select_alpn)
-    return context
+def hbone_context(bundle: CertificateBundle) -> SSL.Context:
+    """For accepting HBONE and for dialling it: one for both, since it is 27 KiB, and a node may have an identity for each of its pods.
 
-
-def client_context(bundle: CertificateBundle) -> SSL.Context:
-    """For dialling HBONE. No SNI, no resumption; groups are OpenSSL's default, which prefers X25519MLKEM768."""
-    context = _context(bundle)
-    context.set_verify(SSL.VERIFY_PEER, verify_chain)
-    context.set_alpn_protos([ALPN])
-    return context
-
-
-def _context(bundle: CertificateBundle) -> SSL.Context:
+    Accepting, a client certificate is required, and a client that offers no ALPN at all is served (as ztunnel does). Dialling, there is no
+    SNI and no resumption; groups are OpenSSL's default, which prefers X25519MLKEM768.
+    """
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
     context.set_tls13_ciphersuites(CIPHER_SUITES)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | SSL.OP_NO_TICKET)
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, verify_chain)
+    context.set_alpn_select_callback(_select_alpn)
+    context.set_alpn_protos([ALPN])
     # Idle connections hold no record buffers: 16 KiB less each, for an allocation per wake-up.
     context.set_mode(SSL.MODE_RELEASE_BUFFERS | _MODE_NO_AUTO_CHAIN)
     leaf, *intermediates = (x509.load_pem_x509_certificate(pem) for pem in bundle.chain_pem)

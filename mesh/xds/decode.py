@@ -12,6 +12,7 @@ from enum import Enum
 from functools import lru_cache
 from ipaddress import ip_network
 from sys import intern
+from types import MappingProxyType
 from typing import TypeVar, cast
 
 from google.protobuf.message import DecodeError, Message
@@ -116,12 +117,15 @@ def _decode_addresses(response: discovery.DeltaDiscoveryResponse) -> DecodedResp
     rejected: list[InvalidResource] = []
     for resource in response.resources:
         try:
-            match decode_address(resource.name, _body(resource, names.ADDRESS)):
+            name = resource.name
+            match decode_address(name, _body(resource, names.ADDRESS)):
                 case Workload() as workload:
                     workloads.append(workload)
+                    if workload.uid == name:
+                        name = workload.uid  # the same string, not another with the same letters
                 case Service() as service:
                     services.append(service)
-            versions[resource.name] = resource.version
+            versions[name] = resource.version
         except InvalidResource as exc:
             rejected.append(exc)
     removed = tuple(response.removed_resources)
@@ -225,9 +229,15 @@ def _workload(message: wds.Workload) -> Workload:
         cluster_id=intern(message.cluster_id or DEFAULT_CLUSTER),
         locality=_shared(Locality(at.region, at.zone, at.subzone)),
         network_mode=_enum(NetworkMode, message.network_mode),
-        services={_shared(NamespacedHostname.parse(key)): _shared(_port_mappings(ports)) for key, ports in message.services.items()},
+        services=_services(tuple([(key, _port_mappings(ports)) for key, ports in message.services.items()])),
         capacity=message.capacity.value if message.HasField("capacity") else 1,
     )
+
+
+@lru_cache(maxsize=65536)
+def _services(ports: tuple[tuple[str, tuple[PortMapping, ...]], ...]) -> Mapping[NamespacedHostname, tuple[PortMapping, ...]]:
+    """By the key on the wire. Replicas have equal ones: they share it, as what is `_shared`."""
+    return MappingProxyType({_shared(NamespacedHostname.parse(key)): _shared(mappings) for key, mappings in ports})
 
 
 def _port_mappings(ports: wds.PortList) -> tuple[PortMapping, ...]:

@@ -25,7 +25,7 @@ from mesh.testing.ca import FakeCa
 from mesh.testing.envoy import Observed, RunningEnvoy, free_address, running_client, running_server
 from mesh.testing.proxies import EgressProxy, IngressProxy, ReactorThread, tcp_listener, wait_until
 from mesh.tls.bundle import CertificateBundle
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 from mesh.tls.peer import verify_client, verify_server
 
 pytestmark = pytest.mark.interop
@@ -70,7 +70,7 @@ def observed(tmp_path: Path) -> Observed:
 def our_client(thread: ReactorThread, bundle: CertificateBundle, peer: SocketAddress, authority: str) -> Iterator[EgressProxy]:
     """Our proxy as client of the HBONE server at ``peer``; it takes nobody but `THEIRS` for it."""
     with tcp_listener(SocketAddress(peer.ip, 0)) as listener:
-        context = client_context(bundle)
+        context = hbone_context(bundle)
         judge = frozenset({THEIRS})
         proxy = thread.call(
             lambda: EgressProxy(thread.reactor, listener, context, peer, authority, lambda der: verify_server(der, judge)),
@@ -83,7 +83,7 @@ def our_client(thread: ReactorThread, bundle: CertificateBundle, peer: SocketAdd
 def our_server(thread: ReactorThread, bundle: CertificateBundle, ip: str) -> Iterator[IngressProxy]:
     """Our proxy as HBONE server; it takes whoever is of its trust domain."""
     with tcp_listener(SocketAddress(parse_ip(ip), 0)) as listener:
-        proxy = thread.call(lambda: IngressProxy(thread.reactor, listener, server_context(bundle)))
+        proxy = thread.call(lambda: IngressProxy(thread.reactor, listener, hbone_context(bundle)))
         proxy.judge = lambda der: None if isinstance(verify_client(der, OURS.trust_domain), SpiffeId) else "not of our trust domain"
         yield proxy
         thread.call(proxy.close)

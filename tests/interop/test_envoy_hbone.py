@@ -13,7 +13,7 @@ from mesh.model.identity import SpiffeId
 from mesh.testing.ca import FakeCa
 from mesh.testing.envoy import RunningEnvoy, running_client, running_server
 from mesh.testing.proxies import EgressProxy, IngressProxy, ReactorThread, read_all, socket_address, tcp_listener, wait_until
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 
 pytestmark = pytest.mark.interop
 
@@ -48,11 +48,11 @@ def through(request: pytest.FixtureRequest) -> Iterator[Through]:
         envoy: RunningEnvoy
         if request.param == "envoy serves":
             with running_server(BUNDLE) as envoy:
-                egress = thread.call(lambda: EgressProxy(thread.reactor, ours, client_context(BUNDLE), envoy.address, target))
+                egress = thread.call(lambda: EgressProxy(thread.reactor, ours, hbone_context(BUNDLE), envoy.address, target))
                 yield Through(server, egress.address.port)
                 thread.call(egress.close)
         else:
-            ingress = thread.call(lambda: IngressProxy(thread.reactor, ours, server_context(BUNDLE)))
+            ingress = thread.call(lambda: IngressProxy(thread.reactor, ours, hbone_context(BUNDLE)))
             with running_client(BUNDLE, ingress.address, target) as envoy:
                 yield Through(server, envoy.address.port)
             thread.call(ingress.close)
@@ -123,7 +123,7 @@ def test_a_reset_ends_the_other_side(through: Through) -> None:
 def test_a_certificate_of_another_ca_is_refused_by_either() -> None:
     stranger = FakeCa("other.example").issue(SpiffeId("other.example", "default", "peer"))
     with tcp_listener() as ours, ReactorThread() as thread, running_server(BUNDLE) as envoy:
-        egress = thread.call(lambda: EgressProxy(thread.reactor, ours, client_context(stranger), envoy.address, "127.0.0.1:1"))
+        egress = thread.call(lambda: EgressProxy(thread.reactor, ours, hbone_context(stranger), envoy.address, "127.0.0.1:1"))
         try:
             with socket.create_connection(("127.0.0.1", egress.address.port), timeout=10) as sock:
                 sock.recv(1)
@@ -134,7 +134,7 @@ def test_a_certificate_of_another_ca_is_refused_by_either() -> None:
         assert egress.failures[0].startswith("tls handshake error: certificate verify failed")
         thread.call(egress.close)
     with tcp_listener() as ours, ReactorThread() as thread:
-        ingress = thread.call(lambda: IngressProxy(thread.reactor, ours, server_context(BUNDLE)))
+        ingress = thread.call(lambda: IngressProxy(thread.reactor, ours, hbone_context(BUNDLE)))
         with running_client(stranger, ingress.address, "127.0.0.1:1") as envoy, socket.create_connection(("127.0.0.1", envoy.address.port)):
             wait_until(lambda: bool(ingress.closed), "the refusal")
             assert (ingress.closed[0] or "").startswith("tls handshake error: ")

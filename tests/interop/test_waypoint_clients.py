@@ -20,7 +20,7 @@ from mesh.model.l7.policy import Attribute, AuthorizationPolicy, PolicyAction, P
 from mesh.model.l7.routing import Origin
 from mesh.model.l7.waypoint import Protocol
 from mesh.testing.proxies import EgressProxy
-from mesh.tls.contexts import client_context
+from mesh.tls.contexts import hbone_context
 from tests.unit.waypoint_py.harness import CA, CLIENT, HOST, VIP, Echo, Echo2, World, default_route, loopback
 
 pytestmark = pytest.mark.interop
@@ -30,7 +30,7 @@ def _agent(world: World, target: str = str(VIP)) -> EgressProxy:
     """A client pod's agent: what connects to its address is in the waypoint's hands."""
     listening = socket.create_server((str(loopback()), 0))
     world._agents.append(listening)
-    return EgressProxy(world.reactor, listening, client_context(CA.issue(CLIENT)), world.address, target)
+    return EgressProxy(world.reactor, listening, hbone_context(CA.issue(CLIENT)), world.address, target)
 
 
 async def _run(*command: str) -> str:

@@ -26,7 +26,7 @@ from mesh.rpc import RpcError, open_channel
 from mesh.rpc.tls import client_tls
 from mesh.testing.proxies import IngressProxy, ReactorThread, tcp_listener
 from mesh.tls.bundle import CertificateBundle
-from mesh.tls.contexts import server_context
+from mesh.tls.contexts import hbone_context
 from mesh.tls.csr import make_request
 from mesh.tls.peer import spiffe_ids_of
 from mesh.xds.client import AdsClientConfig, AdsUpdate, connect_tls, run_ads_client
@@ -131,7 +131,7 @@ def main() -> None:
     bundle = trio.run(certificates)
     with ReactorThread() as loop:
         listener = tcp_listener(SocketAddress(parse_ip("::"), 15008))
-        proxy = loop.call(lambda: Proxy(loop.reactor, listener, server_context(bundle)))
+        proxy = loop.call(lambda: Proxy(loop.reactor, listener, hbone_context(bundle)))
         proxy.backend = SocketAddress.parse(sys.argv[1])
         threading.Thread(target=Dual(("::", 15021), Ready).serve_forever, daemon=True).start()
         threading.Thread(target=lambda: trio.run(follow_configuration), daemon=True).start()

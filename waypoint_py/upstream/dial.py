@@ -56,7 +56,7 @@ class Credentials(Protocol):
         """Its own."""
 
     def context(self) -> SSL.Context | str:
-        """For dialling HBONE with the certificate that is current now (`mesh.tls.contexts.client_context`); or why there is none."""
+        """For HBONE with the certificate that is current now (`mesh.tls.contexts.hbone_context`); or why there is none."""
 
 
 Announce: TypeAlias = Callable[[Endpoint, Connection | None], Mapping[str, str]]

@@ -43,6 +43,9 @@ from ztunnel_py.config import SPARE, AgentConfig, read_access, read_config
 from ztunnel_py.pods.departure import ClusterDepartures, Departures, DirectoryDepartures, settle
 from ztunnel_py.supervisor import EXIT_CONFIG, LIFELINE
 
+THREADS = 8
+"""For what blocks, above all captures. They wait for each other anyway, for the interpreter and for the kernel's lock of namespaces; a
+hundred pods at once in trio's forty only took the memory of forty threads, each with a heap of its own."""
 _SPARE_SECONDS = 0.5
 """How long after SIGTERM it takes at most until we hear whether the mover that runs apart was told to end too."""
 _LISTEN_AGAIN = 5.0
@@ -120,6 +123,7 @@ class Brain:
     async def run(self) -> None:
         """Until SIGTERM, ``/quitquitquit`` or the supervisor's death; then `_end`. Raises BindError when a port is taken."""
         config = self._config
+        trio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         pages = Pages(config, self._state, self._certificates, self._movers, self._pods, self._readiness, ads_state=lambda: self._ads_state)
         admin = Admin(
             config,

@@ -30,7 +30,7 @@ from mesh.telemetry.access import SCOPE, AccessLog
 from mesh.telemetry.metrics import DnsMetrics, Registry, TcpMetrics, encode_snapshot
 from mesh.telemetry.output import LogOutput
 from mesh.tls.bundle import CertificateBundle, InvalidBundle
-from mesh.xds.client import DECODE_IN_THREAD, decode
+from mesh.xds.client import decode, is_large, tidy
 from mesh.xds.decode import DecodedResponse, decode_response
 from mesh.xds.names import ADDRESS, AUTHORIZATION
 from ztunnel_py import messages
@@ -221,7 +221,7 @@ class Mover:
         """Do what a message says; if it takes long, return what does it: the next message is for afterwards."""
         match message:
             case messages.Resources():
-                if len(message.payload) > DECODE_IN_THREAD:
+                if is_large(message.payload):
                     return self._take_large(message)
                 self._take_resources(message, decode_response(message.payload))
             case messages.Certificate():
@@ -253,6 +253,7 @@ class Mover:
 
     async def _take_large(self, message: messages.Resources) -> None:
         self._take_resources(message, await decode(message.payload))
+        self._nursery.start_soon(tidy)
 
     def _take_resources(self, message: messages.Resources, decoded: DecodedResponse) -> None:
         state = self._plane.state

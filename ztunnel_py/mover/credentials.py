@@ -1,4 +1,4 @@
-"""The certificates a mover holds, as ready TLS contexts: one pair per identity and renewal, never one per connection."""
+"""The certificates a mover holds, as ready TLS contexts: one per identity and renewal, never one per connection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from OpenSSL import SSL
 from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor
 from mesh.tls.bundle import CertificateBundle
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 from ztunnel_py.mover.waiting import WaitingRoom
 
 FIRST_CERTIFICATE_SECONDS = 10.0
@@ -20,11 +20,10 @@ FIRST_CERTIFICATE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A certificate and the contexts made of it. Connections made with an older one live on with it."""
+    """A certificate and the context made of it. Connections made with an older one live on with it."""
 
     bundle: CertificateBundle
-    server: SSL.Context
-    client: SSL.Context
+    context: SSL.Context
 
 
 class CredentialStore:
@@ -41,7 +40,7 @@ class CredentialStore:
 
     def put(self, bundle: CertificateBundle) -> None:
         """Use this certificate for new connections from now on. Raises OpenSSL.SSL.Error when OpenSSL does not take it."""
-        self._held[bundle.identity] = Credentials(bundle, server_context(bundle), client_context(bundle))
+        self._held[bundle.identity] = Credentials(bundle, hbone_context(bundle))
         self._unavailable.pop(bundle.identity, None)
         self._waiting.settle(bundle.identity)
 

@@ -67,7 +67,7 @@ class InboundHbone:
         link = serve_hbone(
             self._pod.plane.reactor,
             self._sock,
-            credentials.server,
+            credentials.context,
             on_handshake=lambda der: self._verify(der, trust_domain),
             on_request=self._request,
             on_refused=lambda refused: self.refuse(refused.because),

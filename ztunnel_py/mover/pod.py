@@ -305,6 +305,7 @@ class Pod:
         self.stop_listening()
         if self._name_server is not None:
             self._name_server.close()
+            self._name_server = None  # it has us: together we would wait for the garbage collector, which comes seldom
         self.pool.close(gracefully=False)
         for link in list(self.links):
             link.abort("pod dropped")
@@ -321,7 +322,7 @@ class Pod:
             if isinstance(credentials, str):
                 on_link(credentials)
                 return
-            self.dial(key.peer, lambda result: connected(result, credentials.client))
+            self.dial(key.peer, lambda result: connected(result, credentials.context))
 
         def connected(result: socket.socket | OSError, context: SSL.Context) -> None:
             if isinstance(result, OSError):

@@ -31,7 +31,7 @@ from mesh.reactor.relay import relay_tunnel
 from mesh.reactor.tcp import listen_on
 from mesh.state.store import Delta, MeshState
 from mesh.testing.ca import FakeCa
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 from waypoint_py.admission import Ourselves
 from waypoint_py.app import make_client_codec
 from waypoint_py.credentials import Credentials
@@ -244,7 +244,7 @@ class World:
             sock.setblocking(False)
             relay_tunnel(self.reactor, sock, request.accept({}), lambda result: None, sock_is="upstream")
 
-        context = server_context(CA.issue(SERVER))
+        context = hbone_context(CA.issue(SERVER))
 
         def accepted(sock: socket.socket, peer: SocketAddress) -> None:
             serve_hbone(self.reactor, sock, context, on_handshake=lambda der: None, on_request=requested, on_close=lambda reason: None)
@@ -286,7 +286,7 @@ class World:
         made = connect_hbone(
             self.reactor,
             sock,
-            client_context(CA.issue(identity)),
+            hbone_context(CA.issue(identity)),
             verify_peer=lambda der: None,
             on_ready=lambda link: ready.set(),
             on_close=lambda reason: ready.set(),

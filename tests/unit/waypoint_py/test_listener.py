@@ -12,7 +12,7 @@ from mesh.model.identity import SpiffeId
 from mesh.model.l7.waypoint import PortConfig, Protocol, ServiceConfig, WaypointSettings
 from mesh.reactor.hbone import HboneLink, connect_hbone
 from mesh.testing.ca import FakeCa
-from mesh.tls.contexts import client_context
+from mesh.tls.contexts import hbone_context
 from tests.unit.waypoint_py.harness import CA, CLIENT, GATEWAY, HOST, KEY, VIP, Echo, World, default_route
 from waypoint_py.listener import open_sockets
 
@@ -126,7 +126,7 @@ def test_a_certificate_that_proves_nobody_of_the_mesh_is_refused(kind: str) -> N
                 bundle = CA.issue(CLIENT, timedelta(hours=-1))
         from dataclasses import replace
 
-        reason = await _shake_hands(world, client_context(replace(bundle, roots_pem=CA.root_pem)))
+        reason = await _shake_hands(world, hbone_context(replace(bundle, roots_pem=CA.root_pem)))
         assert reason is not None
         assert "refused by peer" in reason
         await world.until(lambda: world.log.refusals)
@@ -158,7 +158,7 @@ def test_an_alias_of_the_trust_domain_comes_in_and_what_was_ours_does_not_stay_s
             world.push(WaypointSettings("shop", "waypoint", "all", trust_domains=("old.local",)))
             client = await world.client(identity=SpiffeId("old.local", "shop", "client"))
             assert (await client.get("/")).status == 200
-            reason = await _shake_hands(world, client_context(CA.issue(CLIENT)))
+            reason = await _shake_hands(world, hbone_context(CA.issue(CLIENT)))
             assert reason is not None
 
     world.run(main)

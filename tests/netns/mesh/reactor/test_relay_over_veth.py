@@ -13,7 +13,7 @@ from mesh.model.identity import SpiffeId
 from mesh.testing.ca import FakeCa
 from mesh.testing.netns import namespaces, wire
 from mesh.testing.proxies import EgressProxy, IngressProxy, ReactorThread, read_all, wait_until
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")]
 
@@ -47,13 +47,13 @@ def veth() -> Iterator[Veth]:
             target = str(SocketAddress(A, server.getsockname()[1]))
             with ReactorThread() as near, ReactorThread() as far:
                 ingress = far.call(
-                    lambda: IngressProxy(far.reactor, inner, server_context(BUNDLE), lambda family: b.run(lambda: socket.socket(family)))
+                    lambda: IngressProxy(far.reactor, inner, hbone_context(BUNDLE), lambda family: b.run(lambda: socket.socket(family)))
                 )
                 egress = near.call(
                     lambda: EgressProxy(
                         near.reactor,
                         outer,
-                        client_context(BUNDLE),
+                        hbone_context(BUNDLE),
                         ingress.address,
                         target,
                         make_socket=lambda family: a.run(lambda: socket.socket(family)),

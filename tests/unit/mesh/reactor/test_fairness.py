@@ -15,7 +15,7 @@ from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import BYTE_BUDGET
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import Path, ReactorThread, wait_until
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 
 Contexts = tuple[SSL.Context, SSL.Context]
 MESSAGES = 100
@@ -27,7 +27,7 @@ each of less than two budgets."""
 @pytest.fixture(scope="module")
 def contexts() -> Contexts:
     bundle = FakeCa().issue(SpiffeId("cluster.local", "default", "client"))
-    return server_context(bundle), client_context(bundle)
+    return hbone_context(bundle), hbone_context(bundle)
 
 
 @pytest.fixture

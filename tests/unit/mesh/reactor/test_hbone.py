@@ -17,7 +17,7 @@ from mesh.reactor.relay import RelayResult, TunnelRelay, relay_tunnel
 from mesh.reactor.tcp import reset as reset_tcp
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, Path, ReactorThread, open_descriptors, read_all, tcp_listener, wait_until
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 from mesh.tls.peer import verify_client, verify_server
 from mesh.wire.frames import header_frames, window_update_frame
 from mesh.wire.hbone import HboneClient, TunnelResponded, patience
@@ -26,7 +26,7 @@ MIB = 1 << 20
 ID = SpiffeId("cluster.local", "default", "client")
 CA = FakeCa()
 BUNDLE = CA.issue(ID)
-SERVER, CLIENT = server_context(BUNDLE), client_context(BUNDLE)
+SERVER, CLIENT = hbone_context(BUNDLE), hbone_context(BUNDLE)
 
 
 @pytest.fixture
@@ -174,13 +174,13 @@ def without_certificate() -> SSL.Context:
     ("context", "reason"),
     [
         (without_certificate(), "tls handshake error: no client certificate"),
-        (client_context(CA.issue(ID, timedelta(minutes=-1))), "tls handshake error: certificate verify failed: certificate has expired"),
+        (hbone_context(CA.issue(ID, timedelta(minutes=-1))), "tls handshake error: certificate verify failed: certificate has expired"),
         (
-            client_context(CA.issue(ID, uris=("spiffe://foreign.example/ns/default/sa/client",))),
+            hbone_context(CA.issue(ID, uris=("spiffe://foreign.example/ns/default/sa/client",))),
             "tls handshake error: client identity spiffe://foreign.example/ns/default/sa/client is not of trust domain cluster.local",
         ),
         (
-            client_context(CA.issue(ID, uris=("https://example.com/",))),
+            hbone_context(CA.issue(ID, uris=("https://example.com/",))),
             "tls handshake error: client certificate holds no SPIFFE identity",
         ),
     ],

@@ -15,7 +15,7 @@ from mesh.reactor import pipes
 from mesh.reactor.relay import SpliceRelay, TunnelRelay
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import Path, ReactorThread, open_descriptors, read_all, wait_until
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 from mesh.wire.errors import ErrorCode
 
 MIB = 1 << 20
@@ -26,7 +26,7 @@ RESET = (errno.ECONNRESET, errno.EPIPE)  # EPIPE: after an end of file (tcp_rese
 @pytest.fixture(scope="module")
 def contexts() -> tuple[SSL.Context, SSL.Context]:
     bundle = FakeCa().issue(SpiffeId("cluster.local", "default", "client"))
-    return server_context(bundle), client_context(bundle)
+    return hbone_context(bundle), hbone_context(bundle)
 
 
 @pytest.fixture(params=["tunnel", "splice"])

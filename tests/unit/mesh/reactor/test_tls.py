@@ -17,7 +17,7 @@ from mesh.model.identity import SpiffeId
 from mesh.reactor import tls
 from mesh.reactor.tls import BindingEngine, TlsEngine, TlsError, VerifyPeer, scratch, tls_engine
 from mesh.testing.ca import FakeCa
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 
 SERVER = SpiffeId("cluster.local", "default", "server")
 CLIENT = SpiffeId("cluster.local", "default", "client")
@@ -36,8 +36,8 @@ def ca() -> FakeCa:
 
 
 def pair(ca: FakeCa, *, judge_client: VerifyPeer | None = None, judge_server: VerifyPeer | None = None) -> tuple[TlsEngine, TlsEngine]:
-    client = tls_engine(client_context(ca.issue(CLIENT)), server_side=False, verify_peer=judge_server)
-    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True, verify_peer=judge_client)
+    client = tls_engine(hbone_context(ca.issue(CLIENT)), server_side=False, verify_peer=judge_server)
+    server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True, verify_peer=judge_client)
     return client, server
 
 
@@ -81,10 +81,10 @@ def test_handshake_agrees_on_aes_128_the_post_quantum_group_and_h2(ca: FakeCa) -
 
 
 def test_the_server_chooses_aes_128_though_the_client_prefers_aes_256(ca: FakeCa) -> None:
-    context = client_context(ca.issue(CLIENT))
+    context = hbone_context(ca.issue(CLIENT))
     context.set_tls13_ciphersuites(b"TLS_AES_256_GCM_SHA384:TLS_AES_128_GCM_SHA256")
     client = tls_engine(context, server_side=False)
-    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True)
     shake_hands(client, server)
     assert client.parameters[0] == "TLS_AES_128_GCM_SHA256"
 
@@ -152,10 +152,10 @@ class Sealer:
 def sealed_pair(ca: FakeCa) -> tuple[Sealer, TlsEngine]:
     """A server whose client, after the handshake, is only its keys."""
     lines: list[bytes] = []
-    context = client_context(ca.issue(CLIENT))
+    context = hbone_context(ca.issue(CLIENT))
     context.set_keylog_callback(lambda _connection, line: lines.append(line))
     client = tls_engine(context, server_side=False)
-    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True)
     shake_hands(client, server)
     (secret,) = (line.split()[2] for line in lines if line.startswith(b"CLIENT_TRAFFIC_SECRET_0 "))
     return Sealer(bytes.fromhex(secret.decode())), server
@@ -284,7 +284,7 @@ def test_a_client_without_certificate_is_refused(ca: FakeCa) -> None:
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_alpn_protos([b"h2"])
     client = tls_engine(context, server_side=False)
-    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True)
     assert refusal(client, server) == ("server", "no client certificate")
     with pytest.raises(TlsError, match=r"refused by peer: .*certificate required"):
         carry(server, client)
@@ -299,8 +299,8 @@ UNKNOWN_CA = [
 @pytest.mark.parametrize(("name", "reason"), UNKNOWN_CA)
 def test_a_client_of_an_unknown_ca_is_refused(ca: FakeCa, name: str, reason: str) -> None:
     bundle = replace(FakeCa(name).issue(CLIENT), roots_pem=ca.root_pem)
-    client = tls_engine(client_context(bundle), server_side=False)
-    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    client = tls_engine(hbone_context(bundle), server_side=False)
+    server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True)
     assert refusal(client, server) == ("server", reason)
     with pytest.raises(TlsError, match="refused by peer"):
         carry(server, client)
@@ -308,14 +308,14 @@ def test_a_client_of_an_unknown_ca_is_refused(ca: FakeCa, name: str, reason: str
 
 @pytest.mark.parametrize(("name", "reason"), UNKNOWN_CA)
 def test_a_server_of_an_unknown_ca_is_refused(ca: FakeCa, name: str, reason: str) -> None:
-    client = tls_engine(client_context(FakeCa(name).issue(CLIENT)), server_side=False)
-    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    client = tls_engine(hbone_context(FakeCa(name).issue(CLIENT)), server_side=False)
+    server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True)
     assert refusal(client, server) == ("client", reason)
 
 
 def test_an_expired_certificate_is_refused(ca: FakeCa) -> None:
-    client = tls_engine(client_context(ca.issue(CLIENT, timedelta(minutes=-1))), server_side=False)
-    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    client = tls_engine(hbone_context(ca.issue(CLIENT, timedelta(minutes=-1))), server_side=False)
+    server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True)
     assert refusal(client, server) == ("server", "certificate verify failed: certificate has expired")
 
 
@@ -339,10 +339,10 @@ def test_a_verifier_that_raises_refuses(ca: FakeCa) -> None:
 def test_a_client_that_offers_no_alpn_is_served_and_one_that_offers_another_is_not(ca: FakeCa) -> None:
     for offered, served in (([], True), ([b"http/1.1"], False), ([b"http/1.1", b"h2"], True)):
         bundle = ca.issue(CLIENT)
-        context = client_context(bundle)
+        context = hbone_context(bundle)
         context.set_alpn_protos(offered) if offered else None
         client = tls_engine(context, server_side=False)
-        server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+        server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True)
         if served:
             shake_hands(client, server)
             assert server.established
@@ -354,12 +354,12 @@ def test_tls_1_2_is_refused(ca: FakeCa) -> None:
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_max_proto_version(SSL.TLS1_2_VERSION)
     client = tls_engine(context, server_side=False)
-    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True)
     assert refusal(client, server) == ("server", "unsupported protocol")
 
 
 def test_plain_http_is_refused(ca: FakeCa) -> None:
-    server = tls_engine(server_context(ca.issue(SERVER)), server_side=True)
+    server = tls_engine(hbone_context(ca.issue(SERVER)), server_side=True)
     request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
     scratch().cipher_in[: len(request)] = request
     server.feed(len(request))

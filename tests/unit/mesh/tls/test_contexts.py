@@ -8,7 +8,7 @@ from mesh.model.identity import SpiffeId
 from mesh.reactor.tls import TlsEngine, scratch, tls_engine
 from mesh.testing.ca import FakeCa
 from mesh.tls.bundle import CertificateBundle
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 
 ID = SpiffeId("cluster.local", "default", "a")
 
@@ -17,16 +17,25 @@ def test_a_bundle_of_several_roots_trusts_peers_of_each() -> None:
     old, new = FakeCa("old.example"), FakeCa("new.example")
     both = old.root_pem + new.root_pem
     for ca in (old, new):
-        server = tls_engine(server_context(_with_roots(old, both)), server_side=True)
-        client = tls_engine(client_context(_with_roots(ca, both)), server_side=False)
+        server = tls_engine(hbone_context(_with_roots(old, both)), server_side=True)
+        client = tls_engine(hbone_context(_with_roots(ca, both)), server_side=False)
         client.handshake()
         for source, sink in ((client, server), (server, client), (client, server)):
             _carry(source, sink)
         assert server.established
 
 
+def test_one_context_is_for_both_ends_even_of_one_connection() -> None:
+    context = hbone_context(FakeCa().issue(ID))
+    server, client = tls_engine(context, server_side=True), tls_engine(context, server_side=False)
+    client.handshake()
+    for source, sink in ((client, server), (server, client), (client, server)):
+        _carry(source, sink)
+    assert (client.established, server.established) == (True, True)
+
+
 def test_no_server_name_and_only_tls_1_3_is_offered() -> None:
-    client = tls_engine(client_context(FakeCa().issue(ID)), server_side=False)
+    client = tls_engine(hbone_context(FakeCa().issue(ID)), server_side=False)
     client.handshake()
     hello = bytes(scratch().cipher_out[: client.take()])
     assert b"\x00\x2b\x00\x03\x02\x03\x04" in hello  # supported_versions: TLS 1.3 alone
@@ -46,7 +55,7 @@ def test_pythons_own_ssl_is_a_peer_we_get_on_with(tmp_path: Path) -> None:
     context.set_alpn_protocols(["h2"])
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = context.wrap_bio(incoming, outgoing)
-    server = tls_engine(server_context(bundle), server_side=True)
+    server = tls_engine(hbone_context(bundle), server_side=True)
     for _ in range(3):
         try:
             client.do_handshake()

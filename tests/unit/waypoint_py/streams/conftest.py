@@ -21,7 +21,7 @@ from mesh.reactor.tls import verify_chain
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, ReactorThread, tcp_listener, wait_until
 from mesh.tls.bundle import CertificateBundle
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 from waypoint_py.stream import HIGH_WATER, ByteStream
 from waypoint_py.streams.tcp import TcpStream
 from waypoint_py.streams.tls import TlsStream
@@ -163,7 +163,7 @@ def _tunnel(thread: ReactorThread, stack: ExitStack) -> Line:
     server, listener = stack.enter_context(tcp_listener()), stack.enter_context(tcp_listener())
     server.settimeout(10)
     reactor, opened = thread.reactor, list[TunnelStream]()
-    ingress = thread.call(lambda: IngressProxy(reactor, listener, server_context(BUNDLE)))
+    ingress = thread.call(lambda: IngressProxy(reactor, listener, hbone_context(BUNDLE)))
     stack.callback(thread.call, ingress.close)
     sock = socket.create_connection((str(ingress.address.ip), ingress.address.port))
 
@@ -175,7 +175,7 @@ def _tunnel(thread: ReactorThread, stack: ExitStack) -> Line:
         opened.append(TunnelStream(reactor, answer))
 
     link = thread.call(
-        lambda: connect_hbone(reactor, sock, client_context(BUNDLE), verify_peer=lambda _: None, on_ready=ready, on_close=lambda _: None)
+        lambda: connect_hbone(reactor, sock, hbone_context(BUNDLE), verify_peer=lambda _: None, on_ready=ready, on_close=lambda _: None)
     )
     stack.callback(thread.call, lambda: link.abort("the test is over"))
     far, _ = server.accept()
@@ -198,7 +198,7 @@ def _served_tunnel(thread: ReactorThread, stack: ExitStack) -> Line:
             serve_hbone(
                 reactor,
                 sock,
-                server_context(BUNDLE),
+                hbone_context(BUNDLE),
                 on_handshake=lambda _: None,
                 on_request=on_request,
                 on_close=lambda _: None,
@@ -207,7 +207,7 @@ def _served_tunnel(thread: ReactorThread, stack: ExitStack) -> Line:
 
     address = socket_address(served.getsockname())
     thread.call(lambda: listen_on(reactor, served, on_accept))
-    egress = thread.call(lambda: EgressProxy(reactor, entry, client_context(BUNDLE), address, "10.0.0.1:80"))
+    egress = thread.call(lambda: EgressProxy(reactor, entry, hbone_context(BUNDLE), address, "10.0.0.1:80"))
     stack.callback(thread.call, egress.close)
     far = stack.enter_context(socket.create_connection((str(egress.address.ip), egress.address.port), timeout=10))
     wait_until(lambda: bool(accepted), "the tunnel")

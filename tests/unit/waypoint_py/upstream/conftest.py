@@ -28,7 +28,7 @@ from mesh.reactor.tcp import connect, listen_on, socket_address
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import ReactorThread, tcp_listener, wait_until
 from mesh.tls.bundle import CertificateBundle
-from mesh.tls.contexts import client_context, server_context
+from mesh.tls.contexts import hbone_context
 from mesh.wire.errors import RemoteProtocolError
 from waypoint_py.http.codec import BodyData, BodyEnd, Event, GoingAway, ResponseHead, StreamReset
 from waypoint_py.http.message import Headers, Request, Response
@@ -301,7 +301,7 @@ class Agent:
             serve_hbone(
                 self.thread.reactor,
                 sock,
-                server_context(self.bundle),
+                hbone_context(self.bundle),
                 on_handshake=lambda der: self.judge(der),
                 on_request=self._on_request,
                 on_close=lambda _: None,
@@ -336,7 +336,7 @@ class HeldCredentials:
 
     def __init__(self) -> None:
         self.identity = WAYPOINT
-        self.held: SSL.Context | str = client_context(CA.issue(WAYPOINT))
+        self.held: SSL.Context | str = hbone_context(CA.issue(WAYPOINT))
 
     def context(self) -> SSL.Context | str:
         return self.held

@@ -130,6 +130,10 @@ class World:
             self.certify(pod)
         return pod
 
+    def forget(self, pod: LoopbackPod) -> None:
+        """The test closes it, and nothing here has it any more."""
+        self._pods.remove(pod)
+
     def certify(self, pod: LoopbackPod, **options: Any) -> None:
         """The brain hands over the certificate of the pod's identity."""
         self.plane.credentials.put(CA.issue(pod.identity(), **options))

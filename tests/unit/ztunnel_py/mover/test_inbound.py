@@ -18,7 +18,7 @@ from mesh.model.policy import Action, Clause, Exact, Match, Policy, Presence, Ru
 from mesh.reactor.hbone import HboneLink, Tunnel, TunnelFailure, connect_hbone
 from mesh.state.store import Delta
 from mesh.testing.ca import FakeCa
-from mesh.tls.contexts import client_context
+from mesh.tls.contexts import hbone_context
 from ztunnel_py.mover import inbound, pod
 from ztunnel_py.mover.ledger import DRAINED, Failure
 
@@ -59,7 +59,7 @@ async def peer_of(world: World, server: LoopbackPod, bundle: CertificateBundle |
     made = connect_hbone(
         world.reactor,
         raw,
-        client_context(bundle or world.ca.issue(PEER)),
+        hbone_context(bundle or world.ca.issue(PEER)),
         verify_peer=lambda der: None,
         on_ready=ready.append,
         on_close=ends.append,

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
 from mesh.model.address import SocketAddress, parse_ip
+from mesh.reactor.pool import PoolKey
 from ztunnel_py.messages import PodInfo
 from ztunnel_py.mover import pod as pods
+from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
+from ztunnel_py.mover.outbound import Outbound
 from ztunnel_py.mover.pod import SOCKETS_AHEAD, Pod, PodSockets
 
 if TYPE_CHECKING:
@@ -199,3 +205,44 @@ def test_a_closed_pod_has_no_sockets_and_makes_none(world: World, kernel: Kernel
         assert pod._trimmer is None or not pod._trimmer.active
 
     world.run(main)
+
+
+class Names:
+    """A pod's DNS, which has the pod as ours has."""
+
+    under_way = 0
+
+    def __init__(self, pod: Pod) -> None:
+        self.pod = pod
+
+    def listen(self, descriptors: Sequence[int]) -> None: ...
+
+    def look_again(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_pod_that_is_dropped_leaves_nothing_for_the_garbage_collector(world: World) -> None:
+    """A mover has that come seldom: what pods that come and go leave would be megabytes by then."""
+
+    async def main() -> None:
+        pod = world.pod("client")
+        pod.sockets = replace(pod.sockets, dns=(os.open("/dev/null", os.O_RDONLY),))
+        pod.stop_listening()
+        pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone, dns=Names)
+        failed: list[object] = []
+        pod.pool.checkout(PoolKey(pod.identity(), frozenset(), V4, V4.ip), failed.append)
+        await world.until(lambda: failed)
+        world.forget(pod)
+        pod.close()
+        gone = weakref.ref(pod)
+        del pod
+        await world.until(lambda: gone() is None)
+
+    gc.disable()
+    try:
+        world.run(main)
+    finally:
+        gc.enable()
