@@ -23,7 +23,7 @@ from waypoint_py.admission import Charge
 from waypoint_py.policy.authorize import Judge, Judges
 from waypoint_py.policy.keys import KeySet
 from waypoint_py.policy.tokens import FindKeys, KeysFailed, TokenChecker, TokenCheckers
-from waypoint_py.routing.match import CompiledTable, PortRoutes, RouteList, compile_table, list_tables
+from waypoint_py.routing.match import CompiledTable, ListsBeside, PortRoutes, RouteList, compile_table, list_tables
 from waypoint_py.steps import Steps, finish
 
 T = TypeVar("T")
@@ -214,7 +214,7 @@ class ServiceCompiler:
 
     def find_lacking(self, config: ServiceConfig) -> tuple[str, ...]:
         """The keys of tables that are named, and not known."""
-        named = dict.fromkeys(key for port in config.ports for use in port.tables for key in use.tables)
+        named = dict.fromkeys(key for port in config.ports for use in port.tables for keys in (use.tables, *use.beside) for key in keys)
         return tuple(key for key in named if key not in self.tables)
 
     def compile(self, config: ServiceConfig, before: ServiceRuntime | None = None) -> Steps[ServiceRuntime]:
@@ -228,9 +228,13 @@ class ServiceCompiler:
     def _compile_port(self, service: ServiceConfig, port: PortConfig) -> Steps[PortRuntime]:
         itself = Destination(service.namespace, service.hostname, port.port)
         tcp = port.tcp or TcpRoute(Origin("Service", service.namespace, service.hostname), (WeightedDestination(itself),))
-        lists: list[tuple[RouteList, tuple[str, ...]]] = []
+        lists: list[tuple[RouteList | ListsBeside, tuple[str, ...]]] = []
         for use in port.tables:
-            lists.append(((yield from self._list(use.tables)), use.hosts))
+            routes = yield from self._list(use.tables)
+            beside: list[RouteList] = []
+            for keys in use.beside:
+                beside.append((yield from self._list(keys)))
+            lists.append((ListsBeside((routes, *beside)) if beside else routes, use.hosts))
         own = yield from list_tables([(yield from compile_table(port.routes))])
         return PortRuntime(port, PortRoutes(lists, own), tcp)
 

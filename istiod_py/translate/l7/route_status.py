@@ -76,8 +76,8 @@ class _Reporter:
             for unit in service.units:
                 uses.setdefault((unit, service.waypoint_namespace), set())
             for port in service.ports:
-                for use in port.uses:
-                    uses[use.unit, service.waypoint_namespace].add(port.port.number)
+                for unit in (unit for use in port.uses for unit in use.units):
+                    uses[unit, service.waypoint_namespace].add(port.port.number)
         for (unit, waypoint_namespace), ports in uses.items():
             self._take_notes((*unit.notes, *unit.find_lacking(ports)), waypoint_namespace)
         self._by_object: dict[tuple[str, str, str], list[L7Service]] = {}
