@@ -82,7 +82,7 @@ class Store:
 
         One at a time. Nothing has changed until the last step, which changes all of it.
         """
-        changes = self._find_changes(delta)
+        changes = yield from self._find_changes(delta)
         if not changes:
             return False
         coming = [value for value in changes.values() if value is not None]
@@ -107,7 +107,7 @@ class Store:
             call()
         return True
 
-    def _find_changes(self, delta: Delta) -> dict[tuple[str, str], L7Resource | None]:
+    def _find_changes(self, delta: Delta) -> Steps[dict[tuple[str, str], L7Resource | None]]:
         """None: it is gone."""
         changes: dict[tuple[str, str], L7Resource | None] = {key: None for key in delta.removed_l7 if key in self._held}
         for assigned in delta.l7:
@@ -115,6 +115,7 @@ class Store:
             changes.pop(key, None)
             if self._held.get(key) != assigned.resource:
                 changes[key] = assigned.resource
+            yield
         return changes
 
     def _compile_services(
@@ -129,6 +130,7 @@ class Store:
         compiled: dict[str, ServiceRuntime] = {}
         lacking: dict[str, ServiceConfig] = {}
         for key, config in wanted.items():
+            yield
             if compiler.find_lacking(config):
                 lacking[key] = config
             else:

@@ -29,8 +29,8 @@ from mesh.xds.proto import node_pb2 as node
 
 BACKOFF_FIRST: Final = 0.010
 BACKOFF_MAX: Final = 15.0
-DECODE_IN_THREAD: Final = 256 * 1024
-"""Bytes of a response beyond which it is decoded in a thread: the whole of a large mesh takes seconds."""
+DECODE_IN_THREAD: Final = 64 * 1024
+"""Bytes of a response beyond which it is decoded in a thread: some milliseconds' worth. The whole of a large mesh takes seconds."""
 
 log = structlog.get_logger("xds.client")
 
