@@ -14,7 +14,7 @@ from istiod_py.translate.l7.known import L7Port, L7Service, know
 from istiod_py.translate.l7.routes import UnitUse
 from istiod_py.translate.l7.routing import RouteMemory, Routing
 from istiod_py.translate.l7.sources import RouteSources, Sourced
-from istiod_py.translate.l7.tables import RoutesTold, cut_tables, join_uses
+from istiod_py.translate.l7.tables import Joined, RoutesTold, cut_tables, join_small, join_uses
 from istiod_py.translate.l7.units import RouteUnit
 from mesh.kube.objects import KubeObject, Layer, Origin
 from mesh.kube.routeactions import Target, WeightedTarget
@@ -126,13 +126,16 @@ def route(sources: list[Sourced[VirtualService]], services: tuple[L7Service, ...
     return routing.tell(services, "shop/w", "shop")
 
 
-@given(ROUTERS)
+@given(ROUTERS, st.sampled_from([1, 8]))
 @settings(deadline=None, max_examples=200)
 def test_what_is_told_once_is_what_every_port_would_have_by_itself(
     routers: list[tuple[list[str], list[tuple[list[HttpMatch], Target]]]],
+    most_lists: int,
 ) -> None:
     sources = [virtual_service(index, *each) for index, each in enumerate(routers)]
-    told = route(sources)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("istiod_py.translate.l7.tables.MOST_LISTS", most_lists)
+        told = route(sources)
     for each in SERVICES:
         for port in each.ports:
             for authority in AUTHORITIES if each.hostname.startswith("*") else ("a",):
@@ -259,3 +262,15 @@ def test_what_services_share_of_http_routes_is_told_once_beside_what_is_their_ow
         assert [each and each.route.route.origin.name for each in found] == [own, "shared0", "shared0", None]
     fronting = {service.key: (WAYPOINT,) for service in (REVIEWS, V1, V2)}
     assert world.routing.report(fronting).problems == ()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12), st.integers(1, 4))
+def test_small_lists_are_joined_where_there_are_many(lists: list[tuple[int, bool]], most: int) -> None:
+    made = Route(Made("VirtualService", "shop", "v", 0), DirectResponse(200))
+    before = [Joined((RouteUnit(frozenset(), (made,) * size),), ("x",) if narrow else ()) for size, narrow in lists]
+    after = join_small(before, most)
+    assert [(unit, each.hosts) for each in after for unit in each.units] == [(unit, each.hosts) for each in before for unit in each.units]
+    narrow = sum(bool(each.hosts) for each in before)
+    assert sum(not each.hosts for each in after) <= max(most, 2 * most + 1 + narrow)
+    largest = sorted((each.size for each in before if not each.hosts), reverse=True)[:most]
+    assert sorted((each.size for each in after if not each.hosts and len(each.units) == 1), reverse=True)[:most] >= largest

@@ -36,6 +36,8 @@ DEFAULT_RETRY = Retry()
 """Where the mesh's configuration says nothing."""
 GROUP_FROM: Final = 64
 """A look-up in one more list costs a request a microsecond; telling fewer matches again for every port costs less than that is worth."""
+MOST_GROUPS: Final = 8
+"""The largest; all others stay with the port's own, as if they were small."""
 UnitKey: TypeAlias = tuple[tuple[ObjectKey, ...], str]
 """The objects, and the waypoint's namespace."""
 
@@ -139,8 +141,9 @@ class Routing:
         for each in requests:
             groups.setdefault(self._attachment_of(each).to, []).append(each)
         own: list[Sourced[RequestRoute]] = []
-        for group in groups.values():
-            if sum(self._attachment_of(each).size for each in group) < self._group_from:
+        sizes = {to: sum(self._attachment_of(each).size for each in group) for to, group in groups.items()}
+        for number, (to, group) in enumerate(sorted(groups.items(), key=lambda item: -sizes[item[0]])):
+            if sizes[to] < self._group_from or number >= MOST_GROUPS:
                 own += group
             else:
                 yield tuple(group)

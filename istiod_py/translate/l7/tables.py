@@ -25,6 +25,10 @@ TABLE_SIZE: Final = 256 * 1024
 """Bytes of JSON at which a table ends: some hundred routes, which a waypoint decodes in two milliseconds. A route that is larger by itself
 (it answers with a large body) is a table of its own."""
 
+MOST_LISTS: Final = 8
+"""Lists for all hosts that a port has apart. Each costs every request a microsecond, so that of more than these the small ones that follow
+each other are one list, told for this port alone."""
+
 TableMemo: TypeAlias = Memo[tuple[RouteUnit, ...], tuple[RouteTable, ...]]
 
 
@@ -54,7 +58,7 @@ def tell_routes(
         by_port = tuple(
             tuple(
                 TableUse(name_tables(joined.units), joined.hosts, tuple(name_tables((unit,)) for unit in joined.beside))
-                for joined in lists.split(port.uses)
+                for joined in join_small(list(lists.split(port.uses)), MOST_LISTS)
             )
             for port in routed.ports
         )
@@ -95,6 +99,31 @@ class Joined:
     units: tuple[RouteUnit, ...]
     hosts: tuple[str, ...]
     beside: tuple[RouteUnit, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Routes."""
+        return sum(len(unit.routes) for unit in self.units)
+
+    def joins(self, other: Joined) -> bool:
+        """Whether the two can be one list."""
+        return self.hosts == other.hosts and not (self.beside or other.beside)
+
+
+def join_small(lists: list[Joined], most: int) -> list[Joined]:
+    """Where there are more than ``most`` for all hosts: with those that are not among the largest joined, as far as they follow each other.
+    Lists for some hosts are found by these, however many there are."""
+    every = [each for each in lists if not each.hosts]
+    if len(every) <= most:
+        return lists
+    apart = {id(each) for each in sorted(every, key=lambda each: -each.size)[:most]}
+    result: list[Joined] = []
+    for each in lists:
+        if result and id(each) not in apart and id(result[-1]) not in apart and result[-1].joins(each):
+            result[-1] = Joined((*result[-1].units, *each.units), each.hosts)
+        else:
+            result.append(each)
+    return result
 
 
 class Lists:
