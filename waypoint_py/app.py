@@ -302,7 +302,7 @@ class Waypoint:
                 GATEWAY_NAME: config.gateway_name,
             },
             types=(*L7_TYPES, ADDRESS),
-            takes_parts=True,
+            gather=False,
         )
         await run_ads_client(client, self._xds_update, self._xds_state)
 

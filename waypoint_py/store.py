@@ -23,7 +23,7 @@ from waypoint_py.admission import Charge
 from waypoint_py.policy.authorize import Judge, Judges
 from waypoint_py.policy.keys import KeySet
 from waypoint_py.policy.tokens import FindKeys, KeysFailed, TokenChecker, TokenCheckers
-from waypoint_py.routing.match import CompiledTable, PortRoutes, RouteList, compile_table, list_tables
+from waypoint_py.routing.match import CompiledTable, ListsBeside, PortRoutes, RouteList, compile_table, list_tables
 from waypoint_py.steps import Steps, finish
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Store:
 
         One at a time. Nothing has changed until the last step, which changes all of it.
         """
-        changes = self._find_changes(delta)
+        changes = yield from self._find_changes(delta)
         if not changes:
             return False
         coming = [value for value in changes.values() if value is not None]
@@ -107,7 +107,7 @@ class Store:
             call()
         return True
 
-    def _find_changes(self, delta: Delta) -> dict[tuple[str, str], L7Resource | None]:
+    def _find_changes(self, delta: Delta) -> Steps[dict[tuple[str, str], L7Resource | None]]:
         """None: it is gone."""
         changes: dict[tuple[str, str], L7Resource | None] = {key: None for key in delta.removed_l7 if key in self._held}
         for assigned in delta.l7:
@@ -115,6 +115,7 @@ class Store:
             changes.pop(key, None)
             if self._held.get(key) != assigned.resource:
                 changes[key] = assigned.resource
+            yield
         return changes
 
     def _compile_services(
@@ -129,6 +130,7 @@ class Store:
         compiled: dict[str, ServiceRuntime] = {}
         lacking: dict[str, ServiceConfig] = {}
         for key, config in wanted.items():
+            yield
             if compiler.find_lacking(config):
                 lacking[key] = config
             else:
@@ -214,7 +216,7 @@ class ServiceCompiler:
 
     def find_lacking(self, config: ServiceConfig) -> tuple[str, ...]:
         """The keys of tables that are named, and not known."""
-        named = dict.fromkeys(key for port in config.ports for use in port.tables for key in use.tables)
+        named = dict.fromkeys(key for port in config.ports for use in port.tables for keys in (use.tables, *use.beside) for key in keys)
         return tuple(key for key in named if key not in self.tables)
 
     def compile(self, config: ServiceConfig, before: ServiceRuntime | None = None) -> Steps[ServiceRuntime]:
@@ -228,9 +230,13 @@ class ServiceCompiler:
     def _compile_port(self, service: ServiceConfig, port: PortConfig) -> Steps[PortRuntime]:
         itself = Destination(service.namespace, service.hostname, port.port)
         tcp = port.tcp or TcpRoute(Origin("Service", service.namespace, service.hostname), (WeightedDestination(itself),))
-        lists: list[tuple[RouteList, tuple[str, ...]]] = []
+        lists: list[tuple[RouteList | ListsBeside, tuple[str, ...]]] = []
         for use in port.tables:
-            lists.append(((yield from self._list(use.tables)), use.hosts))
+            routes = yield from self._list(use.tables)
+            beside: list[RouteList] = []
+            for keys in use.beside:
+                beside.append((yield from self._list(keys)))
+            lists.append((ListsBeside((routes, *beside)) if beside else routes, use.hosts))
         own = yield from list_tables([(yield from compile_table(port.routes))])
         return PortRuntime(port, PortRoutes(lists, own), tcp)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -359,9 +359,23 @@ def patterns_of(host: str) -> Iterator[str]:
         yield "*"
 
 
-def hosts_meet(first: str, second: str) -> bool:
-    """Whether some name is part of both."""
-    return covers(first, second) or covers(second, first)
+class HostIndex:
+    """Hosts, which may be patterns, found by what covers them, or what they cover."""
+
+    def __init__(self, hosts: Iterable[str]) -> None:
+        self._covered: dict[str, list[str]] = {}
+        self._hosts = dict.fromkeys(hosts)
+        for host in self._hosts:
+            for pattern in patterns_of(host):
+                self._covered.setdefault(pattern, []).append(host)
+
+    def covered_by(self, pattern: str) -> Sequence[str]:
+        return self._covered.get(pattern, ())
+
+    def meeting(self, host: str) -> Iterable[str]:
+        """Those that have some name in common with ``host``."""
+        covering = (pattern for pattern in patterns_of(host) if pattern in self._hosts)
+        return dict.fromkeys((*self.covered_by(host), *covering))
 
 
 def _find_host_mistake(host: str) -> str | None:

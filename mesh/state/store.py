@@ -36,6 +36,20 @@ class Delta:
     """Type URL and name (`mesh.xds.l7`)."""
 
 
+def joined(parts: Iterable[Delta]) -> Delta:
+    """Several as one. What one of them gives another must not remove."""
+    pieces = list(parts)
+    return Delta(
+        tuple(workload for part in pieces for workload in part.workloads),
+        tuple(service for part in pieces for service in part.services),
+        tuple(policy for part in pieces for policy in part.policies),
+        tuple(name for part in pieces for name in part.removed_addresses),
+        tuple(name for part in pieces for name in part.removed_policies),
+        tuple(assigned for part in pieces for assigned in part.l7),
+        tuple(name for part in pieces for name in part.removed_l7),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What `apply` really changed: objects that are new, gone, or differ from before."""

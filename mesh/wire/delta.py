@@ -73,6 +73,10 @@ class DeltaClient:
         """The stream is lost; what is held stays."""
         self._started = False
 
+    def forget(self, type_url: str) -> None:
+        """What came of a type is lost: the next stream asks for all of it."""
+        self._of(type_url).versions.clear()
+
     @property
     def synced(self) -> bool:
         """Every type that is not on demand has been answered once."""

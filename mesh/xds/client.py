@@ -19,11 +19,11 @@ import structlog
 import trio
 
 from mesh.linux.memory import return_free_memory
-from mesh.rpc.client import Channel, ClientStream, open_channel
+from mesh.rpc.client import CLIENT_LIMITS, Channel, ClientStream, open_channel
 from mesh.rpc.errors import RpcError
-from mesh.state.store import Delta
+from mesh.state.store import Delta, joined
 from mesh.wire.delta import DeltaClient, Interest, Request
-from mesh.wire.errors import RemoteProtocolError
+from mesh.wire.errors import ErrorCode, RemoteProtocolError
 from mesh.xds.decode import DecodedResponse, InvalidResource, decode_response
 from mesh.xds.names import ADDRESS, ADS_METHOD, AUTHORIZATION, TAKES_PARTS
 from mesh.xds.proto import discovery_pb2 as discovery
@@ -32,8 +32,8 @@ from mesh.xds.proto import node_pb2 as node
 BACKOFF_FIRST: Final = 0.010
 BACKOFF_MAX: Final = 15.0
 TIDY_AFTER: Final = 5.0
-DECODE_IN_THREAD: Final = 256 * 1024
-"""Bytes of a response beyond which it is decoded in a thread: the whole of a large mesh takes seconds."""
+DECODE_IN_THREAD: Final = 64 * 1024
+"""Bytes of a response beyond which it is decoded in a thread: some milliseconds' worth. The whole of a large mesh takes seconds."""
 
 log = structlog.get_logger("xds.client")
 
@@ -63,7 +63,7 @@ class AdsState:
 class AdsUpdate:
     """One response, taken. ``raw`` is the DeltaDiscoveryResponse as it came (`decode_response` gives the same ``delta`` elsewhere).
     ``whole``: nothing was held of this type, so what the response does not name does not exist: for those that kept state of an earlier
-    process. Of a client that takes parts that is what all parts together do not name, up to and with the one without ``more``.
+    process. Where it comes in parts, that is what all of them together do not name, up to and with the one without ``more``.
     ``rejected`` is what was refused; unreadable policies are in it and, as policies that deny, in ``delta``."""
 
     type_url: str
@@ -91,8 +91,8 @@ class AdsClientConfig:
     on_demand: bool = False
     types: tuple[str, ...] = (ADDRESS, AUTHORIZATION)
     """What to ask for, in this order. ``on_demand`` is about ADDRESS alone."""
-    takes_parts: bool = False
-    """Whether a response may come in parts."""
+    gather: bool = True
+    """Whether the parts of a whole set are put together before they are given on, for those that replace what they had by it."""
 
 
 def connect_tls(host: str, port: int, tls: Callable[[], ssl.SSLContext | None], *, server_hostname: str | None = None) -> Connect:
@@ -175,6 +175,8 @@ class _Session:
         self._on_update = on_update
         self._on_state = on_state
         self._stream: ClientStream | None = None
+        self._gathered: dict[str, list[AdsUpdate]] = {}
+        """By type: the parts of a set that is not whole yet."""
 
     async def attempt(self) -> str:
         """One connection, from its making to its end; why it ended."""
@@ -191,6 +193,9 @@ class _Session:
             return exc.reason
         finally:
             self._stream = None
+            for type_url in self._gathered:
+                self._machine.forget(type_url)
+            self._gathered.clear()
         return "ended by the server"
 
     async def _converse(self, stream: ClientStream) -> None:
@@ -211,8 +216,8 @@ class _Session:
         if decoded.type_url not in self._config.types:
             log.error("xds.unknown_type", type=decoded.type_url)
         else:
-            update = AdsUpdate(decoded.type_url, raw, decoded.delta, whole, decoded.rejected, decoded.more)
-            if (taking := self._on_update(update)) is not None:
+            update = self._gather(AdsUpdate(decoded.type_url, raw, decoded.delta, whole, decoded.rejected, decoded.more))
+            if update is not None and (taking := self._on_update(update)) is not None:
                 await taking
         for bad in decoded.rejected:
             log.warning("xds.resource_rejected", type=decoded.type_url, resource=bad.name, error=bad.reason)
@@ -227,6 +232,22 @@ class _Session:
         if self._machine.synced and not was_synced:
             self._on_state(AdsState(Phase.CONNECTED, True))
         return reply
+
+    def _gather(self, update: AdsUpdate) -> AdsUpdate | None:
+        """What is to be given on; None: more of it has to come first."""
+        if not (self._config.gather and update.whole and (update.more or update.type_url in self._gathered)):
+            return update
+        parts = self._gathered.setdefault(update.type_url, [])
+        parts.append(update)
+        if sum(len(part.raw) for part in parts) > CLIENT_LIMITS.max_message:
+            raise RemoteProtocolError(f"a set of more than {CLIENT_LIMITS.max_message} bytes", ErrorCode.ENHANCE_YOUR_CALM)
+        if update.more:
+            return None
+        del self._gathered[update.type_url]
+        # Messages of protobuf that follow each other are one: their lists are joined.
+        raw = b"".join(part.raw for part in parts)
+        rejected = tuple(bad for part in parts for bad in part.rejected)
+        return AdsUpdate(update.type_url, raw, joined(part.delta for part in parts), True, rejected)
 
     async def run_demand(self, demand: trio.MemoryReceiveChannel[tuple[str, ...]]) -> None:
         async for names in demand:
@@ -249,7 +270,7 @@ class _Session:
             message.error_detail.message = request.error
         if introduce:
             message.node.CopyFrom(node.Node(id=self._config.node_id))
-            message.node.metadata.update({**self._config.node_metadata, **({TAKES_PARTS: True} if self._config.takes_parts else {})})
+            message.node.metadata.update({**self._config.node_metadata, TAKES_PARTS: True})
         return message.SerializeToString()
 
 

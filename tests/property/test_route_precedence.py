@@ -25,7 +25,7 @@ from waypoint_py.http.message import Request
 
 HOSTNAME = "s.shop.svc.cluster.local"
 SERVICE = L7Service("shop", HOSTNAME, (L7Port(80, "http", Protocol.HTTP),), "Service", "s")
-PARENT = ParentRef("", "Service", "s", "shop")
+PARENTS = tuple(ParentRef("", "Service", name, "shop") for name in ("s", "t", "u"))
 TIMES = ("", "2025-01-01T00:00:00Z", "2026-01-01T00:00:00Z")
 WORDS = st.sampled_from(["a", "ab", "b"])
 PATHS = st.lists(WORDS, max_size=3).map(lambda words: "/" + "/".join(words))
@@ -70,11 +70,11 @@ def made(kind: str, name: str, namespace: str, created: str) -> KubeObject:
     return KubeObject("v1", kind, namespace, name, raw, (Layer(Origin("x", 0, 0), raw),))
 
 
-def route_of(index: int, namespace: str, created: str, rules: list[tuple[RouteMatch, ...]]) -> Sourced[RequestRoute]:
+def route_of(index: int, namespace: str, created: str, parents: int, rules: list[tuple[RouteMatch, ...]]) -> Sourced[RequestRoute]:
     name = f"r{index}"
     backend = (RuleBackend(BackendRef("", "Service", "s", "shop", 80), Filters()),)
     value = RequestRoute(
-        "HTTPRoute", namespace, name, (PARENT,), (), tuple(RequestRule("", matches, Filters(), backend) for matches in rules)
+        "HTTPRoute", namespace, name, PARENTS[:parents], (), tuple(RequestRule("", matches, Filters(), backend) for matches in rules)
     )
     return Sourced(made("HTTPRoute", name, namespace, created), value)
 
@@ -125,11 +125,15 @@ def compare(first: Found, second: Found) -> int:
     return 0
 
 
-@given(st.lists(st.tuples(st.sampled_from(["shop", "way"]), st.sampled_from(TIMES), RULES), max_size=4), ASKED, st.randoms())
-@settings(deadline=None, max_examples=300)
+ROUTES = st.tuples(st.sampled_from(["shop", "way"]), st.sampled_from(TIMES), st.integers(1, 3), RULES)
+
+
+@given(st.lists(ROUTES, max_size=4), ASKED, st.randoms(), st.sampled_from([1, 4, 1000]))
+@settings(deadline=None, max_examples=400)
 def test_a_request_has_the_rule_that_goes_before_all_others_that_match(
-    routes: list[tuple[str, str, list[tuple[RouteMatch, ...]]]], asked: Asked, rng: object
+    routes: list[tuple[str, str, int, list[tuple[RouteMatch, ...]]]], asked: Asked, rng: object, group_from: int
 ) -> None:
+    """Whatever else the routes are for, and whether they are told together or apart from each other."""
     sources = [route_of(index, *each) for index, each in enumerate(routes)]
     everything = RouteMatch(path=PathMatch(PathKind.SEGMENTS, "/"))
     found: list[Found] = [
@@ -140,7 +144,7 @@ def test_a_request_has_the_rule_that_goes_before_all_others_that_match(
         if holds(match, asked)
     ]
     rng.shuffle(sources)  # type: ignore[attr-defined]  # a random.Random
-    routing = Routing(RouteSources(requests=tuple(sources)), know([SERVICE]), RouteMemory())
+    routing = Routing(RouteSources(requests=tuple(sources)), know([SERVICE]), RouteMemory(), group_from=group_from)
     chosen = find_told(routing.tell([SERVICE], "way/w", "way"), asked.request(), 80)
     if not routes:
         assert chosen is not None

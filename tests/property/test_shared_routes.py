@@ -14,7 +14,7 @@ from istiod_py.translate.l7.known import L7Port, L7Service, know
 from istiod_py.translate.l7.routes import UnitUse
 from istiod_py.translate.l7.routing import RouteMemory, Routing
 from istiod_py.translate.l7.sources import RouteSources, Sourced
-from istiod_py.translate.l7.tables import RoutesTold, cut_tables, join_uses
+from istiod_py.translate.l7.tables import Joined, RoutesTold, cut_tables, join_small, join_uses
 from istiod_py.translate.l7.units import RouteUnit
 from mesh.kube.objects import KubeObject, Layer, Origin
 from mesh.kube.routeactions import Target, WeightedTarget
@@ -23,7 +23,7 @@ from mesh.model.l7.matching import Exact, PathKind, PathMatch, Prefix, RouteMatc
 from mesh.model.l7.routing import DirectResponse, Forward, Route
 from mesh.model.l7.routing import Origin as Made
 from mesh.model.l7.waypoint import Protocol
-from tests.unit.istiod_py.translate.l7.world import find_told
+from tests.unit.istiod_py.translate.l7.world import REVIEWS, V1, V2, WAYPOINT, World, document, find_told
 from waypoint_py.http.message import Request
 
 PORTS = (80, 81, 82)
@@ -126,13 +126,16 @@ def route(sources: list[Sourced[VirtualService]], services: tuple[L7Service, ...
     return routing.tell(services, "shop/w", "shop")
 
 
-@given(ROUTERS)
+@given(ROUTERS, st.sampled_from([1, 8]))
 @settings(deadline=None, max_examples=200)
 def test_what_is_told_once_is_what_every_port_would_have_by_itself(
     routers: list[tuple[list[str], list[tuple[list[HttpMatch], Target]]]],
+    most_lists: int,
 ) -> None:
     sources = [virtual_service(index, *each) for index, each in enumerate(routers)]
-    told = route(sources)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("istiod_py.translate.l7.tables.MOST_LISTS", most_lists)
+        told = route(sources)
     for each in SERVICES:
         for port in each.ports:
             for authority in AUTHORITIES if each.hostname.startswith("*") else ("a",):
@@ -214,8 +217,9 @@ def test_tables_are_cut_to_size_and_are_together_what_was_cut(routes: list[Route
     for table in tables:
         first = table.routes[0]
         whole, beside = (len(msgspec.json.encode(each)) for each in (table.routes, msgspec.structs.replace(first, matches=())))
-        alone = len(table.routes) == 1
-        assert whole <= size + len("[]") or (alone and (len(first.matches) < 2 or (beside >= size // 2 and whole <= beside + size + 20)))
+        around = len('[,"matches":[],]')
+        large = beside + around >= size // 2 and whole <= beside + around + size
+        assert whole <= size + len("[]") or (len(table.routes) == 1 and (large or len(first.matches) < 2))
     assert tables == cut_tables((unit,), size)
 
 
@@ -235,3 +239,38 @@ def test_what_a_wildcard_costs_does_not_grow_with_the_services_behind_it(service
     told = route([virtual_service(0, ["*"], rules)], SERVICES[:services])
     assert sum(len(each.matches) for table in told.tables for each in table.routes) == 100
     assert all(not port.routes for config in told.configs for port in config.ports)
+
+
+def test_what_services_share_of_http_routes_is_told_once_beside_what_is_their_own() -> None:
+    rules = (
+        "["
+        + ", ".join(f"{{matches: [{{path: {{value: /p{number}}}}}], backendRefs: [{{name: v1, port: 80}}]}}" for number in range(16))
+        + "]"
+    )
+    shared = "[" + ", ".join(f"{{group: '', kind: Service, name: {name}}}" for name in ("reviews", "v1", "v2")) + "]"
+    text = "".join(document("HTTPRoute", f"{{parentRefs: {shared}, rules: {rules}}}", f"shared{number}") for number in range(5))
+    for name in ("reviews", "v1"):
+        own = "[{matches: [{path: {value: /p1/own}}], backendRefs: [{name: v2, port: 80}]}]"
+        text += document("HTTPRoute", f"{{parentRefs: [{{group: '', kind: Service, name: {name}}}], rules: {own}}}", f"own-{name}")
+    world = World(text)
+    told = world.routing.tell([REVIEWS, V1, V2], "shop/w", "shop")
+    assert sum(len(table.routes) for table in told.tables) == 5 * 16 + 2
+    for service, own in ((REVIEWS, "own-reviews"), (V1, "own-v1"), (V2, "shared0")):
+        found = [
+            find_told(told, Request(b"GET", b"http", b"a", path, []), 80, service.key) for path in (b"/p1/own", b"/p1", b"/p15/x", b"/q")
+        ]
+        assert [each and each.route.route.origin.name for each in found] == [own, "shared0", "shared0", None]
+    fronting = {service.key: (WAYPOINT,) for service in (REVIEWS, V1, V2)}
+    assert world.routing.report(fronting).problems == ()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12), st.integers(1, 4))
+def test_small_lists_are_joined_where_there_are_many(lists: list[tuple[int, bool]], most: int) -> None:
+    made = Route(Made("VirtualService", "shop", "v", 0), DirectResponse(200))
+    before = [Joined((RouteUnit(frozenset(), (made,) * size),), ("x",) if narrow else ()) for size, narrow in lists]
+    after = join_small(before, most)
+    assert [(unit, each.hosts) for each in after for unit in each.units] == [(unit, each.hosts) for each in before for unit in each.units]
+    narrow = sum(bool(each.hosts) for each in before)
+    assert sum(not each.hosts for each in after) <= max(most, 2 * most + 1 + narrow)
+    largest = sorted((each.size for each in before if not each.hosts), reverse=True)[:most]
+    assert sorted((each.size for each in after if not each.hosts and len(each.units) == 1), reverse=True)[:most] >= largest

@@ -16,7 +16,7 @@ from heapq import merge
 from typing import Final, NamedTuple
 
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, RouteMatch
-from mesh.model.l7.routing import Route
+from mesh.model.l7.routing import Precedence, Route, precedence
 from waypoint_py.http.message import Request
 from waypoint_py.routing.actions import CompiledRoute, compile_route, split_port
 from waypoint_py.routing.predicates import CompiledMatch, Seen, compile_match, describe, required_prefix, segment_prefix
@@ -41,7 +41,9 @@ class Matched(NamedTuple):
     because: str
 
 
-class _Alternative(NamedTuple):
+class Alternative(NamedTuple):
+    """One match of a route."""
+
     written: RouteMatch
     match: CompiledMatch
     matched: Matched
@@ -52,7 +54,7 @@ class CompiledTable:
 
     __slots__ = ("__weakref__", "alternatives", "closed", "routes")
 
-    def __init__(self, routes: tuple[Route, ...], alternatives: list[_Alternative], closed: bool) -> None:
+    def __init__(self, routes: tuple[Route, ...], alternatives: list[Alternative], closed: bool) -> None:
         self.routes = routes
         self.alternatives = alternatives
         self.closed = closed
@@ -60,7 +62,7 @@ class CompiledTable:
 
 def compile_table(routes: tuple[Route, ...]) -> Steps[CompiledTable]:
     """Up to the first alternative that takes every request. Never raises."""
-    alternatives: list[_Alternative] = []
+    alternatives: list[Alternative] = []
     for route in routes:
         compiled = compile_route(route)
         for number, match in enumerate(route.matches or (_EVERYTHING,)):
@@ -93,12 +95,41 @@ class RouteList:
 
     def find(self, seen: Seen) -> Matched | None:
         """The first route that matches."""
+        found = self.find_alternative(seen)
+        return None if found is None else found.matched
+
+    def find_alternative(self, seen: Seen) -> Alternative | None:
         alternatives = self.alternatives
         for index in self._always if self._filed is None else self._filed.candidates(seen):
             alternative = alternatives[index]
             if alternative.match.holds(seen):
-                return alternative.matched
+                return alternative
         return None
+
+
+class ListsBeside:
+    """Lists of which each is in the order of precedence, as if they were one in that order."""
+
+    __slots__ = ("_lists", "first")
+
+    def __init__(self, lists: Sequence[RouteList]) -> None:
+        self._lists = lists
+        self.first: Matched | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(each.size for each in self._lists)
+
+    def find(self, seen: Seen) -> Matched | None:
+        """The first route that matches."""
+        found = [each for routes in self._lists if (each := routes.find_alternative(seen)) is not None]
+        if not found:
+            return None
+        return (found[0] if len(found) == 1 else min(found, key=_precedence)).matched
+
+
+def _precedence(alternative: Alternative) -> Precedence:
+    return precedence(alternative.matched.route.route, alternative.written)
 
 
 def list_tables(tables: Sequence[CompiledTable], filed_from: int = FILED_FROM) -> Steps[RouteList]:
@@ -114,7 +145,7 @@ class PortRoutes:
 
     __slots__ = ("_always", "_by_host", "_by_suffix", "_first", "_lists", "_narrow", "_suffixes")
 
-    def __init__(self, lists: Sequence[tuple[RouteList, tuple[str, ...]]], own: RouteList) -> None:
+    def __init__(self, lists: Sequence[tuple[RouteList | ListsBeside, tuple[str, ...]]], own: RouteList) -> None:
         self._lists = [*(each for each, _ in lists), own]
         self._always: list[int] = []
         self._by_host: dict[bytes, list[int]] = {}
@@ -166,13 +197,13 @@ def compile_routes(routes: tuple[Route, ...], filed_from: int = FILED_FROM) -> P
 _EVERYTHING: Final = RouteMatch()
 
 
-def _compile_alternative(route: CompiledRoute, number: int, match: RouteMatch) -> _Alternative:
+def _compile_alternative(route: CompiledRoute, number: int, match: RouteMatch) -> Alternative:
     compiled = compile_match(match)
     if compiled.broken:
         reason = f"match {number}: {compiled.broken}" + (f"; {route.broken}" if route.broken else "")
         route = CompiledRoute(route.route, broken=reason)
     name = ".".join(filter(None, (route.route.name, match.name)))
-    return _Alternative(match, compiled, Matched(route, match.path, name, f"{route.route.origin}: {describe(match)}"))
+    return Alternative(match, compiled, Matched(route, match.path, name, f"{route.route.origin}: {describe(match)}"))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------------------------

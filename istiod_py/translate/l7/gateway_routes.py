@@ -21,22 +21,29 @@ from mesh.kube.gatewayapi.references import BackendRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, ConnectionRule, RequestRoute, RequestRule
 from mesh.kube.objects import FieldPath
 from mesh.model.l7.matching import PathKind, PathMatch, RouteMatch
-from mesh.model.l7.routing import Forward, HeaderChanges, Mirror, Origin, Retry, Rewrite, Route, WeightedDestination
+from mesh.model.l7.routing import (
+    Forward,
+    HeaderChanges,
+    Mirror,
+    Origin,
+    Precedence,
+    Retry,
+    Rewrite,
+    Route,
+    WeightedDestination,
+    precedence,
+)
 
 _ON_BACKENDS: Final = frozenset({"RequestHeaderModifier", "ResponseHeaderModifier"})
 """The filters that a backend may have."""
 _EVERY_REQUEST: Final = RouteMatch(path=PathMatch(PathKind.SEGMENTS, "/"))
-_PATH_RANKS: Final = {PathKind.EXACT: 0, PathKind.SEGMENTS: 1, PathKind.REGEX: 2}
-_NO_PATH: Final = 3
-
-Precedence: TypeAlias = tuple[int, int, bool, int, int, bool, str, str, str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """One match of a rule. ``route`` is the rule's: the same for all its matches."""
+    """One match of a rule. ``route`` is the rule's: the same for all its matches. ``order``: less goes first."""
 
-    precedence: Precedence
+    order: tuple[Precedence, int, int]
     match: RouteMatch
     route: Route
 
@@ -44,43 +51,41 @@ class _Candidate:
 def order_requests(routes: Iterable[Sourced[RequestRoute]], scope: Scope) -> list[Route]:
     """The routes of these objects, by precedence."""
     candidates = [candidate for route in routes for candidate in _candidates_of(route, scope)]
-    candidates.sort(key=lambda candidate: candidate.precedence)
+    candidates.sort(key=lambda candidate: candidate.order)
     return list(_together(candidates))
 
 
 def attaches(route: RequestRoute | ConnectionRoute, service: L7Service, port: int) -> bool:
+    """Whether it is for that port."""
     own = (service.kind, service.namespace, service.name)
     return any(service_parent(ref, route.namespace) == own and ref.port in (0, port) for ref in route.parents)
 
 
-def precedence_of(match: RouteMatch, route: Sourced[RequestRoute], rule: int, index: int) -> Precedence:
-    """Less goes first: the path's kind, its length, a method, more headers, more query parameters, the older object, its name, its rule."""
-    path = match.path
-    rank = _NO_PATH if path is None else _PATH_RANKS[path.kind]
-    length = 0 if path is None else len(path.value)
-    obj = route.obj
-    return (
-        rank,
-        -length,
-        match.method is None,
-        -len(match.headers),
-        -len(match.query),
-        obj.created == "",
-        obj.created,
-        obj.namespace,
-        obj.name,
-        rule,
-        index,
-    )
+AttachedTo: TypeAlias = tuple[tuple[str, str, str], int]
+"""A service's kind, namespace and name, and a port of it; 0: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """What an object's routes are for. ``size``: how many matches it has."""
+
+    to: frozenset[AttachedTo]
+    size: int
+
+
+def find_attachment(route: RequestRoute) -> Attachment:
+    parents = ((service_parent(ref, route.namespace), ref.port) for ref in route.parents)
+    found = frozenset((service, port) for service, port in parents if service is not None)
+    return Attachment(found, sum(max(1, len(rule.matches)) for rule in route.rules))
 
 
 def _candidates_of(route: Sourced[RequestRoute], scope: Scope) -> Iterator[_Candidate]:
     for number, rule in enumerate(route.value.rules):
-        made = make_route(route.value, number, scope)
+        made = msgspec.structs.replace(make_route(route.value, number, scope), created=route.obj.created)
         # An HTTPRoute's rule without matches is for every path; a GRPCRoute's comes after all that say anything.
         everything = _EVERY_REQUEST if route.value.kind == "HTTPRoute" else RouteMatch()
         for index, match in enumerate(rule.matches or (everything,)):
-            yield _Candidate(precedence_of(match, route, number, index), match, made)
+            yield _Candidate((precedence(made, match), number, index), match, made)
 
 
 def _together(candidates: Iterable[_Candidate]) -> Iterator[Route]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property
 from typing import Final, TypeAlias
 
 from istiod_py.translate.config import Condition, ParentStatus, StatusEntry
@@ -25,7 +25,7 @@ from mesh.kube.gatewayapi.references import GROUP, ParentRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, RequestRoute
 from mesh.kube.objects import FieldPath, ObjectKey, SourceProblem, format_path
 from mesh.kube.ownership import ROUTE_CONTROLLER, WAYPOINT_ACCEPTED
-from mesh.kube.virtualservice import VirtualService, hosts_meet, patterns_of
+from mesh.kube.virtualservice import HostIndex, VirtualService, patterns_of
 from mesh.model.l7.routing import Destination
 
 _LONGEST: Final = 4096
@@ -76,8 +76,8 @@ class _Reporter:
             for unit in service.units:
                 uses.setdefault((unit, service.waypoint_namespace), set())
             for port in service.ports:
-                for use in port.uses:
-                    uses[use.unit, service.waypoint_namespace].add(port.port.number)
+                for unit in (unit for use in port.uses for unit in use.units):
+                    uses[unit, service.waypoint_namespace].add(port.port.number)
         for (unit, waypoint_namespace), ports in uses.items():
             self._take_notes((*unit.notes, *unit.find_lacking(ports)), waypoint_namespace)
         self._by_object: dict[tuple[str, str, str], list[L7Service]] = {}
@@ -166,8 +166,12 @@ class _Reporter:
 
     def _services_of(self, host: str) -> list[L7Service]:
         by_host = self._index.known.by_host
-        meant = filter(partial(hosts_meet, host), by_host) if host.startswith("*") else patterns_of(host)
+        meant = self._known_hosts.meeting(host) if host.startswith("*") else patterns_of(host)
         return [service for name in meant for service in by_host.get(name, ())]
+
+    @cached_property
+    def _known_hosts(self) -> HostIndex:
+        return HostIndex(self._index.known.by_host)
 
     # Routes of the Gateway API
 

@@ -21,10 +21,29 @@ from mesh.model.l7.routing import Origin, Route, TcpRoute
 
 @dataclass(frozen=True, slots=True)
 class UnitUse:
-    """A unit before a service, for requests to ``hosts`` alone, if there are any."""
+    """A unit before a service, for requests to ``hosts`` alone, if there are any. ``beside``: units that it is one list with, in the order
+    of their routes' precedence."""
 
     unit: RouteUnit
     hosts: tuple[str, ...] = ()
+    beside: tuple[RouteUnit, ...] = ()
+
+    @property
+    def units(self) -> tuple[RouteUnit, ...]:
+        return (self.unit, *self.beside)
+
+    @property
+    def keys(self) -> frozenset[ObjectKey]:
+        """The objects that the units are made of."""
+        return self.unit.keys.union(*(unit.keys for unit in self.beside))
+
+    def is_for(self, port: int) -> bool:
+        return any(unit.is_for(port) for unit in self.units)
+
+    def takes_all(self, port: int) -> Origin | None:
+        """What lets no request for ``port`` get past them."""
+        taken = (unit.takes_all(port) for unit in self.units) if not self.hosts else ()
+        return next(filter(None, taken), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +88,7 @@ class _Router:
     def route(self) -> RoutedService:
         ports = tuple(self._route_port(port, uses) for port, uses in zip(self._service.ports, self._uses, strict=True))
         self._lint()
-        units = dict.fromkeys(use.unit for uses in self._uses for use in uses)
+        units = dict.fromkeys(unit for uses in self._uses for use in uses for unit in use.units)
         notes = tuple(dict.fromkeys(self._notes))
         return RoutedService(self._service, self._scope.waypoint_namespace, ports, tuple(units), frozenset(self._used), notes)
 
@@ -88,21 +107,20 @@ class _Router:
         uses: list[UnitUse] = []
         last: Origin | None = None
         for use in concerning:
-            unit = use.unit
-            if not unit.is_for(port):
+            if not use.is_for(port):
                 continue
-            self._yielding |= unit.keys
+            self._yielding |= use.keys
             if last is not None:
-                self._note_hidden(unit, last, port)
+                self._note_hidden(use, last, port)
                 continue
-            self._used |= unit.keys
+            self._used |= use.keys
             uses.append(use)
-            last = None if use.hosts else unit.takes_all(port)
+            last = use.takes_all(port)
         return tuple(uses)
 
-    def _note_hidden(self, unit: RouteUnit, last: Origin, port: int) -> None:
+    def _note_hidden(self, use: UnitUse, last: Origin, port: int) -> None:
         message = f"is never reached on port {port} of {self._service.hostname}: {last} takes every request"
-        self._notes.extend(Note(key, ("spec", rules_field(key.kind)), message) for key in sorted(unit.keys))
+        self._notes.extend(Note(key, ("spec", rules_field(key.kind)), message) for key in sorted(use.keys))
 
     def _lint(self) -> None:
         """What was meant for this service and comes to nothing; a gate that is open is worse than none."""

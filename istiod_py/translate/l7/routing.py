@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
-from istiod_py.translate.l7.gateway_routes import attaches
+from istiod_py.translate.l7.gateway_routes import AttachedTo, Attachment, find_attachment
 from istiod_py.translate.l7.known import KnownServices, L7Service
 from istiod_py.translate.l7.route_status import NOTHING_NAMED, Fronting, NamedThings, RouteReport, report_routes
 from istiod_py.translate.l7.routes import RoutedService, UnitUse, route_service
@@ -34,6 +34,10 @@ from mesh.model.l7.waypoint import ServiceConfig
 
 DEFAULT_RETRY = Retry()
 """Where the mesh's configuration says nothing."""
+GROUP_FROM: Final = 64
+"""A look-up in one more list costs a request a microsecond; telling fewer matches again for every port costs less than that is worth."""
+MOST_GROUPS: Final = 8
+"""The largest; all others stay with the port's own, as if they were small."""
 UnitKey: TypeAlias = tuple[tuple[ObjectKey, ...], str]
 """The objects, and the waypoint's namespace."""
 
@@ -69,14 +73,18 @@ class Routing:
         *,
         default_retry: Retry | None = DEFAULT_RETRY,
         defaults: RouteDefaults | None = None,
+        group_from: int = GROUP_FROM,
     ) -> None:
-        """``default_retry``: the mesh's, for routes that say nothing; None: none. ``memory`` is that of the translation under way."""
+        """``default_retry``: the mesh's, for routes that say nothing; None: none. ``memory`` is that of the translation under way.
+        ``group_from``: matches of objects that attach alike, from which on they are told apart from others."""
         self._defaults = defaults or RouteDefaults()
         self._index = RouteIndex(sources, known, self._defaults)
         self._memory = memory
         self._default_retry = default_retry
         self._routed: dict[tuple[str, str], RoutedService] = {}
         self._units: dict[UnitKey, RouteUnit] = {}
+        self._attachments: dict[ObjectKey, Attachment] = {}
+        self._group_from = group_from
 
     def tell(self, services: Iterable[L7Service], waypoint: str, waypoint_namespace: str) -> RoutesTold:
         """What a waypoint (``namespace/name``) is told of the services that it stands before."""
@@ -114,12 +122,39 @@ class Routing:
         listed: list[tuple[UnitUse, ...]] = []
         for port in service.ports:
             uses = [use for _, use in roots] if port.takes_requests else []
-            requests = tuple(route for route in gathered.requests if attaches(route.value, service, port.number))
+            requests = self._attached(service, port.number, gathered.requests)
             if requests and port.takes_requests:
                 older = sum(age <= requests[0].age for age, _ in roots)
-                uses.insert(older, UnitUse(self._request_unit(requests, waypoint_namespace)))
+                first, *beside = [self._request_unit(group, waypoint_namespace) for group in self._group(requests)]
+                uses.insert(older, UnitUse(first, beside=tuple(beside)))
             listed.append(tuple(uses))
         return listed
+
+    def _attached(self, service: L7Service, port: int, requests: Iterable[Sourced[RequestRoute]]) -> list[Sourced[RequestRoute]]:
+        own = service.kind, service.namespace, service.name
+        return [each for each in requests if not self._attachment_of(each).to.isdisjoint(((own, 0), (own, port)))]
+
+    def _group(self, requests: Iterable[Sourced[RequestRoute]]) -> Iterator[tuple[Sourced[RequestRoute], ...]]:
+        """What many ports share, apart from what is the port's own: a group is the same wherever it is. Those that are small stay together,
+        since a request is looked for in every group."""
+        groups: dict[frozenset[AttachedTo], list[Sourced[RequestRoute]]] = {}
+        for each in requests:
+            groups.setdefault(self._attachment_of(each).to, []).append(each)
+        own: list[Sourced[RequestRoute]] = []
+        sizes = {to: sum(self._attachment_of(each).size for each in group) for to, group in groups.items()}
+        for number, (to, group) in enumerate(sorted(groups.items(), key=lambda item: -sizes[item[0]])):
+            if sizes[to] < self._group_from or number >= MOST_GROUPS:
+                own += group
+            else:
+                yield tuple(group)
+        if own:
+            yield tuple(sorted(own, key=lambda each: each.age))
+
+    def _attachment_of(self, route: Sourced[RequestRoute]) -> Attachment:
+        found = self._attachments.get(route.obj.key)
+        if found is None:
+            found = self._attachments[route.obj.key] = find_attachment(route.value)
+        return found
 
     def _unit_of(self, root: Sourced[VirtualService], waypoint_namespace: str) -> RouteUnit:
         """With its delegates."""

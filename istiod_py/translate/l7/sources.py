@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeAlias, TypeVar
 
 from istiod_py.translate.l7.known import KnownServices, L7Service
 from mesh.kube.gatewayapi.references import BackendRef, ParentRef
 from mesh.kube.gatewayapi.routes import ConnectionRoute, RequestRoute
 from mesh.kube.objects import FieldPath, KubeObject, ObjectKey, SourceProblem
-from mesh.kube.virtualservice import VirtualService, covers, patterns_of
+from mesh.kube.virtualservice import HostIndex, VirtualService, patterns_of
 from mesh.model.l7.routing import Destination
 
 _T = TypeVar("_T")
@@ -89,7 +90,7 @@ class RouteIndex:
         self.known = known
         self.defaults = defaults
         self._by_host: dict[str, list[Sourced[VirtualService]]] = {}
-        self._by_pattern: dict[str, list[Sourced[VirtualService]]] = {}
+        """By host, which may be a pattern."""
         self.delegates: dict[tuple[str, str], Sourced[VirtualService]] = {}
         for found in sources.virtual_services:
             self._file(found)
@@ -101,18 +102,17 @@ class RouteIndex:
         if not vs.hosts:
             self.delegates[vs.namespace, vs.name] = found
         for host in hosts_of(vs, self.defaults):
-            (self._by_pattern if host.startswith("*") else self._by_host).setdefault(host, []).append(found)
+            self._by_host.setdefault(host, []).append(found)
 
     def virtual_services_for(self, hostname: str) -> list[Sourced[VirtualService]]:
         """Those with a host that means ``hostname``, which may be a wildcard's; oldest first."""
-        found = {id(vs): vs for vs in self._by_host.get(hostname, ())}
-        for pattern in patterns_of(hostname):
-            found |= {id(vs): vs for vs in self._by_pattern.get(pattern, ())}
-        if hostname.startswith("*"):
-            for host, matching in (*self._by_host.items(), *self._by_pattern.items()):
-                if covers(hostname, host):
-                    found |= {id(vs): vs for vs in matching}
+        hosts = self._hosts.meeting(hostname) if hostname.startswith("*") else patterns_of(hostname)
+        found = {id(vs): vs for host in hosts for vs in self._by_host.get(host, ())}
         return sorted(found.values(), key=lambda vs: vs.age)
+
+    @cached_property
+    def _hosts(self) -> HostIndex:
+        return HostIndex(self._by_host)
 
     def gather(self, service: L7Service, waypoint_namespace: str) -> Gathered:
         applied = [

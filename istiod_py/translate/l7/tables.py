@@ -25,6 +25,10 @@ TABLE_SIZE: Final = 256 * 1024
 """Bytes of JSON at which a table ends: some hundred routes, which a waypoint decodes in two milliseconds. A route that is larger by itself
 (it answers with a large body) is a table of its own."""
 
+MOST_LISTS: Final = 8
+"""Lists for all hosts that a port has apart. Each costs every request a microsecond, so that of more than these the small ones that follow
+each other are one list, told for this port alone."""
+
 TableMemo: TypeAlias = Memo[tuple[RouteUnit, ...], tuple[RouteTable, ...]]
 
 
@@ -43,17 +47,22 @@ def tell_routes(
     """``waypoint``: its ``namespace/name``. The memos are those of the translation under way."""
     lists = join_uses(port.uses for service in services for port in service.ports)
     cut: dict[tuple[RouteUnit, ...], tuple[RouteTable, ...]] = {}
+
+    def name_tables(units: tuple[RouteUnit, ...]) -> tuple[str, ...]:
+        if units not in cut:
+            cut[units] = tables.make(units, (units,), cut_tables)
+        return tuple(table.key for table in cut[units])
+
     made: list[ServiceConfig] = []
     for routed in services:
-        by_port: list[tuple[TableUse, ...]] = []
-        for port in routed.ports:
-            uses: list[TableUse] = []
-            for joined in lists.split(port.uses):
-                if joined.units not in cut:
-                    cut[joined.units] = tables.make(joined.units, (joined.units,), cut_tables)
-                uses.append(TableUse(tuple(table.key for table in cut[joined.units]), joined.hosts))
-            by_port.append(tuple(uses))
-        made.append(configs.make((routed.service.key, waypoint), (routed, tuple(by_port)), _configure))
+        by_port = tuple(
+            tuple(
+                TableUse(name_tables(joined.units), joined.hosts, tuple(name_tables((unit,)) for unit in joined.beside))
+                for joined in join_small(list(lists.split(port.uses)), MOST_LISTS)
+            )
+            for port in routed.ports
+        )
+        made.append(configs.make((routed.service.key, waypoint), (routed, by_port), _configure))
     told = {table.key: table for found in cut.values() for table in found}
     return RoutesTold(tuple(made), tuple(told.values()), tuple(dict.fromkeys(_name_destinations(services))))
 
@@ -72,7 +81,7 @@ def _name_destinations(services: Iterable[RoutedService]) -> Iterator[str]:
     for routed in services:
         yield routed.service.key
         for port in routed.ports:
-            units.update((use.unit, None) for use in port.uses)
+            units.update((unit, None) for use in port.uses for unit in use.units)
             for weighted in port.tcp.destinations if port.tcp is not None else ():
                 if weighted.destination.namespace:
                     yield f"{weighted.destination.namespace}/{weighted.destination.hostname}"
@@ -85,10 +94,36 @@ def _name_destinations(services: Iterable[RoutedService]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Units that are one list, and the hosts that it is for."""
+    """Units that are one list, the hosts that it is for, and units that are lists beside it."""
 
     units: tuple[RouteUnit, ...]
     hosts: tuple[str, ...]
+    beside: tuple[RouteUnit, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Routes."""
+        return sum(len(unit.routes) for unit in self.units)
+
+    def joins(self, other: Joined) -> bool:
+        """Whether the two can be one list."""
+        return self.hosts == other.hosts and not (self.beside or other.beside)
+
+
+def join_small(lists: list[Joined], most: int) -> list[Joined]:
+    """Where there are more than ``most`` for all hosts: with those that are not among the largest joined, as far as they follow each other.
+    Lists for some hosts are found by these, however many there are."""
+    every = [each for each in lists if not each.hosts]
+    if len(every) <= most:
+        return lists
+    apart = {id(each) for each in sorted(every, key=lambda each: -each.size)[:most]}
+    result: list[Joined] = []
+    for each in lists:
+        if result and id(each) not in apart and id(result[-1]) not in apart and result[-1].joins(each):
+            result[-1] = Joined((*result[-1].units, *each.units), each.hosts)
+        else:
+            result.append(each)
+    return result
 
 
 class Lists:
@@ -103,7 +138,7 @@ class Lists:
         for use in uses:
             units.append(use.unit)
             if use.unit not in self._after:
-                yield Joined(tuple(units), use.hosts)
+                yield Joined(tuple(units), use.hosts, use.beside)
                 units = []
 
 
@@ -114,15 +149,16 @@ def join_uses(sequences: Iterable[Sequence[UnitUse]]) -> Lists:
     before: dict[RouteUnit, RouteUnit | None] = {}
     for uses in sequences:
         for first, second in zip((None, *uses), (*uses, None), strict=True):
-            together = first is not None and second is not None and first.hosts == second.hosts
+            together = first is not None and second is not None and first.hosts == second.hosts and not (first.beside or second.beside)
             _agree(after, first, second.unit if second is not None and together else None)
             _agree(before, second, first.unit if first is not None and together else None)
     return Lists({first: second for first, second in after.items() if second is not None and before[second] is first})
 
 
 def _agree(beside: dict[RouteUnit, RouteUnit | None], use: UnitUse | None, neighbour: RouteUnit | None) -> None:
-    if use is not None and beside.setdefault(use.unit, neighbour) is not neighbour:
-        beside[use.unit] = None
+    for unit in use.units if use is not None else ():
+        if beside.setdefault(unit, neighbour) is not neighbour:
+            beside[unit] = None
 
 
 # Tables
@@ -153,7 +189,7 @@ def _bounded(routes: Iterable[Route], size: int) -> Iterator[tuple[Route, int]]:
         if whole <= size or len(route.matches) < 2:
             yield route, whole
             continue
-        rest = _size_of(msgspec.structs.replace(route, matches=()))
+        rest = whole - sum(map(_size_of, route.matches))
         # What is large beside its matches is not cut up into a part for each of them.
         for matches in _cut_matches(route.matches, size - rest if rest < size // 2 else size):
             part = msgspec.structs.replace(route, matches=matches)

@@ -6,11 +6,11 @@ for Gateway API routes that of their precedence (which the control plane has sor
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
-from mesh.model.l7.matching import RouteMatch, TextMatch
+from mesh.model.l7.matching import PathKind, RouteMatch, TextMatch
 
 
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -154,7 +154,8 @@ class Cors(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``matches``: any of them; none: every request. ``timeout`` in seconds for the whole exchange with all retries; None: none.
-    ``name`` is the access log's route name. ``request_authority`` is in the action's rewrite or its destinations."""
+    ``name`` is the access log's route name. ``request_authority`` is in the action's rewrite or its destinations. ``created``: when the
+    object was made, of routes that are tried in the order of their `precedence`; empty: not known."""
 
     origin: Origin
     action: Action
@@ -167,6 +168,31 @@ class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     fault: Fault | None = None
     mirrors: tuple[Mirror, ...] = ()
     cors: Cors | None = None
+    created: str = ""
+
+
+_PATH_RANKS: Final = {PathKind.EXACT: 0, PathKind.SEGMENTS: 1, PathKind.REGEX: 2}
+_OTHER_PATH: Final = 3
+
+Precedence: TypeAlias = tuple[int, int, bool, int, int, bool, str, str, str, str]
+
+
+def precedence(route: Route, match: RouteMatch) -> Precedence:
+    """Of one match of a Gateway API route; less goes first: the path's kind, its length, a method, more headers, more query parameters, the
+    older object, its name. Within an object the first rule and match goes first."""
+    path, origin = match.path, route.origin
+    return (
+        _OTHER_PATH if path is None else _PATH_RANKS.get(path.kind, _OTHER_PATH),
+        0 if path is None else -len(path.value),
+        match.method is None,
+        -len(match.headers),
+        -len(match.query),
+        route.created == "",
+        route.created,
+        origin.namespace,
+        origin.name,
+        origin.kind,
+    )
 
 
 class TcpRoute(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -36,10 +36,12 @@ class RouteTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
 class TableUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The keys of tables that follow each other, and the hosts that they are for, none: all: names or ``*.suffix`` in lower case, compared
-    with the request's authority without its port."""
+    with the request's authority without its port. ``beside``: more such sequences, of which none goes before another: of the first match
+    in each the one that has precedence (`mesh.model.l7.routing.precedence`) has the request."""
 
     tables: tuple[str, ...]
     hosts: tuple[str, ...] = ()
+    beside: tuple[tuple[str, ...], ...] = ()
 
 
 class PortConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -11,13 +11,13 @@ from mesh.kube.headeredits import HeaderEdits
 from mesh.kube.routeactions import GRPC_STATUSES, MirrorTarget, Target, WeightedTarget
 from mesh.kube.virtualservice import (
     Delegate,
+    HostIndex,
     HttpMatch,
     HttpRule,
     L4Match,
     L4Rule,
     VirtualService,
     covers,
-    hosts_meet,
     patterns_of,
     read_virtual_service,
 )
@@ -409,8 +409,12 @@ def check(spec: str, field: str, message: str) -> None:
     ("*.b", "*.c", False, False),
 ])  # fmt: skip
 def test_wildcards_cover_any_depth_but_not_the_domain_itself(pattern: str, host: str, covered: bool, meet: bool) -> None:
-    assert (covers(pattern, host), hosts_meet(pattern, host)) == (covered, meet)
-    assert (pattern in patterns_of(host)) == covered
+    assert covers(pattern, host) is covered
+    assert (pattern in patterns_of(host)) is covered
+    index = HostIndex([host, "elsewhere"])
+    assert (list(index.covered_by(pattern)) == [host, "elsewhere"][: 2 if pattern == "*" else 1]) is covered
+    assert (host in index.meeting(pattern)) is meet
+    assert (pattern in HostIndex([pattern]).meeting(host)) is meet
 
 
 def test_a_file_gone_bad_keeps_the_last_good_version_and_names_line_and_field(tmp_path: Path) -> None:

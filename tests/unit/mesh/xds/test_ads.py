@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,13 +20,15 @@ from mesh.model.policy import Action, Policy, Rule, Scope
 from mesh.model.service import Service
 from mesh.model.workload import PortMapping, Workload
 from mesh.rpc import Bidi, Call, Channel, RpcError, ServerStream, Status, open_channel_on, serve, serve_connection
+from mesh.rpc.client import CLIENT_LIMITS
 from mesh.rpc.tls import client_tls, server_tls
 from mesh.state.store import Delta, MeshState
 from mesh.testing.serving import write_serving_certificate
 from mesh.xds import server as module
 from mesh.xds.cache import ResourceCache
 from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, Phase, bearer_metadata, connect_tls, run_ads_client
-from mesh.xds.encode import Resource
+from mesh.xds.decode import decode_response
+from mesh.xds.encode import Resource, workload_resource
 from mesh.xds.names import ADDRESS, ADS_METHOD, AUTHORIZATION, node_id
 from mesh.xds.proto import discovery_pb2 as discovery
 from mesh.xds.server import AdsServer
@@ -322,6 +324,100 @@ def test_a_restarted_server_is_told_what_is_held_and_sends_the_difference() -> N
         assert (list(policies.resources), list(policies.removed_resources)) == ([], ["ns/q"])
         assert agent.names() == {"a", "b", "d"}
         assert agent.policies() == {"ns/p"}
+
+    _run(main)
+
+
+def test_a_set_that_comes_in_parts_is_given_on_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.xds.server.PART_SIZE", 1)
+
+    async def main(plane: _ControlPlane, agent: _Agent, nursery: trio.Nursery) -> None:
+        workloads = tuple(_workload(f"w{number}") for number in range(5))
+        plane.cache.apply(Delta(workloads=workloads, policies=(_policy("p"),)))
+        _start(plane, agent, nursery)
+        await agent.until(lambda: agent.synced)
+        assert [(update.type_url, update.whole, update.more) for update in agent.updates] == [
+            (ADDRESS, True, False),
+            (AUTHORIZATION, True, False),
+        ]
+        whole = agent.updates[0]
+        assert whole.delta.workloads == workloads
+        # What is handed on says the same.
+        assert decode_response(whole.raw).delta == whole.delta
+        await plane.server.wait_taken(waypoints=False)
+        acknowledged = [request.response_nonce for request in plane.requests if request.type_url == ADDRESS and request.response_nonce]
+        assert len(acknowledged) == 5
+        plane.change(Delta(workloads=(_workload("w1", "10.0.0.7"), _workload("w2", "10.0.0.8"))))
+        await agent.until(lambda: len(agent.updates) == 4)
+        assert not any(update.whole for update in agent.updates[2:])
+
+    _run(main)
+
+
+class _Script:
+    """Connections to a server that says what is written, whatever it hears, and hangs up after all but the last."""
+
+    def __init__(self, *connections: list[bytes]) -> None:
+        self._connections = list(connections)
+        self.opened: list[discovery.DeltaDiscoveryRequest] = []
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[_Script]:
+        yield self
+
+    @asynccontextmanager
+    async def stream(self, method: str, metadata: Mapping[str, str]) -> AsyncIterator[_Script]:
+        self._lines = self._connections.pop(0)
+        self._heard = 0
+        yield self
+
+    async def send(self, raw: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        if not self._heard:
+            self.opened.append(discovery.DeltaDiscoveryRequest.FromString(raw))
+        self._heard += 1
+
+    async def receive(self) -> bytes | None:
+        await trio.lowlevel.checkpoint()
+        if not self._lines and not self._connections:
+            await trio.sleep_forever()
+        return self._lines.pop(0) if self._lines else None
+
+
+def _part(*names: str, more: bool) -> bytes:
+    response = discovery.DeltaDiscoveryResponse(type_url=ADDRESS, nonce="n.0", more=more)
+    for name in names:
+        made = workload_resource(_workload(name))
+        response.resources.add(name=made.name, version=made.version, resource={"type_url": ADDRESS, "value": made.body})
+    return response.SerializeToString()
+
+
+def test_a_set_of_which_the_stream_lost_the_end_is_asked_for_again_and_nobody_has_seen_half_of_it() -> None:
+    script = _Script([_part("a", more=True), _part("b", more=True)], [_part("a", more=True), _part("c", more=False)])
+
+    async def main(plane: _ControlPlane, agent: _Agent, nursery: trio.Nursery) -> None:
+        config = replace(_config(plane), connect=script.connect, types=(ADDRESS,))  # type: ignore[arg-type]  # as much of a channel as is used
+        nursery.start_soon(lambda: run_ads_client(config, agent.on_update, agent.on_state))
+        await agent.until(lambda: agent.synced)
+        assert agent.names() == {"a", "c"}
+        assert len(agent.updates) == 1
+        assert [dict(request.initial_resource_versions) for request in script.opened] == [{}, {}]
+
+    _run(main)
+
+
+def test_what_is_gathered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = _part("a", more=True)
+    monkeypatch.setattr("mesh.xds.client.CLIENT_LIMITS", replace(CLIENT_LIMITS, max_message=3 * len(part)))
+    script = _Script([part] * 100, [])
+
+    async def main(plane: _ControlPlane, agent: _Agent, nursery: trio.Nursery) -> None:
+        config = replace(_config(plane), connect=script.connect, types=(ADDRESS,))  # type: ignore[arg-type]  # as much of a channel as is used
+        nursery.start_soon(lambda: run_ads_client(config, agent.on_update, agent.on_state))
+        await agent.until(lambda: len(script.opened) == 2)
+        failed = [state.reason for state in agent.states if state.phase is Phase.FAILED]
+        assert failed == [f"a set of more than {3 * len(part)} bytes"]
+        assert not agent.updates
 
     _run(main)
 

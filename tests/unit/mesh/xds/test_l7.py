@@ -37,7 +37,7 @@ from mesh.xds.l7 import (
     resource_name,
     type_url_of,
 )
-from mesh.xds.names import ADDRESS, ADS_METHOD, GATEWAY_NAME, node_id, role_of_node_id, waypoint_node_id
+from mesh.xds.names import ADDRESS, ADS_METHOD, GATEWAY_NAME, TAKES_PARTS, node_id, role_of_node_id, waypoint_node_id
 from mesh.xds.server import AdsServer, Assign, Introduction, Part, nobody_is_a_waypoint, split
 
 ORIGIN = Origin("VirtualService", "shop", "web")
@@ -344,12 +344,13 @@ def _tables(count: int) -> tuple[RouteTable, ...]:
 @pytest.mark.parametrize("takes_parts", [True, False])
 def test_a_large_response_comes_in_parts_for_those_that_know_of_it(takes_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mesh.xds.server.PART_SIZE", 2000)
+    monkeypatch.setattr("mesh.xds.client.TAKES_PARTS", TAKES_PARTS if takes_parts else "ANOTHER")
     tables = _tables(10)
 
     async def main(plane: _Plane, nursery: trio.Nursery) -> None:
         plane.cache.apply(Delta(l7=tuple(Assigned("shop/one", each) for each in tables)))
         one = _Waypoint(plane, "one")
-        one.config = replace(one.config, takes_parts=takes_parts)
+        one.config = replace(one.config, gather=False)
         nursery.start_soon(one.run)
         await one.until(lambda: one.state is not None and one.state.synced)
         assert {each.resource for each in one.held.values()} == set(tables)
@@ -382,7 +383,7 @@ def test_one_part_that_cannot_be_read_is_refused_and_the_others_are_kept(monkeyp
         held = plane.cache._types[ROUTE_TABLE]
         held["shop/one|t1"] = replace(held["shop/one|t1"], body=b"{")
         one = _Waypoint(plane, "one")
-        one.config = replace(one.config, takes_parts=True)
+        one.config = replace(one.config, gather=False)
         nursery.start_soon(one.run)
         await one.until(lambda: one.state is not None and one.state.synced)
         assert {each.resource.key for each in one.held.values()} == {"t0", "t2"}
