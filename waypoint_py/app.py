@@ -80,6 +80,9 @@ _STILL_TAKEN: Final = 3.0
 _DRAIN_LOOKS: Final = 0.05
 _NAMED: Final = 4
 """Tables of routes that a line of the log names."""
+_ABLE_WITHIN: Final = 5.0
+"""Seconds after the start in which nobody is accepted before somebody can be served: until then connections wait in the kernel's queue, and
+agents for the handshake. After it they are refused, with the reason."""
 
 _log = log.get_logger("waypoint")
 
@@ -113,6 +116,7 @@ def _collect_seldom() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+    gc.enable()
 
 
 def _raise_descriptor_limit() -> None:
@@ -210,6 +214,8 @@ class Waypoint:
         self._serving = self._readiness.register("listener")
         self._ads_state = AdsState(Phase.CONNECTING, synced=False)
         self._stop = trio.Event()
+        self._able = trio.Event()
+        """A certificate and a whole configuration have come once."""
         self.listener = HboneListener(self._plane, self._credentials, max_streams=config.max_streams, synced=lambda: self._ads_state.synced)
         self._admin = Admin(
             config, self._plane, self.listener, self._certificates, self._registry, lambda: str(self._ads_state), stop=self._stop
@@ -246,6 +252,8 @@ class Waypoint:
                 working.start_soon(self._certificates.run)
                 self._certificates.request(self._config.identity)
                 working.start_soon(self._run_xds)
+                with trio.move_on_after(_ABLE_WITHIN):
+                    await self._able.wait()
                 for sock in sockets:
                     self.listener.listen(sock)
                 self._serving.done()
@@ -255,6 +263,10 @@ class Waypoint:
                 await self._send_last_spans()
                 working.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
+
+    def _look_if_able(self) -> None:
+        if self._ads_state.synced and isinstance(self._credentials.context(), SSL.Context):
+            self._able.set()
 
     async def _drain(self, sockets: Sequence[socket.socket]) -> None:
         """Not ready from now on, and closed once agents know of it; what lives goes on until it has ended or its time is over."""
@@ -282,6 +294,7 @@ class Waypoint:
             stop = await nursery.start(watch_signals)
             await stop.wait()
             self._stop.set()
+            self._able.set()  # whoever comes is taken and told to go
 
     # Configuration
 
@@ -335,6 +348,7 @@ class Waypoint:
 
     def _xds_state(self, state: AdsState) -> None:
         self._ads_state = state
+        self._look_if_able()
         if state.synced:
             self._configured.done()
         else:
@@ -374,6 +388,7 @@ class Waypoint:
             self._credentials.refuse(f"the certificate is unusable: {exc}")
             return
         self._certified.done()
+        self._look_if_able()
 
     # For others
 

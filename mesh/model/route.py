@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mesh.model.address import SocketAddress
+from mesh.model.address import GatewayAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.service import Service
 from mesh.model.workload import Workload
@@ -22,6 +22,8 @@ class Tunnel:
     """The workload at ``next_hop``: the destination itself, or its waypoint."""
     service: Service | None
     because: str
+    waypoint: GatewayAddress | None = None
+    """What ``workload`` is an instance of, if a waypoint's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,11 @@ class Direct:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """No route: close the connection. ``because`` is the access log's ``error``."""
+    """No route: close the connection. ``because`` is the access log's ``error``. ``waypoint``: none of its instances can be sent to now."""
 
     because: str
     service: Service | None = None
+    waypoint: GatewayAddress | None = None
 
 
 Route: TypeAlias = Tunnel | Direct | Refusal

@@ -113,6 +113,7 @@ class _Attempt:
             workload,
             self._service,
             f"{because} {gateway.destination}: {how}",
+            gateway,
         )
 
     def _find_gateway(self, gateway: GatewayAddress) -> tuple[Candidate, Service | None, str] | Refusal:
@@ -122,7 +123,9 @@ class _Attempt:
             picks = self._picks(service, Wanted(port, waypoint=True))
             candidate = picks.pick(self._rng)
             if candidate is None:
-                return self._refuse(f"unknown waypoint: waypoint {destination} has no healthy upstream ({picks.because})")
+                return Refusal(
+                    f"unknown waypoint: waypoint {destination} has no healthy upstream ({picks.because})", self._service, gateway
+                )
             return candidate, service, f"endpoint {_name(candidate.workload)}, {picks.because}"
         if workload is not None:
             return Candidate(workload, port), None, f"workload {_name(workload)}"

@@ -20,7 +20,7 @@ _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 10.0
 """Kubernetes ends at five minutes; here somebody is watching."""
 _STEADY: Final = 10.0
-"""A process that lived so many seconds starts the pauses anew."""
+"""A process that lived so many seconds is started again at once, as in Kubernetes, and starts the pauses anew."""
 _MAX_LOG: Final = 32 << 20
 """Bytes after which a log starts again; the part before is kept as ``NAME.log.1``."""
 
@@ -50,6 +50,7 @@ class LabProcess:
             await self.run_once(entry, environment, grace=grace)
             if time.monotonic() - began > _STEADY:
                 pause = _FIRST_PAUSE
+                continue
             self._set("pausing", because=f"{self._status.last_exit}; next start in {pause:g} s")
             self._restart_now = trio.Event()
             with trio.move_on_after(pause) as waited:

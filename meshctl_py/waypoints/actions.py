@@ -111,14 +111,19 @@ async def delete_waypoints(
 
 async def list_waypoints(place: WaypointPlace, namespace: str, tell: Tell, *, everywhere: bool) -> None:
     found = await place.list("" if everywhere else namespace or place.namespace)
-    tell(list_table(found, namespaces=everywhere) if found else _NONE)
+    tell(list_table(found, namespaces=everywhere) if found else _none(place, namespace, everywhere=everywhere))
+
+
+def _none(place: WaypointPlace, namespace: str, *, everywhere: bool) -> str:
+    """istioctl's words, and where else to look."""
+    return _NONE if everywhere else f"{_NONE} That is in namespace {namespace or place.namespace}: -A looks in all."
 
 
 async def show_status(place: WaypointPlace, namespace: str, tell: Tell, *, everywhere: bool, wait_within: float | None) -> None:
     """Once all are programmed, unless ``wait_within`` is None."""
     found = await place.list("" if everywhere else namespace or place.namespace)
     if not found:
-        tell(_NONE)
+        tell(_none(place, namespace, everywhere=everywhere))
         return
     if wait_within is not None:
         deadline = trio.current_time() + wait_within

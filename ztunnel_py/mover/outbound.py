@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Final
 
 from mesh.linux.sockets import local_address, original_destination
-from mesh.model.address import SocketAddress
+from mesh.model.address import GatewayAddress, SocketAddress
 from mesh.model.ports import RECURSIVE
 from mesh.model.route import Direct, Refusal, Route, Tunnel
 from mesh.model.workload import Workload
@@ -24,6 +26,8 @@ MOST_RETRIES = 3
 """A peer's agent may have several movers that die at once, and each has pooled connections of which one hears one after the other."""
 MOST_ENDPOINTS = 3
 """Endpoints of one service that a connection is tried at: the control plane may not have been able yet to say that one has ended."""
+LOOK_AGAIN_SECONDS: Final = 0.1
+"""Between looks at a waypoint that is waited for (`missed`)."""
 RECURSION = "attempted recursive call to ourselves"
 
 
@@ -37,6 +41,9 @@ class Outbound:
         self._retries = 0
         self._pending: Dialling | None = None
         self._unreachable: frozenset[str] = frozenset()
+        self._waypoint: GatewayAddress | None = None
+        """The one that it is to pass."""
+        self._waits = False
         target = original_destination(sock)
         self._target = target if target is not None else client
         self._living = self._begin(client)
@@ -62,11 +69,12 @@ class Outbound:
     def _follow(self, route: Route, workload: Workload) -> None:
         living = self._living
         living.source = workload
-        living.because = route.because
+        living.because = f"{route.because}; it was waited for" if self._waits else route.because
         living.service = route.service
+        self._waypoint = None if isinstance(route, Direct) else route.waypoint
         match route:
             case Refusal():
-                self._refuse(route.because)
+                self._wait_or(lambda: self._refuse(route.because))
             case Direct():
                 living.destination, living.target = route.next_hop, route.workload
                 self._plane.ledger.open(living)
@@ -99,6 +107,8 @@ class Outbound:
         if isinstance(link, str):
             self._fail_or_go_elsewhere(Failure(link, flag_of(link)))
             return
+        if self._waypoint is not None:
+            self._plane.missed.reach(self._waypoint)
         headers = {
             "baggage": self._pod.baggage(workload),
             "forwarded": write_forwarded(self._living.client, route.service.hostname if route.service is not None else None),
@@ -137,11 +147,37 @@ class Outbound:
         route = self._plane.routes.resolve(source, self._target, self._plane.rng, self._unreachable)
         other = None if isinstance(route, Refusal) else route.workload
         if other is None or other.uid in self._unreachable or len(self._unreachable) == MOST_ENDPOINTS:
-            self._fail(failure)
+            self._wait_or(lambda: self._fail(failure))
             return
         self._plane.ledger.finish(living, failure=Failure(f"{failure.because}; another endpoint is tried", failure.flags))
         self._living = self._begin(living.client)
         self._follow(replace(route, because=f"{route.because}; {len(self._unreachable)} not reached before"), source)
+
+    def _wait_or(self, give_up: Callable[[], None]) -> None:
+        """Look again in a moment, if a waypoint is missed for a short time only."""
+        plane, waypoint = self._plane, self._waypoint
+        now = plane.reactor.now()
+        if waypoint is None or self._pod.closed or now >= plane.missed.miss(waypoint, now):
+            give_up()
+            return
+        self._waits = True
+        again: Callable[[None], None] = self._guarded(self._living, lambda _: self._look_again())
+        self._pending = Dialling(plane.reactor.call_later(LOOK_AGAIN_SECONDS, lambda: again(None)))
+
+    def _look_again(self) -> None:
+        self._pending = None
+        self._unreachable = frozenset()
+        living, source = self._living, self._living.source
+        assert source is not None  # it had a route
+        route = self._plane.routes.resolve(source, self._target, self._plane.rng)
+        if living.ends is not None:  # entered, for an instance that did not answer
+            if isinstance(route, Tunnel) and living.target is not None and route.workload.uid == living.target.uid:
+                living.because = f"{route.because}; it was waited for"
+                self._checkout(route, source)
+                return
+            self._plane.ledger.finish(living, failure=Failure(f"{REFUSED}: another instance of the waypoint is waited for"))
+            self._living = self._begin(living.client)
+        self._follow(route, source)
 
     def _done(self, result: RelayResult) -> None:
         self._plane.ledger.finish(self._living, result)
@@ -154,6 +190,7 @@ class Outbound:
         self._plane.ledger.finish(self._living, failure=failure)
 
     def _refuse(self, because: str) -> None:
+        self._pending = None
         reset(self._sock)
         self._plane.ledger.refuse(self._living, because)
 

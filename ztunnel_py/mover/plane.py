@@ -11,6 +11,7 @@ from mesh.state.memo import RouteMemo
 from mesh.state.store import MeshState
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.ledger import Ledger
+from ztunnel_py.mover.missed import MissedWaypoints
 from ztunnel_py.mover.waiting import WaitingRoom
 
 POLICY_GRACE_SECONDS = 0.5
@@ -38,6 +39,7 @@ class Plane:
     rng: random.Random
     pool: PoolLimits
     """Of each pod's tunnels."""
+    missed: MissedWaypoints = field(default_factory=MissedWaypoints)
     routes: RouteMemo = field(init=False)
 
     def __post_init__(self) -> None:

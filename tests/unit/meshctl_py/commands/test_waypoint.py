@@ -322,7 +322,9 @@ def test_all_waypoints_are_listed(place: Place) -> None:
 
 @pytest.mark.parametrize("command", ["list", "status"])
 def test_there_may_be_none(place: Place, command: str) -> None:
-    assert place.run(command).output == "No waypoints found.\n"
+    assert place.run(command).output == "No waypoints found. That is in namespace shop: -A looks in all.\n"
+    assert place.run(command, "-n", "other").output == "No waypoints found. That is in namespace other: -A looks in all.\n"
+    assert place.run(command, "-A").output == "No waypoints found.\n"
 
 
 # status

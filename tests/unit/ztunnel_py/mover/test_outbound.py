@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import errno
+import select
+import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from mesh.model.address import NetworkAddress, SocketAddress, parse_ip
+from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, SocketAddress, parse_ip
 from mesh.model.service import Service, ServicePort
-from mesh.model.workload import TunnelProtocol
+from mesh.model.workload import HealthStatus, PortMapping, TunnelProtocol, Workload
 from mesh.reactor import hbone
-from mesh.reactor.hbone import TunnelFailure
+from mesh.reactor.hbone import HboneLink, TunnelFailure, TunnelRequest, serve_hbone
+from mesh.reactor.relay import relay_tunnel
+from mesh.reactor.tcp import Listener, listen_on
 from mesh.state.store import Delta
 from mesh.testing.ca import FakeCa
-from ztunnel_py.mover import credentials, outbound, pod
+from mesh.tls.contexts import server_context
+from tests.unit.ztunnel_py.mover.conftest import CA
+from ztunnel_py.mover import credentials, missed, outbound, pod
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
 from ztunnel_py.mover.ledger import DRAINED, Failure
-from ztunnel_py.mover.outbound import MOST_ENDPOINTS, MOST_RETRIES, Outbound
+from ztunnel_py.mover.outbound import LOOK_AGAIN_SECONDS, MOST_ENDPOINTS, MOST_RETRIES, Outbound
 
 if TYPE_CHECKING:
     from tests.unit.ztunnel_py.mover.conftest import World
@@ -341,6 +348,112 @@ def test_a_service_of_many_dead_endpoints_is_given_up_after_some(world: World) -
             assert await is_reset(stream)
         await world.until(lambda: world.idle)
         assert len({record.destination.workload for record in world.log.records}) == len(world.log.records) == MOST_ENDPOINTS
+
+    world.run(main)
+
+
+WAYPOINT = NamespacedHostname("shop", "waypoint.shop.svc.cluster.local")
+
+
+class Waypoint:
+    """One instance, whose process may be away; it sends back what comes."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.pod = world.pod("waypoint", known=False)
+        self.pod.close()
+        self._links: list[HboneLink] = []
+        self._listening: tuple[socket.socket, Listener] | None = None
+
+    def describe(self, *, ready: bool = True) -> None:
+        """The mesh: a service that has this waypoint, and the instance."""
+        named = Service("waypoint", "shop", WAYPOINT.hostname, ports=(ServicePort(15008, 15008),))
+        fronted = replace(service_of(8080), waypoint=GatewayAddress(WAYPOINT))
+        instance = Workload(
+            *("waypoint", "waypoint", "shop", (self.pod.ip,)),
+            service_account="waypoint",
+            services={WAYPOINT: (PortMapping(15008, 15008),)},
+            status=HealthStatus.HEALTHY if ready else HealthStatus.UNHEALTHY,
+        )
+        self.world.change(Delta(workloads=(instance,), services=(named, fronted)))
+
+    def start(self) -> None:
+        sock = socket.create_server((str(self.pod.ip), 15008))
+        context = server_context(CA.issue(self.pod.identity()))
+        reactor = self.world.reactor
+
+        def requested(request: TunnelRequest) -> None:
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            relay_tunnel(reactor, ours, request.accept({}), lambda result: theirs.close(), sock_is="upstream")
+            theirs.setblocking(False)
+            reactor.add(theirs.fileno(), select.EPOLLIN, lambda events: theirs.send(theirs.recv(100)) or reactor.remove(theirs.fileno()))
+
+        def accepted(sock: socket.socket, address: SocketAddress) -> None:
+            link = serve_hbone(reactor, sock, context, on_handshake=lambda der: None, on_request=requested, on_close=lambda reason: None)
+            self._links.append(link)
+
+        self._listening = sock, listen_on(reactor, sock, accepted)
+
+    def stop(self) -> None:
+        if self._listening is not None:
+            sock, listener = self._listening
+            listener.close()
+            sock.close()
+            self._listening = None
+        for link in self._links:
+            link.abort("killed")
+        self._links.clear()
+
+
+@pytest.mark.parametrize("missing", ["its process", "its process, and the mesh knows"])
+def test_a_connection_waits_for_a_waypoint_that_is_being_restarted(world: World, missing: str) -> None:
+    async def main() -> None:
+        client, waypoint = world.pod("client"), Waypoint(world)
+        waypoint.describe(ready=missing == "its process")
+        async with await world.dial(client, VIP) as stream:
+            await stream.send_all(b"hello")
+            await trio.sleep(2.5 * LOOK_AGAIN_SECONDS)
+            assert not world.log.records
+            waypoint.start()
+            waypoint.describe()
+            assert bytes(await stream.receive_some(100)) == b"hello"
+        waypoint.stop()
+        await world.until(lambda: world.idle)
+        (record,) = world.log.records
+        assert str(record.because).endswith("; it was waited for")
+        assert record.destination.workload == "waypoint"
+
+    world.run(main)
+
+
+def test_a_waypoint_that_does_not_come_back_is_waited_for_once_and_not_by_everybody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(missed, "AWAITED_SECONDS", 3 * LOOK_AGAIN_SECONDS)
+
+    async def main() -> None:
+        client, waypoint = world.pod("client"), Waypoint(world)
+        for ready in (True, False):
+            waypoint.describe(ready=ready)
+            async with await world.dial(client, VIP) as stream:
+                assert await is_reset(stream)
+        assert [str(record.because).endswith("; it was waited for") for record in world.log.records] == [True, False]
+        assert [str(error).partition(":")[0] for error in world.errors_logged] == ["connection failed", "unknown waypoint"]
+
+    world.run(main)
+
+
+def test_a_pod_that_goes_while_a_waypoint_is_waited_for_leaves_nothing(world: World) -> None:
+    async def main() -> None:
+        client, waypoint = world.pod("client"), Waypoint(world)
+        waypoint.describe()
+        async with await world.dial(client, VIP) as stream:
+            await trio.sleep(1.5 * LOOK_AGAIN_SECONDS)
+            world.plane.ledger.end_all(client.uid, Failure(DRAINED))
+            assert await is_reset(stream)
+        assert world.errors_logged == [DRAINED]
+        client.close()
+        await trio.sleep(2 * LOOK_AGAIN_SECONDS)
+        assert len(world.log.records) == 1
 
     world.run(main)
 
