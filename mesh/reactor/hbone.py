@@ -227,16 +227,21 @@ class Tunnel:
     def _deliver(self) -> None:
         """Pass on what one read of the link brought."""
         chunks, consumer = self._chunks, self.consumer
-        if consumer is None:
-            for chunk in chunks:
-                self._held += chunk
-            chunks.clear()
-            return
         if chunks:
+            size = len(chunks[0]) if len(chunks) == 1 else sum(map(len, chunks))
+            if consumer is None:
+                if self._reset is None:
+                    self._held += b"".join(chunks)
+                    self.link._keep_waiting(self, size)
+                chunks.clear()
+                return
             try:
-                self.consumed(consumer.tunnel_data(chunks))
+                passed = consumer.tunnel_data(chunks)
             finally:
                 chunks.clear()
+            self.link._passed_on(self, size, passed)
+        elif consumer is None:
+            return
         if self._ended and self._reset is None:
             consumer.tunnel_ended()
         elif self._reset is not None:
@@ -603,9 +608,6 @@ class HboneLink:
                     if not tunnel._chunks:
                         touched.append(tunnel)
                     tunnel._chunks.append(event.data)
-                    size = len(event.data)
-                    tunnel._waiting += size
-                    self._waiting += size
             else:
                 tunnel = self._on_ended(event.stream) if type(event) is TunnelEnded else self._on_core_event(event)
                 if tunnel is not None and tunnel not in touched:
@@ -615,8 +617,6 @@ class HboneLink:
                 tunnel._deliver()
             except Exception as exc:
                 self._tunnel_crashed(tunnel, exc)
-        if self._waiting > STORED_AT_MOST:
-            self._hold_credit()
         if len(self._core.outgoing) > UNSENT_AT_MOST:
             self._finish(f"{PROTOCOL_ERROR}the peer sends and does not read")
         if not self._closed and (self._core.outgoing or self._draining):
@@ -637,9 +637,13 @@ class HboneLink:
         except Exception as exc:
             self._tunnel_crashed(tunnel, exc)
             return
+        self._passed_on(tunnel, size, passed)
+
+    def _passed_on(self, tunnel: Tunnel, size: int, passed: int) -> None:
+        """Of ``size`` bytes that have just come so many have moved on; the others wait."""
         core = self._core
-        core.consumed_lone_data(stream, passed)
-        if core.outgoing:
+        core.consumed_at_once(tunnel._state, passed)
+        if core.outgoing and not self._pump_scheduled:
             self._schedule_pump()
         if passed < size and tunnel.consumer is not None:
             self._keep_waiting(tunnel, size - passed)

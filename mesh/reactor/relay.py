@@ -89,9 +89,12 @@ class TunnelRelay:
     # --- socket to tunnel
 
     def _on_event(self, mask: int) -> None:
-        if mask == IN and self._reactor.alone and self._linger is None and not self._sock_ended:
+        if mask == IN and self._linger is None and not self._sock_ended:
             self.readable = True
-            self._tunnel.write_alone()
+            if self._reactor.alone:
+                self._tunnel.write_alone()
+            else:
+                self._tunnel.want_write()
             return
         if mask & OUT and self._pending:
             self._drain()

@@ -37,7 +37,7 @@ _OVERHEAD: Final = 22
 """What a TLS 1.3 record has besides its payload: header, content type and tag (RFC 8446 section 5.2), unless the peer pads it."""
 
 _BINDING_NAMES = (
-    *("SSL_read", "SSL_write", "SSL_get_error", "SSL_set_bio"),
+    *("SSL_do_handshake", "SSL_read", "SSL_write", "SSL_get_error", "SSL_set_bio"),
     *("BIO_new", "BIO_new_mem_buf", "BIO_s_mem", "BIO_read", "BIO_write", "BIO_get_mem_data"),
 )
 
@@ -272,6 +272,14 @@ class BindingEngine(TlsEngine):
             # A read-only BIO over our buffer instead of a copy into a BIO that would keep its largest size for ever. OpenSSL frees
             # the previous one.
             self._lend(size)
+
+    def handshake(self) -> None:
+        # To wait for the peer is no exception here: pyOpenSSL raises one, and each end of a handshake waits at least once.
+        result = _lib.SSL_do_handshake(self._ssl)
+        if result == 1:
+            self.established = True
+        elif _lib.SSL_get_error(self._ssl, result) != _WANT_READ:
+            raise self._failed(result)
 
     def _lend(self, size: int) -> None:
         bio = _lib.BIO_new_mem_buf(self._cipher_in, size)

@@ -274,7 +274,7 @@ def test_a_frame_taken_alone_is_a_frame_received(pieces: list[bytes], cut: bool,
                 if taken is None:
                     quick.consumed(each.stream, passed)
                 else:
-                    quick.consumed_lone_data(taken, passed)
+                    quick.consumed_at_once(taken, passed)
         assert quick.take_outgoing() == plain.take_outgoing()
         assert accounts(quick) == accounts(plain)
         if plain_error is not None:

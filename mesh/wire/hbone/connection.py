@@ -178,11 +178,12 @@ class HboneConnection(ABC):
         stream.receive_window -= length
         return stream
 
-    def consumed_lone_data(self, stream: Stream, length: int) -> None:
-        """`consumed` for what `receive_lone_data` has just handed out."""
-        stream.owed += length
-        if stream.owed >= self._stream_credit_portion:
-            self._return_stream_credit(stream)
+    def consumed_at_once(self, stream: Stream, length: int) -> None:
+        """`consumed` for no more than what has just been handed out of this stream."""
+        if stream.receiving is _OPEN:
+            stream.owed += length
+            if stream.owed >= self._stream_credit_portion:
+                self._return_stream_credit(stream)
 
     def write_header(self, buffer: memoryview, at: int, stream: Stream, length: int) -> None:
         """`data_header` into the 9 bytes of ``buffer`` from ``at`` on, for a ``length`` of at most what `room` gave."""

@@ -19,7 +19,7 @@ from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, Path, ReactorThread, open_descriptors, read_all, tcp_listener, wait_until
 from mesh.tls.contexts import hbone_context
 from mesh.tls.peer import verify_client, verify_server
-from mesh.wire.frames import header_frames, window_update_frame
+from mesh.wire.frames import header_frames, rst_stream_frame, window_update_frame
 from mesh.wire.hbone import HboneClient, TunnelResponded, patience
 
 MIB = 1 << 20
@@ -539,6 +539,27 @@ def test_a_request_withdrawn_in_the_same_read_costs_nobody_else(ingress: Ingress
         requests[-1].link._reactor.run_soon_threadsafe(lambda: requests[-1].refuse(503))
         while not any(isinstance(event, TunnelResponded) and event.stream == third for event in client.events()):
             pass
+
+
+def test_payload_that_waits_for_an_answer_is_counted_until_its_stream_is_gone(ingress: IngressProxy) -> None:
+    """Also what comes in the same read as the reset, which nobody will ever consume."""
+    requests: list[TunnelRequest] = []
+    ingress._on_request = requests.append  # type: ignore[method-assign]
+    with RawClient(ingress) as client:
+        client.shake_hands()
+        client.send_preface()
+        stream = client.request("10.0.0.1:80")
+        wait_until(lambda: len(requests) == 1, "the request")
+        link = requests[0].link
+        client.events()
+        client.tls.send(client.core.data_header(stream, 3) + b"one")
+        wait_until(lambda: link._waiting == 3, "the payload")
+        client.tls.send(client.core.data_header(stream, 3) + b"two" + rst_stream_frame(stream, 8))
+        wait_until(lambda: not requests[0].alive, "the reset")
+        wait_until(lambda: link._waiting == 0, "nothing to wait any more")
+        client.request("10.0.0.1:81")
+        wait_until(lambda: len(requests) == 2, "the next request")
+        assert link._waiting == 0
 
 
 def test_requests_awaiting_an_answer_fail_when_the_link_goes(asking: Asking) -> None:
