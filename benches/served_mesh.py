@@ -1,8 +1,8 @@
-"""A control plane that has a mesh of any size, for one agent: ``python -m benches.served_mesh PORT DIRECTORY``.
+"""A control plane that has a mesh of any size: ``python -m benches.served_mesh PORT DIRECTORY``.
 
-Writes its root and the agent's token into the directory. Reads commands from standard input, a JSON object a line, and answers each with
+Writes its root and the agents' token into the directory. Reads commands from standard input, a JSON object a line, and answers each with
 one: ``{"do": "have", "workloads": N}`` to have a mesh of N workloads from now on, ``{"do": "change", "times": N}`` to change one endpoint
-N times, each a push of its own that the agent has acknowledged before the next.
+N times, each a push of its own that all agents have acknowledged a moment before the next.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from mesh.rpc.tls import server_tls
 from mesh.state.store import Delta
 from mesh.testing.serving import write_serving_certificate
 from mesh.xds.cache import ResourceCache
-from mesh.xds.names import ADDRESS
 from mesh.xds.server import AdsServer
 
+PAUSE = 0.003
+"""Seconds between changes, so that each finds the agents as a change finds them: at rest."""
 ROOT = "root.pem"
 TOKEN = "token"
 
@@ -67,17 +68,14 @@ class ControlPlane:
         self._cache.apply(self._held)
 
     async def _change(self, times: int) -> None:
+        while not self._server.connections():  # noqa: ASYNC110  # the server tells nobody that somebody has connected
+            await trio.sleep(PAUSE)
         for _ in range(times):
             self._turn += 1
-            before = self._acknowledged()
             number = self._turn * 7919 % len(self._held.workloads)  # a prime: all over the mesh
             self._server.publish(self._cache.apply(Delta(workloads=(synthetic.moved(number, self._turn),))))
-            while self._acknowledged() == before:  # noqa: ASYNC110  # the server tells nobody that somebody has acknowledged
-                await trio.sleep(0.002)
-
-    def _acknowledged(self) -> str:
-        """By the agent; nothing while it is not connected, and it gets what it missed when it is again."""
-        return next((each.types[ADDRESS].acked for each in self._server.connections() if ADDRESS in each.types), "")
+            await self._server.wait_taken(waypoints=False)
+            await trio.sleep(PAUSE)
 
 
 def _answer(answer: dict[str, object]) -> None:

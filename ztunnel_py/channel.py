@@ -31,6 +31,7 @@ _READ = 64 * 1024
 # As numbers: to combine flags of an enumeration takes longer than to read a message.
 _SEND_FLAGS = int(socket.MSG_DONTWAIT)
 _RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_TRUNCATED = int(socket.MSG_CTRUNC)
 _ROOM_FOR_DESCRIPTORS = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
 
 M = TypeVar("M", bound=Message)
@@ -182,7 +183,7 @@ class Channel(Generic[M]):
                 received = array.array("i")
                 received.frombytes(rights[: len(rights) - len(rights) % received.itemsize])
                 self._descriptors.extend(received)
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             raise ChannelClosed("descriptors were lost: too many, or this process is out of them")
         if not data:
             raise ChannelClosed("the other side closed the channel")

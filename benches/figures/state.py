@@ -1,4 +1,5 @@
-"""100 000 workloads, 10 000 services, 1 000 policies: CPU and memory of loading them, CPU of one change, time to resolve a connection."""
+"""100 000 workloads, 10 000 services, 1 000 policies: CPU and memory of loading them, CPU of one change, time to resolve a connection. And
+what one change costs a control plane for each of its agents."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from benches import served_mesh, synthetic
+from benches import listening_agents, served_mesh, synthetic
 from benches.cpu import cpu_seconds, resident_kib
 from benches.rows import OURS, Record, Row
 from benches.stage import Broken, Say, wait_until
@@ -30,6 +31,7 @@ WORKLOADS: Final = 100_000
 SIZES: Final = (100, 10_000, WORKLOADS)
 ROUNDS: Final = 3
 CHANGES: Final = 100
+AGENTS: Final = {1: "its only agent", 50: "each of 50 agents"}
 RESOLUTIONS: Final = 5_000
 PORT: Final = 15012
 READINESS: Final = 15021
@@ -43,6 +45,7 @@ def measure(say: Say) -> list[Row]:
     """Raises Broken."""
     record = Record(FIGURE)
     _measure_agents(record, say)
+    _measure_control_plane(record, say)
     _measure_resolution(record, say)
     return record.rows()
 
@@ -55,7 +58,7 @@ def _measure_agents(record: Record, say: Say) -> None:
         (netns,) = stack.enter_context(namespaces("bench-state"))
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ambient-mesh-bench-")))
         (directory / "source").mkdir()
-        ask = stack.enter_context(_control_plane(netns, directory))
+        _, ask = stack.enter_context(_control_plane(netns, directory))
         for number in range(ROUNDS):
             say(f"round {number + 1} of {ROUNDS}: an agent alone")
             ask(do="have", workloads=0)
@@ -82,7 +85,8 @@ def _add(record: Record, case: str, unit: str, parts: Mapping[str, float]) -> No
 
 
 @contextmanager
-def _control_plane(netns: Netns, directory: Path) -> Iterator[Callable[..., None]]:
+def _control_plane(netns: Netns, directory: Path) -> Iterator[tuple[int, Callable[..., None]]]:
+    """Its process, and what tells it something to do and waits until that is done."""
     command = [sys.executable, "-m", served_mesh.__name__, str(PORT), str(directory)]
     process = netns.run(lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     assert process.stdin is not None
@@ -98,7 +102,7 @@ def _control_plane(netns: Netns, directory: Path) -> Iterator[Callable[..., None
     try:
         if not stdout.readline():
             raise Broken("the bench's control plane does not start")
-        yield ask
+        yield process.pid, ask
     finally:
         process.kill()
         process.communicate()
@@ -158,6 +162,39 @@ def _wait_until_quiet(pids: Collection[int]) -> None:
         if time.monotonic() > deadline:
             raise Broken(f"the agent does not come to rest within {PATIENCE:g} s")
         before = now
+
+
+# --- the control plane
+
+
+def _measure_control_plane(record: Record, say: Say) -> None:
+    with ExitStack() as stack:
+        (netns,) = stack.enter_context(namespaces("bench-state"))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ambient-mesh-bench-")))
+        pid, ask = stack.enter_context(_control_plane(netns, directory))
+        ask(do="have", workloads=SIZES[0])
+        for count, whom in AGENTS.items():
+            say(f"what a control plane spends on {whom}")
+            with _listening(netns, directory, count):
+                for _ in range(ROUNDS):
+                    before = cpu_seconds([pid])
+                    ask(do="change", times=CHANGES)
+                    cost = (cpu_seconds([pid]) - before) / CHANGES / count
+                    record.add(f"one changed endpoint, control plane for {whom}", "cpu us", OURS, cost * 1e6)
+
+
+@contextmanager
+def _listening(netns: Netns, directory: Path, count: int) -> Iterator[None]:
+    """So many agents that have all there is."""
+    command = [sys.executable, "-m", listening_agents.__name__, str(PORT), str(directory), str(count)]
+    process = netns.run(lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    assert process.stdout is not None
+    try:
+        if not process.stdout.readline():
+            raise Broken("the bench's agents have ended")
+        yield
+    finally:
+        process.communicate()
 
 
 # --- one connection

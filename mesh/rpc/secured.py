@@ -15,6 +15,8 @@ from typing import Final
 import trio
 
 READ_SIZE: Final = 64 * 1024
+MAX_ANSWERS: Final = 16 * 1024
+"""Bytes of answers of TLS that wait behind what is being sent: a peer that reads nothing could have any number of them made."""
 
 
 class SecuredStream(trio.abc.Stream):
@@ -113,6 +115,8 @@ class SecuredStream(trio.abc.Stream):
             raise trio.BrokenResourceError from exc
         if self._outgoing.pending:  # the peer has changed its keys, and wants ours changed
             self._answer()
+            if self._outgoing.pending > MAX_ANSWERS:
+                raise trio.BrokenResourceError("the peer sends and does not read")
         return b"".join(chunks) if chunks else None
 
     async def _fill(self) -> bool:

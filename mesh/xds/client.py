@@ -296,6 +296,7 @@ async def decode(raw: bytes) -> DecodedResponse:
 def _decode_large(raw: bytes) -> DecodedResponse:
     """What comes is here to stay and has no cycles: to look for some while it grows, and in it ever after, costs a third of the whole."""
     enabled = gc.isenabled()
+    gc.collect(0)  # what is frozen below is never looked at again: no garbage must be in it
     gc.disable()
     try:
         return decode_response(raw)

@@ -104,6 +104,14 @@ def test_the_last_keys_serve_while_the_provider_is_away_and_status_says_so(lab: 
             wait_until(lambda: problems_of(lab, f"{ISSUER}/keys"), "the lab's status says that the provider is away")
             assert ask(lab, "http://web/", *bearer("old", OLD)).status == 200
             assert ask(lab, "http://web/", *bearer("old", FOREIGN)).status == 401
+            connected = lab.log("istiod").count("xds.connected")
+            lab.meshctl("lab", "kill", "--name", lab.name, "istiod")
+            wait_until(lambda: lab.log("istiod").count("xds.connected") >= connected + 3, "agents and waypoint are connected again")
+            wait_until(
+                lambda: "stay in use" in str(problems_of(lab, f"{ISSUER}/keys")), "the new control plane knows that the provider is away"
+            )
+            assert ask(lab, "http://web/", *bearer("old", OLD)).status == 200, "it has the keys that the one before had"
+            assert ask(lab, "http://web/", *bearer("old", FOREIGN)).status == 401
         finally:
             lab.write("provider.yaml", PROVIDER)
         wait_until(lambda: not problems_of(lab, f"{ISSUER}/keys"), "the provider is back")

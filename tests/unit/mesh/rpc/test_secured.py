@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from mesh.rpc.secured import SecuredStream
+from mesh.rpc.secured import MAX_ANSWERS, SecuredStream
 from mesh.rpc.tls import client_tls, server_tls
 from mesh.testing.serving import write_serving_certificate
 
@@ -201,6 +201,30 @@ def test_a_record_that_was_changed_on_its_way_breaks_the_stream(contexts: Contex
             with pytest.raises(trio.BrokenResourceError) as caught:
                 await read_all(stream)
             assert isinstance(caught.value.__cause__, ssl.SSLError)
+
+    run(test)
+
+
+def test_a_peer_that_has_answers_made_and_reads_none_is_given_up(contexts: Contexts) -> None:
+    enough, over = threading.Event(), threading.Event()
+
+    def work(sock: ssl.SSLSocket) -> None:
+        sock.sendall(b"one")
+        enough.wait(10)
+        sock.sendall(b"two")
+        over.wait(10)
+
+    async def test() -> None:
+        with server(contexts, work) as stream:
+            await stream.do_handshake()
+            assert not stream.send_now(bytes(4_000_000))
+            stream._outgoing.write(bytes(MAX_ANSWERS))  # as changes of keys would; Python's ssl has no way to ask for one
+            assert await stream.receive_some() == b"one"
+            stream._outgoing.write(b"x")
+            enough.set()
+            with pytest.raises(trio.BrokenResourceError, match="does not read"):
+                await stream.receive_some()
+            over.set()
 
     run(test)
 
