@@ -19,6 +19,7 @@ import h2.settings
 import h11
 import trio
 
+from mesh.linux.sockets import set_connection_options
 from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname, NetworkAddress, SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import Destination, Forward, Origin, Retry, Route, WeightedDestination
@@ -282,6 +283,7 @@ class World:
         """An HBONE connection to the waypoint, as a client pod's agent makes it."""
         sock = socket.create_connection((str(self.address.ip), self.address.port))
         sock.setblocking(False)
+        set_connection_options(sock)
         ready = trio.Event()
         made = connect_hbone(
             self.reactor,
