@@ -47,11 +47,10 @@ class Seen:
 
     def headers(self, name: bytes) -> tuple[bytes, ...]:
         """A header's values, none if it is absent. Pseudo-headers count; ``host`` is ``:authority``."""
-        try:
-            return self._headers[name]
-        except KeyError:
+        values = self._headers.get(name)
+        if values is None:
             values = self._headers[name] = header_values(self.request, name)
-            return values
+        return values
 
     def query(self, name: bytes) -> bytes | None:
         """The first value of a parameter, as it was written; empty for one without ``=``; None if it is absent."""
