@@ -2,8 +2,9 @@
 
 Every Gateway that has an address is a waypoint, whoever made it work and whatever its class. The object's own label is obeyed before its
 namespace's, and what it names is never replaced by what the namespace names. A waypoint that can't be used is left out and traffic goes
-directly, as in Istio; unless the annotation ``ambient.mesh/waypoint-required`` is ``true``: then the name stays in place of an address,
-and connections are refused with it, by any node proxy.
+directly, as in Istio; unless the annotation ``ambient.mesh/waypoint-required`` is ``true`` or ``strict``: then the name stays in place of
+an address, and connections are refused with it, by any node proxy. Where it is ``strict``, the agents of a service's pods are given a
+policy besides, which refuses whoever is not the waypoint (`find_guard`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mesh.model.labels import (
     GATEWAY_MANAGED,
     GATEWAY_NAME,
     GATEWAY_NAME_OVERRIDE,
+    GATEWAY_SERVICE_ACCOUNT,
     INBOUND_BINDING,
     INCLUDE_CLIENT_IDENTITY,
     INGRESS_USE_WAYPOINT,
@@ -44,11 +46,15 @@ from mesh.model.labels import (
     WAYPOINT_FOR,
     WAYPOINT_REQUIRED,
 )
+from mesh.model.policy import Action, Clause, Exact, Match, Policy, Rule, Scope
 from mesh.model.ports import INBOUND_HBONE
 from mesh.model.service import WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, TunnelApplicationProtocol
 
 _NONE: Final = "none"
+STRICT: Final = "strict"
+_GUARD: Final = "waypoint_required_by_"
+"""How the policy of a service that requires its waypoint strictly is called; ``_`` is in no name of a user's."""
 _MANAGED: Final = (MESH_CONTROLLER, EAST_WEST_CONTROLLER)
 """What is deployed by these has no waypoint: its traffic would come back to it."""
 _PROXY_LISTENER: Final = "istio.io/PROXY"
@@ -71,6 +77,8 @@ class Waypoint:
     """How its own pods are handed what a node proxy has terminated for them."""
     include_client_identity: bool = False
     class_name: str = ""
+    account: str = ""
+    """The service account that its pods run as."""
 
     @property
     def key(self) -> str:
@@ -90,6 +98,8 @@ class Binding:
     keys: tuple[str, ...] = ()
     condition: Condition | None = None
     """None: the object asks for no waypoint."""
+    canary: Condition | None = None
+    """What keeps the canary that it asks for from getting any of its traffic."""
 
 
 UNBOUND: Final = Binding()
@@ -125,6 +135,11 @@ def deployed_name(gateway: KubeGateway) -> str:
     return gateway.annotations.get(GATEWAY_NAME_OVERRIDE) or gateway.name
 
 
+def account_name(gateway: KubeGateway) -> str:
+    """Of the ServiceAccount that it makes."""
+    return gateway.annotations.get(GATEWAY_SERVICE_ACCOUNT) or gateway.name
+
+
 def hostname_of(gateway: KubeGateway, config: Config) -> str:
     return f"{deployed_name(gateway)}.{gateway.namespace}.svc.{config.domain_suffix}"
 
@@ -143,6 +158,7 @@ def _as_waypoint(gateway: KubeGateway, kind: KubeGatewayClass | None, network: s
         tunnel=tunnel,
         include_client_identity=gateway.annotations.get(INCLUDE_CLIENT_IDENTITY) == "true",
         class_name=gateway.class_name,
+        account=account_name(gateway),
     )
 
 
@@ -207,8 +223,8 @@ def bind_service(
     message = f"Successfully attached to waypoint {named}{_ingress_message(own, around)}"
     canary, weight = _find_canary(namespace, own, around, named, waypoints, namespace_only=namespace_only)
     if isinstance(canary, Condition):
-        message += f". Canary waypoint not attached: {canary.message}"
-        canary = None
+        condition = Condition(BOUND, True, "WaypointAccepted", f"{message}. Canary waypoint not attached: {canary.message}")
+        return Binding(waypoint.address, (), (named,), condition, canary)
     condition = Condition(BOUND, True, "WaypointAccepted", message)
     if canary is None:
         return Binding(waypoint.address, (), (named,), condition)
@@ -235,6 +251,33 @@ def bind_workload(namespace: str, own: Asking, around: Asking, waypoints: Waypoi
     return _refuse(waypoint, named, waypoints, config)
 
 
+def find_guard(namespace: str, service: str, own: Asking, around: Asking, waypoints: Waypoints, config: Config) -> Policy | None:
+    """For the pods of a Service that requires its waypoint strictly: whoever does not prove to be that waypoint, or its canary, is refused.
+    None: it does not."""
+    if own.labels.get(GATEWAY_MANAGED) in _MANAGED or _requirement(own, around) != STRICT:
+        return None
+    named = _named(own, around, namespace)
+    if named is None:
+        return None
+    names = dict.fromkeys((named, _canary_name(own, around, namespace) or named))
+    trusted = tuple(Exact(_principal(name, waypoints.get(name), config)) for name in names)
+    rule = Rule((Clause((Match(not_principals=trusted),)),))
+    return Policy(_GUARD + service, namespace, Scope.WORKLOAD_SELECTOR, Action.DENY, (rule,))
+
+
+def _principal(named: str, waypoint: Waypoint | None, config: Config) -> str:
+    namespace, _, name = named.partition("/")
+    return f"{config.trust_domain}/ns/{namespace}/sa/{waypoint.account if waypoint is not None else name}"
+
+
+def find_requirement_mistake(annotations: Mapping[str, str]) -> tuple[FieldPath, str] | None:
+    """A value that means nothing, and so requires nothing."""
+    value = annotations.get(WAYPOINT_REQUIRED, "false")
+    if value in ("true", "false", STRICT):
+        return None
+    return ("metadata", "annotations", WAYPOINT_REQUIRED), f"no effect: '{value}' is none of true, {STRICT} and false"
+
+
 def find_label_mistake(namespace: str, asking: Asking, binding: Binding, waypoints: Waypoints) -> str:
     """What is wrong with the label ``istio.io/use-waypoint`` of ``asking``, which was bound so; empty: nothing, or nothing but that the
     waypoint is not ready yet, which its Gateway tells."""
@@ -253,6 +296,17 @@ def find_label_mistake(namespace: str, asking: Asking, binding: Binding, waypoin
     else:
         hint = did_you_mean(name, [each.name for each in waypoints.values() if each.namespace == place])
     return f"there is no Gateway {named}, and {effect}{hint}"
+
+
+def find_canary_mistake(asking: Asking, binding: Binding) -> tuple[FieldPath, str] | None:
+    """The field of ``asking``, which was bound so, that keeps its canary from getting anything, and why."""
+    if binding.canary is None:
+        return None
+    if binding.canary.reason == "CanaryInvalidWeight" and CANARY_WEIGHT in asking.annotations:
+        return ("metadata", "annotations", CANARY_WEIGHT), f"no effect: {binding.canary.message}"
+    if USE_WAYPOINT_CANARY in asking.labels:
+        return ("metadata", "labels", USE_WAYPOINT_CANARY), f"no effect: {binding.canary.message}"
+    return None
 
 
 def find_gateway_mistakes(gateway: KubeGateway, classes: Mapping[str, KubeGatewayClass]) -> Iterator[tuple[FieldPath, str]]:
@@ -332,11 +386,9 @@ def _find_canary(
 ) -> tuple[Ready | Condition | None, int]:
     """The canary and its percentage, or what is wrong with it. The namespace's counts only where its waypoint does."""
     inherited = USE_WAYPOINT not in own.labels
-    asking = around if inherited and USE_WAYPOINT_CANARY not in own.labels else own
-    name = asking.labels.get(USE_WAYPOINT_CANARY)
-    if not name or name == _NONE:
+    named = _canary_name(own, around, namespace)
+    if named is None:
         return None, 0
-    named = f"{asking.labels.get(USE_WAYPOINT_CANARY_NAMESPACE) or namespace}/{name}"
     if named == primary:
         message = f'canary waypoint "{named}" must differ from the primary waypoint'
         return Condition(BOUND, False, "CanarySameAsPrimary", message), 0
@@ -347,14 +399,27 @@ def _find_canary(
     return _judge(waypoints.get(named), named, namespace, around, "service", namespace_only=namespace_only), weight
 
 
+def _canary_name(own: Asking, around: Asking, namespace: str) -> str | None:
+    """``namespace/name``; None: none is asked for."""
+    asking = around if USE_WAYPOINT not in own.labels and USE_WAYPOINT_CANARY not in own.labels else own
+    name = asking.labels.get(USE_WAYPOINT_CANARY)
+    if not name or name == _NONE:
+        return None
+    return f"{asking.labels.get(USE_WAYPOINT_CANARY_NAMESPACE) or namespace}/{name}"
+
+
 def _parse_weight(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= 3):
         return None
     return int(text) if int(text) <= 100 else None
 
 
+def _requirement(own: Asking, around: Asking) -> str:
+    return own.annotations.get(WAYPOINT_REQUIRED, around.annotations.get(WAYPOINT_REQUIRED, ""))
+
+
 def _is_required(own: Asking, around: Asking) -> bool:
-    return own.annotations.get(WAYPOINT_REQUIRED, around.annotations.get(WAYPOINT_REQUIRED)) == "true"
+    return _requirement(own, around) in ("true", STRICT)
 
 
 def _refuse(mistake: Condition, named: str, waypoints: Waypoints, config: Config) -> Binding:
@@ -366,7 +431,7 @@ def _refuse(mistake: Condition, named: str, waypoints: Waypoints, config: Config
     else:
         known = waypoints.get(named)
         hostname = known.hostname if known is not None else f"{name}.{namespace}.svc.{config.domain_suffix}"
-    told = Condition(BOUND, False, mistake.reason, f"{mistake.message}. Traffic is refused, since {WAYPOINT_REQUIRED} is true")
+    told = Condition(BOUND, False, mistake.reason, f"{mistake.message}. Traffic is refused, as {WAYPOINT_REQUIRED} asks for")
     return Binding(GatewayAddress(NamespacedHostname(namespace, hostname), INBOUND_HBONE), (), (), told)
 
 
