@@ -13,7 +13,7 @@ from functools import lru_cache
 from ipaddress import ip_network
 from sys import intern
 from types import MappingProxyType
-from typing import TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -204,12 +204,11 @@ class _Unusable(ValueError):
 def _workload(message: wds.Workload) -> Workload:
     if not message.uid:
         raise _Unusable("a workload without uid")
-    at = message.locality
     return Workload(
         uid=message.uid,
         name=message.name,
         namespace=intern(message.namespace),
-        addresses=tuple(ip_from_bytes(packed) for packed in message.addresses),
+        addresses=tuple([ip_from_bytes(packed) for packed in message.addresses]),
         network=intern(message.network),
         hostname=message.hostname,
         tunnel_protocol=_enum(TunnelProtocol, message.tunnel_protocol),
@@ -227,21 +226,36 @@ def _workload(message: wds.Workload) -> Workload:
         authorization_policies=_shared(tuple(message.authorization_policies)),
         status=_enum(HealthStatus, message.status),
         cluster_id=intern(message.cluster_id or DEFAULT_CLUSTER),
-        locality=_shared(Locality(at.region, at.zone, at.subzone)),
+        locality=_locality(message.locality) if message.HasField("locality") else _NOWHERE,
         network_mode=_enum(NetworkMode, message.network_mode),
-        services=_services(tuple([(key, _port_mappings(ports)) for key, ports in message.services.items()])),
+        services=_services(tuple([(key, _pairs(ports)) for key, ports in message.services.items()])),
         capacity=message.capacity.value if message.HasField("capacity") else 1,
     )
 
 
+_Pairs = tuple[tuple[int, int], ...]
+"""Service and target port of each mapping."""
+
+
+def _pairs(ports: wds.PortList) -> _Pairs:
+    return tuple([(each.service_port, each.target_port) for each in ports.ports])
+
+
 @lru_cache(maxsize=65536)
-def _services(ports: tuple[tuple[str, tuple[PortMapping, ...]], ...]) -> Mapping[NamespacedHostname, tuple[PortMapping, ...]]:
+def _services(wire: tuple[tuple[str, _Pairs], ...]) -> Mapping[NamespacedHostname, tuple[PortMapping, ...]]:
     """By the key on the wire. Replicas have equal ones: they share it, as what is `_shared`."""
-    return MappingProxyType({_shared(NamespacedHostname.parse(key)): _shared(mappings) for key, mappings in ports})
+    return MappingProxyType({_shared(NamespacedHostname.parse(key)): _shared(_port_mappings(pairs)) for key, pairs in wire})
 
 
-def _port_mappings(ports: wds.PortList) -> tuple[PortMapping, ...]:
-    return tuple(PortMapping(_port(each.service_port), _port(each.target_port)) for each in ports.ports)
+def _port_mappings(pairs: _Pairs) -> tuple[PortMapping, ...]:
+    return tuple([PortMapping(_port(service), _port(target)) for service, target in pairs])
+
+
+_NOWHERE: Final = Locality()
+
+
+def _locality(at: wds.Locality) -> Locality:
+    return _shared(Locality(at.region, at.zone, at.subzone))
 
 
 # Replicas of a service differ in name, address and node and in little else. Sharing the equal parts, and interning the strings that
