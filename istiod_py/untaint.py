@@ -16,11 +16,11 @@ from mesh.kube.objects import KubeObject
 from mesh.kube.pod import read_pod
 from mesh.kube.resources import RESOURCES
 from mesh.kube.store import ObjectStore
+from mesh.model.labels import AGENT_LABELS
 from mesh.telemetry.log import get_logger
 
 TAINT: Final = "cni.istio.io/not-ready"
 """The key; any value and effect."""
-AGENT_LABELS: Final[Mapping[str, str]] = {"app": "ztunnel"}
 RETRY_SECONDS: Final = 5.0
 
 _log = get_logger("untaint")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from istiod_py.translate.config import Config
 from istiod_py.translate.services import service_key
@@ -13,7 +13,7 @@ from mesh.kube.pod import KubePod
 from mesh.kube.service import KubeService, KubeServicePort
 from mesh.kube.serviceentry import EntryPort
 from mesh.model.address import GatewayAddress, NamespacedHostname
-from mesh.model.labels import REGION, SUBZONE, WORKLOAD_NAME, ZONE
+from mesh.model.labels import AGENT_LABELS, CAPTURED_BY, REGION, SUBZONE, WORKLOAD_NAME, ZONE
 from mesh.model.workload import ApplicationTunnel, HealthStatus, Locality, NetworkMode, PortMapping, Workload, WorkloadType
 
 _CRON_JOB_RUN = re.compile(r"(.+)-\d{8,10}\Z")
@@ -29,6 +29,23 @@ def locality_of_node(labels: Mapping[str, str]) -> Locality:
     return Locality(labels.get(REGION, ""), labels.get(ZONE, ""), labels.get(SUBZONE, ""))
 
 
+def find_captors(pods: Iterable[KubePod], root_namespace: str) -> dict[str, set[str]]:
+    """By node, the uids of the DaemonSets that its agents belong to."""
+    captors: dict[str, set[str]] = {}
+    for pod in pods:
+        if pod.namespace == root_namespace and pod.controller is not None and AGENT_LABELS.items() <= pod.labels.items():
+            captors.setdefault(pod.node, set()).add(pod.controller.uid)
+    return captors
+
+
+def is_forsaken(pod: KubePod, captors: Mapping[str, Collection[str]]) -> bool:
+    """Whether the pod is said to be captured by agents of a DaemonSet that is gone, since all that its node has are another's. While a node
+    has no agent nothing is known: the word stands, and traffic that nobody receives fails rather than go out in plain text."""
+    captor = pod.annotations.get(CAPTURED_BY)
+    present = captors.get(pod.node, ())
+    return captor is not None and len(present) > 0 and captor not in present
+
+
 def translate_pod(
     pod: KubePod,
     *,
@@ -38,10 +55,11 @@ def translate_pod(
     config: Config,
     waypoint: GatewayAddress | None = None,
     tunnel: ApplicationTunnel | None = None,
+    forsaken: bool = False,
 ) -> Workload | None:
     """None when there is nothing to reach: the pod has finished, or has no address yet. One that is pending with an address counts,
     its init containers talk already. ``listed``: Services without selector whose EndpointSlices name the pod. ``tunnel``: the pod is a
-    waypoint's, and how it is handed connections.
+    waypoint's, and how it is handed connections. ``forsaken``: agents of a former installation said that they captured it.
     """
     if pod.finished or not pod.ips:
         return None
@@ -52,7 +70,7 @@ def translate_pod(
         namespace=pod.namespace,
         addresses=pod.ips,
         network=around.network,
-        tunnel_protocol=tunnel_protocol(pod.labels, pod.annotations),
+        tunnel_protocol=tunnel_protocol(pod.labels, {} if forsaken else pod.annotations),
         native_tunnel=speaks_hbone(pod.labels),
         trust_domain=config.trust_domain,
         service_account=pod.service_account,

@@ -31,7 +31,7 @@ from istiod_py.translate.l7.rules import read_rules
 from istiod_py.translate.l7.translation import L7Memory, MeshFacts, read_routes, translate_l7
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
-from istiod_py.translate.pods import locality_of_node, pod_uid, translate_pod
+from istiod_py.translate.pods import find_captors, is_forsaken, locality_of_node, pod_uid, translate_pod
 from istiod_py.translate.reading import Read, read_objects
 from istiod_py.translate.services import translate_service
 from istiod_py.translate.slices import ListedPods, translate_slice
@@ -452,12 +452,21 @@ class _Translator:
             locality: Locality,
             waypoint: GatewayAddress | None,
             tunnel: ApplicationTunnel | None,
+            forsaken: bool,
         ) -> tuple[Workload, ...]:
             workload = translate_pod(
-                pod, around=around, listed=listed, locality=locality, config=self._config, waypoint=waypoint, tunnel=tunnel
+                pod,
+                around=around,
+                listed=listed,
+                locality=locality,
+                config=self._config,
+                waypoint=waypoint,
+                tunnel=tunnel,
+                forsaken=forsaken,
             )
             return () if workload is None else (workload,)
 
+        captors = find_captors((read.value for read in pods.values()), self._config.root_namespace)
         for key, read in pods.items():
             if read.good:
                 pod = read.value
@@ -466,7 +475,8 @@ class _Translator:
                 self._report_label(read.obj, key.namespace, binding)
                 own = find_own(key.namespace, Asking(pod.labels), self._waypoints) if GATEWAY_NAME in pod.labels else None
                 tunnel = own.tunnel if own is not None else None
-                inputs = pod, surroundings[key.namespace], listed.services_of(pod), locality, binding.address, tunnel
+                forsaken = is_forsaken(pod, captors)
+                inputs = pod, surroundings[key.namespace], listed.services_of(pod), locality, binding.address, tunnel, forsaken
                 yield from self._workloads.make(key, inputs, make)
 
     def _translate_workload_entries(

@@ -46,6 +46,7 @@ class Controller:
 
     kind: str
     name: str
+    uid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,5 +172,5 @@ def _read_ready(status: Fields) -> bool:
 def _read_controller(metadata: Fields) -> Controller | None:
     for owner in metadata.mappings("ownerReferences"):
         if owner.boolean("controller"):
-            return Controller(owner.string("kind", required=True), owner.string("name", required=True))
+            return Controller(owner.string("kind", required=True), owner.string("name", required=True), owner.string("uid"))
     return None

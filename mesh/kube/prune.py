@@ -10,7 +10,7 @@ from sys import intern
 from typing import Final
 
 _METADATA: Final = ("name", "namespace", "uid", "generateName", "creationTimestamp", "deletionTimestamp")
-_OWNER: Final = ("kind", "name", "controller")
+_OWNER: Final = ("kind", "name", "uid", "controller")
 _POD_SPEC: Final = ("nodeName", "serviceAccountName", "serviceAccount", "hostNetwork", "hostname", "subdomain")
 _CONTAINER: Final = ("name", "ports", "restartPolicy")
 _POD_STATUS: Final = ("phase", "podIP", "podIPs")

@@ -1,5 +1,6 @@
 """Names of Istio's labels and annotations that we read or write."""
 
+from collections.abc import Mapping
 from typing import Final
 
 DATAPLANE_MODE: Final = "istio.io/dataplane-mode"
@@ -45,6 +46,10 @@ WORKLOAD_NAME: Final = "service.istio.io/workload-name"
 
 REDIRECTION: Final = "ambient.istio.io/redirection"
 """Written by the agent on a pod: ``enabled`` once capture works, ``pending`` while it is retried, absent otherwise."""
+CAPTURED_BY: Final = "ambient.mesh/captured-by"
+"""Ours, beside `REDIRECTION`: the uid of the DaemonSet whose agent wrote it. It tells what a former installation could not withdraw."""
+AGENT_LABELS: Final[Mapping[str, str]] = {"app": "ztunnel"}
+"""Of node agents' pods, in the control plane's namespace: elsewhere anybody may use them."""
 SIDECAR_STATUS: Final = "sidecar.istio.io/status"
 BYPASS_INBOUND_CAPTURE: Final = "ambient.istio.io/bypass-inbound-capture"
 DNS_CAPTURE: Final = "ambient.istio.io/dns-capture"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mesh.model.labels import CAPTURED_BY, REDIRECTION
 from tests.cluster.harness.api import Object, path_of
 from tests.cluster.harness.client import Cluster, wait_until
 from tests.cluster.mesh import SYSTEM, agent_of, install, label, uninstall, wait_captured, wait_rolled_out
@@ -51,11 +52,13 @@ def agent_of_or_none(cluster: Cluster, node: str) -> str | None:
         return None
 
 
-def test_the_end_of_the_daemon_set_leaves_no_rule_in_any_pod(
+def test_the_end_of_the_daemon_set_leaves_no_rule_in_any_pod_and_another_refuses_no_connection(
     mesh: Cluster, pods: dict[str, Object], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     directory: Path = tmp_path_factory.mktemp("uninstall")
     assert all(redirected(mesh, pod) for pod in pods.values())
+    said = {name: annotations(mesh, pod) for name, pod in pods.items()}
+    assert all({REDIRECTION, CAPTURED_BY} <= each.keys() for each in said.values())
     try:
         with loading(mesh, pods["client"], addresses(pods["server"])[0], held=0) as load:
             load.go_on()
@@ -66,11 +69,24 @@ def test_the_end_of_the_daemon_set_leaves_no_rule_in_any_pod(
             assert load.refused == []
             for node in ("n1", "n2"):
                 assert mesh.node(node).run("ls", "-A", "/var/run/ambient-mesh").split() == []
+            # What stays when rights go before the agents, which is a matter of chance.
+            for name, pod in pods.items():
+                mesh.api.patch(f"{path_of('Pod', name, NAMESPACE)}/status", {"metadata": {"annotations": said[name]}})
+                assert annotations(mesh, pod) == said[name]
+            install(mesh, directory)
+            wait_until(lambda: all(annotations(mesh, pod) not in ({}, said[name]) for name, pod in pods.items()), "captured again")
+            load.go_on()
+            assert load.refused == []
     finally:
-        # A load would not survive this: where rights go before the agents, pods keep their annotation, and a peer that is ready
-        # first takes them for captured.
         install(mesh, directory)
-    wait_until(lambda: all(redirected(mesh, pod) for pod in pods.values()), "the pods are captured again")
+    assert all(redirected(mesh, pod) for pod in pods.values())
+
+
+def annotations(cluster: Cluster, pod: Object) -> dict[str, str]:
+    """What is said of its capture."""
+    found = cluster.api.find("Pod", pod["metadata"]["name"], NAMESPACE)
+    assert found is not None
+    return {key: value for key, value in found["metadata"].get("annotations", {}).items() if key in (REDIRECTION, CAPTURED_BY)}
 
 
 def test_an_agent_killed_while_it_takes_over_leaves_the_old_one_in_charge(mesh: Cluster, pods: dict[str, Object]) -> None:

@@ -68,7 +68,7 @@ def open_place(config: AgentConfig) -> Place:
     """Where this agent learns of its pods."""
     if config.cluster is not None:
         paths = NodePaths(config.proc, config.netns_dir, config.probe_netns)
-        return ClusterPlace(config.node_name, ApiClient(config.cluster), paths)
+        return ClusterPlace(config.node_name, ApiClient(config.cluster), paths, agent=(config.pod_namespace, config.pod_name))
     assert config.status_dir is not None, "read_config sees to it"
     return DirectoryPlace(config.node_name, config.sources, config.status_dir)
 

@@ -15,9 +15,10 @@ from mesh.kube.directory import DirectoryStore
 from mesh.kube.events import EventRecorder, ObjectEvent, Subject
 from mesh.kube.objects import ObjectKey
 from mesh.kube.overlay import overlay_path, remove_overlay, write_overlay
+from mesh.kube.pod import read_pod
 from mesh.kube.resources import RESOURCES
 from mesh.model.address import IpAddress
-from mesh.model.labels import REDIRECTION
+from mesh.model.labels import CAPTURED_BY, REDIRECTION
 from ztunnel_py.pods.facts import PodFacts
 from ztunnel_py.pods.netns_discovery import Netns, here, netns_at, scan, scan_names
 from ztunnel_py.pods.source import NO_ADDRESS, read_node_pods, watch_node_pods
@@ -107,8 +108,10 @@ class _Known:
 class ClusterPlace:
     """Reports are annotations, written through the pods' status: an agent needs no right to change pods."""
 
-    def __init__(self, node: str, client: ApiClient, paths: NodePaths = NodePaths()) -> None:
+    def __init__(self, node: str, client: ApiClient, paths: NodePaths = NodePaths(), *, agent: tuple[str, str] = ("", "")) -> None:
+        """``agent``: namespace and name of this agent's own pod."""
         self._node = node
+        self._agent = agent
         self._client = client
         self._store = self._open_store()
         self._events = EventRecorder(client, "ztunnel", node)
@@ -141,7 +144,8 @@ class ClusterPlace:
                 await _wait_either(self._store.wait_changed, self._learnt.wait)
 
     async def annotate(self, facts: PodFacts, redirection: str) -> None:
-        body = {"metadata": {"uid": facts.uid, "annotations": {REDIRECTION: redirection or None}}}
+        annotations = {REDIRECTION: redirection or None, CAPTURED_BY: (self._captor() or None) if redirection else None}
+        body = {"metadata": {"uid": facts.uid, "annotations": annotations}}
         try:
             # The uid makes it a conflict to write onto a younger pod of the same name.
             await self._client.merge_patch(RESOURCES["Pod"].path(facts.namespace, facts.name, "status"), body)
@@ -156,7 +160,15 @@ class ClusterPlace:
     async def is_annotated(self, facts: PodFacts) -> bool:
         await trio.lowlevel.checkpoint()
         pod = self._store.find("Pod", facts.namespace, facts.name)
-        return pod is None or pod.uid != facts.uid or REDIRECTION in pod.annotations
+        if pod is None or pod.uid != facts.uid:
+            return True
+        return REDIRECTION in pod.annotations and pod.annotations.get(CAPTURED_BY, "") in ("", self._captor())
+
+    def _captor(self) -> str:
+        """The uid of the DaemonSet that this agent belongs to now: one that was made anew may have adopted it. Empty for none."""
+        own = self._store.find("Pod", *self._agent)
+        controller = read_pod(own)[0].controller if own is not None else None
+        return controller.uid if controller is not None else ""
 
     def learn(self, uid: str, netns_path: str, ips: tuple[IpAddress, ...]) -> str:
         path = here(netns_path, proc=self._paths.proc, names=self._paths.names)

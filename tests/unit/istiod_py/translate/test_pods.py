@@ -179,3 +179,49 @@ def test_policies_that_select_the_pod_are_named_in_order() -> None:
         policy("elsewhere", "other", ", selector: {matchLabels: {app: web}}"),
     ))  # fmt: skip
     assert workload_of(POD + text).authorization_policies == ("istio-system/root", "shop/a", "shop/z")
+
+
+AGENT = """---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: NAME
+  namespace: istio-system
+  labels: {app: ztunnel}
+  ownerReferences: [{kind: DaemonSet, name: ztunnel, uid: OWNER, controller: true}]
+spec: {nodeName: NODE, containers: [{name: c}]}
+"""
+
+
+def agent(owner: str, node: str = "n1", namespace: str = "istio-system") -> str:
+    text = AGENT.replace("NAME", f"ztunnel-{owner}-{node}").replace("OWNER", owner).replace("NODE", node)
+    return text.replace("namespace: istio-system", f"namespace: {namespace}")
+
+
+@pytest.mark.parametrize(
+    ("agents", "believed"),
+    [
+        ("", True),
+        (agent("first"), True),
+        (agent("second"), False),
+        (agent("first") + agent("second"), True),
+        (agent("second", node="n2"), True),
+        (agent("second", namespace="shop"), True),
+    ],
+    ids=["no agent", "its own", "only another's", "both, while one ends", "on another node", "somebody else's pod"],
+)
+def test_the_word_of_agents_of_a_former_installation_is_not_taken_once_others_are_there(agents: str, believed: bool) -> None:
+    annotations = "annotations: {ambient.istio.io/redirection: enabled, ambient.mesh/captured-by: first}"
+    text = POD.replace("labels: {app: web}", f"labels: {{app: web}}, {annotations}")
+    objects, problems = objects_from_yaml(text + agents, ["shop", "other", "istio-system"])
+    assert problems == ()
+    before = translate(objects_from_yaml(text + agent("first"), ["shop", "other", "istio-system"])[0], None, Config())
+    for previous in (None, before):
+        workload = translate(objects, previous, Config()).workloads["Kubernetes//Pod/shop/web-1"]
+        assert (workload.tunnel_protocol is TunnelProtocol.HBONE) is believed
+
+
+def test_who_does_not_say_whose_agent_captured_a_pod_is_believed() -> None:
+    text = POD.replace("labels: {app: web}", "labels: {app: web}, annotations: {ambient.istio.io/redirection: enabled}")
+    objects, _ = objects_from_yaml(text + agent("second"), ["shop", "other", "istio-system"])
+    assert translate(objects, None, Config()).workloads["Kubernetes//Pod/shop/web-1"].tunnel_protocol is TunnelProtocol.HBONE

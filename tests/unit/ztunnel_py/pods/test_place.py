@@ -137,3 +137,41 @@ def test_what_changed_while_another_agent_was_in_charge_is_known_before_anything
             nursery.cancel_scope.cancel()
 
     trio.run(main)  # no clock that jumps: it would not wait for threads
+
+
+def test_what_a_former_installation_wrote_on_a_pod_is_not_ours(tmp_path: Path) -> None:
+    def put_agent(server: FakeApiServer, daemon_set: str) -> None:
+        owner = {"apiVersion": "apps/v1", "kind": "DaemonSet", "name": "ztunnel", "uid": daemon_set, "controller": True}
+        agent = pod("ztunnel-x", status={"phase": "Running", "podIP": "10.0.0.2"})
+        server.put({**agent, "metadata": {"name": "ztunnel-x", "namespace": "istio-system", "ownerReferences": [owner]}})
+
+    async def main() -> None:
+        server = FakeApiServer()
+        for namespace in ("shop", "istio-system"):
+            server.put({"kind": "Namespace", "metadata": {"name": namespace, "labels": {"istio.io/dataplane-mode": "ambient"}}})
+        put_agent(server, "second")
+        told = {"ambient.istio.io/redirection": "enabled", "ambient.mesh/captured-by": "first"}
+        web = pod("web", status={"phase": "Running", "podIP": "10.0.0.1"})
+        server.put({**web, "metadata": {**web["metadata"], "annotations": told}})  # type: ignore[dict-item]
+        access = ClusterAccess("k", 443, tls=False)
+        agent = ("istio-system", "ztunnel-x")
+        place = ClusterPlace("n1", ApiClient(access, connect=server.connect), NodePaths(tmp_path, tmp_path), agent=agent)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.run)
+            nursery.start_soon(place.run)
+            with trio.fail_after(100):
+                async with aclosing(place.watch()) as found:
+                    facts = next(each for each in (await anext(found)).values() if each.name == "web")
+                    assert not await place.is_annotated(facts)
+                    await place.annotate(facts, "enabled")
+                    assert server.requests[-1].body["metadata"]["annotations"] == {**told, "ambient.mesh/captured-by": "second"}
+                    while not await place.is_annotated(facts):  # noqa: ASYNC110 - nothing tells of it, since nothing asks for it
+                        await trio.sleep(0.01)
+                    put_agent(server, "third")  # adopted by one that was made anew
+                    while await place.is_annotated(facts):  # noqa: ASYNC110 - likewise
+                        await trio.sleep(0.01)
+                    await place.annotate(facts, "")
+                    assert server.requests[-1].body["metadata"]["annotations"] == dict.fromkeys(told)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)  # no clock that jumps: it would not wait for threads
