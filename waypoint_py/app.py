@@ -91,7 +91,10 @@ def run_waypoint() -> int:
         print(exc, file=sys.stderr)
         return EXIT_CONFIG
     _raise_descriptor_limit()
-    reactor = Reactor(on_error=lambda error, where: _log.error("callback.failed", where=where, exc_info=error))
+    reactor = Reactor(
+        on_error=lambda error, where: _log.error("callback.failed", where=where, exc_info=error),
+        on_exhausted=lambda error: _log.error("accept.failed", error=str(error), because="new connections wait until others end"),
+    )
     output.when_blocked = lambda: reactor.call_later(_LOG_AGAIN, output.try_again)
     _collect_seldom()
     try:

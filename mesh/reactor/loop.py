@@ -31,11 +31,14 @@ BYTE_BUDGET = 256 * 1024
 """Bytes one callback may move before it must queue itself again: a bulk transfer never keeps the other connections waiting longer."""
 
 MAX_EVENTS = 256
+EXHAUSTED_AGAIN = 10.0
+"""Seconds between two words about descriptors or memory that are used up: every listener of every pod tries ten times a second."""
 COMPACT_TIMERS_ABOVE = 1024
 """Cancelled timers stay in the heap until they are due; above this many entries it is rebuilt when most are cancelled."""
 
 EventCallback: TypeAlias = Callable[[int], None]
 ErrorHook: TypeAlias = Callable[[BaseException, str], None]
+ExhaustedHook: TypeAlias = Callable[[OSError], None]
 Abort: TypeAlias = Callable[[str], None]
 T = TypeVar("T")
 
@@ -44,6 +47,10 @@ def print_traceback(error: BaseException, where: str) -> None:
     """The error hook of a reactor that was given none: the traceback on standard error."""
     sys.stderr.write(f"reactor callback failed: {where}\n")
     traceback.print_exception(error)
+
+
+def keep_silent(error: OSError) -> None:
+    """The exhaustion hook of a reactor that was given none."""
 
 
 class Timer:
@@ -85,10 +92,11 @@ class Reactor:
     """The loop. Everything but `run_soon_threadsafe` belongs to the thread that runs it.
 
     A callback that raises ends its own connection, never the loop: the file descriptor leaves the loop, ``on_error`` is told
-    once with the exception, and the ``abort`` given with the callback is called with a reason.
+    once with the exception, and the ``abort`` given with the callback is called with a reason. ``on_exhausted`` is told when connections
+    wait because the process has no descriptors or no memory left for them, at once and again while that lasts.
     """
 
-    def __init__(self, on_error: ErrorHook = print_traceback) -> None:
+    def __init__(self, on_error: ErrorHook = print_traceback, on_exhausted: ExhaustedHook = keep_silent) -> None:
         self._epoll = select.epoll()
         self._registrations: dict[int, _Registration] = {}
         self._batch = 0
@@ -102,6 +110,8 @@ class Reactor:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.add(self._wake_fd, select.EPOLLIN, self._on_wake)
         self._on_error = on_error
+        self._on_exhausted = on_exhausted
+        self._exhausted_told = float("-inf")
         self._outcome: outcome.Outcome[Any] | None = None
 
     def now(self) -> float:
@@ -158,6 +168,13 @@ class Reactor:
     def report(self, error: BaseException, where: str) -> None:
         """Tell the error hook of an exception that was caught short of the loop."""
         self._on_error(error, where)
+
+    def exhausted(self, error: OSError) -> None:
+        """Tell the exhaustion hook, unless it was told a moment ago."""
+        now = time.monotonic()
+        if now - self._exhausted_told >= EXHAUSTED_AGAIN:
+            self._exhausted_told = now
+            self._on_exhausted(error)
 
     # --- running
 

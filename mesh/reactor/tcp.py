@@ -121,6 +121,7 @@ class Listener:
                 if exc.errno in _EXHAUSTED:
                     self._reactor.remove(self._fd)
                     self._pause = self._reactor.call_later(ACCEPT_PAUSE, self._resume)
+                    self._reactor.exhausted(exc)
                     return
                 if exc.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
                     self.close()

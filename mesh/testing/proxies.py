@@ -42,11 +42,12 @@ def tcp_listener(address: SocketAddress = LOOPBACK) -> socket.socket:
 
 
 class ReactorThread:
-    """A reactor running in a thread while the ``with`` block lasts. ``errors`` collects what its error hook was told."""
+    """A reactor running in a thread while the ``with`` block lasts. ``errors`` and ``exhausted`` collect what its hooks were told."""
 
     def __init__(self) -> None:
         self.errors: list[BaseException] = []
-        self.reactor = Reactor(on_error=lambda error, _where: self.errors.append(error))
+        self.exhausted: list[OSError] = []
+        self.reactor = Reactor(lambda error, _where: self.errors.append(error), self.exhausted.append)
         self._stop: trio.Event | None = None
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)

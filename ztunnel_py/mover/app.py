@@ -68,7 +68,10 @@ def run_mover(name: str) -> int:
     log.configure_from(stream=output)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the brain decides what it means
     config = read_config()
-    reactor = Reactor(on_error=lambda error, where: _log.error("callback.failed", where=where, exc_info=error))
+    reactor = Reactor(
+        on_error=lambda error, where: _log.error("callback.failed", where=where, exc_info=error),
+        on_exhausted=lambda error: _log.error("accept.failed", error=str(error), because="new connections wait until others end"),
+    )
     output.when_blocked = lambda: reactor.call_later(_LOG_AGAIN, output.try_again)
     _collect_seldom()
     return reactor.run(Mover(name, config, reactor, output).run)

@@ -364,3 +364,14 @@ def test_closing_completes_what_forget_leaves_out_and_remove_leaves_nothing_out(
                 reactor.remove(number)
 
     assert run(body) == []
+
+
+def test_exhaustion_is_told_at_once_and_then_again_only_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, told = 0.0, list[tuple[float, str]]()
+    monkeypatch.setattr("mesh.reactor.loop.time.monotonic", lambda: clock)
+    reactor = Reactor(on_exhausted=lambda error: told.append((clock, str(error))))
+    for at in (0.0, 0.1, 9.9, 10.0, 10.1, 35.0):
+        clock = at
+        reactor.exhausted(OSError("no descriptors"))
+    reactor.close()
+    assert told == [(at, "no descriptors") for at in (0.0, 10.0, 35.0)]

@@ -92,6 +92,7 @@ def test_a_process_out_of_descriptors_pauses_accepting_and_resumes(thread: React
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         wait_until(lambda: len(accepted) == 3, "the waiting connections after the pause")
         assert thread.errors == []
+        assert [error.errno for error in thread.exhausted] == [errno.EMFILE]
         for sock in accepted:
             sock.close()
         thread.call(server.close)
