@@ -52,6 +52,10 @@ PRECEDENCE: Final = 0.5
 """Seconds at most that agents wait for waypoints to take what they have to know first, and waypoints for agents to let go of them."""
 LINGER: Final = 1.0
 """Seconds that a waypoint keeps a service that has left it, when agents know: connections that came just before have a request to send."""
+MISTAKES_TOLD: Final = 10
+"""On the status page; all are in ``/debug/problems``."""
+LONGEST_MISTAKE: Final = 500
+"""Characters of one there."""
 FIRST_KEYS: Final = 5.0
 """Seconds at most that a control plane which starts waits for key sets before it serves."""
 
@@ -307,6 +311,7 @@ class Istiod:
             services=len(self._translation.services),
             policies=len(self._translation.policies),
             problems=len(self._problems.current),
+            mistakes=[str(problem)[:LONGEST_MISTAKE] for problem in self._problems.current[:MISTAKES_TOLD]],
             authority_expires=self._ca.expires.timestamp(),
             agents=self._describe_clients(waypoints=False),
             waypoints=self._describe_clients(waypoints=True),

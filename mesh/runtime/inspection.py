@@ -194,7 +194,8 @@ class ConnectedAgent(Page, frozen=True):
 
 
 class ControlPlanePage(Page, frozen=True):
-    """A replica of the control plane in short. ``problems``: mistakes in the configuration; ``authority_expires``: its root."""
+    """A replica of the control plane in short. ``problems``: how many mistakes are in the configuration; ``mistakes``: the first of them,
+    with object and field; ``authority_expires``: its root."""
 
     version: str
     ready: bool
@@ -203,6 +204,7 @@ class ControlPlanePage(Page, frozen=True):
     services: int = 0
     policies: int = 0
     problems: int = 0
+    mistakes: list[str] = []
     authority_expires: float | None = None
     agents: list[ConnectedAgent] = []
     waypoints: list[ConnectedAgent] = []

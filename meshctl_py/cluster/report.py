@@ -35,6 +35,7 @@ class Replica(msgspec.Struct, frozen=True, rename="camel"):
     version: str = ""
     agents: int = 0
     problems: int = 0
+    mistakes: list[str] = []
     authority_expires: float | None = None
     because: str = ""
 
@@ -124,6 +125,7 @@ def _replica(pod: Pod, page: object) -> Replica:
         version=page.version,
         agents=len(page.agents),
         problems=page.problems,
+        mistakes=page.mistakes,
         authority_expires=page.authority_expires,
         because=because,
     )
@@ -158,15 +160,25 @@ async def _controllers(client: ApiClient) -> list[str]:
     return found
 
 
+def _find_mistakes(replica: Replica | None) -> list[str]:
+    """In the configuration, as the replica that sees most of them has it."""
+    if replica is None:
+        return []
+    found = [f"configuration: {mistake}" for mistake in replica.mistakes]
+    left = replica.problems - len(found)
+    if left > 0:
+        noun = f"{'more ' if found else ''}{'mistake' if left == 1 else 'mistakes'}"
+        found.append(f"{left} {noun} in the configuration: the objects' status and the log of {CONTROL_PLANE} tell of all")
+    return found
+
+
 def _find_wrong(replicas: list[Replica], agents: list[AgentReport]) -> list[str]:
     now = time.time()
     wrong = [f"{replica.pod}: {replica.because}" for replica in replicas if replica.because]
     ends = min((replica.authority_expires for replica in replicas if replica.authority_expires is not None), default=None)
     if ends is not None and ends - now < AUTHORITY_SOON:
         wrong.append(f"the certificate authority's root ends in {max(0, int((ends - now) // 86400))} days")
-    problems = max((replica.problems for replica in replicas), default=0)
-    if problems:
-        wrong.append(f"{problems} mistakes in the configuration: the objects' status and the log of {CONTROL_PLANE} name them")
+    wrong += _find_mistakes(max(replicas, key=lambda replica: replica.problems, default=None))
     for agent in agents:
         if agent.because:
             wrong.append(f"agent of {agent.node}: {agent.because}")

@@ -231,6 +231,9 @@ def test_a_mistake_keeps_the_last_good_version_and_is_shown_with_file_line_and_f
             world.write("server.yaml", "apiVersion: v1\nkind: Pod\n  metadata: {")
             both = await world.wait_problems(2)
             assert {problem["file"] for problem in both} == {"policy.yaml", "server.yaml"}
+            page = msgspec.json.decode((await world.get("/debug/status"))[1], type=ControlPlanePage)
+            assert page.problems == 2
+            assert page.mistakes[0].startswith("policy.yaml:8: spec.rules[0].from[0].source.ipBlocks")
             # A change that is good reaches the agents meanwhile; what was kept is not pushed.
             world.write("client.yaml", POD.format(name="client", node="n1", ip="10.0.1.9"))
             update = (await world.wait_for(lambda updates: len(updates) == 3))[-1]

@@ -126,7 +126,9 @@ def test_the_status_names_everything_that_is_wrong(cluster: Cluster) -> None:
     pod = PodPage("u", "shop", "web", "spiffe://x", "pending", "no network namespace")
     cluster.serve("ztunnel-n1", 15000, {"status": status_page("n1", troubled=[pod], pods={"pending": 1}, next_expiry=1.0)})
     cluster.serve("ztunnel-n2", 15000, {"status": status_page("n2", version="0.0.9", connected=False, configuration="failed: no route")})
-    cluster.serve("istiod-1", 15014, {"status": ControlPlanePage("0.1.0", True, problems=2, authority_expires=1.0)})
+    mistake = "HTTPRoute shop/web: spec.rules[0].backendRefs[0]: there is no Service 'gone' in namespace 'shop'"
+    control_plane = ControlPlanePage("0.1.0", True, problems=3, mistakes=[mistake], authority_expires=1.0)
+    cluster.serve("istiod-1", 15014, {"status": control_plane})
     result = cluster.run("status")
     assert result.exit_code == 1
     for text in (
@@ -134,7 +136,8 @@ def test_the_status_names_everything_that_is_wrong(cluster: Cluster) -> None:
         "agent of n1: a certificate ends within the hour",
         "agent of n2: configuration: failed: no route",
         "the certificate authority's root ends in 0 days",
-        "2 mistakes in the configuration",
+        f"configuration: {mistake}",
+        "2 more mistakes in the configuration: the objects' status and the log of istiod tell of all",
         "several versions run: 0.0.9, 0.1.0",
         "no agent runs on n3",
     ):
