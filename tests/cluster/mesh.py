@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,20 +47,33 @@ def kustomized() -> dict[Key, dict[str, Any]]:
 PROJECT_IMAGE = {"ambient-mesh": PROJECT}
 
 
-def overlay(directory: Path, base: Path = REPOSITORY / "deploy", images: Mapping[str, str] = PROJECT_IMAGE) -> Path:
+Patch = tuple[str, str, Sequence[tuple[str, Any]]]
+"""Kind and name of an object, and what is to be added at which places of it."""
+
+
+def overlay(
+    directory: Path, base: Path = REPOSITORY / "deploy", images: Mapping[str, str] = PROJECT_IMAGE, patches: Sequence[Patch] = ()
+) -> Path:
     """A kustomization in ``directory`` of what ``base`` has, with images of the test cluster."""
     directory.mkdir(parents=True, exist_ok=True)
     entries = [dict(zip(("newName", "newTag"), image.rsplit(":", 1), strict=True)) | {"name": name} for name, image in images.items()]
     # JSON is YAML. Kustomize takes directories outside its own by relative paths only.
     relative = os.path.relpath(base, directory.resolve())
-    (directory / "kustomization.yaml").write_text(json.dumps({"resources": [relative], "images": entries}))
+    changes = [
+        {
+            "target": {"kind": kind, "name": name},
+            "patch": json.dumps([{"op": "add", "path": path, "value": value} for path, value in additions]),
+        }
+        for kind, name, additions in patches
+    ]
+    (directory / "kustomization.yaml").write_text(json.dumps({"resources": [relative], "images": entries, "patches": changes}))
     return directory
 
 
-def apply(cluster: Cluster, directory: Path) -> None:
+def apply(cluster: Cluster, directory: Path, patches: Sequence[Patch] = ()) -> None:
     """``kubectl apply -k``. What is there already stays as it is."""
     wait_until(lambda: not _ending(cluster), "the last mesh is gone")
-    cluster.kubectl("apply", "-k", str(overlay(directory)))
+    cluster.kubectl("apply", "-k", str(overlay(directory, patches=patches)))
 
 
 def install(cluster: Cluster, directory: Path) -> None:
@@ -73,7 +87,16 @@ def _ending(cluster: Cluster) -> bool:
     return namespace is not None and "deletionTimestamp" in namespace["metadata"]
 
 
+def remove(cluster: Cluster, directory: Path) -> None:
+    """`uninstall` for those whom the way of it does not concern, and in half the time: a namespace whose agents take a while to end is not
+    looked at again for as long as they may take."""
+    workers = [f"{kind.lower()}/{name}" for kind, name in WORKERS]
+    cluster.kubectl("delete", "-n", SYSTEM, *workers, "--cascade=foreground", "--ignore-not-found", "--wait=true", timeout=180)
+    uninstall(cluster, directory)
+
+
 def uninstall(cluster: Cluster, directory: Path) -> None:
+    """``kubectl delete -k``, as its users do."""
     cluster.kubectl("delete", "-k", str(overlay(directory)), "--ignore-not-found", "--wait=true", timeout=180)
 
 
@@ -135,6 +158,17 @@ def agent_of(cluster: Cluster, node: str) -> Object:
     found = cluster.api.list("Pod", SYSTEM, labelSelector="app=ztunnel", fieldSelector=f"spec.nodeName={node}")
     assert found, f"there is no agent on {node}"
     return max(found, key=lambda pod: condition(pod, "Ready"))
+
+
+def processes(cluster: Cluster, node: str, kind: str = "", *, spare: bool = False) -> list[int]:
+    """The processes of a node's agent, as the host counts: brain, movers, supervisor, or all of its container; ``spare``: with the mover
+    that runs beside it."""
+    pod = agent_of(cluster, node)
+    found = {}
+    for pid in cluster.node(node).pod_processes(pod["metadata"]["uid"]):
+        with contextlib.suppress(OSError):
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return [pid for pid, argv in found.items() if argv[0] != "/pause" and (spare or "spare" not in argv) and (not kind or kind in argv)]
 
 
 def access_log(cluster: Cluster, node: str) -> list[str]:

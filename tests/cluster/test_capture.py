@@ -17,7 +17,7 @@ from meshctl_py.lab.wiretap import is_tls, join_segments
 from tests.cluster.harness.api import Object, condition, path_of
 from tests.cluster.harness.client import Cluster, Node, wait_until
 from tests.cluster.harness.images import PYTHON
-from tests.cluster.mesh import SYSTEM, agent_of, captured, install, tapping, uninstall, wait_captured, wait_rolled_out
+from tests.cluster.mesh import SYSTEM, agent_of, captured, tapping, uninstall, wait_captured, wait_rolled_out
 from tests.cluster.workloads import ATTEMPT, PORT, addresses, apply_pods, attempt, echo_pod, service
 
 NET_DIR = "/etc/cni/net.d"
@@ -341,4 +341,3 @@ def test_uninstalled_nothing_of_the_plugin_is_left_and_pods_start_as_before(mesh
         wait_until(lambda node=node: not host_table(node), f"the table of {node.name} is gone")
     with mesh.namespace("after", **AMBIENT) as namespace:
         apply_pods(mesh, namespace, echo_pod("after", "n1"))
-    install(mesh, tmp_path)

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ from tests.cluster.figures import Figures
 from tests.cluster.harness.api import Object, path_of
 from tests.cluster.harness.client import Cluster, wait_until
 from tests.cluster.harness.keeper import all_ready
-from tests.cluster.mesh import SYSTEM, access_log, agent_of, label, rolled_out, wait_captured, wait_released, wait_rolled_out
+from tests.cluster.mesh import SYSTEM, access_log, label, processes, rolled_out, wait_captured, wait_released, wait_rolled_out
 from tests.cluster.workloads import Load, addresses, apply_pods, echo_pod, loading, tunnelled
 
 NAMESPACE = "events"
@@ -48,16 +47,6 @@ def restart_agents(cluster: Cluster) -> None:
     cluster.api.patch(path_of("DaemonSet", "ztunnel", SYSTEM), {"spec": {"template": {"metadata": {"annotations": stamp}}}})
     wait_until(lambda: not rolled_out(cluster, "DaemonSet", "ztunnel"), "the roll-out begins")
     wait_rolled_out(cluster, 240)
-
-
-def processes(cluster: Cluster, node: str, kind: str = "") -> list[int]:
-    """The processes of a node's agent, as the host counts: brain, movers, supervisor, or all of its container."""
-    pod = agent_of(cluster, node)
-    found = {}
-    for pid in cluster.node(node).pod_processes(pod["metadata"]["uid"]):
-        with contextlib.suppress(OSError):
-            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    return [pid for pid, argv in found.items() if argv[0] != "/pause" and "spare" not in argv and (not kind or kind in argv)]
 
 
 def test_rollout_of_the_daemon_set_refuses_no_connection_and_ends_none_before_the_deadline(
@@ -93,6 +82,20 @@ def test_sigkill_of_a_whole_agent_is_over_soon(mesh: Cluster, load: Load, figure
     figures.event("SIGKILL of an agent", load, "50 of 50 at once", "16, for 0.8 s")
     # What a mover had accepted when it died is lost with it, as what it holds.
     assert [each for each in load.refused if each["refused"] > killed + 0.5] == []
+
+
+def test_sigkill_of_an_agent_and_of_the_mover_beside_it_is_over_when_they_are_back(mesh: Cluster, load: Load, figures: Figures) -> None:
+    """Nobody is left who holds the sockets, so connections are refused until kubelet and agent have done their parts."""
+    killed = time.time()
+    for pid in processes(mesh, "n2", spare=True):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not rolled_out(mesh, "DaemonSet", "ztunnel"), "the kill is felt")
+    wait_rolled_out(mesh)
+    back = time.time()
+    load.go_on()
+    figures.event("SIGKILL of an agent and the mover beside it", load)
+    assert [each for each in load.refused if not killed - 0.5 < each["refused"] < back] == []
 
 
 def test_taking_the_label_away_and_giving_it_again_costs_nothing(mesh: Cluster, load: Load, figures: Figures) -> None:
@@ -147,4 +150,18 @@ def test_restart_of_the_api_server_and_etcd_costs_nothing(mesh: Cluster, load: L
     wait_rolled_out(mesh)
     load.go_on()
     figures.event("API server and etcd restarted", load)
+    assert (load.lost, load.refused) == ([], [])
+
+
+def test_an_api_server_that_stands_still_costs_nothing(mesh: Cluster, load: Load, figures: Figures) -> None:
+    """Longer than a leader may go without renewing its lease. Connections to it stay open, and nothing comes."""
+    mesh.signal("kube-apiserver", signal.SIGSTOP)
+    try:
+        load.go_on(300)
+    finally:
+        mesh.signal("kube-apiserver", signal.SIGCONT)
+    wait_until(lambda: all_ready(mesh.api, len(mesh.nodes)), "the cluster is ready again")
+    wait_rolled_out(mesh)
+    load.go_on()
+    figures.event("API server stands still for 15 s", load)
     assert (load.lost, load.refused) == ([], [])

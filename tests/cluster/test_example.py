@@ -22,6 +22,7 @@ from tests.cluster.mesh import (
     install,
     label,
     overlay,
+    remove,
     rolled_out,
     uninstall,
     wait_released,
@@ -39,7 +40,7 @@ REPORT = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], 
 @pytest.fixture
 def shop(cluster: Cluster, tmp_path: Path) -> Iterator[Shop]:
     """Open, before there is a mesh."""
-    uninstall(cluster, tmp_path / "deploy")
+    remove(cluster, tmp_path / "deploy")
     overlay(tmp_path / "shop", EXAMPLE, {"docker.io/library/python": PYTHON})
     cluster.kubectl("apply", "-k", str(tmp_path / "shop"))
     shop = Shop(cluster)

@@ -21,7 +21,7 @@ from tests.cluster.mesh import (
     kustomized,
     label,
     objects,
-    uninstall,
+    remove,
     wait_captured,
     wait_rolled_out,
 )
@@ -118,7 +118,7 @@ def test_a_value_that_the_chart_does_not_know_is_refused_by_name(helm: Path, opt
 
 
 def test_the_chart_installs_a_mesh_that_captures_and_is_uninstalled_without_a_trace(cluster: Cluster, helm: Path, tmp_path: Path) -> None:
-    uninstall(cluster, tmp_path)
+    remove(cluster, tmp_path)
     wait_until(lambda: cluster.api.find("Namespace", SYSTEM) is None, "the last mesh is gone")
     repository, tag = PROJECT.rsplit(":", 1)
     values = ("--set", f"image.repository={repository}", "--set", f"image.tag={tag}", "--set", "image.pullPolicy=Never")

@@ -21,8 +21,8 @@ from mesh.model.labels import DATAPLANE_MODE, GATEWAY_MANAGED, USE_WAYPOINT
 from tests.cluster.harness.api import Object, path_of
 from tests.cluster.harness.client import PATIENCE, Cluster, wait_until
 from tests.cluster.harness.images import PROJECT
-from tests.cluster.mesh import meshctl, uninstall, wait_captured
-from tests.cluster.waypoints import apply, conditions_of, gateway, overlay, rules, status_of
+from tests.cluster.mesh import meshctl, remove, wait_captured
+from tests.cluster.waypoints import apply, conditions_of, gateway, of, overlay, rules, status_of
 from tests.cluster.workloads import addresses, apply_pods, attempt, echo_pod, loading
 
 NAMESPACE = "meshctl"
@@ -88,7 +88,7 @@ def wait_forgotten(cluster: Cluster) -> None:
 
 @pytest.fixture(scope="module")
 def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    uninstall(cluster, tmp_path_factory.mktemp("deploy"))  # what another test may have left, which is not meshctl's
+    remove(cluster, tmp_path_factory.mktemp("deploy"))  # what another test may have left, which is not meshctl's
     meshctl(cluster, "uninstall", "-y", "--purge", check=False)
     wait_until(
         lambda: not any("deletionTimestamp" in each["metadata"] for each in cluster.api.list("Namespace")), "former namespaces are gone"
@@ -200,6 +200,41 @@ def put_waypoint(cluster: Cluster, namespace: str) -> list[Object]:
 def deployed(cluster: Cluster) -> set[str]:
     """The kinds of all that runs waypoints, in any namespace."""
     return {kind.kind for kind in DEPLOYED if cluster.api.get(kind.collection(), labelSelector=GATEWAY_MANAGED)["items"]}
+
+
+def test_the_status_names_routes_that_are_mistaken_and_is_well_without_them(world: World) -> None:
+    cluster = world.cluster
+    parent = {"group": "", "kind": "Service", "name": "nowhere"}
+    rule = {"backendRefs": [{"name": "gone", "port": 80}]}
+    host = "nobody.example.com"
+    http = [{"route": [{"destination": {"host": host}}]}]
+    objects = [
+        of("HTTPRoute", "astray", NAMESPACE, {"parentRefs": [parent], "rules": [rule]}),
+        of("VirtualService", "astray", NAMESPACE, {"hosts": [host], "http": http}),
+    ]
+    for obj in objects:
+        apply(cluster.api, obj)
+    wanted = {
+        f"configuration: HTTPRoute {NAMESPACE}/astray: spec.parentRefs[0]: ": "not found",
+        f"configuration: HTTPRoute {NAMESPACE}/astray: spec.rules[0].backendRefs[0]": "what would go there fails",
+        f"configuration: VirtualService {NAMESPACE}/astray: spec.hosts[0]: ": f"no service has the hostname {host}: it has no effect",
+    }
+
+    def named(lines: list[str]) -> bool:
+        return all(any(line.startswith(start) and line.endswith(end) for line in lines) for start, end in wanted.items())
+
+    def told() -> list[str]:
+        lines: list[str] = json.loads(world.meshctl("status", "-o", "json", check=False).stdout)["wrong"]
+        return lines
+
+    wait_until(lambda: named(told()), "each is named with its field")
+    shown = world.meshctl("status", check=False)
+    assert shown.returncode == 1
+    assert named([line.strip() for line in shown.stdout.splitlines()]), shown.stdout
+    for obj in objects:
+        cluster.api.delete(RESOURCES[obj["kind"]].path(NAMESPACE, "astray"))
+    wait_until(lambda: told() == [], "all is well")
+    assert world.meshctl("status").stdout.endswith("all is well\n")
 
 
 def test_uninstalling_leaves_pods_running_and_nothing_of_ours(enrolled: World) -> None:

@@ -10,7 +10,7 @@ from tests.cluster.figures import Figures
 from tests.cluster.harness.api import Object, condition
 from tests.cluster.harness.client import Cluster, wait_until
 from tests.cluster.harness.images import PAUSE
-from tests.cluster.mesh import SYSTEM, apply, captured, label, uninstall, wait_captured, wait_released
+from tests.cluster.mesh import SYSTEM, apply, captured, label, remove, wait_captured, wait_released
 from tests.cluster.workloads import apply_pods, echo_pod, tunnelled
 
 HUNDRED = 100
@@ -30,7 +30,7 @@ def wait_gone(cluster: Cluster, namespace: str) -> None:
 
 
 def test_a_labelled_namespace_speaks_mutual_tls_soon_after_the_installation(cluster: Cluster, figures: Figures, tmp_path: Path) -> None:
-    uninstall(cluster, tmp_path)
+    remove(cluster, tmp_path)
     with cluster.namespace("early") as namespace:
         label(cluster, namespace)
         pods = apply_pods(cluster, namespace, echo_pod("client", "n1"), echo_pod("server", "n2"))

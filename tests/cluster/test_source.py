@@ -192,6 +192,75 @@ def test_while_the_api_server_is_away_the_last_state_is_served_and_nothing_is_pu
             cluster.start("kube-apiserver")
 
 
+class Freezer:
+    """Between a client and the API server. What is frozen stays open and carries nothing more, as when a firewall forgets a connection."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._server = host, port
+        self._era = 0
+        self.connections = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled; started with the port."""
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        task_status.started(listener.socket.getsockname()[1])
+        await trio.serve_listeners(self._serve, [listener])
+
+    def freeze(self) -> None:
+        """All connections there are; later ones pass."""
+        self._era += 1
+
+    async def _serve(self, client: trio.SocketStream) -> None:
+        self.connections += 1
+        server = await trio.open_tcp_stream(*self._server)
+        async with client, server, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pass_on, client, server, self._era, nursery.cancel_scope)
+            nursery.start_soon(self._pass_on, server, client, self._era, nursery.cancel_scope)
+
+    async def _pass_on(self, source: trio.SocketStream, target: trio.SocketStream, era: int, scope: trio.CancelScope) -> None:
+        try:
+            async for data in source:
+                if era != self._era:
+                    await trio.sleep_forever()
+                await target.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # either end went away
+        scope.cancel()
+
+
+def test_a_watch_that_has_silently_stalled_is_found_out_and_what_it_missed_is_told_once(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.kube.reflector.STALL", 4.0)  # two and a half minutes, to bear an API server that sends bookmarks seldom
+    admin = find_access(str(shop.cluster.kubeconfig))
+    token = shop.token()
+
+    async def main() -> None:
+        freezer, agent = Freezer(admin.host, admin.port), Agent()
+        async with trio.open_nursery() as nursery:
+            port = await nursery.start(freezer.run)
+            text = shop.cluster.kubeconfig.read_text().replace(f"{admin.host}:{admin.port}", f"127.0.0.1:{port}")
+            (shop.state / "frozen.kubeconfig").write_text(text)
+            config = config_for(shop.cluster, shop.state, kubeconfig=str(shop.state / "frozen.kubeconfig"))
+            async with running(config) as control:
+                nursery.start_soon(agent.run, control, lambda: token)
+                shop.entry("staying")
+                shop.entry("going")
+                await agent.until(lambda: {f"{SHOP}/staying", f"{SHOP}/going"} <= agent.names(), "new entries are told")
+                heard, before = len(agent.updates), freezer.connections
+                assert before > len(RESOURCES) / 2, "watches pass here, or nothing is frozen"
+                freezer.freeze()
+                shop.entry("missed")
+                shop.cluster.api.delete(RESOURCES["WorkloadEntry"].path(SHOP, "going"))
+                await agent.until(lambda: f"{SHOP}/missed" in agent.names() and f"{SHOP}/going" not in agent.names(), "both are told")
+                news = [workload.name for update in agent.updates[heard:] for workload in update.delta.workloads]
+                assert news == ["missed"]
+                assert agent.failures == []
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
 def ours(agent: Agent) -> set[str]:
     return {name for name in agent.names() if name.startswith(SHOP)}
 

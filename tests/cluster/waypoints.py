@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from mesh.kube.resources import RESOURCES
+from mesh.model.labels import USE_WAYPOINT
 from mesh.model.ports import READINESS
 from tests.cluster.harness.api import Api, Object
 
@@ -77,7 +78,9 @@ def rules(namespace: str) -> list[Object]:
     for kind, (port, more) in routes.items():
         spec = {"parentRefs": [{**service, "port": port}], "rules": [{"backendRefs": [{"name": "web", "port": port}]}], **more}
         found.append(of(kind, "web", namespace, spec))
-    return [of(kind, "web", namespace, spec) for kind, spec in others.items()] + found
+    # Of workloads only those are told of a waypoint for services that ask for it themselves; in a labelled namespace it passes over others.
+    labels = {"WorkloadEntry": {USE_WAYPOINT: "waypoint"}}
+    return [of(kind, "web", namespace, spec, labels=labels.get(kind, {})) for kind, spec in others.items()] + found
 
 
 def status_of(api: Api, obj: Object) -> Object:

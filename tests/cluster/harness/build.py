@@ -27,6 +27,7 @@ _NODE_PACKAGES: Final = (
     "containernetworking-plugins",
     "etcd-server",
     "iproute2",
+    "libfaketime",
     "nftables",
     "procps",
     "runc",
