@@ -42,6 +42,7 @@ from istiod_py.translate.waypoints import (
     Waypoints,
     bind_service,
     bind_workload,
+    find_canary_mistake,
     find_gateway_mistakes,
     find_label_mistake,
     find_own,
@@ -391,6 +392,9 @@ class _Translator:
             mistake = find_label_mistake(namespace, Asking(obj.labels, obj.annotations), binding, self._waypoints)
             if mistake:
                 self._problems.append(obj.problem(("metadata", "labels", USE_WAYPOINT), mistake))
+        canary = find_canary_mistake(Asking(obj.labels, obj.annotations), binding)
+        if canary is not None:
+            self._problems.append(obj.problem(*canary))
 
     def _asking_of(self, namespace: str) -> Asking:
         known = self._asking.get(namespace)

@@ -90,6 +90,8 @@ class Binding:
     keys: tuple[str, ...] = ()
     condition: Condition | None = None
     """None: the object asks for no waypoint."""
+    canary: Condition | None = None
+    """What keeps the canary that it asks for from getting any of its traffic."""
 
 
 UNBOUND: Final = Binding()
@@ -207,8 +209,8 @@ def bind_service(
     message = f"Successfully attached to waypoint {named}{_ingress_message(own, around)}"
     canary, weight = _find_canary(namespace, own, around, named, waypoints, namespace_only=namespace_only)
     if isinstance(canary, Condition):
-        message += f". Canary waypoint not attached: {canary.message}"
-        canary = None
+        condition = Condition(BOUND, True, "WaypointAccepted", f"{message}. Canary waypoint not attached: {canary.message}")
+        return Binding(waypoint.address, (), (named,), condition, canary)
     condition = Condition(BOUND, True, "WaypointAccepted", message)
     if canary is None:
         return Binding(waypoint.address, (), (named,), condition)
@@ -253,6 +255,17 @@ def find_label_mistake(namespace: str, asking: Asking, binding: Binding, waypoin
     else:
         hint = did_you_mean(name, [each.name for each in waypoints.values() if each.namespace == place])
     return f"there is no Gateway {named}, and {effect}{hint}"
+
+
+def find_canary_mistake(asking: Asking, binding: Binding) -> tuple[FieldPath, str] | None:
+    """The field of ``asking``, which was bound so, that keeps its canary from getting anything, and why."""
+    if binding.canary is None:
+        return None
+    if binding.canary.reason == "CanaryInvalidWeight" and CANARY_WEIGHT in asking.annotations:
+        return ("metadata", "annotations", CANARY_WEIGHT), f"no effect: {binding.canary.message}"
+    if USE_WAYPOINT_CANARY in asking.labels:
+        return ("metadata", "labels", USE_WAYPOINT_CANARY), f"no effect: {binding.canary.message}"
+    return None
 
 
 def find_gateway_mistakes(gateway: KubeGateway, classes: Mapping[str, KubeGatewayClass]) -> Iterator[tuple[FieldPath, str]]:

@@ -28,13 +28,14 @@ from mesh.kube.backendtlspolicy import KubeBackendTlsPolicy, read_backend_tls_po
 from mesh.kube.configmap import KubeConfigMap, read_config_map
 from mesh.kube.destinationrule import KubeDestinationRule, read_destination_rule
 from mesh.kube.meshconfig import DEFAULT, NAME, MeshConfig, read_mesh_config
-from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem
+from mesh.kube.objects import FieldPath, KubeObject, ObjectKey, SourceProblem
 from mesh.kube.ownership import WAYPOINT_ACCEPTED
 from mesh.kube.policies import AuthorizationPolicy as KubePolicy
 from mesh.kube.requestauthentication import RequestAuthentication as KubeAuthentication
 from mesh.kube.requestauthentication import read_request_authentication
 from mesh.kube.secret import KubeSecret, read_secret
 from mesh.kube.virtualservice import patterns_of
+from mesh.model.address import NamespacedHostname
 from mesh.model.l7.destination import DestinationConfig
 from mesh.model.l7.policy import AuthorizationPolicy, RequestAuthentication
 from mesh.model.l7.routing import Destination
@@ -141,6 +142,8 @@ class WaypointRules:
         self._rules = DestinationRules(reads.destination_rules.values(), self._defaults, config.root_namespace)
         self._backend = BackendTls(reads.backend_tls.values(), self._credentials)
         self._used: dict[ObjectKey, set[str]] = {}
+        self._subsets: dict[ObjectKey, dict[str, bool]] = {}
+        """Of DestinationRules that are used: whether any workload is in each subset."""
 
     @property
     def trust_domains(self) -> tuple[str, ...]:
@@ -190,8 +193,17 @@ class WaypointRules:
         keys = wanted_labels(config)
         if not keys:
             return config
-        labels = label_endpoints(keys, self._facts.endpoints_of(key, waypoint.namespace))
-        return msgspec.structs.replace(config, labels=labels)
+        endpoints = tuple(self._facts.endpoints_of(key, waypoint.namespace))
+        self._note_subsets(merged, [each for each in endpoints if NamespacedHostname(namespace, hostname) in each.workload.services])
+        return msgspec.structs.replace(config, labels=label_endpoints(keys, endpoints))
+
+    def _note_subsets(self, merged: Merged, endpoints: list[Endpoint]) -> None:
+        """A service that has nobody at all says nothing of its subsets."""
+        for subset in merged.subsets if endpoints else ():
+            filled = any(subset.labels.items() <= endpoint.labels.items() for endpoint in endpoints)
+            for key in merged.keys:
+                found = self._subsets.setdefault(key, {})
+                found[subset.name] = found.get(subset.name, False) or filled
 
     def has_subset(self, destination: Destination, namespace: str) -> bool:
         """Whether the destination's subset is defined, seen from waypoints of ``namespace``."""
@@ -233,8 +245,36 @@ class WaypointRules:
         for key, rule in self._reads.destination_rules.items():
             if rule.good and not rule.problems and (key in self._used or rule.value.selects_workloads):
                 yield from _as_problems(rule.obj, find_without_effect(rule.value))
+                yield from _as_problems(rule.obj, self._find_empty_subsets(key, rule.value))
             elif rule.good and not rule.problems and self._is_unknown(rule.value):
                 yield rule.obj.problem(("spec", "host"), f"no service has the hostname {rule.value.host}: it has no effect")
+
+        for key, backend in self._reads.backend_tls.items():
+            if not backend.problems:
+                yield from _as_problems(backend.obj, self._find_backend_notices(key, backend.value))
+
+    def _find_empty_subsets(self, key: ObjectKey, rule: KubeDestinationRule) -> Iterator[Notice]:
+        filled = self._subsets.get(key, {})
+        for index, subset in enumerate(rule.subsets):
+            if filled.get(subset.name) is False:
+                message = f"no workload of {rule.host} has these labels: nobody serves what goes to subset {subset.name}"
+                yield Notice(("spec", "subsets", index, "labels"), message)
+
+    def _find_backend_notices(self, key: ObjectKey, policy: KubeBackendTlsPolicy) -> Iterator[Notice]:
+        """What its conditions say, and what they can't: a policy that no waypoint looks at has none."""
+        verdict = self._backend.verdicts[key]
+        validation: FieldPath = ("spec", "validation", "caCertificateRefs" if policy.authorities else "wellKnownCACertificates")
+        conflicted = verdict.accepted.reason == "Conflicted"
+        if not verdict.resolved.status:
+            yield Notice(validation, verdict.resolved.message)
+        elif not verdict.accepted.status:
+            yield Notice(("spec", "targetRefs") if conflicted else validation, verdict.accepted.message)
+        for index, target in enumerate(policy.targets):
+            place = ObjectKey(target.kind, policy.namespace, target.name)
+            if place not in self._facts.by_object:
+                yield Notice(("spec", "targetRefs", index), f"there is no {target.kind} {policy.namespace}/{target.name}: it has no effect")
+            elif key not in self._used and not conflicted:
+                yield Notice(("spec", "targetRefs", index), f"no waypoint stands before {target.kind} {target.name}: it has no effect")
 
     def _is_unknown(self, rule: KubeDestinationRule) -> bool:
         host = expand(rule.host, rule.namespace, self._defaults)

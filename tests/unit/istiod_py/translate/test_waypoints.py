@@ -554,3 +554,20 @@ def test_a_waypoint_for_a_traffic_that_is_none_is_told() -> None:
     message = "'servce' is no type of traffic: the waypoint gets none; did you mean 'service'?"
     labelled = gateway(metadata="labels: {istio.io/waypoint-for: servce}")
     assert problems_of(labelled) == [f'metadata.labels["istio.io/waypoint-for"]: {message}']
+
+
+CANARY = 'metadata.labels["istio.io/use-waypoint-canary"]: no effect: '
+WEIGHT = 'metadata.annotations["istio.io/use-waypoint-canary-weight"]: no effect: '
+
+
+@pytest.mark.parametrize(("metadata", "problem"), [
+    (canary("101"), WEIGHT + 'canary waypoint "shop/next" has an invalid weight; must be an integer in [0,100]'),
+    (canary("30", "waypoint"), CANARY + 'canary waypoint "shop/waypoint" must differ from the primary waypoint'),
+    (canary("30", "missing"), CANARY + 'waypoint "shop/missing" is not ready'),
+    (canary(), None),
+])  # fmt: skip
+def test_a_canary_that_cannot_be_is_told_where_it_is_asked_for(metadata: str, problem: str | None) -> None:
+    expected = [problem] if problem is not None else []
+    gateways = gateway(), gateway("next")
+    assert problems_of(namespace(), *gateways, service(metadata=metadata)) == expected
+    assert problems_of(namespace(metadata=metadata), *gateways, service()) == expected

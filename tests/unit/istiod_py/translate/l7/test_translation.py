@@ -193,6 +193,34 @@ def test_a_backend_policy_says_of_each_waypoint_that_looks_at_it_what_came_of_it
     assert {(each.type, each.status) for each in entry.conditions} == {("Accepted", True), ("ResolvedRefs", True)}
 
 
+def backend_policy(validation: str, name: str = "it", target: str = "web") -> str:
+    head = f"apiVersion: gateway.networking.k8s.io/v1\nkind: BackendTLSPolicy\nmetadata: {{name: {name}, namespace: shop}}\n"
+    return f"{head}spec: {{targetRefs: [{{group: '', kind: Service, name: {target}}}], validation: {{hostname: a.b, {validation}}}}}\n"
+
+
+SYSTEM = "wellKnownCACertificates: System"
+ROOTS = "caCertificateRefs: [{group: '', kind: ConfigMap, name: roots}]"
+LONELY = """
+apiVersion: v1
+kind: Service
+metadata: {name: lonely, namespace: shop, labels: {istio.io/use-waypoint: none}}
+spec: {clusterIP: 10.96.1.9, ports: [{name: http, port: 80}]}
+"""
+
+
+@pytest.mark.parametrize(("texts", "problems"), [
+    ((backend_policy(SYSTEM),), []),
+    ((backend_policy(ROOTS),), ["spec.validation.caCertificateRefs: there is no ConfigMap shop/roots"]),
+    ((backend_policy("wellKnownCACertificates: Mine"),),
+     ["spec.validation.wellKnownCACertificates: wellKnownCACertificates Mine is not known here, only System"]),
+    ((backend_policy(SYSTEM), backend_policy(SYSTEM, "later")), ["spec.targetRefs: an older policy is in force for Service web"]),
+    ((backend_policy(SYSTEM, target="wbe"),), ["spec.targetRefs[0]: there is no Service shop/wbe: it has no effect"]),
+    ((LONELY, backend_policy(SYSTEM, target="lonely")), ["spec.targetRefs[0]: no waypoint stands before Service lonely: it has no effect"]),
+])  # fmt: skip
+def test_a_backend_policy_without_its_effect_is_told(texts: tuple[str, ...], problems: list[str]) -> None:
+    assert problems_of(*texts) == problems
+
+
 # Policies
 
 TOKENS = istio("RequestAuthentication", f"{{targetRefs: {TO_WEB}, jwtRules: [{{issuer: i, jwksUri: 'https://a.test/keys'}}]}}")
@@ -267,6 +295,13 @@ def subsets(*names: str) -> str:
 
 
 TO_V2 = "destination: {host: web, subset: v2}"
+V2 = """
+apiVersion: v1
+kind: Pod
+metadata: {name: web-2, namespace: shop, labels: {app: web, version: v2}}
+spec: {nodeName: n1, containers: [{name: a}]}
+status: {phase: Running, podIP: 10.244.1.10}
+"""
 
 
 @pytest.mark.parametrize(("spec", "field", "effect"), [
@@ -280,10 +315,31 @@ TO_V2 = "destination: {host: web, subset: v2}"
 def test_a_subset_that_no_rule_defines_is_told_until_one_does(spec: str, field: str, effect: str) -> None:
     message = f"no DestinationRule defines subset v2 of web.shop.svc.cluster.local: {effect}"
     assert problems_of(virtual_service(spec)) == problems_of(virtual_service(spec), subsets("v1")) == [f"{field}: {message}"]
-    assert problems_of(virtual_service(spec), subsets("v1", "v2")) == []
+    assert problems_of(virtual_service(spec), subsets("v1", "v2"), V2) == []
     (said,) = translated(virtual_service(spec)).statuses[ObjectKey("VirtualService", "shop", "it")]
     assert isinstance(said, Condition)
     assert message in said.message
+
+
+def test_a_subset_that_nobody_is_in_is_told() -> None:
+    message = "spec.subsets[1].labels: no workload of web has these labels: nobody serves what goes to subset v2"
+    assert problems_of(subsets("v1", "v2")) == [message]
+    assert problems_of(subsets("v1", "v2"), V2) == []
+    waypoints_own = subsets("r7").replace("version: r7", "rack: r7")
+    assert len(problems_of(waypoints_own)) == 1, "the waypoint's instances are none of the service"
+    nobody = istio("DestinationRule", "{host: far, subsets: [{name: v1, labels: {version: v1}}]}")
+    assert problems_of(nobody) == [], "there is nobody at all, which its requests say"
+    everywhere = istio("DestinationRule", "{host: '*.svc.cluster.local', subsets: [{name: v1, labels: {version: v1}}]}", namespace="shop")
+    other = V2.replace("web-2", "far-1").replace("app: web", "app: far").replace("10.244.1.10", "10.244.1.11")
+    assert problems_of(everywhere, FAR_SELECTS, other) == [], "it is in one of the services"
+
+
+FAR_SELECTS = """
+apiVersion: v1
+kind: Service
+metadata: {name: beside, namespace: shop}
+spec: {clusterIP: 10.96.1.9, selector: {app: far}, ports: [{name: http, port: 80}]}
+"""
 
 
 def test_a_subset_of_connections_that_no_rule_defines_is_told() -> None:
