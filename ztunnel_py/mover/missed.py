@@ -9,8 +9,9 @@ from typing import Final
 
 from mesh.model.address import GatewayAddress
 
-AWAITED_SECONDS: Final = 5.0
-"""From when a waypoint was first missed. Whoever comes later fails at once: nobody knows then whether it comes back."""
+AWAITED_SECONDS: Final = 10.0
+"""From when a waypoint was first missed: as long as a dial is given that gets no answer. Whoever comes later fails at once: nobody knows
+then whether it comes back."""
 _MOST: Final = 1024
 
 

@@ -12,8 +12,8 @@ def test_all_wait_until_the_same_moment_and_who_comes_after_it_does_not() -> Non
     missed = MissedWaypoints()
     assert missed.miss(ONE, 100.0) == 100.0 + AWAITED_SECONDS
     assert missed.miss(ONE, 103.0) == 100.0 + AWAITED_SECONDS
-    assert missed.miss(ONE, 107.0) == 100.0 + AWAITED_SECONDS
-    assert missed.miss(OTHER, 107.0) == 107.0 + AWAITED_SECONDS
+    assert missed.miss(ONE, 111.0) == 100.0 + AWAITED_SECONDS
+    assert missed.miss(OTHER, 111.0) == 111.0 + AWAITED_SECONDS
 
 
 def test_one_that_was_reached_is_waited_for_anew() -> None:
