@@ -15,13 +15,12 @@ from istiod_py.translate.deployment import (
     Object,
     Overlay,
     Template,
-    account_name,
     is_deployed_by_us,
     plan_waypoint,
     version_to_stamp,
 )
 from istiod_py.translate.gateways import Facts, GatewayStatus, describe_gateway, takes_hbone
-from istiod_py.translate.waypoints import deployed_name, hostname_of
+from istiod_py.translate.waypoints import account_name, deployed_name, hostname_of
 from mesh.kube.gatewayapi.gateway import WAYPOINT_CLASS, WAYPOINT_CONTROLLER, KubeGateway, read_gateway, read_gateway_class
 from mesh.kube.objects import KubeObject, ObjectKey, by_age
 from mesh.kube.service import KubeService, read_service

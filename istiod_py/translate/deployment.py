@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from istiod_py.translate.overlay import BadPatch, merge
-from istiod_py.translate.waypoints import deployed_name
+from istiod_py.translate.waypoints import account_name, deployed_name
 from mesh.kube.documents import MalformedDocument, parse_chunk, split_documents
 from mesh.kube.gatewayapi.gateway import GROUP, KubeGateway, Listener
 from mesh.kube.ownership import ROOT_MAP
@@ -76,10 +76,6 @@ Overlay: TypeAlias = Mapping[str, str]
 
 class BadParameters(Exception):
     """What is to be merged onto the deployment can't be; the user must act, and nothing is deployed until then."""
-
-
-def account_name(gateway: KubeGateway) -> str:
-    return gateway.annotations.get(GATEWAY_SERVICE_ACCOUNT) or gateway.name
 
 
 def is_deployed_by_us(gateway: KubeGateway) -> bool:

@@ -44,8 +44,10 @@ from istiod_py.translate.waypoints import (
     bind_workload,
     find_canary_mistake,
     find_gateway_mistakes,
+    find_guard,
     find_label_mistake,
     find_own,
+    find_requirement_mistake,
     find_waypoints,
 )
 from mesh.kube.endpointslice import KubeEndpointSlice, read_endpoint_slice
@@ -164,6 +166,7 @@ class _Translator:
         self._report_waypoints(gateways, classes)
         self._statuses.update({key: (CLASS_ACCEPTED,) for key, read in classes.items() if read.value.controller == WAYPOINT_CONTROLLER})
         selectors = self._translate_authorizations(authorizations)
+        self._guard_services(services, selectors)
         mtls = self._resolve_mtls(peers)
         self._policies.update(mtls.policies)
         hosts = self._settle_hosts(service_entries, services)
@@ -257,6 +260,19 @@ class _Translator:
                 if l4.selector is not None:
                     selectors.setdefault(key.namespace, []).append((l4.policy.key, l4.selector))
         return selectors
+
+    def _guard_services(
+        self, services: Mapping[ObjectKey, Read[KubeService]], selectors: dict[str, list[tuple[str, Mapping[str, str]]]]
+    ) -> None:
+        """Add the policies of those that require their waypoint strictly."""
+        for key, read in services.items():
+            service = read.value
+            if read.good and service.selector and service.type != "ExternalName":
+                asking = Asking(service.labels, service.annotations)
+                guard = find_guard(key.namespace, key.name, asking, self._asking_of(key.namespace), self._waypoints, self._config)
+                if guard is not None:
+                    self._policies[guard.key] = guard
+                    selectors.setdefault(key.namespace, []).append((guard.key, service.selector))
 
     def _translate_authorization(self, read: Read[AuthorizationPolicy]) -> L4Policy:
         if not read.good:
@@ -392,9 +408,8 @@ class _Translator:
             mistake = find_label_mistake(namespace, Asking(obj.labels, obj.annotations), binding, self._waypoints)
             if mistake:
                 self._problems.append(obj.problem(("metadata", "labels", USE_WAYPOINT), mistake))
-        canary = find_canary_mistake(Asking(obj.labels, obj.annotations), binding)
-        if canary is not None:
-            self._problems.append(obj.problem(*canary))
+        mistakes = find_canary_mistake(Asking(obj.labels, obj.annotations), binding), find_requirement_mistake(obj.annotations)
+        self._problems.extend(obj.problem(*mistake) for mistake in mistakes if mistake is not None)
 
     def _asking_of(self, namespace: str) -> Asking:
         known = self._asking.get(namespace)

@@ -2,8 +2,9 @@
 
 Every Gateway that has an address is a waypoint, whoever made it work and whatever its class. The object's own label is obeyed before its
 namespace's, and what it names is never replaced by what the namespace names. A waypoint that can't be used is left out and traffic goes
-directly, as in Istio; unless the annotation ``ambient.mesh/waypoint-required`` is ``true``: then the name stays in place of an address,
-and connections are refused with it, by any node proxy.
+directly, as in Istio; unless the annotation ``ambient.mesh/waypoint-required`` is ``true`` or ``strict``: then the name stays in place of
+an address, and connections are refused with it, by any node proxy. Where it is ``strict``, the agents of a service's pods are given a
+policy besides, which refuses whoever is not the waypoint (`find_guard`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mesh.model.labels import (
     GATEWAY_MANAGED,
     GATEWAY_NAME,
     GATEWAY_NAME_OVERRIDE,
+    GATEWAY_SERVICE_ACCOUNT,
     INBOUND_BINDING,
     INCLUDE_CLIENT_IDENTITY,
     INGRESS_USE_WAYPOINT,
@@ -44,11 +46,15 @@ from mesh.model.labels import (
     WAYPOINT_FOR,
     WAYPOINT_REQUIRED,
 )
+from mesh.model.policy import Action, Clause, Exact, Match, Policy, Rule, Scope
 from mesh.model.ports import INBOUND_HBONE
 from mesh.model.service import WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, TunnelApplicationProtocol
 
 _NONE: Final = "none"
+STRICT: Final = "strict"
+_GUARD: Final = "waypoint_required_by_"
+"""How the policy of a service that requires its waypoint strictly is called; ``_`` is in no name of a user's."""
 _MANAGED: Final = (MESH_CONTROLLER, EAST_WEST_CONTROLLER)
 """What is deployed by these has no waypoint: its traffic would come back to it."""
 _PROXY_LISTENER: Final = "istio.io/PROXY"
@@ -71,6 +77,8 @@ class Waypoint:
     """How its own pods are handed what a node proxy has terminated for them."""
     include_client_identity: bool = False
     class_name: str = ""
+    account: str = ""
+    """The service account that its pods run as."""
 
     @property
     def key(self) -> str:
@@ -127,6 +135,11 @@ def deployed_name(gateway: KubeGateway) -> str:
     return gateway.annotations.get(GATEWAY_NAME_OVERRIDE) or gateway.name
 
 
+def account_name(gateway: KubeGateway) -> str:
+    """Of the ServiceAccount that it makes."""
+    return gateway.annotations.get(GATEWAY_SERVICE_ACCOUNT) or gateway.name
+
+
 def hostname_of(gateway: KubeGateway, config: Config) -> str:
     return f"{deployed_name(gateway)}.{gateway.namespace}.svc.{config.domain_suffix}"
 
@@ -145,6 +158,7 @@ def _as_waypoint(gateway: KubeGateway, kind: KubeGatewayClass | None, network: s
         tunnel=tunnel,
         include_client_identity=gateway.annotations.get(INCLUDE_CLIENT_IDENTITY) == "true",
         class_name=gateway.class_name,
+        account=account_name(gateway),
     )
 
 
@@ -235,6 +249,33 @@ def bind_workload(namespace: str, own: Asking, around: Asking, waypoints: Waypoi
     if for_services_alone or not _is_required(own, around):
         return Binding(condition=waypoint)
     return _refuse(waypoint, named, waypoints, config)
+
+
+def find_guard(namespace: str, service: str, own: Asking, around: Asking, waypoints: Waypoints, config: Config) -> Policy | None:
+    """For the pods of a Service that requires its waypoint strictly: whoever does not prove to be that waypoint, or its canary, is refused.
+    None: it does not."""
+    if own.labels.get(GATEWAY_MANAGED) in _MANAGED or _requirement(own, around) != STRICT:
+        return None
+    named = _named(own, around, namespace)
+    if named is None:
+        return None
+    names = dict.fromkeys((named, _canary_name(own, around, namespace) or named))
+    trusted = tuple(Exact(_principal(name, waypoints.get(name), config)) for name in names)
+    rule = Rule((Clause((Match(not_principals=trusted),)),))
+    return Policy(_GUARD + service, namespace, Scope.WORKLOAD_SELECTOR, Action.DENY, (rule,))
+
+
+def _principal(named: str, waypoint: Waypoint | None, config: Config) -> str:
+    namespace, _, name = named.partition("/")
+    return f"{config.trust_domain}/ns/{namespace}/sa/{waypoint.account if waypoint is not None else name}"
+
+
+def find_requirement_mistake(annotations: Mapping[str, str]) -> tuple[FieldPath, str] | None:
+    """A value that means nothing, and so requires nothing."""
+    value = annotations.get(WAYPOINT_REQUIRED, "false")
+    if value in ("true", "false", STRICT):
+        return None
+    return ("metadata", "annotations", WAYPOINT_REQUIRED), f"no effect: '{value}' is none of true, {STRICT} and false"
 
 
 def find_label_mistake(namespace: str, asking: Asking, binding: Binding, waypoints: Waypoints) -> str:
@@ -345,11 +386,9 @@ def _find_canary(
 ) -> tuple[Ready | Condition | None, int]:
     """The canary and its percentage, or what is wrong with it. The namespace's counts only where its waypoint does."""
     inherited = USE_WAYPOINT not in own.labels
-    asking = around if inherited and USE_WAYPOINT_CANARY not in own.labels else own
-    name = asking.labels.get(USE_WAYPOINT_CANARY)
-    if not name or name == _NONE:
+    named = _canary_name(own, around, namespace)
+    if named is None:
         return None, 0
-    named = f"{asking.labels.get(USE_WAYPOINT_CANARY_NAMESPACE) or namespace}/{name}"
     if named == primary:
         message = f'canary waypoint "{named}" must differ from the primary waypoint'
         return Condition(BOUND, False, "CanarySameAsPrimary", message), 0
@@ -360,14 +399,27 @@ def _find_canary(
     return _judge(waypoints.get(named), named, namespace, around, "service", namespace_only=namespace_only), weight
 
 
+def _canary_name(own: Asking, around: Asking, namespace: str) -> str | None:
+    """``namespace/name``; None: none is asked for."""
+    asking = around if USE_WAYPOINT not in own.labels and USE_WAYPOINT_CANARY not in own.labels else own
+    name = asking.labels.get(USE_WAYPOINT_CANARY)
+    if not name or name == _NONE:
+        return None
+    return f"{asking.labels.get(USE_WAYPOINT_CANARY_NAMESPACE) or namespace}/{name}"
+
+
 def _parse_weight(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= 3):
         return None
     return int(text) if int(text) <= 100 else None
 
 
+def _requirement(own: Asking, around: Asking) -> str:
+    return own.annotations.get(WAYPOINT_REQUIRED, around.annotations.get(WAYPOINT_REQUIRED, ""))
+
+
 def _is_required(own: Asking, around: Asking) -> bool:
-    return own.annotations.get(WAYPOINT_REQUIRED, around.annotations.get(WAYPOINT_REQUIRED)) == "true"
+    return _requirement(own, around) in ("true", STRICT)
 
 
 def _refuse(mistake: Condition, named: str, waypoints: Waypoints, config: Config) -> Binding:
@@ -379,7 +431,7 @@ def _refuse(mistake: Condition, named: str, waypoints: Waypoints, config: Config
     else:
         known = waypoints.get(named)
         hostname = known.hostname if known is not None else f"{name}.{namespace}.svc.{config.domain_suffix}"
-    told = Condition(BOUND, False, mistake.reason, f"{mistake.message}. Traffic is refused, since {WAYPOINT_REQUIRED} is true")
+    told = Condition(BOUND, False, mistake.reason, f"{mistake.message}. Traffic is refused, as {WAYPOINT_REQUIRED} asks for")
     return Binding(GatewayAddress(NamespacedHostname(namespace, hostname), INBOUND_HBONE), (), (), told)
 
 

@@ -30,6 +30,9 @@ from meshctl_py.lab.demo.tokens import Issuer
 pytestmark = pytest.mark.netns
 
 
+REQUIRED = "ambient.mesh/waypoint-required"
+
+
 def example(name: str, **values: str) -> str:
     return read_example(f"two-nodes-waypoint/{name}.yaml", **values)
 
@@ -225,6 +228,24 @@ def test_what_comes_past_the_waypoint_is_held_to_no_policy_there_and_agents_can_
     finally:
         lab.remove("only.yaml")
         wait_until(lambda: ask(lab, past).status == 200, "the policy is gone")
+
+
+def test_pods_of_a_service_that_requires_its_waypoint_strictly_let_in_nobody_else(lab: Lab) -> None:
+    web = (lab.source / "web.yaml").read_text()
+    plain, strict = (f"metadata: {{name: web, namespace: shop{more}}}" for more in ("", f", annotations: {{{REQUIRED}: strict}}"))
+    assert plain in web
+    past = [f"http://{f'[{ip}]' if ':' in ip else ip}:8080/" for ip in lab.pod("shop/web-v1")["ips"]]
+    assert len(past) == 2
+    lab.write("web.yaml", web.replace(plain, strict))
+    try:
+        wait_until(lambda: {ask(lab, url).status for url in past} == {0}, "the pod's agent refuses who does not come by the waypoint")
+        assert {ask(lab, url, client="outside/caller").status for url in (*past, "http://web.shop/")} == {0}
+        assert ask(lab).status == 200
+        wait_until(lambda: lab.access("n2", "shop/sa/client", "waypoint_required_by_web"), "its log says why")
+        assert all(pod["ready"] for pod in lab.status()["pods"]), "probes are none of it"
+    finally:
+        lab.write("web.yaml", web)
+        wait_until(lambda: {ask(lab, url).status for url in past} == {200}, "it is required no more")
 
 
 def test_a_policy_that_cannot_be_understood_denies_until_it_can(lab: Lab) -> None:

@@ -10,6 +10,7 @@ import pytest
 from istiod_py.translate import Condition, Config, Translation, translate
 from mesh.kube.objects import ObjectKey
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress
+from mesh.model.policy import Action, Exact, Match, Scope
 from mesh.model.service import WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, TunnelApplicationProtocol
 from mesh.testing.objects import objects_from_yaml
@@ -451,7 +452,7 @@ def test_traffic_that_must_pass_a_waypoint_is_sent_to_it_though_it_is_not_ready(
     condition = condition_of(found)
     assert condition is not None
     assert (condition.status, condition.reason) == (False, "WaypointIsNotReady")
-    assert condition.message == 'waypoint "shop/waypoint" is not ready. Traffic is refused, since ambient.mesh/waypoint-required is true'
+    assert condition.message == 'waypoint "shop/waypoint" is not ready. Traffic is refused, as ambient.mesh/waypoint-required asks for'
 
 
 def test_what_may_never_be_used_is_named_so_that_it_can_become_nobodys_service() -> None:
@@ -472,6 +473,54 @@ def test_an_object_may_do_without_what_its_namespace_requires() -> None:
 def test_a_namespace_that_requires_a_waypoint_for_services_does_not_cut_off_its_pods() -> None:
     found = told(namespace(metadata=f"{NAMESPACE_USES}, {REQUIRED}"), pod())
     assert found.workloads["Kubernetes//Pod/shop/web-1"].waypoint is None
+
+
+STRICTLY = REQUIRED.replace('"true"', "strict")
+GUARD = "shop/waypoint_required_by_web"
+WEB_POD = "labels: {app: web}"
+
+
+def guard(found: Translation) -> list[str] | None:
+    """Whom the pods let in, where they let in nobody else."""
+    named = found.workloads["Kubernetes//Pod/shop/web-1"].authorization_policies
+    assert (GUARD in named) is (GUARD in found.policies)
+    if GUARD not in named:
+        return None
+    policy = found.policies[GUARD]
+    assert (policy.action, policy.scope, policy.dry_run) == (Action.DENY, Scope.WORKLOAD_SELECTOR, False)
+    ((match,),) = [clause.matches for clause in policy.rules[0].clauses]
+    assert match == Match(not_principals=match.not_principals)
+    return [each.value for each in match.not_principals if isinstance(each, Exact)]
+
+
+@pytest.mark.parametrize("level", ["service", "namespace"])
+@pytest.mark.parametrize("ready", [True, False])
+def test_who_requires_its_waypoint_strictly_lets_nobody_else_in(level: str, ready: bool) -> None:
+    on_service = f"{USE}, {STRICTLY}" if level == "service" else ""
+    on_namespace = f"{NAMESPACE_USES}, {STRICTLY}" if level == "namespace" else ""
+    found = told(namespace(metadata=on_namespace), gateway(ready=ready), service(metadata=on_service), pod(metadata=WEB_POD), pod("b"))
+    assert guard(found) == ["cluster.local/ns/shop/sa/waypoint"]
+    assert waypoint_of(found) == at(), "and clients go there, as always where it is required"
+    assert found.workloads["Kubernetes//Pod/shop/b"].authorization_policies == ()
+
+
+@pytest.mark.parametrize("metadata", [USE, f"{USE}, {REQUIRED}", STRICTLY, f"labels: {{istio.io/use-waypoint: none}}, {STRICTLY}"])
+def test_who_does_not_require_one_strictly_lets_in_whom_it_did(metadata: str) -> None:
+    assert guard(told(namespace(), gateway(), service(metadata=metadata), pod(metadata=WEB_POD))) is None
+
+
+def test_a_canary_and_a_service_account_of_another_name_are_let_in() -> None:
+    named = gateway().replace("metadata: {", "metadata: {annotations: {gateway.istio.io/service-account: way}, ")
+    metadata = canary().replace("annotations: {", "annotations: {ambient.mesh/waypoint-required: strict, ")
+    found = told(namespace(), named, gateway("next"), service(metadata=metadata), pod(metadata=WEB_POD))
+    assert guard(found) == ["cluster.local/ns/shop/sa/way", "cluster.local/ns/shop/sa/next"]
+
+
+def test_what_the_annotation_does_not_know_is_told() -> None:
+    metadata = f"{USE}, {STRICTLY.replace('strict', 'Strict')}"
+    assert problems_of(namespace(), gateway(), service(metadata=metadata)) == [
+        "metadata.annotations[\"ambient.mesh/waypoint-required\"]: no effect: 'Strict' is none of true, strict and false"
+    ]
 
 
 # What a change costs
