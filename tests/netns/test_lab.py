@@ -393,9 +393,10 @@ def test_a_killed_keeper_takes_the_lab_along_and_down_removes_its_files(tmp_path
     with start_lab(tmp_path, name, UpOptions(with_mesh=False)) as starting:
         assert isinstance([*starting][-1], Ready)
     assert home.alive
-    for pid in processes_of(home):
-        if victim.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+    # All are looked at before one is killed: the others go with it.
+    victims = [pid for pid in processes_of(home) if victim.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not home.alive and not processes_of(home), "no process is left")
     listing, _ = meshctl("list").communicate(timeout=30)
     assert f"{name}" in listing
