@@ -20,7 +20,7 @@ from mesh.reactor.relay import relay_tunnel
 from mesh.reactor.tcp import Listener, listen_on
 from mesh.state.store import Delta
 from mesh.testing.ca import FakeCa
-from mesh.tls.contexts import server_context
+from mesh.tls.contexts import hbone_context
 from tests.unit.ztunnel_py.mover.conftest import CA
 from ztunnel_py.mover import credentials, missed, outbound, pod
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
@@ -379,7 +379,7 @@ class Waypoint:
 
     def start(self) -> None:
         sock = socket.create_server((str(self.pod.ip), 15008))
-        context = server_context(CA.issue(self.pod.identity()))
+        context = hbone_context(CA.issue(self.pod.identity()))
         reactor = self.world.reactor
 
         def requested(request: TunnelRequest) -> None:
