@@ -332,8 +332,7 @@ def _proxies(lab: Lab, namespace: str, commands: Mapping[str, list[str]]) -> Ite
             process = stack.enter_context(_ended(starting.start(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)))
             port = INBOUND_HBONE if name == "server" else OUTBOUND
 
-            _wait_for_port(process, port, Path(log.name))
-            pids.append(_child(process.pid))
+            pids.append(_wait_for_port(process, port, Path(log.name)))
         rules = lab.open_command("client", ["nft", "-f", "-"], namespace=namespace).start(stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         _, complaint = rules.communicate(_RULES)
         if rules.returncode != 0:
@@ -341,13 +340,19 @@ def _proxies(lab: Lab, namespace: str, commands: Mapping[str, list[str]]) -> Ite
         yield tuple(pids)
 
 
-def _wait_for_port(process: Popen, port: int, log: Path) -> None:
+def _wait_for_port(process: Popen, port: int, log: Path) -> int:
+    """The command's own process, once it listens. Raises Broken."""
+    found: list[int] = []
+
     def listens() -> bool:
         if process.poll() is not None:
             raise Broken(f"it has ended: {log.read_text(errors='replace')[-2000:]}")
-        return is_listening(process.pid, port)
+        # Not asked of the process that we started: it may not have entered the pod yet, and outside somebody else may listen on the port.
+        found[:] = _children(process.pid)[:1]
+        return bool(found) and is_listening(found[0], port)
 
     wait_until(listens, f"somebody listens on port {port}; {log.name}: {log.read_text(errors='replace')[-2000:]}")
+    return found[0]
 
 
 def _warm(subject: Subject) -> float:
@@ -375,10 +380,9 @@ def pod_ip(lab: Lab, namespace: str, name: str) -> str:
     return next(pod.ips[0] for pod in lab.status().pods if (pod.namespace, pod.name) == (namespace, name))
 
 
-def _child(pid: int) -> int:
+def _children(pid: int) -> list[int]:
     """The command's own process: the one we started waits for it outside the pod's PID namespace."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(children[0]) if children else pid
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 @contextmanager
