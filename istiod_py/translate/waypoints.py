@@ -255,6 +255,12 @@ def find_label_mistake(namespace: str, asking: Asking, binding: Binding, waypoin
     return f"there is no Gateway {named}, and {effect}{hint}"
 
 
+def find_required_mistake(annotations: Mapping[str, str]) -> str:
+    """What is wrong with the annotation ``ambient.mesh/waypoint-required``; empty: nothing."""
+    said = annotations.get(WAYPOINT_REQUIRED, "false")
+    return "" if said in ("true", "false") else f"expected 'true' or 'false', found '{said[:80]}': it counts as 'true'"
+
+
 def find_gateway_mistakes(gateway: KubeGateway, classes: Mapping[str, KubeGatewayClass]) -> Iterator[tuple[FieldPath, str]]:
     """Fields of a Gateway that would be a waypoint and, as it stands, is none, and why. ``classes``: by name."""
     known = {*classes, WAYPOINT_CLASS}
@@ -354,7 +360,8 @@ def _parse_weight(text: str) -> int | None:
 
 
 def _is_required(own: Asking, around: Asking) -> bool:
-    return own.annotations.get(WAYPOINT_REQUIRED, around.annotations.get(WAYPOINT_REQUIRED)) == "true"
+    """What is neither ``true`` nor ``false`` requires too (`find_required_mistake`): it was written to close something."""
+    return own.annotations.get(WAYPOINT_REQUIRED, around.annotations.get(WAYPOINT_REQUIRED, "false")) != "false"
 
 
 def _refuse(mistake: Condition, named: str, waypoints: Waypoints, config: Config) -> Binding:

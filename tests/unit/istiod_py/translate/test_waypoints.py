@@ -474,6 +474,27 @@ def test_a_namespace_that_requires_a_waypoint_for_services_does_not_cut_off_its_
     assert found.workloads["Kubernetes//Pod/shop/web-1"].waypoint is None
 
 
+UNCLEAR = REQUIRED.replace("true", "True")
+UNCLEAR_IS_TOLD = "metadata.annotations[\"ambient.mesh/waypoint-required\"]: expected 'true' or 'false', found 'True': it counts as 'true'"
+
+
+@pytest.mark.parametrize("level", ["service", "namespace"])
+def test_a_requirement_that_is_neither_true_nor_false_holds_and_is_told(level: str) -> None:
+    texts = (
+        namespace(metadata=f"{NAMESPACE_USES}, {UNCLEAR}" if level == "namespace" else ""),
+        gateway(ready=False),
+        service(metadata=f"{USE}, {UNCLEAR}" if level == "service" else ""),
+    )
+    assert waypoint_of(told(*texts)) == at()
+    assert problems_of(*texts) == [UNCLEAR_IS_TOLD]
+
+
+@pytest.mark.parametrize("level", ["namespace", "pod"])
+def test_an_unclear_requirement_is_told_where_no_label_asks_for_a_waypoint(level: str) -> None:
+    texts = namespace(metadata=UNCLEAR if level == "namespace" else ""), pod(metadata=UNCLEAR if level == "pod" else "")
+    assert problems_of(*texts) == [UNCLEAR_IS_TOLD]
+
+
 # What a change costs
 
 
