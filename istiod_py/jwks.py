@@ -106,7 +106,7 @@ class KeySetKeeper:
     def problems(self) -> dict[KeySource, str]:
         """Why a set that is wanted could not be fetched the last time, and what is used instead."""
         found = ((source, self._entries.get(source)) for source in self._wanted)
-        return {source: _describe(entry) for source, entry in found if entry is not None and entry.problem}
+        return {source: _describe(source, entry) for source, entry in found if entry is not None and entry.problem}
 
     def recall(self, sets: KeptSets) -> None:
         """Start with what an earlier process had: used until there is something newer, and renewed as soon as it is wanted."""
@@ -233,10 +233,12 @@ class KeySetKeeper:
         self._changed = trio.Event()
 
 
-def _describe(entry: _Entry) -> str:
+def _describe(source: KeySource, entry: _Entry) -> str:
+    """In words that follow the source's name."""
+    problem = entry.problem.removeprefix(f"{source.uri}: ")
     if entry.keys is None:
-        return entry.problem
-    return f"{entry.problem}; the keys that were fetched at {datetime.fromtimestamp(entry.fetched, UTC):%Y-%m-%dT%H:%M:%SZ} stay in use"
+        return f"{problem}; until there are keys, its tokens are refused"
+    return f"{problem}; the keys that were fetched at {datetime.fromtimestamp(entry.fetched, UTC):%Y-%m-%dT%H:%M:%SZ} stay in use"
 
 
 def _decode(uri: str, body: bytes) -> str:

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from mesh.model.address import InvalidAddress, NetworkAddress, SocketAddress
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
@@ -38,6 +38,10 @@ class InvalidQuestion(ValueError):
     """The question is none; the text says what was expected."""
 
 
+_PARAMETERS: Final = frozenset({"destination", "peer", "peer_address", "method", "path", "authority"})
+_HEADER: Final = "header."
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """A request as a client would send it. ``peer``: who; ``peer_address``: from where."""
@@ -50,7 +54,10 @@ class Question:
     @classmethod
     def parse(cls, query: Mapping[str, str]) -> Question:
         """Of ``destination``, ``peer`` and optionally ``peer_address``, ``method``, ``path``, ``authority``, ``header.NAME``.
-        Raises InvalidQuestion."""
+        Raises InvalidQuestion, also of what is none of these: left out, it would be answered for another request than was meant."""
+        for name in query:
+            if name not in _PARAMETERS and not name.startswith(_HEADER):
+                raise InvalidQuestion(f"{name}: no such parameter")
         try:
             target = parse_authority(query.get("destination", ""))
             peer = SpiffeId.parse(query.get("peer", ""))
@@ -62,7 +69,7 @@ class Question:
         except InvalidAddress as exc:
             raise InvalidQuestion(f"peer_address: {exc}") from exc
         headers: Headers = [
-            (name.removeprefix("header.").lower().encode(), value.encode()) for name, value in query.items() if name.startswith("header.")
+            (name.removeprefix(_HEADER).lower().encode(), value.encode()) for name, value in query.items() if name.startswith(_HEADER)
         ]
         request = Request(
             query.get("method", "GET").encode(),

@@ -47,7 +47,7 @@ from istiod_py.translate.waypoints import (
     find_guard,
     find_label_mistake,
     find_own,
-    find_requirement_mistake,
+    find_required_mistake,
     find_waypoints,
 )
 from mesh.kube.endpointslice import KubeEndpointSlice, read_endpoint_slice
@@ -61,7 +61,7 @@ from mesh.kube.serviceentry import KubeServiceEntry, read_service_entry
 from mesh.kube.workloadentry import KubeWorkloadEntry, read_workload_entry
 from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname
 from mesh.model.l7.waypoint import L7Resource
-from mesh.model.labels import GATEWAY_NAME, NETWORK, REVISION, USE_WAYPOINT
+from mesh.model.labels import GATEWAY_NAME, NETWORK, REVISION, USE_WAYPOINT, WAYPOINT_REQUIRED
 from mesh.model.policy import Policy
 from mesh.model.service import Service, Visibility, WeightedWaypoint
 from mesh.model.workload import ApplicationTunnel, Locality, Workload
@@ -392,12 +392,13 @@ class _Translator:
     def _report_waypoints(
         self, gateways: Mapping[ObjectKey, Read[KubeGateway]], classes: Mapping[ObjectKey, Read[KubeGatewayClass]]
     ) -> None:
-        """What Gateways and the labels of Namespaces say in vain; those of single objects are looked at as the objects are bound."""
+        """What Gateways, and labels and annotations of Namespaces, say in vain; single objects are looked at as they are bound."""
         by_name = {each.name: each for each in _good(classes)}
         for read in gateways.values():
             if read.good:
                 self._problems.extend(read.obj.problem(path, message) for path, message in find_gateway_mistakes(read.value, by_name))
         for name, obj in self._namespaces.items():
+            self._report_required(obj)
             if USE_WAYPOINT in obj.labels:
                 binding = bind_service(name, Asking(), self._asking_of(name), self._waypoints, self._config)
                 if binding.condition is not None and binding.condition.reason != "UnsupportedTrafficType":  # it may be for workloads
@@ -408,8 +409,14 @@ class _Translator:
             mistake = find_label_mistake(namespace, Asking(obj.labels, obj.annotations), binding, self._waypoints)
             if mistake:
                 self._problems.append(obj.problem(("metadata", "labels", USE_WAYPOINT), mistake))
-        mistakes = find_canary_mistake(Asking(obj.labels, obj.annotations), binding), find_requirement_mistake(obj.annotations)
-        self._problems.extend(obj.problem(*mistake) for mistake in mistakes if mistake is not None)
+        canary = find_canary_mistake(Asking(obj.labels, obj.annotations), binding)
+        if canary is not None:
+            self._problems.append(obj.problem(*canary))
+
+    def _report_required(self, obj: KubeObject) -> None:
+        mistake = find_required_mistake(obj.annotations)
+        if mistake:
+            self._problems.append(obj.problem(("metadata", "annotations", WAYPOINT_REQUIRED), mistake))
 
     def _asking_of(self, namespace: str) -> Asking:
         known = self._asking.get(namespace)
@@ -454,6 +461,7 @@ class _Translator:
     def _report_binding(self, obj: KubeObject, binding: Binding) -> None:
         """On the object; one that no longer asks for a waypoint is told as long as its status still speaks of one."""
         self._report_label(obj, obj.namespace, binding)
+        self._report_required(obj)
         if binding.condition is not None:
             self._statuses[obj.key] = (binding.condition,)
         elif _has_condition(obj, BOUND):
@@ -492,6 +500,7 @@ class _Translator:
                 locality = self._localities.get(pod.node, _NOWHERE)
                 binding = self._bind_workload(key, pod.labels, pod.annotations)
                 self._report_label(read.obj, key.namespace, binding)
+                self._report_required(read.obj)
                 own = find_own(key.namespace, Asking(pod.labels), self._waypoints) if GATEWAY_NAME in pod.labels else None
                 tunnel = own.tunnel if own is not None else None
                 forsaken = is_forsaken(pod, captors)

@@ -270,14 +270,6 @@ def _principal(named: str, waypoint: Waypoint | None, config: Config) -> str:
     return f"{config.trust_domain}/ns/{namespace}/sa/{waypoint.account if waypoint is not None else name}"
 
 
-def find_requirement_mistake(annotations: Mapping[str, str]) -> tuple[FieldPath, str] | None:
-    """A value that means nothing, and so requires nothing."""
-    value = annotations.get(WAYPOINT_REQUIRED, "false")
-    if value in ("true", "false", STRICT):
-        return None
-    return ("metadata", "annotations", WAYPOINT_REQUIRED), f"no effect: '{value}' is none of true, {STRICT} and false"
-
-
 def find_label_mistake(namespace: str, asking: Asking, binding: Binding, waypoints: Waypoints) -> str:
     """What is wrong with the label ``istio.io/use-waypoint`` of ``asking``, which was bound so; empty: nothing, or nothing but that the
     waypoint is not ready yet, which its Gateway tells."""
@@ -307,6 +299,12 @@ def find_canary_mistake(asking: Asking, binding: Binding) -> tuple[FieldPath, st
     if USE_WAYPOINT_CANARY in asking.labels:
         return ("metadata", "labels", USE_WAYPOINT_CANARY), f"no effect: {binding.canary.message}"
     return None
+
+
+def find_required_mistake(annotations: Mapping[str, str]) -> str:
+    """What is wrong with the annotation ``ambient.mesh/waypoint-required``; empty: nothing."""
+    said = annotations.get(WAYPOINT_REQUIRED, "false")
+    return "" if said in ("true", STRICT, "false") else f"expected 'true', '{STRICT}' or 'false', found '{said[:80]}': it counts as 'true'"
 
 
 def find_gateway_mistakes(gateway: KubeGateway, classes: Mapping[str, KubeGatewayClass]) -> Iterator[tuple[FieldPath, str]]:
@@ -415,11 +413,12 @@ def _parse_weight(text: str) -> int | None:
 
 
 def _requirement(own: Asking, around: Asking) -> str:
-    return own.annotations.get(WAYPOINT_REQUIRED, around.annotations.get(WAYPOINT_REQUIRED, ""))
+    return own.annotations.get(WAYPOINT_REQUIRED, around.annotations.get(WAYPOINT_REQUIRED, "false"))
 
 
 def _is_required(own: Asking, around: Asking) -> bool:
-    return _requirement(own, around) in ("true", STRICT)
+    """What is no value of the annotation requires too (`find_required_mistake`): it was written to close something."""
+    return _requirement(own, around) != "false"
 
 
 def _refuse(mistake: Condition, named: str, waypoints: Waypoints, config: Config) -> Binding:

@@ -116,3 +116,9 @@ def test_connections_that_are_not_let_in_are_told_why() -> None:
 def test_a_question_that_is_none_is_told_what_lacks(query: dict[str, str]) -> None:
     with pytest.raises(InvalidQuestion):
         Question.parse(query)
+
+
+@pytest.mark.parametrize("name", ["methods", "headers.x-user", "header", ""])
+def test_a_parameter_that_is_none_is_refused_rather_than_left_out(name: str) -> None:
+    with pytest.raises(InvalidQuestion, match=f"^{name}: no such parameter"):
+        Question.parse({"destination": str(VIP), "peer": str(CLIENT), name: "POST"})

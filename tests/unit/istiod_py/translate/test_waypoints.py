@@ -516,11 +516,27 @@ def test_a_canary_and_a_service_account_of_another_name_are_let_in() -> None:
     assert guard(found) == ["cluster.local/ns/shop/sa/way", "cluster.local/ns/shop/sa/next"]
 
 
-def test_what_the_annotation_does_not_know_is_told() -> None:
-    metadata = f"{USE}, {STRICTLY.replace('strict', 'Strict')}"
-    assert problems_of(namespace(), gateway(), service(metadata=metadata)) == [
-        "metadata.annotations[\"ambient.mesh/waypoint-required\"]: no effect: 'Strict' is none of true, strict and false"
-    ]
+UNCLEAR = REQUIRED.replace("true", "True")
+UNCLEAR_IS_TOLD = (
+    "metadata.annotations[\"ambient.mesh/waypoint-required\"]: expected 'true', 'strict' or 'false', found 'True': it counts as 'true'"
+)
+
+
+@pytest.mark.parametrize("level", ["service", "namespace"])
+def test_a_requirement_that_is_neither_true_nor_false_holds_and_is_told(level: str) -> None:
+    texts = (
+        namespace(metadata=f"{NAMESPACE_USES}, {UNCLEAR}" if level == "namespace" else ""),
+        gateway(ready=False),
+        service(metadata=f"{USE}, {UNCLEAR}" if level == "service" else ""),
+    )
+    assert waypoint_of(told(*texts)) == at()
+    assert problems_of(*texts) == [UNCLEAR_IS_TOLD]
+
+
+@pytest.mark.parametrize("level", ["namespace", "pod"])
+def test_an_unclear_requirement_is_told_where_no_label_asks_for_a_waypoint(level: str) -> None:
+    texts = namespace(metadata=UNCLEAR if level == "namespace" else ""), pod(metadata=UNCLEAR if level == "pod" else "")
+    assert problems_of(*texts) == [UNCLEAR_IS_TOLD]
 
 
 # What a change costs
