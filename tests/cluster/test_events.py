@@ -85,9 +85,10 @@ def test_sigkill_of_a_whole_agent_is_over_soon(mesh: Cluster, load: Load, figure
 
 
 def test_sigkill_of_an_agent_and_of_the_mover_beside_it_is_over_when_they_are_back(mesh: Cluster, load: Load, figures: Figures) -> None:
-    """Nobody is left who holds the sockets, so connections are refused until kubelet and agent have done their parts."""
+    """Nobody is left who holds the sockets, so connections are refused until kubelet and agent have done their parts. Not on the node of
+    the test before: a container that has just ended once the kubelet starts again after ten seconds only."""
     killed = time.time()
-    for pid in processes(mesh, "n2", spare=True):
+    for pid in processes(mesh, "n1", spare=True):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not rolled_out(mesh, "DaemonSet", "ztunnel"), "the kill is felt")
