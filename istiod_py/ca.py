@@ -270,6 +270,14 @@ def _make_root(key: SigningKey, trust_domain: str, now: datetime) -> x509.Certif
 
 # The plugged-in authority
 
+MOUNTED: Final = Path("/etc/cacerts")
+"""Where deploy/control-plane mounts Secret ``cacerts``, as Istio does; empty if there is none."""
+
+
+def find_plugged_in(given: Path | None, mounted: Path = MOUNTED) -> Path | None:
+    """The directory of the operator's authority; None: there is none. One that is given must hold it, what is mounted need not."""
+    return given or (mounted if mounted.is_dir() and any(mounted.iterdir()) else None)
+
 
 def load_plugged_in(directory: Path, now: datetime) -> Material:
     """Read and verify Istio's ``cacerts`` files: the key is the certificate's, and a path of valid CAs leads to a root. Raises CaError."""

@@ -11,7 +11,7 @@ from typing import Final, Self
 
 import trio
 
-from istiod_py.ca import CaError, CertificateAuthority
+from istiod_py.ca import CaError, CertificateAuthority, find_plugged_in
 from istiod_py.config import Config
 from istiod_py.deploy import GatewayController
 from istiod_py.deploy.cluster import ClusterPlace, make_template
@@ -69,8 +69,8 @@ class KubernetesSource:
     async def open(cls, config: Config, now: datetime, *, connect: Connect | None = None) -> Self:
         """Raises KubeconfigError; CaError. Waits for an API server that is not up yet. ``connect`` is for tests."""
         client = ApiClient(find_access(config.kubeconfig), connect=connect)
-        if config.cacerts is not None:
-            return cls(config, client, CertificateAuthority.plugged_in(config.cacerts, now), None)
+        if (cacerts := find_plugged_in(config.cacerts)) is not None:
+            return cls(config, client, CertificateAuthority.plugged_in(cacerts, now), None)
         secret = RootSecret(client, config.root_namespace, config.trust_domain)
         while True:
             try:

@@ -83,7 +83,7 @@ def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     cluster.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}})
     first = Authority.make(directory, "first.example")
     plug_in(cluster, first, first)
-    apply(cluster, directory, patches=[("Deployment", "istiod", PLUGGED_IN), ("DaemonSet", "ztunnel", environment(ALONE | SHORT))])
+    apply(cluster, directory, patches=[("DaemonSet", "ztunnel", environment(ALONE | SHORT))])
     wait_rolled_out(cluster)
     with cluster.namespace(NAMESPACE) as namespace:
         made = apply_pods(cluster, namespace, echo_pod("client", "n1"), echo_pod("server", "n2"))
@@ -93,13 +93,6 @@ def world(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     remove(cluster, directory)
     for node in cluster.nodes:
         node.run("rm", "-f", f"{RUN}/{LIBRARY}", f"{RUN}/{CLOCK}")
-
-
-PLUGGED_IN = [
-    ("/spec/template/spec/volumes/-", {"name": "cacerts", "secret": {"secretName": "cacerts"}}),
-    ("/spec/template/spec/containers/0/volumeMounts/-", {"name": "cacerts", "mountPath": "/etc/cacerts", "readOnly": True}),
-    ("/spec/template/spec/containers/0/args/-", "--cacerts=/etc/cacerts"),
-]
 
 
 def environment(variables: dict[str, str]) -> list[tuple[str, Any]]:

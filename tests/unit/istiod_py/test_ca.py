@@ -13,7 +13,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from istiod_py.ca import DEFAULT_TTL, MAX_TTL, ROOT_LIFETIME, BadRequest, CaError, CertificateAuthority
+from istiod_py.ca import DEFAULT_TTL, MAX_TTL, ROOT_LIFETIME, BadRequest, CaError, CertificateAuthority, find_plugged_in
 from mesh.model.identity import SpiffeId
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.csr import make_request
@@ -317,6 +317,17 @@ def test_a_plugged_in_intermediate_signs_and_the_chain_leads_to_its_root(tmp_pat
     _verify(chain, NOW)
     assert not ca.refresh(NOW + timedelta(days=364))
     assert ca.issue_serving(["localhost"], NOW).chain_pem.count(b"BEGIN CERTIFICATE") == 2
+
+
+def test_an_authority_is_plugged_in_where_it_is_given_or_mounted(tmp_path):
+    given, mounted = tmp_path / "given", tmp_path / "mounted"
+    assert find_plugged_in(None, mounted) is None
+    assert find_plugged_in(given, mounted) == given, "and it is an error later if nothing is there"
+    mounted.mkdir()
+    assert find_plugged_in(None, mounted) is None, "a Secret that is not there is mounted as an empty directory"
+    (mounted / "ca-cert.pem").touch()
+    assert find_plugged_in(None, mounted) == mounted, "incomplete files are an error, never a root of our own"
+    assert find_plugged_in(given, mounted) == given
 
 
 def test_a_plugged_in_root_that_signs_itself_needs_no_chain(tmp_path):
