@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 from rich.console import Console
 from rich.status import Status
@@ -13,6 +14,8 @@ from meshctl_py.lab.home import LabHome
 from meshctl_py.lab.messages import Failed
 from meshctl_py.lab.status import LabStatus, PodStatus, Problem
 from meshctl_py.table import ERR, OUT, Table, colour_state
+
+MEANWHILE: Final = "Until it is mended, an object with a mistake stays as it last was right; a policy that never was right refuses."
 
 
 class Progress:
@@ -141,6 +144,8 @@ def _show_problems(problems: Sequence[Problem], to: Console = OUT) -> None:
         to.print(Text(f"{_count(problems, 'problem')} in the source:", style="bold"))
     for problem in problems:
         to.print(f"  {problem}", markup=False)
+    if problems:
+        to.print(MEANWHILE, markup=False, style="dim")
 
 
 def _count(things: Sequence[object], noun: str) -> str:

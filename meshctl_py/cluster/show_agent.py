@@ -24,11 +24,11 @@ from meshctl_py.table import OUT, Table, as_duration, as_size, as_time, colour_s
 CONNECTION_HEADINGS: Final = ("POD", "DIRECTION", "PEER", "SERVICE", "PEER IDENTITY", "SENT", "RECEIVED", "AGE", "BECAUSE")
 
 
-def show_page(page: Page, what: str, node: str) -> None:
-    """A whole page of ``meshctl node``."""
+def show_page(page: Page, what: str, node: str, pod: str = "") -> None:
+    """A whole page of ``meshctl node``. ``pod``: of this one alone."""
     omitted, empty = getattr(page, "omitted", 0), not getattr(page, "items", ())
     if empty:
-        OUT.print(f"no {what} on node {node}", markup=False)
+        OUT.print(f"no {what}{f' of pod {pod}' if pod else ''} on node {node}", markup=False)
     elif isinstance(page, PodsPage):
         _show_pods(page)
     elif isinstance(page, ConnectionsPage):

@@ -48,7 +48,7 @@ def _refusing(command: Callable[_P, _T]) -> Callable[_P, _T]:
 def _in_lab(command: Callable[Concatenate[Lab, _P], _T]) -> Callable[_P, _T]:
     """Gives a command its lab: that of --name, or the only one that runs."""
 
-    @click.option("--name", metavar="LAB", help="Which lab; needed when several are running.")
+    @click.option("--name", "--lab", "name", metavar="LAB", help="Which lab; needed when several are running.")
     @_refusing
     @wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -122,7 +122,7 @@ def _fail(starting: StartingLab, failure: Failed, keep: bool) -> NoReturn:
 
 @lab.command()
 @click.option("--all", "every", is_flag=True, help="End all labs.")
-@click.option("--name", metavar="LAB", help="Which lab; needed when several are running.")
+@click.option("--name", "--lab", "name", metavar="LAB", help="Which lab; needed when several are running.")
 @_refusing
 def down(every: bool, name: str | None) -> None:
     """End a lab and remove everything of it."""

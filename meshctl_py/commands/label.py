@@ -84,6 +84,8 @@ def label(
         for name in wanted.names:
             for line in apply_labels(source, wanted.kind, namespace, name, wanted.labels, overwrite=overwrite):
                 click.echo(line)
+        for line in _warn_of_mode(wanted.labels):
+            click.echo(line)
     except (LabError, LabelError) as exc:
         raise click.ClickException(str(exc)) from exc
     except OSError as exc:
@@ -168,11 +170,9 @@ async def _not_found(client: ApiClient, kind: str, namespace: str, name: str) ->
 
 async def _warnings(client: ApiClient, labels: Mapping[str, str | None]) -> list[str]:
     """What keeps an enrolment from having an effect."""
-    mode = labels.get(DATAPLANE_MODE)
-    if mode is None:
-        return []
-    if mode not in _MODES:
-        return [f"warning: {DATAPLANE_MODE}={mode} is neither ambient nor none, so it means nothing"]
+    mode, meaningless = labels.get(DATAPLANE_MODE), _warn_of_mode(labels)
+    if mode is None or meaningless:
+        return meaningless
     try:
         agents = await find_one(client, DAEMON_SETS, Controller, SYSTEM_NAMESPACE, AGENT)
     except (ApiError, ApiUnavailable):
@@ -180,6 +180,13 @@ async def _warnings(client: ApiClient, labels: Mapping[str, str | None]) -> list
     if agents is None and mode == "ambient":
         return ["warning: the mesh is not installed in this cluster, so nothing is captured: 'meshctl install'"]
     return []
+
+
+def _warn_of_mode(labels: Mapping[str, str | None]) -> list[str]:
+    mode = labels.get(DATAPLANE_MODE)
+    if mode is None or mode in _MODES:
+        return []
+    return [f"warning: {DATAPLANE_MODE}={mode} is neither ambient nor none, so it means nothing"]
 
 
 def apply_labels(

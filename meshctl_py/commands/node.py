@@ -187,15 +187,9 @@ async def _show(asked: _Question, agent: Agent) -> None:
     if asked.watch and isinstance(page, ConnectionsPage):
         await _watch(asked, agent, page)
     elif asked.output == "table":
-        show_page(page, asked.what, asked.node)
-        if "pod" in asked.query and not getattr(page, "items", ()) and not await _has_pod(asked, agent):
-            OUT.print(f"the agent has no pod {asked.query['pod']}: it is on another node, or not in the mesh", markup=False, style="yellow")
+        show_page(page, asked.what, asked.node, asked.query.get("pod", ""))
     else:
         show_data(page, asked.output)
-
-
-async def _has_pod(asked: _Question, agent: Agent) -> bool:
-    return bool((await agent.ask("pods", asked.query, inspection.PodsPage)).items)
 
 
 async def _watch(asked: _Question, agent: Agent, page: ConnectionsPage) -> None:

@@ -170,7 +170,10 @@ class Pages:
     async def _policies(self, wanted: Wanted) -> inspection.ObjectsPage:
         policies = sorted(self._state.policies(), key=lambda policy: policy.key)
         if wanted.pod:
-            applied = {id(policy) for workload in self._workloads_of(wanted) for policy in self._state.policies_for(workload).policies}
+            workloads = list(self._workloads_of(wanted))
+            if not workloads:  # of a misspelt name no policies would read as if nothing guarded the pod
+                raise BadQuery(f"the agent of node {self._config.node_name} knows no pod {wanted.pod}{_where(wanted)}", 404)
+            applied = {id(policy) for workload in workloads for policy in self._state.policies_for(workload).policies}
             policies = [policy for policy in policies if id(policy) in applied]
         elif wanted.namespace:
             policies = [policy for policy in policies if policy.namespace == wanted.namespace]
@@ -203,12 +206,15 @@ class Pages:
         """This node's pods that were asked for, in order. Raises BadQuery when one was named that is not there."""
         found = [(pod, status) for pod, status in self._pods.statuses().values() if wanted.names(pod.namespace, pod.name)]
         if wanted.pod and not found:
-            where = f" in namespace {wanted.namespace}" if wanted.namespace else ""
-            raise BadQuery(f"the agent of node {self._config.node_name} has nothing to do with a pod {wanted.pod}{where}", 404)
+            raise BadQuery(f"the agent of node {self._config.node_name} has nothing to do with a pod {wanted.pod}{_where(wanted)}", 404)
         return sorted(found, key=lambda entry: (entry[0].namespace, entry[0].name))
 
     def _workloads_of(self, wanted: Wanted) -> Iterator[Workload]:
         return (workload for workload in self._state.workloads() if wanted.names(workload.namespace, workload.name))
+
+
+def _where(wanted: Wanted) -> str:
+    return f" in namespace {wanted.namespace}" if wanted.namespace else ""
 
 
 def _answering(page: _PageFunction) -> Handler:

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from meshctl_py.__main__ import main
 from meshctl_py.commands import lab as commands
+from meshctl_py.lab import home
 from meshctl_py.lab.home import LabHome
 
 
@@ -61,3 +62,10 @@ def test_a_log_is_found_by_the_names_that_status_shows(arguments: tuple[str, ...
 )
 def test_a_log_that_is_not_found_is_refused_with_where_it_was_looked_for(arguments: tuple[str, ...], message: str) -> None:
     assert message in logs(*arguments)
+
+
+@pytest.mark.parametrize("flag", ["--name", "--lab"])
+def test_a_lab_is_chosen_by_the_flag_of_the_other_commands_too(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(home, "own_labs", lambda: tmp_path)
+    result = CliRunner().invoke(main, ["lab", "status", flag, "nope"])
+    assert (result.exit_code, result.output) == (1, "Error: no lab named nope is running\n")

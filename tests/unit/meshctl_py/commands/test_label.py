@@ -49,6 +49,12 @@ def test_a_namespace_is_labelled_and_its_comments_stay(source: Path) -> None:
     assert "name: shop  # sells coffee\n" in text
 
 
+def test_a_mode_that_means_nothing_is_warned_of(source: Path) -> None:
+    result = label(source, "namespace", "shop", "istio.io/dataplane-mode=ambeint")
+    warning = "warning: istio.io/dataplane-mode=ambeint is neither ambient nor none, so it means nothing"
+    assert (result.output.splitlines(), result.exit_code) == (["namespace/shop labeled", warning], 0)
+
+
 def test_the_same_label_again_changes_nothing(source: Path) -> None:
     assert label(source, "ns", "shop", "tier=gold").output == "namespace/shop not labeled\n"
     assert (source / "shop.yaml").read_text() == YAML

@@ -144,6 +144,11 @@ def test_policies_of_a_pod_are_those_that_apply_to_it() -> None:
     assert names(namespace="bank") == ["other"]
 
 
+def test_policies_of_a_pod_that_nobody_knows_are_not_none() -> None:
+    response = get("/debug/policies", pod="shop/wbe")
+    assert (response.status, response.body) == (404, b"the agent of node n1 knows no pod wbe in namespace shop\n")
+
+
 def test_a_certificate_that_is_awaited_is_told_without_a_chain() -> None:
     (page,) = msgspec.json.decode(get("/debug/certificates", pod="web").body, type=inspection.CertificatesPage).items
     assert (page.identity, page.state, page.chain) == ("spiffe://cluster.local/ns/shop/sa/web", "Initializing", [])
