@@ -319,11 +319,11 @@ class HttpConnection:
     def _settle_soon(self) -> None:
         """Before the loop waits again: a head, its body and its end, and the answers of many streams, leave together. At once when `room`
         may be none: the stream tells that it has drained only of what it has been given."""
-        if self._settling or self._handling or self._over:
+        if self._handling or self._over:
             return
         if self.is_crowded:
             self._settle()
-        else:
+        elif not self._settling:
             self._settling = True
             self.plane.reactor.call_soon(self._settle, self.abort)
 

@@ -427,6 +427,26 @@ def test_a_client_that_stops_reading_the_last_answer_is_cut_off(talk: Talk) -> N
     assert talk.stage.wire.over
 
 
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_an_answer_goes_on_when_the_network_takes_at_once_what_was_kept_for_the_turns_end(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    taken = bytearray()
+    monkeypatch.setattr(talk.stage.wire, "write", taken.extend)  # it never has anything unsent, so it never tells that it has drained
+    talk.say(GET)
+    call = talk.upstream()
+    call.responded = True
+    piece = b"x" * (HIGH_WATER // 2 + 1)
+    call.sink.response(Response(200, [], content_length=pieces * len(piece)), False)
+    for _ in range(pieces):
+        call.unconsumed += len(piece)
+        call.sink.data(piece)
+    call.over = True
+    call.sink.complete([])
+    talk.stage.clock.turn()
+    assert bytes(taken).endswith(b"\r\n\r\n" + pieces * piece)
+
+
 # What is told of it
 
 
