@@ -110,7 +110,7 @@ class Server:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             descriptor = sock.fileno()
             self._socks[descriptor] = sock
-            self._handlers[descriptor] = lambda _events, sock=sock: self._greet(sock)  # type: ignore[misc]
+            self._handlers[descriptor] = lambda _events, sock=sock: self._greet(sock)  # type: ignore[misc]  # of the loop's variable
             self._epoll.register(descriptor, select.EPOLLIN)
 
     def _greet(self, sock: socket.socket) -> None:
@@ -218,7 +218,8 @@ class Client:
     def _open(self, host: str, port: int, count: int, parallel: int, done: Callable[[socket.socket], object]) -> None:
         """Open connections and exchange a message on each; ``done`` takes them over."""
         epoll = select.epoll()
-        living: dict[int, list[object]] = {}
+        living: dict[int, socket.socket] = {}
+        received: dict[int, int] = {}
         address = (host, port)
         stream, nodelay, tcp = socket.SOCK_STREAM | socket.SOCK_NONBLOCK, socket.TCP_NODELAY, socket.IPPROTO_TCP
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -228,12 +229,11 @@ class Client:
                 sock = socket.socket(family, stream)
                 sock.setsockopt(tcp, nodelay, 1)
                 sock.connect_ex(address)
-                living[sock.fileno()] = [sock, 0]
+                living[sock.fileno()], received[sock.fileno()] = sock, 0
                 epoll.register(sock.fileno(), select.EPOLLOUT)
                 started += 1
             for descriptor, events in wait(epoll):
-                entry = living[descriptor]
-                sock = entry[0]  # type: ignore[assignment]
+                sock = living[descriptor]
                 if events == select.EPOLLOUT:
                     sock.send(_REQUEST)
                     epoll.modify(descriptor, select.EPOLLIN)
@@ -241,8 +241,8 @@ class Client:
                 size = sock.recv_into(_scratch)  # raises what became of a connection that failed
                 if not size:
                     raise ConnectionError(f"connection {finished + 1} of {count} ended without an answer")
-                entry[1] += size  # type: ignore[operator]
-                if entry[1] >= MESSAGE:  # type: ignore[operator]
+                received[descriptor] += size
+                if received[descriptor] >= MESSAGE:
                     epoll.unregister(descriptor)
                     del living[descriptor]
                     done(sock)

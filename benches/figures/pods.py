@@ -90,7 +90,7 @@ def _is_captured(overlay: Path) -> bool:
         found = json.loads(overlay.read_text())
     except FileNotFoundError:
         return False
-    return found["metadata"].get("annotations", {}).get(REDIRECTION) == "enabled"  # type: ignore[no-any-return]
+    return bool(found["metadata"].get("annotations", {}).get(REDIRECTION) == "enabled")
 
 
 def _add_size(record: Record, case: str, kib: int, descriptors: int) -> None:

@@ -48,7 +48,7 @@ def _task(case: str, connections: int, rate: int) -> Task:
 
     quantities: dict[str, Quantity] = {"cpu us/trip": lambda cpu, seen: cpu / seen["trips"] * 1e6}
     for name, shown in (("p50", "us p50"), ("p99", "us p99"), ("p999", "us p99.9")):
-        quantities[shown] = lambda _, seen, name=name: seen[name] * 1e6  # type: ignore[misc]
+        quantities[shown] = lambda _, seen, name=name: seen[name] * 1e6  # type: ignore[misc]  # of the loop's variable
     if not rate:
         quantities["trips/s"] = lambda _, seen: seen["trips"] / seen["seconds"]
     return Task(case, work, quantities)

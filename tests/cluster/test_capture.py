@@ -193,7 +193,7 @@ def test_the_node_itself_and_node_ports_and_names_go_on_working(mesh: Cluster, s
     exposed["spec"] |= {"type": "NodePort", "ports": [{"port": PORT, "targetPort": PORT, "nodePort": 30700}]}
     mesh.api.create("/api/v1/namespaces/there/services", exposed)
     for node in mesh.nodes:
-        address = next(a["address"] for a in mesh.api.find("Node", node.name)["status"]["addresses"] if a["type"] == "InternalIP")  # type: ignore[index]
+        address = next(a["address"] for a in mesh.api.find("Node", node.name)["status"]["addresses"] if a["type"] == "InternalIP")
         for other in mesh.nodes:
             wait_until(
                 lambda node=other, host=address: from_node(node, host, 30700) == "hello", f"node port of {node.name} from {other.name}"
@@ -275,7 +275,7 @@ def test_a_labelled_pod_on_the_hosts_network_is_left_alone_and_told(mesh: Cluste
 
 def test_a_tainted_node_is_freed_when_its_agent_is_ready(mesh: Cluster) -> None:
     mesh.kubectl("taint", "node", "n2", "cni.istio.io/not-ready=:NoSchedule")
-    wait_until(lambda: "taints" not in mesh.api.find("Node", "n2")["spec"], "the taint is gone")  # type: ignore[index]
+    wait_until(lambda: "taints" not in mesh.api.find("Node", "n2")["spec"], "the taint is gone")
 
 
 def test_a_rebooted_nodes_pods_are_captured_before_they_start_again(mesh: Cluster, server: Object) -> None:

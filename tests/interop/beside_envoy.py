@@ -453,7 +453,7 @@ class Pair:
         """One request after the other, each on a connection of its own; and what both logs say of them."""
         began = len(self.world.log.requests)
         for case in cases:
-            await self._ask_both(case.name, lambda stream, case=case: ask(stream, case, self._arrived))  # type: ignore[misc]
+            await self._ask_both(case.name, lambda stream, case=case: ask(stream, case, self._arrived))
             self.beside.asked += 1
             await self.world.until(lambda: len(self.world.log.requests) == began + len(self.ours))
         records = await trio.to_thread.run_sync(self.beside.records)
@@ -465,7 +465,7 @@ class Pair:
     async def ask_http2(self, cases: Sequence[Http2Case]) -> None:
         """Likewise; logs are not looked at, since what is malformed may not become a request at all."""
         for case in cases:
-            await self._ask_both(case.name, lambda stream, case=case: ask_http2(stream, case))  # type: ignore[misc]
+            await self._ask_both(case.name, lambda stream, case=case: ask_http2(stream, case))
 
     async def _ask_both(self, name: str, how: Callable[[trio.abc.HalfCloseableStream], Awaitable[Outcome]]) -> None:
         if not self.world.links:

@@ -353,7 +353,7 @@ def test_the_same_route_is_found(application: SocketAddress) -> None:
     with running(bootstrap(listen, MATCHED, application), listen):
         for request in MATCH_CORPUS:
             matched = table.find(request)
-            ours = None if matched is None else matched.route.route.action.body  # type: ignore[union-attr]
+            ours = None if matched is None else matched.route.route.action.body
             status, _, body = ask(listen, request)
             theirs = None if status == 404 else body
             assert ours == theirs, (request.method, request.authority, request.path, request.headers)

@@ -71,7 +71,7 @@ def check(asked: pb.CheckRequest, context: grpc.ServicerContext) -> pb.CheckResp
         body = pb.HeaderValueOption(header=pb.HeaderValue(key="x-body", value=request.body))
         return pb.CheckResponse(ok_response=pb.OkHttpResponse(headers=[peer, body], headers_to_remove=["x-token"]))
     denied = pb.DeniedHttpResponse(status=pb.HttpStatus(code=418), body=f"no entry for {request.method} {request.path}")
-    return pb.CheckResponse(status={"code": 7}, denied_response=denied)  # type: ignore[arg-type]
+    return pb.CheckResponse(status={"code": 7}, denied_response=denied)
 
 
 server = grpc.server(futures.ThreadPoolExecutor(8), handlers=[ByGrpc()])

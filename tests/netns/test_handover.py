@@ -225,7 +225,7 @@ class Load:
 def _read(sock: object, size: int) -> bytes:
     got = b""
     while len(got) < size:
-        more = sock.recv(size - len(got))  # type: ignore[attr-defined]
+        more = sock.recv(size - len(got))
         if not more:
             raise EOFError("closed by the peer")
         got += more

@@ -343,7 +343,7 @@ def test_a_lab_touches_nothing_of_the_host_and_leaves_nothing(tmp_path: Path) ->
 
 def meshctl(*arguments: str, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "meshctl_py", "lab", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)  # type: ignore[call-overload]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 @pytest.fixture

@@ -160,9 +160,9 @@ def test_a_policy_survives_the_wire(policy: Policy) -> None:
 @given(st.dictionaries(hostnames, some(st.builds(PortMapping, ports, ports)), min_size=2, max_size=5), st.randoms())
 def test_the_version_does_not_depend_on_the_order_of_a_mapping(served: dict[NamespacedHostname, object], rng: object) -> None:
     items = list(served.items())
-    rng.shuffle(items)  # type: ignore[attr-defined]  # a random.Random
-    first = Workload("u", "n", "ns", services=served)  # type: ignore[arg-type]  # tuples of PortMapping
-    second = Workload("u", "n", "ns", services=dict(items))  # type: ignore[arg-type]  # as above
+    rng.shuffle(items)
+    first = Workload("u", "n", "ns", services=served)
+    second = Workload("u", "n", "ns", services=dict(items))
     assert workload_resource(first).version == workload_resource(second).version
 
 
@@ -280,7 +280,7 @@ def test_grpc_messages_survive_any_cutting(messages: list[bytes], rng: object) -
     wire = b"".join(grpc.message_header(len(message)) + message for message in messages)
     reader, got, position = grpc.MessageReader(50), list[bytes](), 0
     while position < len(wire):
-        step = rng.randint(1, 40)  # type: ignore[attr-defined]  # a random.Random
+        step = rng.randint(1, 40)
         reader.receive(wire[position : position + step])
         position += step
         while (message := reader.next_message()) is not None:

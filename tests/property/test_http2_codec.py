@@ -385,7 +385,7 @@ def test_a_request_that_goes_on_as_http1_is_one_request(
     client.send_request(asked, ended=False)
     client.send_data(1, body)
     client.send_end(1, rest[-1].trailers)
-    read, *more = deliver(reader, client.take_outgoing())  # type: ignore[arg-type]
+    read, *more = deliver(reader, client.take_outgoing())
     assert isinstance(read, RequestHead), read
     assert (read.request.method, read.request.path, read.request.authority) == (asked.method, asked.path, asked.authority)
     framing = (b"content-length", b"te")
@@ -415,14 +415,14 @@ def test_a_response_that_goes_on_as_http1_is_one_response(status: bytes, headers
     assert isinstance(head, ResponseHead)
     server, reader = Http1Server(), Http1Client()
     reader.send_request(request(method), ended=True)
-    deliver(server, reader.take_outgoing())  # type: ignore[arg-type]
+    deliver(server, reader.take_outgoing())
     server.send_response(1, head.response, ended=head.ended)
     for event in rest:
         if isinstance(event, BodyData):
             server.send_data(1, event.data)
         else:
             server.send_end(1, [])
-    read, *more = deliver(reader, server.take_outgoing())  # type: ignore[arg-type]
+    read, *more = deliver(reader, server.take_outgoing())
     assert isinstance(read, ResponseHead), read
     assert (read.response.status, bytes(status)) == (head.response.status, b"%d" % read.response.status)
     length = (b"content-length",)

@@ -260,7 +260,7 @@ def test_every_request_gets_a_target_of_our_own_or_a_status(taken: list[Delta], 
     for delta in taken:
         state.apply(delta)
     for local in state.workloads():
-        answer = resolve_inbound(state, local, authority, local_ip)  # type: ignore[arg-type]  # hypothesis loses the type
+        answer = resolve_inbound(state, local, authority, local_ip)
         assert answer.because
         match answer:
             case InboundTarget():

@@ -67,8 +67,8 @@ def test_cut_anywhere_the_end_is_the_servers_state(
                         server.cut_watches()
             nursery.cancel_scope.cancel()
 
-    page, reflector.PAGE = reflector.PAGE, 3  # type: ignore[misc]  # lists of a few objects are to have pages too
+    page, reflector.PAGE = reflector.PAGE, 3  # lists of a few objects are to have pages too
     try:
         trio.run(main, clock=MockClock(autojump_threshold=0))
     finally:
-        reflector.PAGE = page  # type: ignore[misc]
+        reflector.PAGE = page

@@ -121,7 +121,7 @@ def compare(first: Found, second: Found) -> int:
     names = [f"{obj.namespace}/{obj.name}" for obj in (a_obj, b_obj)]
     for left, right in (ages, names, (a_place, b_place)):
         if left != right:
-            return -1 if left < right else 1  # type: ignore[operator]  # of one type each
+            return -1 if left < right else 1
     return 0
 
 
@@ -143,7 +143,7 @@ def test_a_request_has_the_rule_that_goes_before_all_others_that_match(
         for index, match in enumerate(rule.matches or (everything,))
         if holds(match, asked)
     ]
-    rng.shuffle(sources)  # type: ignore[attr-defined]  # a random.Random
+    rng.shuffle(sources)
     routing = Routing(RouteSources(requests=tuple(sources)), know([SERVICE]), RouteMemory(), group_from=group_from)
     chosen = find_told(routing.tell([SERVICE], "way/w", "way"), asked.request(), 80)
     if not routes:

@@ -172,13 +172,13 @@ def corrupted(raw: dict[str, object], path: tuple[str | int, ...], how: str) -> 
     result = copy.deepcopy(raw)
     parent: object = result
     for step in path[:-1]:
-        parent = parent[step]  # type: ignore[index]  # the path was made from this tree
+        parent = parent[step]
     last = path[-1]
     if how == "misspelt":
         if isinstance(parent, dict):
             parent[f"{last}x"] = parent.pop(last)
     else:
-        parent[last] = {"empty": None, "number": 7, "list": [], "text": "\u00bfwhat?"}.get(how)  # type: ignore[index]  # as above
+        parent[last] = {"empty": None, "number": 7, "list": [], "text": "\u00bfwhat?"}.get(how)
     return result
 
 

@@ -80,7 +80,7 @@ def test_an_answer_is_read_from_these_bytes() -> None:
     ],
 )
 def test_we_advertise_what_ztunnel_does(core: type[HboneConnection], preface: bytes, advertised: dict[int, int]) -> None:
-    outgoing = core(now=StoppedClock()).take_outgoing()  # type: ignore[call-arg]  # both have it, their base asks for more
+    outgoing = core(now=StoppedClock()).take_outgoing()
     assert outgoing.startswith(preface)
     settings = outgoing[len(preface) :]
     length = int.from_bytes(settings[:3])

@@ -650,12 +650,12 @@ def test_an_end_of_the_connection_ends_what_is_under_way() -> None:
     peer, ours = client()
     stream = ours.send_request(request(), ended=True)
     peer.settle()
-    assert [(event.stream, event.code, event.untouched) for event in ours.receive_eof()] == [(stream, ErrorCode.CANCEL, False)]  # type: ignore[union-attr]
+    assert [(event.stream, event.code, event.untouched) for event in ours.receive_eof()] == [(stream, ErrorCode.CANCEL, False)]
     assert ours.finished
     answering, codec = server()
     answering.h2.send_headers(1, GET, end_stream=True)
     answering.settle()
-    assert [event.stream for event in codec.receive_eof()] == [1]  # type: ignore[union-attr]
+    assert [event.stream for event in codec.receive_eof()] == [1]
     assert codec.finished
 
 

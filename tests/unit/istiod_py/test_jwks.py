@@ -61,7 +61,7 @@ async def running(web: Web, refresh: float = REFRESH) -> AsyncGenerator[KeySetKe
 
 
 def run(test: Callable[[], object]) -> None:
-    trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))  # type: ignore[arg-type]
+    trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 async def wait_until(holds: Callable[[], bool], keeper: KeySetKeeper) -> None:

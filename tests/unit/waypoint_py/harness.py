@@ -215,7 +215,7 @@ class World:
 
     def configure(self, protocol: Protocol = Protocol.HTTP, routes: Sequence[Route] | None = None, **port: object) -> None:
         """What is pushed for it."""
-        made = PortConfig(80, protocol, routes=tuple(routes if routes is not None else (default_route(),)), **port)  # type: ignore[arg-type]
+        made = PortConfig(80, protocol, routes=tuple(routes if routes is not None else (default_route(),)), **port)
         self.push(ServiceConfig("shop", HOST, (made,)))
 
     def endpoint(self, address: SocketAddress, name: str = "", *, hbone: bool = False, **changes: object) -> Workload:
@@ -232,7 +232,7 @@ class World:
             tunnel_protocol=TunnelProtocol.HBONE if hbone else TunnelProtocol.NONE,
             services={NamespacedHostname("shop", HOST): (PortMapping(80, address.port),)},
         )
-        return replace(made, **changes)  # type: ignore[arg-type]  # fields
+        return replace(made, **changes)
 
     def agent(self, ip: IpAddress) -> list[TunnelRequest]:
         """The node agent of the pod at this address: takes HBONE and hands it to the application. The requests that came."""
@@ -320,16 +320,16 @@ class World:
         return stream
 
     async def client(self, **options: object) -> H1Client:
-        return H1Client(await self.open(**options))  # type: ignore[arg-type]
+        return H1Client(await self.open(**options))
 
     async def h2_client(self, **options: object) -> H2Client:
-        client = H2Client(await self.open(**options))  # type: ignore[arg-type]
+        client = H2Client(await self.open(**options))
         self._nursery.start_soon(client.run)
         await client.start()
         return client
 
     async def codec_client(self, **options: object) -> CodecClient:
-        client = CodecClient(await self.open(**options))  # type: ignore[arg-type]
+        client = CodecClient(await self.open(**options))
         self._nursery.start_soon(client.run)
         return client
 

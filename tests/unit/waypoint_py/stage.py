@@ -271,7 +271,7 @@ class Stage:
         port = PortConfig(80, Protocol.AUTO, routes=(route,))
         store.apply(Delta(l7=(Assigned("shop/waypoint", ServiceConfig("shop", HOST, (port,))),)))
         self.plane = Plane(
-            reactor=self.clock,  # type: ignore[arg-type]  # as much of one as is used
+            reactor=self.clock,  # as much of one as is used
             state=state,
             store=store,
             connections=self.upstreams,
@@ -280,7 +280,7 @@ class Stage:
             waits=Nobody(),
             authenticator=Authenticator(KeyStore()),
             ext_authz=ExtAuthz(connect_plainly),
-            us=lambda: Ourselves(gateway.destination, "", (), us),  # type: ignore[arg-type]  # a hostname
+            us=lambda: Ourselves(gateway.destination, "", (), us),
             local=Local("us", SpiffeId("cluster.local", "shop", "waypoint")),
             rng=rng,
             wall=lambda: 1_700_000_000 + self.clock.time,

@@ -29,12 +29,12 @@ def _service(name: str, *vips: str, waypoint: GatewayAddress | None = OURS, **ch
         ports=(ServicePort(80, 8080),),
         waypoint=waypoint,
     )
-    return replace(made, **changes)  # type: ignore[arg-type]  # fields
+    return replace(made, **changes)
 
 
 def _workload(name: str, ip: str, waypoint: GatewayAddress | None = None, **changes: object) -> Workload:
     made = Workload(f"Kubernetes//Pod/shop/{name}", name, "shop", (ip_address(ip),), waypoint=waypoint)
-    return replace(made, **changes)  # type: ignore[arg-type]  # fields
+    return replace(made, **changes)
 
 
 WEB = _service("web", "10.96.0.1", "fd00::96")

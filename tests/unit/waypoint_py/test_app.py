@@ -85,7 +85,7 @@ class ControlPlane:
         self.server.publish(self.cache.apply(delta))
 
     def push(self, *resources: object) -> None:
-        self.change(Delta(l7=tuple(Assigned(OWNER, resource) for resource in resources)))  # type: ignore[arg-type]  # resources
+        self.change(Delta(l7=tuple(Assigned(OWNER, resource) for resource in resources)))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -947,7 +947,7 @@ def test_backend_tls_policy(tmp_path: Path, validation: str, status: int) -> Non
     backend = Backend("tls")
 
     async def serve(stream: trio.SocketStream) -> None:
-        await backend(trio.SSLStream(stream, context, server_side=True))  # type: ignore[arg-type]  # a stream all the same
+        await backend(trio.SSLStream(stream, context, server_side=True))  # a stream all the same
 
     async def main() -> None:
         async with mesh.world.application(serve, at=SocketAddress(loopback(), 8443)) as address:

@@ -36,7 +36,7 @@ class Talk:
     """A client and an application that do whatever they can at once; nothing here waits, so what does not come has stalled."""
 
     def __init__(self, route: object = PLAIN) -> None:
-        self.stage = Stage(1, serial=True, route=route)  # type: ignore[arg-type]
+        self.stage = Stage(1, serial=True, route=route)
         self.heard = b""
 
     def say(self, data: bytes, cut: int = 1 << 20) -> None:

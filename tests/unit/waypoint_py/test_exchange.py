@@ -624,7 +624,7 @@ def _name_of(resource: object) -> tuple[str, str]:
     from mesh.model.l7.waypoint import Assigned
     from mesh.xds.l7 import resource_name, type_url_of
 
-    return type_url_of(resource), resource_name(Assigned("shop/waypoint", resource))  # type: ignore[arg-type]  # any of them
+    return type_url_of(resource), resource_name(Assigned("shop/waypoint", resource))
 
 
 # Routes
@@ -917,7 +917,7 @@ def test_an_upstream_that_breaks_off_is_never_taken_for_one_that_has_ended(
     world = World()
 
     async def main() -> None:
-        async with world.application(_closes_after(said)) as address:  # type: ignore[arg-type]  # a handler
+        async with world.application(_closes_after(said)) as address:
             world.describe(world.endpoint(address))
             answer: Answer
             if downstream == 1:
@@ -955,7 +955,7 @@ def test_a_request_that_was_sent_is_not_tried_again_where_only_unsent_ones_are()
     world = World()
 
     async def main() -> None:
-        async with world.application(_closes_after(b"")) as address:  # type: ignore[arg-type]  # a handler
+        async with world.application(_closes_after(b"")) as address:
             retry = Retry(attempts=2, on=("reset-before-request",), backoff_base=0.001, previous_hosts=True)
             world.describe(world.endpoint(address), routes=[default_route(retry=retry)])
             assert (await (await world.client()).get("/")).status == 503

@@ -33,7 +33,7 @@ def _rule(attribute: Attribute, value: str) -> PolicyRule:
 
 
 def _policy(name: str, action: PolicyAction, rule: PolicyRule, **more: object) -> AuthorizationPolicy:
-    return AuthorizationPolicy(Origin("AuthorizationPolicy", "shop", name), action, rules=(rule,), **more)  # type: ignore[arg-type]
+    return AuthorizationPolicy(Origin("AuthorizationPolicy", "shop", name), action, rules=(rule,), **more)
 
 
 def test_each_decision_is_told_in_order_and_the_request_goes_the_same_way() -> None:

@@ -344,7 +344,7 @@ def test_traffic_to_a_workload_is_judged_and_sent_to_it() -> None:
             world.state.apply(Delta(workloads=(pod,)))
 
             def led(facts: object) -> object:
-                return replace(direct_endpoint(facts), address=address)  # type: ignore[arg-type]
+                return replace(direct_endpoint(facts), address=address)
 
             patch = pytest.MonkeyPatch()
             patch.setattr("waypoint_py.exchange.direct_endpoint", led)

@@ -57,7 +57,7 @@ def test_a_single_plugin_becomes_a_list_that_takes_its_place() -> None:
     assert plan.chained_in == "10-pods.conflist"
     assert after(files, plan) == {"10-pods.conflist": {"cniVersion": "0.4.0", "name": "pods", "plugins": [PRIMARY, OURS]}}
     unnamed = {"10.conf": json.dumps(PRIMARY)}
-    assert after(unnamed, plan_install(unnamed, OURS))["10.conflist"]["name"] == "k8s-pod-network"  # type: ignore[index]
+    assert after(unnamed, plan_install(unnamed, OURS))["10.conflist"]["name"] == "k8s-pod-network"
 
 
 @pytest.mark.parametrize(

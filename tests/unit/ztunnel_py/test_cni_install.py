@@ -139,7 +139,7 @@ def run_installer(node: Node, test: Callable[[Callable[[Callable[[], bool]], obj
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.installer.run, said.append)
-            await test(until, said)  # type: ignore[misc]
+            await test(until, said)
             nursery.cancel_scope.cancel()
 
     trio.run(main)
@@ -148,11 +148,11 @@ def run_installer(node: Node, test: Callable[[Callable[[Callable[[], bool]], obj
 def test_a_chain_that_somebody_rewrites_is_mended_again_and_again(node: Node) -> None:
     async def test(until: Callable[..., object], said: list[str]) -> None:
         for _ in range(3):
-            await until(lambda: node.chain() == ["ptp", PLUGIN])  # type: ignore[misc]
+            await until(lambda: node.chain() == ["ptp", PLUGIN])
             node.write_chain()
-        await until(lambda: node.chain() == ["ptp", PLUGIN])  # type: ignore[misc]
+        await until(lambda: node.chain() == ["ptp", PLUGIN])
         (node.bin / PLUGIN).unlink()
-        await until(lambda: (node.bin / PLUGIN).exists())  # type: ignore[misc]
+        await until(lambda: (node.bin / PLUGIN).exists())
         assert set(said) == {""}
 
     run_installer(node, test)
@@ -162,11 +162,11 @@ def test_a_primary_plugin_that_comes_late_or_in_pieces_is_joined(node: Node) -> 
     (node.net / "10-pods.conflist").unlink()
 
     async def test(until: Callable[..., object], said: list[str]) -> None:
-        await until(lambda: bool(said) and "there is no configuration" in said[-1])  # type: ignore[misc]
+        await until(lambda: bool(said) and "there is no configuration" in said[-1])
         (node.net / "10-pods.conflist").write_text(json.dumps(PRIMARY)[:20])
-        await until(lambda: "not JSON" in said[-1])  # type: ignore[misc]
+        await until(lambda: "not JSON" in said[-1])
         node.write_chain()
-        await until(lambda: said[-1] == "")  # type: ignore[misc]
+        await until(lambda: said[-1] == "")
         assert node.chain() == ["ptp", PLUGIN]
 
     run_installer(node, test)
@@ -177,10 +177,10 @@ def test_a_directory_that_cannot_be_written_is_told_and_tried_again(node: Node, 
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
 
     async def test(until: Callable[..., object], said: list[str]) -> None:
-        await until(lambda: bool(said) and said[-1].startswith("the CNI plugin can't be installed: "))  # type: ignore[misc]
+        await until(lambda: bool(said) and said[-1].startswith("the CNI plugin can't be installed: "))
         assert str(node.bin) in said[-1]
         node.bin.mkdir()
-        await until(lambda: said[-1] == "")  # type: ignore[misc]
+        await until(lambda: said[-1] == "")
 
     run_installer(node, test)
 
@@ -190,9 +190,9 @@ def test_a_token_is_renewed_at_half_its_life_and_used_as_long_as_it_is_good(node
     node.tokens = [PluginToken("first", 0.0), PluginToken("second", 1000.0), PluginToken("too early", 1000.0)]
 
     async def test(until: Callable[..., object], said: list[str]) -> None:
-        await until(lambda: (node.net / KUBECONFIG).exists() and "second" in (node.net / KUBECONFIG).read_text())  # type: ignore[misc]
+        await until(lambda: (node.net / KUBECONFIG).exists() and "second" in (node.net / KUBECONFIG).read_text())
         looks = len(said)
-        await until(lambda: len(said) > looks + 2)  # type: ignore[misc]
+        await until(lambda: len(said) > looks + 2)
         assert len(node.tokens) == 1
 
     run_installer(node, test)
@@ -203,12 +203,12 @@ def test_without_a_token_the_plugin_waits_and_with_an_old_one_it_stays(node: Nod
     node.tokens = []
 
     async def test(until: Callable[..., object], said: list[str]) -> None:
-        await until(lambda: bool(said) and "no token for it: no API server" in said[-1])  # type: ignore[misc]
+        await until(lambda: bool(said) and "no token for it: no API server" in said[-1])
         assert node.chain() == ["ptp"]
         node.tokens.append(PluginToken("first", 0.0))
-        await until(lambda: said[-1] == "")  # type: ignore[misc]
+        await until(lambda: said[-1] == "")
         looks = len(said)
-        await until(lambda: len(said) > looks + 2)  # type: ignore[misc]
+        await until(lambda: len(said) > looks + 2)
         assert said[-1] == ""
 
     run_installer(node, test)
@@ -218,7 +218,7 @@ def test_the_token_asked_for_is_the_plugins_own() -> None:
     async def main() -> None:
         now = datetime(2026, 1, 1, tzinfo=UTC)
         client = FakeTokens({"token": "secret", "expirationTimestamp": "2026-01-01T10:00:00Z"})
-        assert await request_token(client, "istio-system", "ztunnel-cni", now) == PluginToken("secret", 36000.0)  # type: ignore[arg-type]
+        assert await request_token(client, "istio-system", "ztunnel-cni", now) == PluginToken("secret", 36000.0)
         assert client.path == "/api/v1/namespaces/istio-system/serviceaccounts/ztunnel-cni/token"
         for status in (
             {},
@@ -228,7 +228,7 @@ def test_the_token_asked_for_is_the_plugins_own() -> None:
             None,
         ):
             with pytest.raises(ApiUnavailable):
-                await request_token(FakeTokens(status), "n", "a", now)  # type: ignore[arg-type]
+                await request_token(FakeTokens(status), "n", "a", now)
 
     trio.run(main)
 

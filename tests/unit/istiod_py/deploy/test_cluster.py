@@ -126,7 +126,7 @@ def test_a_gateway_gets_what_runs_it_and_says_so_once_a_pod_is_ready() -> None:
             "Programmed": "True",
             "ResolvedRefs": "True",
         }
-        assert world.find("Gateway")["metadata"]["annotations"]["gateway.istio.io/controller-version"] == "5"  # type: ignore[index]
+        assert world.find("Gateway")["metadata"]["annotations"]["gateway.istio.io/controller-version"] == "5"
 
     run(check)
 
@@ -158,7 +158,7 @@ def test_the_class_is_made_where_nobody_has_and_left_as_it_is_where_somebody_has
         world.api.put(made)
         world.api.put(gateway())
         await world.until(lambda: world.find("Service") is not None)
-        assert world.find("GatewayClass", "istio-waypoint", "")["spec"]["description"] == "changed"  # type: ignore[index]
+        assert world.find("GatewayClass", "istio-waypoint", "")["spec"]["description"] == "changed"
         world.api.remove("GatewayClass", "", "istio-waypoint")
         await world.until(lambda: world.find("GatewayClass", "istio-waypoint", "") is not None)
 

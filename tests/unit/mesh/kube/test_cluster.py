@@ -71,7 +71,7 @@ def test_objects_are_listed_then_followed() -> None:
         world.server.remove("AuthorizationPolicy", "shop", "p2")
         world.put("Namespace", "shop", metadata={"labels": {"a": "b"}})
         await world.wait_until(lambda: world.names("AuthorizationPolicy") == ["p0", "p1"] and bool(world.names("Namespace")))
-        assert world.store.find("AuthorizationPolicy", "shop", "p0").spec["action"] == "ALLOW"  # type: ignore[union-attr]  # it is there
+        assert world.store.find("AuthorizationPolicy", "shop", "p0").spec["action"] == "ALLOW"
         assert world.store.find("AuthorizationPolicy", "shop", "p1") is before
 
     run(check)
@@ -112,7 +112,7 @@ def test_an_object_that_goes_bad_keeps_its_last_good_version_and_is_named() -> N
         world.put("AuthorizationPolicy", "foo", spec={"action": "DENY", "rules": [{"form": []}]})
         await world.wait_until(lambda: len({problem.file for problem in world.store.problems}) == 3)
         assert world.store.find("AuthorizationPolicy", "shop", "foo") is good
-        assert world.store.find("AuthorizationPolicy", "shop", "new").problems  # type: ignore[union-attr]  # enforced closed
+        assert world.store.find("AuthorizationPolicy", "shop", "new").problems  # enforced closed
         assert world.store.find("Service", "shop", "svc") is None
         texts = [str(problem) for problem in world.store.problems]
         assert any(text.startswith("AuthorizationPolicy shop/foo: spec.rules[0]") for text in texts), texts
@@ -235,7 +235,7 @@ def test_a_route_that_goes_bad_keeps_its_last_good_version_and_one_that_never_wa
         await world.wait_until(lambda: len(world.store.problems) == 2)
         assert world.store.find("HTTPRoute", "shop", "old") is good
         assert [problem.field for problem in world.store.problems] == ["spec.rules[0].backendRefs[0]"] * 2
-        assert world.store.find("HTTPRoute", "shop", "new").problems  # type: ignore[union-attr]  # it is there
+        assert world.store.find("HTTPRoute", "shop", "new").problems
 
     run(check, ("HTTPRoute",))
 

@@ -105,7 +105,7 @@ def test_a_message_waits_for_a_turn_of_the_others_and_a_turn_is_bounded(
         waits = []
         for _ in range(MESSAGES):
             wanted = crowd.moved + BYTE_BUDGET
-            wait_until(lambda wanted=wanted: crowd.moved >= wanted, "the bulk transfer to go on")  # type: ignore[misc]
+            wait_until(lambda wanted=wanted: crowd.moved >= wanted, "the bulk transfer to go on")
             thread.call(send)
             waits.append(served.get(timeout=10))
             assert server.recv(1) == b"x"

@@ -421,7 +421,7 @@ class Asking:
         self.requests: list[TunnelRequest] = []
         self.answers: list[Tunnel | TunnelFailure] = []
         self.closed: list[str | None] = []
-        ingress._on_request = self.requests.append  # type: ignore[method-assign]
+        ingress._on_request = self.requests.append
         self.sock = socket.create_connection(("127.0.0.1", ingress.address.port))
         ready = threading.Event()
         self.link: HboneLink = thread.call(
@@ -519,7 +519,7 @@ def test_a_request_withdrawn_before_accept_gives_a_dead_tunnel(asking: Asking) -
 @pytest.mark.parametrize("ending", ["reset", "window"])
 def test_a_request_withdrawn_in_the_same_read_costs_nobody_else(ingress: IngressProxy, ending: str) -> None:
     requests: list[TunnelRequest] = []
-    ingress._on_request = requests.append  # type: ignore[method-assign]
+    ingress._on_request = requests.append
     with RawClient(ingress) as client:
         client.shake_hands()
         client.send_preface()
@@ -544,7 +544,7 @@ def test_a_request_withdrawn_in_the_same_read_costs_nobody_else(ingress: Ingress
 def test_payload_that_waits_for_an_answer_is_counted_until_its_stream_is_gone(ingress: IngressProxy) -> None:
     """Also what comes in the same read as the reset, which nobody will ever consume."""
     requests: list[TunnelRequest] = []
-    ingress._on_request = requests.append  # type: ignore[method-assign]
+    ingress._on_request = requests.append
     with RawClient(ingress) as client:
         client.shake_hands()
         client.send_preface()
@@ -683,7 +683,7 @@ def test_slow_readers_together_are_bounded_and_lose_nothing(path: Path, monkeypa
         assert link._waiting <= 2 * MIB + 16 * MIB + tls.READ_SIZE
         received = [0] * len(ends)
         for number, (_, server) in enumerate(ends):
-            reader = threading.Thread(target=lambda n=number, s=server: received.__setitem__(n, len(read_all(s))))  # type: ignore[misc]
+            reader = threading.Thread(target=lambda n=number, s=server: received.__setitem__(n, len(read_all(s))))
             reader.start()
             stack.callback(reader.join)
         wait_until(lambda: received == sent, "every byte")
@@ -757,7 +757,7 @@ def test_a_peer_that_asks_and_never_reads_is_cut_off(thread: ReactorThread, monk
         with RawClient(ingress, receive_buffer=4096) as client:
             client.shake_hands()
             client.send_preface()
-            with pytest.raises((SSL.SysCallError, SSL.ZeroReturnError)):  # noqa: PT012
+            with pytest.raises((SSL.SysCallError, SSL.ZeroReturnError)):  # noqa: PT012  # it ends after some of these
                 for stream in range(1, 200_001, 2):
                     # Requests that end at once: neither the limit of streams nor the count of resets ever sees them.
                     block = client.core._writer.request("10.0.0.1:80", {})

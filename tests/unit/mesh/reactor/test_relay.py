@@ -133,7 +133,7 @@ def test_an_end_sent_together_with_data_is_seen_by_the_edge_triggered_loop(path:
         client, server = path.connect()
         with client, server, ExitStack() as stack:
             data = os.urandom(size)
-            in_background(stack, lambda sock=client, data=data: send_and_end(sock, data))  # type: ignore[misc]
+            in_background(stack, lambda sock=client, data=data: send_and_end(sock, data))
             assert read_all(server) == data
 
 

@@ -65,7 +65,7 @@ def test_two_processes_worth_of_reactors_share_a_listener() -> None:
     accepted: list[socket.socket] = []
     with ReactorThread() as one, ReactorThread() as two, tcp_listener() as listener, ExitStack() as stack:
         servers = [
-            (thread, thread.call(lambda thread=thread: listen_on(thread.reactor, listener, lambda sock, _peer: accepted.append(sock))))  # type: ignore[misc]
+            (thread, thread.call(lambda thread=thread: listen_on(thread.reactor, listener, lambda sock, _peer: accepted.append(sock))))
             for thread in (one, two)
         ]
         for _ in range(50):

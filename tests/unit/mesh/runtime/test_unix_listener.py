@@ -68,6 +68,6 @@ def test_a_place_that_cannot_be_listened_at_is_named(tmp_path: Path) -> None:
 def with_timeout(main: object) -> None:
     async def limited() -> None:
         with trio.fail_after(30):
-            await main()  # type: ignore[operator]
+            await main()
 
     trio.run(limited)

@@ -25,7 +25,7 @@ NETWORK, REGION, ZONE = LoadBalancingScope.NETWORK, LoadBalancingScope.REGION, L
 
 def workload(name: str, **fields: object) -> Workload:
     base = Workload(f"Kubernetes//Pod/default/{name}", name, "default", (parse_ip("10.0.0.1"),))
-    return replace(base, **fields)  # type: ignore[arg-type]  # the fields of Workload by name
+    return replace(base, **fields)
 
 
 def service(mode: LoadBalancingMode = LoadBalancingMode.STANDARD, *scopes: LoadBalancingScope, target: int = 8080) -> Service:
@@ -108,7 +108,7 @@ def test_no_candidates_come_with_the_reason() -> None:
 
 
 def here(name: str, **fields: object) -> Workload:
-    return replace(replace(CLIENT, uid=name, name=name), **fields)  # type: ignore[arg-type]  # as above
+    return replace(replace(CLIENT, uid=name, name=name), **fields)
 
 
 def test_standard_looks_at_no_locality() -> None:

@@ -18,7 +18,7 @@ PROXY, PLAIN = TunnelApplicationProtocol.PROXY, TunnelApplicationProtocol.NONE
 
 def workload(name: str, *ips: str, **fields: object) -> Workload:
     base = Workload(f"Kubernetes//Pod/default/{name}", name, "default", tuple(parse_ip(ip) for ip in ips))
-    return replace(base, **fields)  # type: ignore[arg-type]  # the fields of Workload by name
+    return replace(base, **fields)
 
 
 def service(name: str = "server", vip: str = "10.96.0.1", **fields: object) -> Service:
@@ -29,7 +29,7 @@ def service(name: str = "server", vip: str = "10.96.0.1", **fields: object) -> S
         (NetworkAddress("", parse_ip(vip)),),
         ports=(ServicePort(80, 8080), ServicePort(81, 0), ServicePort(82, 15008)),
     )
-    return replace(base, **fields)  # type: ignore[arg-type]  # the fields of Service by name
+    return replace(base, **fields)
 
 
 SERVER = workload("server", "10.0.0.2", "fd00::2", services={HOST: (PortMapping(443, 8443),)})

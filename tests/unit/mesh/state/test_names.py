@@ -18,13 +18,13 @@ NAMING = Naming(preferred_namespace="preferred")
 def service(name: str, namespace: str, *vips: str, host: str = "", network: str = "", **fields: object) -> Service:
     hostname = host or f"{name}.{namespace}.svc.cluster.local"
     addresses = tuple(NetworkAddress(network, parse_ip(vip)) for vip in vips)
-    return replace(Service(name, namespace, hostname, addresses), **fields)  # type: ignore[arg-type]  # the fields of Service by name
+    return replace(Service(name, namespace, hostname, addresses), **fields)
 
 
 def workload(name: str, *ips: str, of: Service | None = None, **fields: object) -> Workload:
     services = {of.key: ()} if of is not None else {}
     base = Workload(f"Kubernetes//Pod/ns1/{name}", name, "ns1", tuple(parse_ip(ip) for ip in ips), services=services)
-    return replace(base, **fields)  # type: ignore[arg-type]  # the fields of Workload by name
+    return replace(base, **fields)
 
 
 CLIENT = workload("client", "10.0.0.9")

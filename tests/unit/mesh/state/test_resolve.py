@@ -45,14 +45,14 @@ def workload(name: str, *ips: str, **fields: object) -> Workload:
         tunnel_protocol=TunnelProtocol.HBONE,
         service_account=name,
     )
-    return replace(base, **fields)  # type: ignore[arg-type]  # the fields of Workload by name
+    return replace(base, **fields)
 
 
 def service(name: str, *vips: str, ports: tuple[ServicePort, ...] = (ServicePort(80, 8080),), **fields: object) -> Service:
     base = Service(
         name, "default", f"{name}.default.svc.cluster.local", tuple(NetworkAddress("", parse_ip(vip)) for vip in vips), ports=ports
     )
-    return replace(base, **fields)  # type: ignore[arg-type]  # the fields of Service by name
+    return replace(base, **fields)
 
 
 def member(*names: str, ports: tuple[PortMapping, ...] = ()) -> dict[NamespacedHostname, tuple[PortMapping, ...]]:

@@ -19,7 +19,7 @@ HOST = NamespacedHostname("default", "server.default.svc.cluster.local")
 
 def workload(name: str, *ips: str, kind: str = "/Pod", **fields: object) -> Workload:
     base = Workload(f"Kubernetes/{kind}/default/{name}", name, "default", tuple(parse_ip(ip) for ip in ips))
-    return replace(base, **fields)  # type: ignore[arg-type]  # the fields of Workload by name
+    return replace(base, **fields)
 
 
 def service(name: str = "server", namespace: str = "default", *vips: str, **fields: object) -> Service:
@@ -30,7 +30,7 @@ def service(name: str = "server", namespace: str = "default", *vips: str, **fiel
         tuple(NetworkAddress("", parse_ip(vip)) for vip in vips),
         ports=(ServicePort(80, 8080),),
     )
-    return replace(base, **fields)  # type: ignore[arg-type]  # the fields of Service by name
+    return replace(base, **fields)
 
 
 def policy(name: str, namespace: str = "default", scope: Scope = Scope.NAMESPACE, *rules: Rule) -> Policy:

@@ -5,7 +5,7 @@ from mesh.wire.baggage import MAX_MEMBERS, Baggage, baggage_of, parse_baggage
 
 
 def workload(**fields: object) -> Workload:
-    return Workload(**{"uid": "u", "name": "client-1", "namespace": "default", "cluster_id": "Kubernetes", **fields})  # type: ignore[arg-type]  # a mix of types
+    return Workload(**{"uid": "u", "name": "client-1", "namespace": "default", "cluster_id": "Kubernetes", **fields})
 
 
 def test_a_workload_is_described_in_the_order_of_the_golden_vector() -> None:

@@ -40,7 +40,7 @@ NAME = "Web.shop.svc.cluster.local."
 
 
 def asked(name: str = NAME, kind: str = "A", **options: object) -> dns.message.Message:
-    return dns.message.make_query(name, kind, **options)  # type: ignore[arg-type]  # make_query's own options
+    return dns.message.make_query(name, kind, **options)
 
 
 def records(*ips: str) -> list[bytes]:

@@ -38,7 +38,7 @@ CONFIRM_EVERY = 0.01
 
 
 def _workload(name: str, ip: str = "10.0.0.1", **changes: object) -> Workload:
-    return replace(Workload(f"c//Pod/ns/{name}", name, "ns", addresses=(ip_address(ip),)), **changes)  # type: ignore[arg-type]  # fields
+    return replace(Workload(f"c//Pod/ns/{name}", name, "ns", addresses=(ip_address(ip),)), **changes)
 
 
 SERVICE = Service("web", "ns", "web.ns.svc", addresses=(NetworkAddress("", ip_address("10.96.0.1")),))
@@ -96,7 +96,7 @@ class _ControlPlane:
                             self.requests.append(discovery.DeltaDiscoveryRequest.FromString(raw))
                         return raw
 
-                    stream.receive = receive_recorded  # type: ignore[method-assign]  # an ear on the wire
+                    stream.receive = receive_recorded  # an ear on the wire
                     await handler.handle(stream)
 
                 await serve_connection(far, {ADS_METHOD: Bidi(record, max_message=handler.max_message)})
@@ -162,7 +162,7 @@ class _Agent:
 
 def _config(plane: _ControlPlane, **changes: object) -> AdsClientConfig:
     config = AdsClientConfig(plane.connect, dict, node_id("10.0.0.9", "agent", "istio-system"), {"NODE_NAME": "n1"})
-    return replace(config, **changes)  # type: ignore[arg-type]  # fields
+    return replace(config, **changes)
 
 
 def _run(main: Callable[[_ControlPlane, _Agent, trio.Nursery], Awaitable[None]]) -> None:
@@ -396,7 +396,7 @@ def test_a_set_of_which_the_stream_lost_the_end_is_asked_for_again_and_nobody_ha
     script = _Script([_part("a", more=True), _part("b", more=True)], [_part("a", more=True), _part("c", more=False)])
 
     async def main(plane: _ControlPlane, agent: _Agent, nursery: trio.Nursery) -> None:
-        config = replace(_config(plane), connect=script.connect, types=(ADDRESS,))  # type: ignore[arg-type]  # as much of a channel as is used
+        config = replace(_config(plane), connect=script.connect, types=(ADDRESS,))  # as much of a channel as is used
         nursery.start_soon(lambda: run_ads_client(config, agent.on_update, agent.on_state))
         await agent.until(lambda: agent.synced)
         assert agent.names() == {"a", "c"}
@@ -412,7 +412,7 @@ def test_what_is_gathered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     script = _Script([part] * 100, [])
 
     async def main(plane: _ControlPlane, agent: _Agent, nursery: trio.Nursery) -> None:
-        config = replace(_config(plane), connect=script.connect, types=(ADDRESS,))  # type: ignore[arg-type]  # as much of a channel as is used
+        config = replace(_config(plane), connect=script.connect, types=(ADDRESS,))  # as much of a channel as is used
         nursery.start_soon(lambda: run_ads_client(config, agent.on_update, agent.on_state))
         await agent.until(lambda: len(script.opened) == 2)
         failed = [state.reason for state in agent.states if state.phase is Phase.FAILED]

@@ -23,7 +23,7 @@ def _workload(name: str, ip: str, *, of: Service | None = None, node: str = "") 
 
 
 def _names(resources: object) -> list[str]:
-    return [each.name for each in resources]  # type: ignore[attr-defined]  # an iterable of Resource
+    return [each.name for each in resources]
 
 
 def test_the_same_value_again_is_no_change() -> None:

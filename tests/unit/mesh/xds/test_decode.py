@@ -34,13 +34,13 @@ UNKNOWN_FIELD = b"\xf8\x07\x01"
 
 
 def _workload(**fields: object) -> Workload:
-    decoded = decode_address("x", wds.Address(workload=wds.Workload(**{"uid": "u", **fields})).SerializeToString())  # type: ignore[arg-type]  # keywords
+    decoded = decode_address("x", wds.Address(workload=wds.Workload(**{"uid": "u", **fields})).SerializeToString())
     assert isinstance(decoded, Workload)
     return decoded
 
 
 def _service(**fields: object) -> Service:
-    message = wds.Service(**{"name": "s", "namespace": "ns", "hostname": "s.ns", **fields})  # type: ignore[arg-type]  # keywords
+    message = wds.Service(**{"name": "s", "namespace": "ns", "hostname": "s.ns", **fields})
     decoded = decode_address("x", wds.Address(service=message).SerializeToString())
     assert isinstance(decoded, Service)
     return decoded
@@ -139,7 +139,7 @@ def test_an_address_of_neither_kind_is_refused() -> None:
 
 def _policy_of(match: authz.Match, **fields: object) -> authz.Authorization:
     rules = [authz.Rule(clauses=[authz.Clause(matches=[match])])]
-    return authz.Authorization(**{"name": "p", "namespace": "ns", "scope": 2, "rules": rules, **fields})  # type: ignore[arg-type]  # keywords
+    return authz.Authorization(**{"name": "p", "namespace": "ns", "scope": 2, "rules": rules, **fields})
 
 
 def test_a_readable_policy_is_itself() -> None:
@@ -270,7 +270,7 @@ def test_replicas_share_what_is_equal_in_them() -> None:
     assert one.services == {NamespacedHostname("ns", "web.ns.svc"): (PortMapping(80, 8080),)}
     assert one.services is other.services
     with pytest.raises(TypeError):
-        one.services[NamespacedHostname("ns", "other")] = ()  # type: ignore[index]  # nobody may change what others have too
+        one.services[NamespacedHostname("ns", "other")] = ()  # nobody may change what others have too
     assert [name is workload.uid for name, workload in zip(decoded.versions, decoded.delta.workloads, strict=True)] == [True, True]
 
 

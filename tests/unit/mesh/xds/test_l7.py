@@ -287,7 +287,7 @@ def test_waypoints_may_be_told_alone_and_waited_for() -> None:
         nursery.start_soon(one.run)
         nursery.start_soon(other.run)
         for client in (one, other):
-            await client.until(lambda client=client: client.state is not None and client.state.synced)  # type: ignore[misc]
+            await client.until(lambda client=client: client.state is not None and client.state.synced)
         other.order.clear()
         changes = plane.cache.apply(Delta(services=(MeshService("web", "shop", "web.shop.svc"),), l7=(Assigned("shop/one", SERVICE),)))
         plane.server.publish(changes, waypoints=True)
@@ -363,7 +363,7 @@ def test_a_large_response_comes_in_parts_for_those_that_know_of_it(takes_parts: 
         # A change is of use in pieces: everybody gets those.
         one.updates.clear()
         plane.change(Delta(l7=tuple(Assigned("shop/one", RouteTable(each.key, ())) for each in tables)))
-        await one.until(lambda: all(not each.resource.routes for each in one.held.values()))  # type: ignore[union-attr]  # tables
+        await one.until(lambda: all(not each.resource.routes for each in one.held.values()))
         monkeypatch.setattr("mesh.xds.server.PART_SIZE", 50)
         plane.change(Delta(removed_l7=tuple((ROUTE_TABLE, resource_name(Assigned("shop/one", each))) for each in tables)))
         await one.until(lambda: not one.held)

@@ -34,7 +34,7 @@ def environment(obj: Object) -> dict[str, Any]:
 def test_there_are_the_values_of_the_chart_and_no_others_with_the_same_defaults() -> None:
     (chart,) = (value for chunk in split_documents(CHART.read_text()) for value in parse_chunk(chunk))
     ours = msgspec.to_builtins(Values())
-    assert chart["image"].pop("repository")  # type: ignore[index]  # the chart names one; ours is the manifests'
+    assert chart["image"].pop("repository")  # the chart names one; ours is the manifests'
     ours["image"].pop("repository")
     assert ours == chart
 

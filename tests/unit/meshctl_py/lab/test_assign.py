@@ -23,11 +23,11 @@ def pods(*specs: PodSpec) -> dict[PodKey, PodSpec]:
 
 
 def pod(name: str, **fields: object) -> PodSpec:
-    return PodSpec(PodKey("shop", name), **fields)  # type: ignore[arg-type]  # PodSpec's fields by name
+    return PodSpec(PodKey("shop", name), **fields)
 
 
 def service(name: str, *ips: str, **fields: object) -> ServiceSpec:
-    return ServiceSpec(ServiceKey("shop", name), cluster_ips=tuple(map(ip_address, ips)), **fields)  # type: ignore[arg-type]
+    return ServiceSpec(ServiceKey("shop", name), cluster_ips=tuple(map(ip_address, ips)), **fields)
 
 
 def services(*specs: ServiceSpec) -> dict[ServiceKey, ServiceSpec]:

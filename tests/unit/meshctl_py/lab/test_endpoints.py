@@ -17,7 +17,7 @@ def build(**service: object) -> tuple[Cluster, Assignments]:
     containers = (Container("c", ports={"http": 8080}),)
     pods = {key: PodSpec(key, hostname=key.name, labels={"app": "web"}, containers=containers) for key in (A, B)}
     fields: dict[str, object] = {"selector": {"app": "web"}, "ports": (ServicePortSpec(80, "http"),)} | service
-    cluster = Cluster(("n1",), pods, {WEB: ServiceSpec(WEB, **fields)})  # type: ignore[arg-type]  # ServiceSpec's fields by name
+    cluster = Cluster(("n1",), pods, {WEB: ServiceSpec(WEB, **fields)})
     return cluster, assign(cluster, Assignments(), lambda: "uid")
 
 

@@ -50,7 +50,7 @@ def plain(message: Request | Response) -> dict[str, object]:
 
 
 def request(method: bytes = b"GET", path: bytes = b"/", headers: list[tuple[bytes, bytes]] | None = None, **more: object) -> Request:
-    return Request(method, b"http", b"shop.test", path, headers or [], **more)  # type: ignore[arg-type]
+    return Request(method, b"http", b"shop.test", path, headers or [], **more)
 
 
 class Peer:

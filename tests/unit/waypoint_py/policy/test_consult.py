@@ -38,7 +38,7 @@ CONNECTION = Connection(
 
 
 def http(**fields: object) -> ExtAuthzHttp:
-    return ExtAuthzHttp("auth", "auth.svc", 8000, **fields)  # type: ignore[arg-type]
+    return ExtAuthzHttp("auth", "auth.svc", 8000, **fields)
 
 
 GRPC = ExtAuthzGrpc("auth", "auth.svc", 9000)
@@ -46,7 +46,7 @@ GRPC = ExtAuthzGrpc("auth", "auth.svc", 9000)
 
 def request(path: bytes = b"/a?b=c", **fields: object) -> Request:
     headers = [(b"authorization", b"Bearer t"), (b"x-a", b"1"), (b"x-b", b"2"), (b"x-a", b"3"), (b"cookie", b"c=d")]
-    return Request(b"POST", b"http", b"api.shop", path, headers, **fields)  # type: ignore[arg-type]
+    return Request(b"POST", b"http", b"api.shop", path, headers, **fields)
 
 
 # Over HTTP
@@ -207,7 +207,7 @@ def test_a_connection_is_shown_without_any_http() -> None:
 
 
 def option(name: str, value: str, **fields: object) -> pb.HeaderValueOption:
-    return pb.HeaderValueOption(header=pb.HeaderValue(key=name, value=value), **fields)  # type: ignore[arg-type]
+    return pb.HeaderValueOption(header=pb.HeaderValue(key=name, value=value), **fields)
 
 
 def test_status_0_lets_through_with_every_kind_of_change() -> None:
@@ -256,16 +256,16 @@ def test_any_other_status_denies_with_the_authorizers_words() -> None:
     denied = pb.DeniedHttpResponse(
         status=pb.HttpStatus(code=429), headers=[option("X-Why", "w"), option("content-length", "9")], body="slow down"
     )
-    found = read_grpc_answer(pb.CheckResponse(status={"code": 7}, denied_response=denied).SerializeToString())  # type: ignore[arg-type]
+    found = read_grpc_answer(pb.CheckResponse(status={"code": 7}, denied_response=denied).SerializeToString())
     assert found == Denied(429, [(b"x-why", b"w")], b"slow down")
 
 
 @pytest.mark.parametrize("code", [0, 100, 199, 600, -1])
 def test_a_denial_without_a_status_is_403(code: int) -> None:
     denied = pb.DeniedHttpResponse(status=pb.HttpStatus(code=code))
-    found = read_grpc_answer(pb.CheckResponse(status={"code": 16}, denied_response=denied).SerializeToString())  # type: ignore[arg-type]
+    found = read_grpc_answer(pb.CheckResponse(status={"code": 16}, denied_response=denied).SerializeToString())
     assert found == Denied(403, [], b"")
-    assert read_grpc_answer(pb.CheckResponse(status={"code": 7}).SerializeToString()) == Denied(403, [], b"")  # type: ignore[arg-type]
+    assert read_grpc_answer(pb.CheckResponse(status={"code": 7}).SerializeToString()) == Denied(403, [], b"")
 
 
 @pytest.mark.parametrize(
@@ -276,8 +276,8 @@ def test_a_denial_without_a_status_is_403(code: int) -> None:
         pb.CheckResponse(ok_response=pb.OkHttpResponse(headers=[option("", "v")])),
         pb.CheckResponse(ok_response=pb.OkHttpResponse(response_headers_to_add=[option("x\n", "v")])),
         pb.CheckResponse(ok_response=pb.OkHttpResponse(headers=[option(f"x-{number}", "v") for number in range(MAX_MUTATIONS + 1)])),
-        pb.CheckResponse(status={"code": 7}, denied_response=pb.DeniedHttpResponse(headers=[option("x", "\0")])),  # type: ignore[arg-type]
-        pb.CheckResponse(status={"code": 7}, denied_response=pb.DeniedHttpResponse(body="x" * (MAX_BODY + 1))),  # type: ignore[arg-type]
+        pb.CheckResponse(status={"code": 7}, denied_response=pb.DeniedHttpResponse(headers=[option("x", "\0")])),
+        pb.CheckResponse(status={"code": 7}, denied_response=pb.DeniedHttpResponse(body="x" * (MAX_BODY + 1))),
     ],
 )
 def test_an_answer_that_would_break_the_message_is_a_failure(response: pb.CheckResponse) -> None:

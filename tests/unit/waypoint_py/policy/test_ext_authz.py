@@ -35,12 +35,12 @@ Serve = Callable[[trio.abc.Stream], Awaitable[None]]
 
 
 def http(**fields: object) -> Consultation:
-    provider = ExtAuthzHttp("auth", "auth.svc", 8000, **{"timeout": 5.0, **fields})  # type: ignore[arg-type]
+    provider = ExtAuthzHttp("auth", "auth.svc", 8000, **{"timeout": 5.0, **fields})
     return Consultation(provider, "ext", "ns[shop]-policy[c]-rule[0]", "asked")
 
 
 def grpc(**fields: object) -> Consultation:
-    provider = ExtAuthzGrpc("auth", "auth.svc", 9000, **{"timeout": 5.0, **fields})  # type: ignore[arg-type]
+    provider = ExtAuthzGrpc("auth", "auth.svc", 9000, **{"timeout": 5.0, **fields})
     return Consultation(provider, "ext", "ns[shop]-policy[c]-rule[0]", "asked")
 
 
@@ -300,7 +300,7 @@ async def _allow(message: bytes, call: Call) -> bytes:
 
 async def _deny(message: bytes, call: Call) -> bytes:
     denied = pb.DeniedHttpResponse(status=pb.HttpStatus(code=401), body="who are you?")
-    return pb.CheckResponse(status={"code": 16}, denied_response=denied).SerializeToString()  # type: ignore[arg-type]
+    return pb.CheckResponse(status={"code": 16}, denied_response=denied).SerializeToString()
 
 
 def test_a_grpc_authorizer_decides_and_changes_the_request() -> None:

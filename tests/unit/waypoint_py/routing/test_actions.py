@@ -29,13 +29,13 @@ NONE = HeaderChanges()
 
 
 def to(name: str, weight: int = 1, **fields: object) -> WeightedDestination:
-    return WeightedDestination(Destination("shop", name, 80), weight, **fields)  # type: ignore[arg-type]
+    return WeightedDestination(Destination("shop", name, 80), weight, **fields)
 
 
 def forward(
     *destinations: WeightedDestination, request: HeaderChanges = NONE, response: HeaderChanges = NONE, **fields: object
 ) -> CompiledRoute:
-    action = Forward(destinations, **fields)  # type: ignore[arg-type]
+    action = Forward(destinations, **fields)
     return compile_route(Route(ORIGIN, action, request=request, response=response))
 
 

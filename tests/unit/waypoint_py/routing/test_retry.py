@@ -24,7 +24,7 @@ FIVES = {500, 501, 502, 503, 504, 599}
 
 
 def state(*on: str, **fields: object) -> RetryState:
-    return RetryState(Retry(on=on, **fields), REQUEST)  # type: ignore[arg-type]
+    return RetryState(Retry(on=on, **fields), REQUEST)
 
 
 def failure(kind: FailureKind) -> UpstreamFailure:

@@ -211,7 +211,7 @@ def _served_tunnel(thread: ReactorThread, stack: ExitStack) -> Line:
     stack.callback(thread.call, egress.close)
     far = stack.enter_context(socket.create_connection((str(egress.address.ip), egress.address.port), timeout=10))
     wait_until(lambda: bool(accepted), "the tunnel")
-    stack.callback(lambda: [thread.call(lambda link=link: link.abort("the test is over")) for link in links])  # type: ignore[misc]
+    stack.callback(lambda: [thread.call(lambda link=link: link.abort("the test is over")) for link in links])
     return Line(thread, accepted[0], far)
 
 

@@ -88,7 +88,7 @@ def test_our_end_leaves_the_other_direction_open(line: Line, size: int) -> None:
     assert read_all(line.far) == data
     for word in (b"still", b"here"):
         line.far.sendall(word)
-        wait_until(lambda word=word: sink.received.endswith(word), "a word after our end")  # type: ignore[misc]
+        wait_until(lambda word=word: sink.received.endswith(word), "a word after our end")
     assert "ended" not in sink.events
     line.far.close()
     sink.wait_for("closed")
@@ -396,13 +396,13 @@ def test_streams_joined_by_a_pipe_pass_everything_on(open_line: Callable[[str], 
     data, back = os.urandom(6 * MIB), os.urandom(5 * MIB)
     for one, other in (("tcp", "tunnel"), ("served-tunnel", "tls-in-tunnel"), ("served-tunnel", "tunnel")):
         client, server = open_line(one), open_line(other)
-        client.do(lambda client=client, server=server: Pipe(client.stream, server.stream))  # type: ignore[misc]
+        client.do(lambda client=client, server=server: Pipe(client.stream, server.stream))
         with ExitStack() as stack:
-            in_background(stack, lambda sock=client.far: send_and_end(sock, data))  # type: ignore[misc]
-            in_background(stack, lambda sock=server.far: send_and_end(sock, back))  # type: ignore[misc]
+            in_background(stack, lambda sock=client.far: send_and_end(sock, data))
+            in_background(stack, lambda sock=server.far: send_and_end(sock, back))
             assert read_all(server.far) == data
             assert read_all(client.far) == back
-        wait_until(lambda pair=(client, server): all(line.stream.over for line in pair), "both to be over")  # type: ignore[misc]
+        wait_until(lambda pair=(client, server): all(line.stream.over for line in pair), "both to be over")
 
 
 # --- TLS of its own
@@ -415,7 +415,7 @@ def accept_tls(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
 
 def tls_over(line: Line, outcomes: list[str | None], **options: object) -> TlsStream:
     def start() -> TlsStream:
-        stream = TlsStream(line.thread.reactor, line.stream, tls_client_context(BUNDLE), outcomes.append, **options)  # type: ignore[arg-type]
+        stream = TlsStream(line.thread.reactor, line.stream, tls_client_context(BUNDLE), outcomes.append, **options)
         stream.attach(line.sink)
         return stream
 
@@ -426,12 +426,12 @@ def test_another_implementation_of_tls_is_understood(open_line: Callable[[str], 
     for kind in ("tcp", "tunnel"):
         line, outcomes = open_line(kind), list[str | None]()
         stream = tls_over(line, outcomes)
-        line.do(lambda stream=stream: stream.write(b"before it stands"))  # type: ignore[misc]
+        line.do(lambda stream=stream: stream.write(b"before it stands"))
         server = accept_tls(line.far, python_server_context(BUNDLE, str(tmp_path)))
         assert server.recv(100) == b"before it stands"
         data = os.urandom(MIB)
         server.sendall(data)
-        wait_until(lambda line=line: len(line.sink.received) == MIB, "a megabyte")  # type: ignore[misc]
+        wait_until(lambda line=line: len(line.sink.received) == MIB, "a megabyte")
         assert line.sink.received == data
         assert outcomes == [None]
         line.do(stream.end)
@@ -493,7 +493,7 @@ def test_tls_in_two_tunnels_of_one_link_does_not_mix_their_bytes(open_line: Call
     with ExitStack() as stack:
         for line, noise in zip(lines, data, strict=True):
             line.attach()
-            in_background(stack, lambda line=line, noise=noise: send_and_end(line.far, noise))  # type: ignore[misc]
+            in_background(stack, lambda line=line, noise=noise: send_and_end(line.far, noise))
         for line, noise in zip(lines, data, strict=True):
             line.sink.wait_for("ended")
             assert hashlib.sha256(line.sink.received).digest() == hashlib.sha256(noise).digest()

@@ -43,7 +43,7 @@ def connection(**changes: object) -> Connection:
         None,
         CALLER,
     )
-    return replace(made, **changes)  # type: ignore[arg-type]  # fields
+    return replace(made, **changes)
 
 
 def endpoint(workload: Workload | None = POD) -> Endpoint:

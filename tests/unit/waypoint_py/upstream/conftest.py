@@ -487,7 +487,7 @@ def in_mesh(endpoint: Endpoint, identity: SpiffeId = SERVER) -> Endpoint:
 
 def limited(**bounds: float) -> TrafficPolicy:
     """A policy with these bounds of a connection pool."""
-    return TrafficPolicy(pool=ConnectionPool(**bounds))  # type: ignore[arg-type]
+    return TrafficPolicy(pool=ConnectionPool(**bounds))
 
 
 @pytest.fixture

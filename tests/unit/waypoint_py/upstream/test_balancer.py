@@ -49,7 +49,7 @@ def pod(number: int, region: str = "r1", zone: str = "z1", subzone: str = "", **
         "locality": Place(region, zone, subzone),
         **fields,
     }
-    return Workload(f"uid-{number}", f"reviews-{number}", "shop", **values)  # type: ignore[arg-type]
+    return Workload(f"uid-{number}", f"reviews-{number}", "shop", **values)
 
 
 class World:
@@ -70,7 +70,7 @@ class World:
         self.version += 1
 
     def choose(self, to: Destination = TO, now: float = 0.0, **wish: object) -> Endpoint:
-        endpoint = self.balancer.choose(to, Wish(**wish), now)  # type: ignore[arg-type]
+        endpoint = self.balancer.choose(to, Wish(**wish), now)
         assert isinstance(endpoint, Endpoint), endpoint
         return endpoint
 
@@ -80,14 +80,14 @@ class World:
         return found
 
     def shares(self, picks: int = 1000, now: float = 0.0) -> dict[str, float]:
-        counts = Counter(self.choose(now=now).workload.name for _ in range(picks))  # type: ignore[union-attr]
+        counts = Counter(self.choose(now=now).workload.name for _ in range(picks))
         return {name: count / picks for name, count in counts.items()}
 
 
 def config(
     policy: TrafficPolicy | None = None, labels: Mapping[str, Mapping[str, str]] | None = None, **fields: object
 ) -> DestinationConfig:
-    return DestinationConfig("shop", KEY.hostname, policy=policy or TrafficPolicy(), labels=labels or {}, **fields)  # type: ignore[arg-type]
+    return DestinationConfig("shop", KEY.hostname, policy=policy or TrafficPolicy(), labels=labels or {}, **fields)
 
 
 def located(**locality: object) -> DestinationConfig:
@@ -96,7 +96,7 @@ def located(**locality: object) -> DestinationConfig:
             load_balancer=LoadBalancer(simple=Balance.RANDOM, locality=Locality(**locality)),
             outlier=OutlierDetection(consecutive_5xx=1, max_ejection_percent=100),
         )
-    )  # type: ignore[arg-type]
+    )
 
 
 def test_an_endpoint_is_dialled_on_its_target_port_in_the_family_that_the_client_used() -> None:
@@ -129,14 +129,14 @@ def test_what_does_not_exist_is_told_apart_from_what_is_down() -> None:
 def test_a_subset_is_the_endpoints_with_its_labels() -> None:
     labels = {"uid-1": {"version": "v1"}, "uid-2": {"version": "v2"}}
     world = World(pod(1), pod(2), config=config(labels=labels, subsets=(Subset("v2", {"version": "v2"}),)))
-    assert {world.choose(Destination("shop", KEY.hostname, 80, "v2")).workload.name for _ in range(50)} == {"reviews-2"}  # type: ignore[union-attr]
+    assert {world.choose(Destination("shop", KEY.hostname, 80, "v2")).workload.name for _ in range(50)} == {"reviews-2"}
 
 
 def test_endpoints_that_come_and_go_are_chosen_and_not_chosen_at_once() -> None:
     world = World(pod(1))
     world.choose()
     world.state.apply(Delta(workloads=(pod(2),), removed_addresses=("uid-1",)))
-    assert world.choose().workload.name == "reviews-2"  # type: ignore[union-attr]
+    assert world.choose().workload.name == "reviews-2"
 
 
 def test_near_endpoints_take_everything_until_they_fail() -> None:
@@ -204,8 +204,8 @@ def test_a_retry_avoids_the_endpoint_that_failed() -> None:
 
 def test_a_retry_elsewhere_leaves_the_nearest_level() -> None:
     world = World(pod(1), pod(2, zone="z2"), config=located())
-    assert world.choose(elsewhere=1).workload.name == "reviews-2"  # type: ignore[union-attr]
-    assert world.choose(elsewhere=5).workload.name == "reviews-1"  # type: ignore[union-attr]
+    assert world.choose(elsewhere=1).workload.name == "reviews-2"
+    assert world.choose(elsewhere=5).workload.name == "reviews-1"
 
 
 def test_all_ejected_is_no_endpoint_with_the_reasons_and_time_heals() -> None:
@@ -215,7 +215,7 @@ def test_all_ejected_is_no_endpoint_with_the_reasons_and_time_heals() -> None:
     refusal = world.refusal()
     assert refusal.known
     assert "1 answers in a row were 5xx" in refusal.because
-    assert world.choose(now=100.0).workload.name == "reviews-1"  # type: ignore[union-attr]
+    assert world.choose(now=100.0).workload.name == "reviews-1"
 
 
 def test_what_was_learnt_of_a_host_stays_when_others_come() -> None:

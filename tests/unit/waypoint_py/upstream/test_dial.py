@@ -64,7 +64,7 @@ def outcome(world: World, endpoint: Endpoint, **options: object) -> ByteStream |
     results: list[ByteStream | UpstreamFailure] = []
 
     def start() -> None:
-        world.pool.connect(endpoint, results.append, **options)  # type: ignore[arg-type]
+        world.pool.connect(endpoint, results.append, **options)
         assert results == []
 
     world.call(start)
@@ -193,7 +193,7 @@ def test_clients_share_no_connection_that_names_them(world: World, serve: Callab
     for client in clients:
         answer, request = Answer(), Request(b"GET", b"http", b"reviews", b"/", [])
         world.call(
-            lambda client=client, answer=answer, request=request: world.pool.request(  # type: ignore[misc]
+            lambda client=client, answer=answer, request=request: world.pool.request(
                 endpoint, UpstreamProtocol.HTTP1, request, True, answer, answer.opened, client=client
             )
         )
@@ -239,7 +239,7 @@ def test_every_request_that_waited_hears_of_the_failure(world: World) -> None:
     endpoint = endpoint_at(closed_port())
     for protocol in (UpstreamProtocol.HTTP1, UpstreamProtocol.HTTP2):
         answers = [world.ask(endpoint, protocol=protocol) for _ in range(10)]
-        assert [answer.wait().failure.kind for answer in answers] == [FailureKind.CONNECT] * 10  # type: ignore[union-attr]
+        assert [answer.wait().failure.kind for answer in answers] == [FailureKind.CONNECT] * 10
 
 
 def test_a_silent_host_is_given_up_after_the_rules_timeout(world: World, blackhole: SocketAddress) -> None:
@@ -346,9 +346,9 @@ def test_a_dial_that_is_called_off_leaves_nothing(
     application = serve(lambda end: end.sock.recv(1 << 16) and end.sock.recv(1))
     tls = TrafficPolicy(tls=UpstreamTls(TlsMode.SIMPLE, skip_verify=True))
     for endpoint in (endpoint_at(blackhole), in_mesh(endpoint_at(application.address)), endpoint_at(application.address, tls)):
-        connecting = world.thread.call(lambda endpoint=endpoint: world.pool.connect(endpoint, opened.append))  # type: ignore[misc]
+        connecting = world.thread.call(lambda endpoint=endpoint: world.pool.connect(endpoint, opened.append))
         time.sleep(0.1)
-        world.call(lambda connecting=connecting: (connecting.cancel(), connecting.cancel()))  # type: ignore[misc]
+        world.call(lambda connecting=connecting: (connecting.cancel(), connecting.cancel()))
     assert opened == []
     assert world.call(lambda: world.pool.connections) == 0
     world.call(lambda: world.dialler.close(gracefully=False))
@@ -414,7 +414,7 @@ def serve_tls(certificate: ServingCertificate) -> Iterator[Callable[..., TlsAppl
 
 def secured(application: Application, **options: object) -> Endpoint:
     mode = options.pop("mode", TlsMode.SIMPLE)
-    return endpoint_at(application.address, TrafficPolicy(tls=UpstreamTls(mode, **options)))  # type: ignore[arg-type]
+    return endpoint_at(application.address, TrafficPolicy(tls=UpstreamTls(mode, **options)))
 
 
 @pytest.mark.parametrize("mesh", [False, True])
@@ -570,7 +570,7 @@ def test_names_that_clients_choose_leave_no_end_of_connections(
     for number in range(12):
         answer = Answer()
         request = Request(b"GET", b"http", b"%d.reviews" % number, b"/", [])
-        world.call(lambda a=answer, r=request: world.pool.request(endpoint, UpstreamProtocol.HTTP1, r, True, a, a.opened))  # type: ignore[misc]
+        world.call(lambda a=answer, r=request: world.pool.request(endpoint, UpstreamProtocol.HTTP1, r, True, a, a.opened))
         assert answer.wait().status == 200
         wait_until(lambda: world.call(lambda: world.pool.connections) <= 3, "older connections go")
     assert len(application.server_names) == 12

@@ -62,7 +62,7 @@ def send(
 
 
 def get(path: bytes = b"/", method: bytes = b"GET", **options: object) -> Request:
-    return Request(method, b"http", b"reviews.shop", path, [(b"x-test", b"1")], **options)  # type: ignore[arg-type]
+    return Request(method, b"http", b"reviews.shop", path, [(b"x-test", b"1")], **options)
 
 
 def read_head(end: ServerEnd) -> bytes:
@@ -272,8 +272,8 @@ def test_an_upgraded_request_carries_bytes_both_ways(
     assert stream is not None
     for word in (b"to ", b"and ", b"fro"):
         assert http.thread.call(stream.room) > 0
-        http.call(lambda word=word: stream.send_data(word))  # type: ignore[misc]
-        wait_until(lambda word=word: answer.body.endswith(word), "an echo")  # type: ignore[misc]
+        http.call(lambda word=word: stream.send_data(word))
+        wait_until(lambda word=word: answer.body.endswith(word), "an echo")
     assert answer.body == b"hello to and fro"
     http.call(stream.send_end)
     assert answer.wait().calls == ["open", "response", "complete"]

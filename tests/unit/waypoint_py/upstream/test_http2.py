@@ -103,11 +103,11 @@ def send(
 
 
 def get(path: bytes = b"/", method: bytes = b"GET", **options: object) -> Request:
-    return Request(method, b"http", b"reviews.shop", path, [(b"x-test", b"1")], **options)  # type: ignore[arg-type]
+    return Request(method, b"http", b"reviews.shop", path, [(b"x-test", b"1")], **options)
 
 
 def h2_application(serve: Callable[..., Application], act: OnEvent, **options: object) -> Application:
-    return serve(lambda end: H2Server(end, act, **options).run())  # type: ignore[arg-type]
+    return serve(lambda end: H2Server(end, act, **options).run())
 
 
 def test_many_requests_share_a_connection(http: World, serve: Callable[..., Application], reach: Callable[[Application], Endpoint]) -> None:
@@ -314,11 +314,11 @@ def test_a_websocket_goes_as_extended_connect(
     endpoint = reach(application)
     for _ in range(2):
         answer = send(http, endpoint, get(b"/chat", upgrade=b"websocket"), ended=False)
-        wait_until(lambda answer=answer: answer.status == 101, "the upgrade")  # type: ignore[misc]
+        wait_until(lambda answer=answer: answer.status == 101, "the upgrade")
         stream = answer.stream
         assert stream is not None
-        http.call(lambda stream=stream: stream.send_data(b"hello"))  # type: ignore[misc]
-        wait_until(lambda answer=answer: answer.body == b"HELLO", "an echo")  # type: ignore[misc]
+        http.call(lambda stream=stream: stream.send_data(b"hello"))
+        wait_until(lambda answer=answer: answer.body == b"HELLO", "an echo")
         http.call(stream.send_end)
         assert answer.wait().calls[-1] == "complete"
     assert heads[0][":method"] == "CONNECT"

@@ -5,7 +5,7 @@ from waypoint_py.upstream.outlier import Health, LocalOutcome, OutlierDetector
 
 
 def detector(**fields: object) -> tuple[OutlierDetector, list[Health]]:
-    config = OutlierDetection(**{"max_ejection_percent": 100, **fields})  # type: ignore[arg-type]
+    config = OutlierDetection(**{"max_ejection_percent": 100, **fields})
     return OutlierDetector(config), [Health() for _ in range(4)]
 
 

@@ -207,7 +207,7 @@ def test_an_unfinished_request_leaves_no_connection_to_reuse(world: World, serve
     assert early.wait().calls[-1] == "complete"
     assert (early.status, early.body) == (413, b"early")
     assert early.stream is not None
-    world.call(lambda: (early.stream.room(), early.stream.send_data(b"x"), early.stream.send_end(), early.stream.reset()))  # type: ignore[union-attr]
+    world.call(lambda: (early.stream.room(), early.stream.send_data(b"x"), early.stream.send_end(), early.stream.reset()))
     world.get(endpoint)
     assert application.connections == 2
 
@@ -221,7 +221,7 @@ def test_a_request_that_was_given_up_is_heard_of_no_more(
     endpoint = endpoint_at(application.address)
     given_up = world.ask(endpoint, protocol=protocol)
     wait_until(lambda: gate.requests == 1, "the request")
-    world.call(lambda: (given_up.stream.reset(), given_up.stream.reset()))  # type: ignore[union-attr]
+    world.call(lambda: (given_up.stream.reset(), given_up.stream.reset()))
     gate.open()
     assert world.get(endpoint, "/next", protocol=protocol).body == b"/next"
     assert given_up.calls == ["open"]
@@ -341,7 +341,7 @@ def test_a_peer_that_breaks_the_protocol_fails_all_its_streams(world: World, ser
 
     endpoint = endpoint_at(serve(script).address)
     answers = [world.ask(endpoint, protocol=HTTP2) for _ in range(2)]
-    assert {answer.wait().failure.kind for answer in answers} == {FailureKind.PROTOCOL}  # type: ignore[union-attr]
+    assert {answer.wait().failure.kind for answer in answers} == {FailureKind.PROTOCOL}
 
 
 # --- begun anew
@@ -579,7 +579,7 @@ def test_bounds_of_connections_hold_for_plain_connections_too(world: World, appl
 def test_a_plain_connection_ends_when_it_is_too_old(world: World, application: Application) -> None:
     sink = Collector()
     endpoint = endpoint_at(application.address, limited(max_connection_duration=0.1))
-    world.call(lambda: world.pool.connect(endpoint, lambda stream: stream.attach(sink)))  # type: ignore[union-attr]
+    world.call(lambda: world.pool.connect(endpoint, lambda stream: stream.attach(sink)))
     sink.wait_for("closed")
     assert sink.reason == "connection older than 0.1 s"
 
@@ -692,7 +692,7 @@ def test_an_upgrade_waits_until_the_server_has_said_whether_it_takes_any(
     for number, answer in enumerate(answers):
         request = Request(b"GET", b"http", b"reviews", b"/%d" % number, [], upgrade=b"websocket")
         world.call(
-            lambda answer=answer, request=request: setattr(  # type: ignore[misc]
+            lambda answer=answer, request=request: setattr(
                 answer, "cancel", world.pool.request(endpoint, HTTP2, request, False, answer, answer.opened)
             )
         )
@@ -700,7 +700,7 @@ def test_an_upgrade_waits_until_the_server_has_said_whether_it_takes_any(
     settle(world.thread)
     time.sleep(0.05)
     assert [answer.calls for answer in answers] == [[], [], []]
-    world.call(answers[1].cancel.cancel)  # type: ignore[union-attr]
+    world.call(answers[1].cancel.cancel)
     say.set()
     for number in (0, 2):
         answers[number].wait()
@@ -708,7 +708,7 @@ def test_an_upgrade_waits_until_the_server_has_said_whether_it_takes_any(
             assert (answers[number].status, answers[number].body) == (101, b"/%d" % number)
         else:
             assert answers[number].failure is not None
-            assert answers[number].failure.kind is FailureKind.PROTOCOL  # type: ignore[union-attr]
+            assert answers[number].failure.kind is FailureKind.PROTOCOL
     assert answers[1].calls == []
     assert application.connections == 1
 

@@ -127,8 +127,8 @@ def test_requests_that_never_end_are_called_off_without_trace(world: World, serv
             answer = Answer()
             answer.on_open = keep_open
             answers.append(world.ask(endpoint, protocol=protocol, ended=False, answer=answer))
-        wait_until(lambda answers=answers: all("open" in answer.calls for answer in answers), "all to be open")  # type: ignore[misc]
-        world.call(lambda answers=answers: [answer.stream.reset() for answer in answers])  # type: ignore[misc]
+        wait_until(lambda answers=answers: all("open" in answer.calls for answer in answers), "all to be open")
+        world.call(lambda answers=answers: [answer.stream.reset() for answer in answers])
         assert not any(answer.over for answer in answers)
     world.call(lambda: world.pool.close(gracefully=True))
     wait_until(lambda: world.call(lambda: world.pool.connections) == 0, "every connection to go")

@@ -84,11 +84,11 @@ class Agent:
         async def fetch(identity: SpiffeId) -> object:
             return CA.issue(identity)
 
-        self.certificates = CertificateManager(fetch)  # type: ignore[arg-type]
+        self.certificates = CertificateManager(fetch)
         environment = {"NODE_NAME": "n1", "MESH_SOURCE": str(run_dir), "MESH_STATUS_DIR": str(run_dir)}
         self.config = read_config({**environment, "RUN_DIR": str(run_dir), "POD_NAME": name})
         self.config.own_dir.mkdir(exist_ok=True)
-        self.charge = Charge(self.config, self.pods, self.certificates)  # type: ignore[arg-type]
+        self.charge = Charge(self.config, self.pods, self.certificates)
 
     async def _act(self) -> None:
         self.acts += 1

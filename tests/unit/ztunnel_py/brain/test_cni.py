@@ -50,7 +50,7 @@ def test_the_status_says_whether_the_pod_may_start_and_the_body_why(answer: str 
     keeper.answer = answer
 
     async def ask() -> None:
-        route = cni_routes(keeper)["/cmdadd"]  # type: ignore[arg-type]
+        route = cni_routes(keeper)["/cmdadd"]
         assert route.methods == {"POST"}
         response = await route.handler(Request("POST", "/cmdadd", {}, {}, body()))
         assert (response.status, response.body.decode()) == (status, f"{answer}\n")
@@ -61,7 +61,7 @@ def test_the_status_says_whether_the_pod_may_start_and_the_body_why(answer: str 
 
 def test_a_request_that_is_none_is_told_its_field() -> None:
     async def ask() -> None:
-        handler = cni_routes(FakeKeeper())["/cmdadd"].handler  # type: ignore[arg-type]
+        handler = cni_routes(FakeKeeper())["/cmdadd"].handler
         response = await handler(Request("POST", "/cmdadd", {}, {}, body(Netns="x")))
         assert response.status == 400
         assert b"Netns" in response.body
@@ -84,7 +84,7 @@ def with_agent(tmp_path: Path, keeper: FakeKeeper, test: Callable[[Path], Awaita
         socket = tmp_path / "cni.sock"
         with unix_listener(socket) as listener:
             async with trio.open_nursery() as nursery:
-                await nursery.start(serve_admin, cni_routes(keeper), [listener])  # type: ignore[arg-type]
+                await nursery.start(serve_admin, cni_routes(keeper), [listener])
                 await test(socket)
                 nursery.cancel_scope.cancel()
 

@@ -87,8 +87,8 @@ async def ask(path: str, **query: str) -> Response:
         read_config(CONFIG),
         state,
         certificates,
-        FakeMovers(),  # type: ignore[arg-type]
-        FakePods(),  # type: ignore[arg-type]
+        FakeMovers(),
+        FakePods(),
         readiness,
         lambda: AdsState(Phase.FAILED, True, "no route", 1.0),
     )

@@ -70,7 +70,7 @@ class FakeMover:
 
     async def _say(self, message: messages.FromMover) -> None:
         await trio.lowlevel.checkpoint()
-        self.world.keeper.mover_said(self, message)  # type: ignore[arg-type]
+        self.world.keeper.mover_said(self, message)
 
     def now_has(self, uid: str, living: int) -> None:
         self.connections[uid] = living
@@ -168,7 +168,7 @@ class World:
         config: AgentConfig = read_config(environ | settings)
         self.keeper = PodKeeper(
             config,
-            self.movers,  # type: ignore[arg-type]
+            self.movers,
             CertificateManager(no_certificate),
             WorkloadManagerMetrics(Registry()),
             lambda info: info.uid in self.announced,
@@ -346,7 +346,7 @@ def test_a_released_pod_is_held_for_its_connections_over_all_movers(world: World
         await trio.sleep(60)
         assert world.holds("uid-1")
         world.movers.all.remove(second)
-        world.keeper.mover_left(second)  # type: ignore[arg-type]
+        world.keeper.mover_left(second)
         await world.until(lambda: not world.holds("uid-1"), "the connections of a dead mover are no more")
 
     world.run(test)
@@ -421,7 +421,7 @@ def test_a_mover_that_joins_is_given_every_pod_and_what_drains(world: World) -> 
         await world.until(lambda: world.phase("uid-2") is Phase.DRAINING, "one drains")
         new = FakeMover(world, "2")
         world.movers.all.append(new)
-        world.keeper.mover_joined(new, (), informed=True)  # type: ignore[arg-type]
+        world.keeper.mover_joined(new, (), informed=True)
         assert sorted(type(message).__name__ for message in new.told) == ["ReleasePod", "ServePod", "ServePod"]
 
     world.run(test)
@@ -438,7 +438,7 @@ def test_what_a_mover_still_serves_of_a_pod_that_was_dropped_is_dropped_again(wo
         mover.told.clear()
         descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
         world.opened[descriptors[0]] = "/n/1"
-        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),), informed=True)  # type: ignore[arg-type]
+        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),), informed=True)
         await world.until(lambda: messages.DropPod("uid-1") in mover.told, "it is told again")
         assert not world.holds("uid-1")
 
@@ -480,7 +480,7 @@ def test_what_a_mover_holds_of_a_namespace_that_was_replaced_it_gives_up_for_the
             descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
             world.opened[descriptors[0]] = "/n/old"
             world.inodes["/n/old"] = 7
-            join(other, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),))  # type: ignore[arg-type]
+            join(other, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),))
             wanted = [messages.DropPod] if other is elder else [messages.DropPod, messages.ServePod]
             assert [type(message) for message in other.told] == wanted
         assert not world.keeper._held["uid-1"].elders
@@ -495,12 +495,12 @@ def test_what_movers_serve_before_the_source_was_read_stays_as_it_is(world: Worl
         world.opened[descriptors[0]] = "/n/1"
         world.kernel["/n/1"] = "captured"
         world.place.annotations["web"] = "enabled"
-        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),), informed=True)  # type: ignore[arg-type]
+        world.keeper.mover_joined(mover, (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),), informed=True)
         await trio.sleep(600)
         assert world.kernel == {"/n/1": "captured"}
         assert world.holds("uid-1")
         other = world.movers.all[1]
-        world.keeper.mover_joined(other, (), informed=True)  # type: ignore[arg-type]
+        world.keeper.mover_joined(other, (), informed=True)
         await world.captured(replace(facts(), redirection="enabled"))
         assert not [message for message in mover.told if isinstance(message, messages.DropPod)]
 
@@ -514,9 +514,9 @@ def test_a_mover_that_knows_nothing_of_the_mesh_yet_leaves_pods_to_those_that_do
         descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
         world.opened[descriptors[0]] = "/n/1"
         holding = (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),)
-        world.keeper.mover_joined(serving, holding, informed=False)  # type: ignore[arg-type]
+        world.keeper.mover_joined(serving, holding, informed=False)
         world.movers.all.append(new)
-        world.keeper.mover_joined(new, (), informed=False)  # type: ignore[arg-type]
+        world.keeper.mover_joined(new, (), informed=False)
         await trio.sleep(60)
         assert new.told == []
         world.keeper.serve_everywhere()
@@ -531,10 +531,10 @@ def test_a_pod_that_nobody_serves_is_given_to_whoever_comes(world: World) -> Non
         await world.captured(facts())
         for mover in list(world.movers.all):
             world.movers.all.remove(mover)
-            world.keeper.mover_left(mover)  # type: ignore[arg-type]
+            world.keeper.mover_left(mover)
         new = FakeMover(world, "2")
         world.movers.all.append(new)
-        world.keeper.mover_joined(new, (), informed=False)  # type: ignore[arg-type]
+        world.keeper.mover_joined(new, (), informed=False)
         assert [type(message).__name__ for message in new.told] == ["ServePod"]
 
     world.run(test)
@@ -632,7 +632,7 @@ def test_a_pod_whose_network_was_made_anew_while_no_agent_was_there_is_held_unti
         world.inodes["/n/old"] = 7
         holding = (Holding(messages.PodInfo("uid-1", "web", "shop", "web"), descriptors),)
         for mover in world.movers.all:
-            world.keeper.mover_joined(mover, holding, informed=True)  # type: ignore[arg-type]
+            world.keeper.mover_joined(mover, holding, informed=True)
         await world.has(facts())
         assert await world.keeper.hold(added()) == "captured: because"
         assert world.kernel.get("/n/1") == "captured"

@@ -54,7 +54,7 @@ class Peer:
 async def peer_of(world: World, server: LoopbackPod, bundle: CertificateBundle | None = None) -> AsyncIterator[Peer]:
     stream = await trio.open_tcp_stream(str(server.ip), 15008)
     sock = stream.socket
-    raw = sock._sock  # type: ignore[attr-defined]  # the reactor takes the socket over
+    raw = sock._sock  # the reactor takes the socket over
     ready, ends = list[HboneLink](), list[str | None]()
     made = connect_hbone(
         world.reactor,

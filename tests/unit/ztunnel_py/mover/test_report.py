@@ -13,7 +13,7 @@ CLIENT, SERVER = SocketAddress.parse("10.0.0.1:40000"), SocketAddress.parse("10.
 
 
 def living(direction: str) -> Living:
-    found = Living("uid", direction, CLIENT, SERVER, 2.0)  # type: ignore[arg-type]  # one of the two
+    found = Living("uid", direction, CLIENT, SERVER, 2.0)
     found.counted = (100, 7)
     return found
 

@@ -34,7 +34,7 @@ def test_one_that_fails_keeps_nobody_waiting() -> None:
     reactor = Reactor(on_error=lambda error, where: errors.append(f"{type(error).__name__}: {where}"))
     room: WaitingRoom[str] = WaitingRoom(reactor)
     called: list[str] = []
-    room.wait("a", 60, lambda: called.append(1 / 0), lambda: None)  # type: ignore[arg-type, func-returns-value]
+    room.wait("a", 60, lambda: called.append(1 / 0), lambda: None)
     room.wait("a", 60, lambda: called.append("second"), lambda: None)
     room.settle("a")
     reactor.close()

@@ -74,7 +74,7 @@ class FakeClient:
 
 def departures(answer: Callable[[str], Json]) -> tuple[FakeClient, ClusterDepartures]:
     client = FakeClient(answer)
-    return client, ClusterDepartures(client, "istio-system", "n1", 5.0)  # type: ignore[arg-type]
+    return client, ClusterDepartures(client, "istio-system", "n1", 5.0)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -147,7 +147,7 @@ def test_an_api_server_that_is_away_or_silent_releases_nothing(autojump: trio.te
 
     async def main() -> None:
         assert not (await departures(unavailable)[1].find()).for_good
-        found = await ClusterDepartures(Silent(), "istio-system", "n1", 5.0).find()  # type: ignore[arg-type]
+        found = await ClusterDepartures(Silent(), "istio-system", "n1", 5.0).find()
         assert found == Departure(False, "the API server did not answer within 3 s", certain=False)
 
     trio.run(main, clock=autojump)

@@ -152,7 +152,7 @@ def test_what_a_former_installation_wrote_on_a_pod_is_not_ours(tmp_path: Path) -
         put_agent(server, "second")
         told = {"ambient.istio.io/redirection": "enabled", "ambient.mesh/captured-by": "first"}
         web = pod("web", status={"phase": "Running", "podIP": "10.0.0.1"})
-        server.put({**web, "metadata": {**web["metadata"], "annotations": told}})  # type: ignore[dict-item]
+        server.put({**web, "metadata": {**web["metadata"], "annotations": told}})
         access = ClusterAccess("k", 443, tls=False)
         agent = ("istio-system", "ztunnel-x")
         place = ClusterPlace("n1", ApiClient(access, connect=server.connect), NodePaths(tmp_path, tmp_path), agent=agent)

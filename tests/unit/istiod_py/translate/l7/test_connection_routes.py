@@ -117,8 +117,8 @@ def test_a_virtual_service_yields_its_first_rule_that_fits_with_all_its_destinat
         )
     )
     assert shares(found.tcp()) == [("db", 3, None), ("gone", 1, 503)]
-    assert found.tcp().destinations[0].destination == Destination("shop", DB.hostname, 9000, "s")  # type: ignore[union-attr]  # it is there
-    assert found.tcp().origin == Origin("VirtualService", "shop", "v", 1)  # type: ignore[union-attr]
+    assert found.tcp().destinations[0].destination == Destination("shop", DB.hostname, 9000, "s")
+    assert found.tcp().origin == Origin("VirtualService", "shop", "v", 1)
     message = "no service has the hostname gone.shop.svc.cluster.local: its connections are reset"
     assert ("spec.tcp[1].route[1].destination", message) in found.problems()
 

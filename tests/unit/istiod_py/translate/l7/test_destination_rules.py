@@ -79,7 +79,7 @@ def rules_of(
 
 
 def config_of(text: str, waypoint: WaypointRef = AT_HOME, **more: Mapping[str, LoadBalancing]) -> DestinationConfig:
-    return rules_of(text, **more).destination_config(KEY, waypoint)  # type: ignore[arg-type]
+    return rules_of(text, **more).destination_config(KEY, waypoint)
 
 
 BALANCED = "trafficPolicy: {loadBalancer: {simple: %s}}"

@@ -26,7 +26,7 @@ def vs(spec: str, **where: str) -> str:
 
 
 def condition(text: str, **options: object) -> Condition:
-    (found,) = status_of(World(text, **options).report(), "VirtualService", namespace=str(options.pop("namespace", "shop")))  # type: ignore[arg-type]
+    (found,) = status_of(World(text, **options).report(), "VirtualService", namespace=str(options.pop("namespace", "shop")))
     assert isinstance(found, Condition)
     return found
 
@@ -83,7 +83,7 @@ def test_a_host_may_mean_a_wildcard_entry() -> None:
 
 
 def parents(spec: str, kind: str = "HTTPRoute", **options: object) -> list[ParentStatus]:
-    report = World(document(kind, f"{{{spec}}}", namespace=str(options.pop("namespace", "shop"))), **options).report()  # type: ignore[arg-type]
+    report = World(document(kind, f"{{{spec}}}", namespace=str(options.pop("namespace", "shop"))), **options).report()
     (found,) = report.statuses.values()
     assert all(isinstance(entry, ParentStatus) for entry in found)
     return [entry for entry in found if isinstance(entry, ParentStatus)]

@@ -30,7 +30,7 @@ V1 = Destination("shop", "v1.shop.svc.cluster.local", 80)
 
 
 def world(http: str, **options: object) -> World:
-    return World(document("VirtualService", f"{{hosts: [reviews], http: [{http}]}}"), **options)  # type: ignore[arg-type]  # fields
+    return World(document("VirtualService", f"{{hosts: [reviews], http: [{http}]}}"), **options)
 
 
 def only(http: str) -> Route:
@@ -206,7 +206,7 @@ def test_a_destination_of_many_ports_that_names_none_has_the_one_that_was_asked_
 
 
 def test_the_weight_of_an_only_destination_says_nothing() -> None:
-    (found,) = only("route: [{destination: {host: v1}, weight: 30}]").action.destinations  # type: ignore[union-attr]  # it forwards
+    (found,) = only("route: [{destination: {host: v1}, weight: 30}]").action.destinations
     assert found.weight == 1
 
 
