@@ -92,21 +92,24 @@ class ConnectionStatus:
 
 
 class _Encodings:
-    """The last response of each type as bytes (`_encode`): a change goes to every agent, and so does the whole mesh of one that has
-    just been installed."""
+    """The parts of the last response of each type as bytes (`_encode`): a change goes to every agent, and so does the whole mesh where all
+    agents come at once."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, bool], tuple[tuple[object, ...], Sequence[Resource], bytes]] = {}
+        self._kept: dict[tuple[str, bool], list[tuple[tuple[object, ...], Sequence[Resource], bytes]]] = {}
 
-    def encode(self, type_url: str, version: str, with_aliases: bool, part: Part) -> bytes:
-        kind = type_url, with_aliases
+    def encode(self, type_url: str, version: str, with_aliases: bool, parts: Sequence[Part], index: int) -> bytes:
+        """Of ``parts`` the one at ``index``."""
+        part, kept = parts[index], self._kept.setdefault((type_url, with_aliases), [])
+        del kept[len(parts) :]
         # Resources are told apart by identity, and held so long: to compare the bytes of a whole mesh would cost what is saved.
         key = version, tuple(map(id, part.resources)), tuple(part.removed)
-        kept = self._kept.get(kind)
-        if kept is not None and kept[0] == key:
-            return kept[2]
+        if index < len(kept) and kept[index][0] == key:
+            return kept[index][2]
+        del kept[index:]  # what follows is of a response that is no more
         encoded = _encode(type_url, version, with_aliases, part)
-        self._kept[kind] = key, part.resources, encoded
+        if index == len(kept):
+            kept.append((key, part.resources, encoded))
         return encoded
 
 
@@ -330,13 +333,12 @@ class _Connection:
         version, with_aliases = self._source.version, not self._machine.watches[type_url].wildcard
         response = Part(resources, tuple(sorted(removed)))
         parts = [response] if whole and not self._takes_parts else list(split(response, PART_SIZE))
-        # One of many parts is not kept for others: all of them would have to be, and a waypoint's are for nobody else.
-        encode = self._encodings.encode if len(parts) == 1 else _encode
-        for index, part in enumerate(parts):
+        for index in range(len(parts)):
             nonce, more = nonce_of(number, index), self._takes_parts and index + 1 < len(parts)
             own = discovery.DeltaDiscoveryResponse(nonce=nonce, more=more)
             self._machine.sent(type_url, nonce)
-            await self._stream.send(encode(type_url, version, with_aliases, part) + own.SerializeToString())
+            encoded = self._encodings.encode(type_url, version, with_aliases, parts, index)
+            await self._stream.send(encoded + own.SerializeToString())
 
     def _answer(self, answer: Answer) -> tuple[list[Resource], list[str]]:
         if answer.names is None:
