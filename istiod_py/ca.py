@@ -271,12 +271,17 @@ def _make_root(key: SigningKey, trust_domain: str, now: datetime) -> x509.Certif
 # The plugged-in authority
 
 MOUNTED: Final = Path("/etc/cacerts")
-"""Where deploy/control-plane mounts Secret ``cacerts``, as Istio does; empty if there is none."""
+"""Where deploy/control-plane mounts Secret ``cacerts``, as Istio does; without a file if there is none."""
+_OF_KUBELET: Final = ".."
+"""How the names begin that a kubelet keeps for itself in a volume. They are there also for a Secret that is not."""
 
 
 def find_plugged_in(given: Path | None, mounted: Path = MOUNTED) -> Path | None:
     """The directory of the operator's authority; None: there is none. One that is given must hold it, what is mounted need not."""
-    return given or (mounted if mounted.is_dir() and any(mounted.iterdir()) else None)
+    if given is not None:
+        return given
+    holds = mounted.is_dir() and any(not file.name.startswith(_OF_KUBELET) for file in mounted.iterdir())
+    return mounted if holds else None
 
 
 def load_plugged_in(directory: Path, now: datetime) -> Material:

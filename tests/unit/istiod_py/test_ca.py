@@ -324,7 +324,10 @@ def test_an_authority_is_plugged_in_where_it_is_given_or_mounted(tmp_path):
     assert find_plugged_in(None, mounted) is None
     assert find_plugged_in(given, mounted) == given, "and it is an error later if nothing is there"
     mounted.mkdir()
-    assert find_plugged_in(None, mounted) is None, "a Secret that is not there is mounted as an empty directory"
+    assert find_plugged_in(None, mounted) is None
+    (mounted / "..2026_01_01_00_00_00.1").mkdir()
+    (mounted / "..data").symlink_to("..2026_01_01_00_00_00.1")
+    assert find_plugged_in(None, mounted) is None, "so a kubelet mounts a Secret that is not there"
     (mounted / "ca-cert.pem").touch()
     assert find_plugged_in(None, mounted) == mounted, "incomplete files are an error, never a root of our own"
     assert find_plugged_in(given, mounted) == given
