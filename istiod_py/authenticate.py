@@ -9,10 +9,11 @@ from typing import Final, Protocol
 import trio
 
 from istiod_py.tokens import PodName, TokenStore
+from istiod_py.translate.waypoints import account_name
 from mesh.kube.objects import KubeObject
 from mesh.kube.store import ObjectStore
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
-from mesh.model.labels import GATEWAY_NAME, GATEWAY_SERVICE_ACCOUNT
+from mesh.model.labels import GATEWAY_NAME
 
 APPEARANCE_TIMEOUT: Final = 3.0
 """Seconds a request waits for the pod it speaks for: an agent may know its pod before we do."""
@@ -103,12 +104,7 @@ def find_gateway(store: ObjectStore, pod: KubeObject) -> str:
     gateway = store.find("Gateway", pod.namespace, name) if name else None
     if gateway is None or name is None:
         return ""
-    return name if account_of(pod) == account_for(gateway) else ""
-
-
-def account_for(gateway: KubeObject) -> str:
-    """The service account that a Gateway's pods run as."""
-    return gateway.annotations.get(GATEWAY_SERVICE_ACCOUNT) or gateway.name
+    return name if account_of(pod) == account_name(gateway) else ""
 
 
 class RunningPods(Protocol):

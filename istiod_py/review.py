@@ -17,10 +17,10 @@ from istiod_py.authenticate import (
     RunningPods,
     Unauthenticated,
     Undecided,
-    account_for,
     find_gateway,
     wait_until,
 )
+from istiod_py.translate.waypoints import account_name
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.objects import KubeObject, mapping_at
 from mesh.kube.resources import TOKEN_REVIEWS
@@ -143,7 +143,7 @@ class ReviewAuthenticator:
         """Most that a cluster runs has no business here, and is not waited for."""
         account = f"{reviewed.namespace}/{reviewed.service_account}"
         gateways = (gateway for gateway in self._store.objects("Gateway") if gateway.namespace == reviewed.namespace)
-        if account not in self._trusted and all(account_for(gateway) != reviewed.service_account for gateway in gateways):
+        if account not in self._trusted and all(account_name(gateway) != reviewed.service_account for gateway in gateways):
             raise NotBelieved(f"{account} is neither a trusted node account nor that of a waypoint")
 
     def _find_role(self, reviewed: Reviewed) -> str:

@@ -24,7 +24,7 @@ from mesh.kube.gatewayapi.gateway import (
     Listener,
 )
 from mesh.kube.gatewayapi.gateway import GatewayAddress as KubeGatewayAddress
-from mesh.kube.objects import FieldPath
+from mesh.kube.objects import FieldPath, KubeObject
 from mesh.kube.ownership import BOUND
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, parse_ip
 from mesh.model.labels import (
@@ -135,8 +135,8 @@ def deployed_name(gateway: KubeGateway) -> str:
     return gateway.annotations.get(GATEWAY_NAME_OVERRIDE) or gateway.name
 
 
-def account_name(gateway: KubeGateway) -> str:
-    """Of the ServiceAccount that it makes."""
+def account_name(gateway: KubeGateway | KubeObject) -> str:
+    """The service account that its pods run as."""
     return gateway.annotations.get(GATEWAY_SERVICE_ACCOUNT) or gateway.name
 
 
