@@ -8,7 +8,6 @@ does. So it lies beside that key: a file for its owner alone, or a Secret of the
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
@@ -201,7 +200,7 @@ class SecretArchive:
             return None
         try:
             return base64.b64decode(str(mapping_at(secret, "data")[FILE]), validate=True)
-        except (KeyError, binascii.Error) as exc:
+        except (KeyError, ValueError) as exc:
             _log.error("key_sets.unreadable", because=f"{self._where} has no {FILE}: {exc}")
             return None
 

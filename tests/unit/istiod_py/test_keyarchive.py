@@ -155,7 +155,7 @@ def test_who_writes_a_secret_after_another_has_seen_what_that_one_wrote() -> Non
 
 def test_a_secret_that_holds_something_else_is_not_believed() -> None:
     async def check(server: FakeApiServer, archive: SecretArchive) -> None:
-        for data in ({}, {FILE: "not base64!"}):
+        for data in ({}, {FILE: "not base64!"}, {FILE: "schl\u00fcssel"}):
             server.put({"kind": "Secret", "metadata": {"name": SECRET, "namespace": "istio-system"}, "data": data})
             assert await archive.read() is None
 
