@@ -121,9 +121,12 @@ class Routing:
         ]
         listed: list[tuple[UnitUse, ...]] = []
         for port in service.ports:
-            uses = [use for _, use in roots] if port.takes_requests else []
+            if not port.takes_requests:
+                listed.append(())
+                continue
+            uses = [use for _, use in roots]
             requests = self._attached(service, port.number, gathered.requests)
-            if requests and port.takes_requests:
+            if requests:
                 older = sum(age <= requests[0].age for age, _ in roots)
                 first, *beside = [self._request_unit(group, waypoint_namespace) for group in self._group(requests)]
                 uses.insert(older, UnitUse(first, beside=tuple(beside)))
