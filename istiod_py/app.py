@@ -58,7 +58,7 @@ MISTAKES_TOLD: Final = 10
 LONGEST_MISTAKE: Final = 500
 """Characters of one there."""
 FIRST_KEYS: Final = 5.0
-"""Seconds at most that a control plane which starts waits for key sets before it serves."""
+"""Seconds at most that a control plane which starts waits for what was written down, and after that for first answers, before it serves."""
 ARCHIVE_EVERY: Final = 3600.0
 """Seconds until key sets that did not change are noted as fetched anew."""
 ARCHIVE_RETRY: Final = 10.0
