@@ -7,7 +7,10 @@ access log, so that its CPU is that of the data path.
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 import socket
 import subprocess
 import tempfile
@@ -248,10 +251,23 @@ def running(config: Config, address: SocketAddress) -> Iterator[RunningEnvoy]:
                 process.kill()
 
 
+_FIRST_PORT, _PORTS = 10_000, 22_000
+"""Below those that the kernel gives to whoever dials or asks for any: one of these would be somebody's before Envoy binds it."""
+_turns = itertools.count(os.getpid() * 1009)
+"""Test processes that run side by side begin at places of their own."""
+
+
 def free_address(ip: str = "127.0.0.1") -> SocketAddress:
     """An address of this machine with a port that nobody has."""
-    with socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET) as sock:
-        return SocketAddress(parse_ip(ip), sock.getsockname()[1])
+    while True:
+        port = _FIRST_PORT + next(_turns) % _PORTS
+        try:
+            socket.create_server((ip, port), family=socket.AF_INET6 if ":" in ip else socket.AF_INET).close()
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return SocketAddress(parse_ip(ip), port)
 
 
 def _bootstrap(listeners: list[Config], clusters: list[Config], observed: Observed | None) -> Config:

@@ -237,17 +237,18 @@ def test_no_look_up_is_lost_when_pods_enter_and_leave_the_mesh_and_the_brain_die
 
 def test_look_ups_are_logged_and_counted(captured: Lab) -> None:
     captured.run("n1", "curl", "-sS", "-X", "POST", "localhost:15000/logging?level=dns=debug,info")
-    dig(captured, "server.shop", "AAAA")
-    dig(captured, "www.example.net", "TXT")
 
     def logged(*words: str) -> bool:
         return any("\tdns\t" in line and all(word in line for word in words) for line in captured.log("ztunnel-n1").splitlines())
 
-    wait_until(
-        lambda: logged('src.workload="client"', 'query="AAAA"', 'domain="server.shop."', 'result="success"', "endpoints=1", "dst.service"),
-        "the look-up of the service is logged",
-    )
-    wait_until(lambda: logged('query="TXT"', 'domain="www.example.net."', 'result="forwarded"'), "so is the other")
+    def looked_up(name: str, kind: str, *words: str) -> bool:
+        dig(captured, name, kind)  # again: movers hear of the level a little later
+        return logged(*words)
+
+    own = ('src.workload="client"', 'query="AAAA"', 'domain="server.shop."', 'result="success"', "endpoints=1", "dst.service")
+    wait_until(lambda: looked_up("server.shop", "AAAA", *own), "the look-up of the service is logged")
+    foreign = ('query="TXT"', 'domain="www.example.net."', 'result="forwarded"')
+    wait_until(lambda: looked_up("www.example.net", "TXT", *foreign), "so is the other")
     metrics = captured.run("n1", "curl", "-sS", "localhost:15020/metrics").stdout
     labels = 'request_query_type="txt",request_protocol="udp",source_canonical_service="client"'
     assert f"istio_dns_requests_total{{{labels}" in metrics
