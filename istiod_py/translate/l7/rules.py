@@ -142,6 +142,8 @@ class WaypointRules:
         self._rules = DestinationRules(reads.destination_rules.values(), self._defaults, config.root_namespace)
         self._backend = BackendTls(reads.backend_tls.values(), self._credentials)
         self._used: dict[ObjectKey, set[str]] = {}
+        self._configured: set[ObjectKey] = set()
+        """What says that the destinations of waypoints are there."""
         self._subsets: dict[ObjectKey, dict[str, bool]] = {}
         """Of DestinationRules that are used: whether any workload is in each subset."""
 
@@ -178,6 +180,7 @@ class WaypointRules:
         destined = self._facts.destined.get(key) or Destined("", namespace, "", hostname, {})
         merged = self._rules.find(hostname, namespace, waypoint.namespace)
         backend = self._backend.find(destined.kind, namespace, destined.name, destined.ports.values())
+        self._configured.add(ObjectKey(destined.kind, namespace, destined.name))
         for used in (*merged.keys, *(policy for policy, _ in backend.values())):
             self._used.setdefault(used, set()).add(waypoint.key)
         distribution = self._facts.distribution.get(key)
@@ -273,7 +276,7 @@ class WaypointRules:
             place = ObjectKey(target.kind, policy.namespace, target.name)
             if place not in self._facts.by_object:
                 yield Notice(("spec", "targetRefs", index), f"there is no {target.kind} {policy.namespace}/{target.name}: it has no effect")
-            elif key not in self._used and not conflicted:
+            elif place not in self._configured:
                 yield Notice(("spec", "targetRefs", index), f"no waypoint stands before {target.kind} {target.name}: it has no effect")
 
     def _is_unknown(self, rule: KubeDestinationRule) -> bool:

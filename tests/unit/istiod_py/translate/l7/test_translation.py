@@ -193,9 +193,10 @@ def test_a_backend_policy_says_of_each_waypoint_that_looks_at_it_what_came_of_it
     assert {(each.type, each.status) for each in entry.conditions} == {("Accepted", True), ("ResolvedRefs", True)}
 
 
-def backend_policy(validation: str, name: str = "it", target: str = "web") -> str:
+def backend_policy(validation: str, name: str = "it", targets: tuple[str, ...] = ("web",)) -> str:
     head = f"apiVersion: gateway.networking.k8s.io/v1\nkind: BackendTLSPolicy\nmetadata: {{name: {name}, namespace: shop}}\n"
-    return f"{head}spec: {{targetRefs: [{{group: '', kind: Service, name: {target}}}], validation: {{hostname: a.b, {validation}}}}}\n"
+    refs = ", ".join(f"{{group: '', kind: Service, name: {target}}}" for target in targets)
+    return f"{head}spec: {{targetRefs: [{refs}], validation: {{hostname: a.b, {validation}}}}}\n"
 
 
 SYSTEM = "wellKnownCACertificates: System"
@@ -214,8 +215,11 @@ spec: {clusterIP: 10.96.1.9, ports: [{name: http, port: 80}]}
     ((backend_policy("wellKnownCACertificates: Mine"),),
      ["spec.validation.wellKnownCACertificates: wellKnownCACertificates Mine is not known here, only System"]),
     ((backend_policy(SYSTEM), backend_policy(SYSTEM, "later")), ["spec.targetRefs: an older policy is in force for Service web"]),
-    ((backend_policy(SYSTEM, target="wbe"),), ["spec.targetRefs[0]: there is no Service shop/wbe: it has no effect"]),
-    ((LONELY, backend_policy(SYSTEM, target="lonely")), ["spec.targetRefs[0]: no waypoint stands before Service lonely: it has no effect"]),
+    ((backend_policy(SYSTEM, targets=("wbe",)),), ["spec.targetRefs[0]: there is no Service shop/wbe: it has no effect"]),
+    ((LONELY, backend_policy(SYSTEM, targets=("lonely",))),
+     ["spec.targetRefs[0]: no waypoint stands before Service lonely: it has no effect"]),
+    ((LONELY, backend_policy(SYSTEM, targets=("web", "lonely"))),
+     ["spec.targetRefs[1]: no waypoint stands before Service lonely: it has no effect"]),
 ])  # fmt: skip
 def test_a_backend_policy_without_its_effect_is_told(texts: tuple[str, ...], problems: list[str]) -> None:
     assert problems_of(*texts) == problems
