@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -17,7 +18,8 @@ _OF_A_TEST = re.compile(r"test-(\d+)-.*")
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # the run itself, whose workers have ended
         for name in find_orphans([lab.name for lab in find_labs()]):
-            subprocess.run([sys.executable, "-m", "meshctl_py", "lab", "down", "--name", name], capture_output=True, timeout=60)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the next run tries it again
+                subprocess.run([sys.executable, "-m", "meshctl_py", "lab", "down", "--name", name], capture_output=True, timeout=60)
 
 
 def find_orphans(labs: list[str]) -> list[str]:
