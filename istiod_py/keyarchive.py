@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from istiod_py.files import SECRET_MODE, UnsafeFile, read_secret, write_atomically
+from istiod_py.secret import write_secret
 from istiod_py.translate.l7.authentication import KeySource
 from mesh.kube.api import ApiClient, ApiError, ApiUnavailable
 from mesh.kube.objects import mapping_at
@@ -206,17 +207,7 @@ class SecretArchive:
 
     async def _write(self, before: Mapping[str, object] | None, content: bytes) -> bool:
         """False: somebody else was faster."""
-        data = {FILE: base64.b64encode(content).decode()}
         try:
-            if before is None:
-                made = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET, "namespace": self._namespace}, "data": data}
-                await self._client.create(SECRETS.collection(self._namespace), made)
-            else:
-                await self._client.replace(SECRETS.path(self._namespace, SECRET), {**before, "data": data})
-        except ApiUnavailable as exc:
+            return await write_secret(self._client, self._namespace, SECRET, before, {FILE: base64.b64encode(content).decode()})
+        except (ApiError, ApiUnavailable) as exc:
             raise ArchiveFailed(f"{self._where}: {exc}") from exc
-        except ApiError as exc:
-            if exc.status == 409:
-                return False
-            raise ArchiveFailed(f"{self._where}: {exc}") from exc
-        return True

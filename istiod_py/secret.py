@@ -62,18 +62,26 @@ class RootSecret:
     async def _write(self, before: Mapping[str, object] | None, root: RootFiles) -> bool:
         """False: somebody else was faster."""
         data = {_KEY: base64.b64encode(root.key_pem).decode(), _CERTIFICATE: base64.b64encode(root.certificate_pem).decode()}
-        try:
-            if before is None:
-                metadata = {"name": NAME, "namespace": self._namespace}
-                made = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": _TYPE, "data": data}
-                await self._client.create(SECRETS.collection(self._namespace), made)
-                _log.info("root.made", secret=self._where)
-            else:
-                body: dict[str, object] = {**before, "data": {**mapping_at(before, "data"), **data}}
-                await self._client.replace(SECRETS.path(self._namespace, NAME), body)
-                _log.info("root.renewed", secret=self._where)
-        except ApiError as exc:
-            if exc.status == 409:
-                return False
-            raise
+        if not await write_secret(self._client, self._namespace, NAME, before, data, type=_TYPE):
+            return False
+        _log.info("root.made" if before is None else "root.renewed", secret=self._where)
         return True
+
+
+async def write_secret(
+    client: ApiClient, namespace: str, name: str, before: Mapping[str, object] | None, data: Mapping[str, str], *, type: str = "Opaque"
+) -> bool:
+    """Make a Secret, or set ``data`` (base64) in what was read; False: somebody else was faster. Raises ApiError, ApiUnavailable."""
+    try:
+        if before is None:
+            made = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": namespace}, "type": type, "data": data}
+            await client.create(SECRETS.collection(namespace), made)
+        else:
+            # With the version that was read it is a Conflict to write over what somebody else put there meanwhile.
+            changed = {**before, "data": {**mapping_at(before, "data"), **data}}
+            await client.replace(SECRETS.path(namespace, name), changed)
+    except ApiError as exc:
+        if exc.status == 409:
+            return False
+        raise
+    return True
