@@ -9,10 +9,11 @@ import gc
 import random
 import resource
 import socket
-import ssl
 import sys
 import time
 from collections.abc import Awaitable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Final
 
@@ -20,12 +21,11 @@ import trio
 from OpenSSL import SSL
 
 from mesh.model.address import parse_ip
-from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import Destination
 from mesh.model.l7.waypoint import WaypointSettings
 from mesh.model.workload import Workload
 from mesh.reactor.loop import Reactor
-from mesh.rpc.tls import client_tls
+from mesh.runtime.clients import ads_client, authority
 from mesh.runtime.env import InvalidEnvironment
 from mesh.runtime.http import BindError, Routes, open_listeners, serve_admin
 from mesh.runtime.outbound import Dialler as Outbound
@@ -38,8 +38,8 @@ from mesh.telemetry.metrics import Registry, XdsMetrics, add_build, add_process
 from mesh.telemetry.output import LogOutput
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.rotation import CertificateManager, CertificateNews
-from mesh.xds.authority import Authority, request_certificate
-from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, Phase, bearer_metadata, connect_tls, run_ads_client
+from mesh.xds.authority import request_certificate
+from mesh.xds.client import AdsState, AdsUpdate, Phase, run_ads_client
 from mesh.xds.l7 import L7_TYPES
 from mesh.xds.names import ADDRESS, GATEWAY_NAME, waypoint_node_id
 from waypoint_py.admin import Admin
@@ -175,7 +175,7 @@ class Waypoint:
         self._state = MeshState()
         self._where = Whereabouts(config, self._state)
         self._credentials = Credentials(config.identity)
-        self._certificates = CertificateManager(self._fetch_certificate)
+        self._certificates = CertificateManager(partial(request_certificate, authority(config, impersonate=False)))
         self._certificates.subscribe(self._certificate_news)
         self._keys = KeyStore()
         store = Store(WaypointSettings(config.pod_namespace, config.gateway_name), self._keys.find)
@@ -300,27 +300,16 @@ class Waypoint:
 
     async def _run_xds(self) -> None:
         config = self._config
-        address = config.xds_address
-        client = AdsClientConfig(
-            connect=connect_tls(address.host, address.port, self._xds_tls, server_hostname=config.xds_hostname),
-            metadata=bearer_metadata(config.token, cluster_id=config.cluster_id),
-            node_id=waypoint_node_id(config.instance_ip, config.pod_name, config.pod_namespace),
-            node_metadata={
-                "NAME": config.pod_name,
-                "NAMESPACE": config.pod_namespace,
-                "INSTANCE_IPS": config.instance_ip,
-                "NODE_NAME": config.node_name,
-                "CLUSTER_ID": config.cluster_id,
-                "SERVICE_ACCOUNT": config.service_account,
-                GATEWAY_NAME: config.gateway_name,
-            },
-            types=(*L7_TYPES, ADDRESS),
-            gather=False,
-        )
-        await run_ads_client(client, self._xds_update, self._xds_state)
-
-    def _xds_tls(self) -> ssl.SSLContext:
-        return client_tls(self._config.xds_root.read_text())
+        pod = {
+            "NAME": config.pod_name,
+            "NAMESPACE": config.pod_namespace,
+            "INSTANCE_IPS": config.instance_ip,
+            "NODE_NAME": config.node_name,
+            "SERVICE_ACCOUNT": config.service_account,
+            GATEWAY_NAME: config.gateway_name,
+        }
+        client = ads_client(config, waypoint_node_id(config.instance_ip, config.pod_name, config.pod_namespace), pod)
+        await run_ads_client(replace(client, types=(*L7_TYPES, ADDRESS), gather=False), self._xds_update, self._xds_state)
 
     def _xds_update(self, update: AdsUpdate) -> Awaitable[None] | None:
         self._xds_metrics.received(update.type_url, len(update.raw))
@@ -359,21 +348,6 @@ class Waypoint:
             self._xds_metrics.terminated("ConnectionError")
 
     # Certificates
-
-    async def _fetch_certificate(self, identity: SpiffeId) -> CertificateBundle:
-        config = self._config
-        address = config.ca_address
-        authority = Authority(
-            address.host,
-            address.port,
-            config.ca_hostname,
-            config.ca_root,
-            config.token,
-            config.cluster_id,
-            config.secret_ttl,
-            impersonate=False,
-        )
-        return await request_certificate(authority, identity)
 
     def _certificate_news(self, news: CertificateNews) -> None:
         if not isinstance(news, CertificateBundle):

@@ -5,27 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from mesh.model.address import NamespacedHostname
 from mesh.model.identity import SpiffeId
+from mesh.runtime.controlplane import ControlPlaneConfig
 from mesh.runtime.env import (
-    ControlPlaneAddress,
-    control_plane,
     domain,
-    duration,
     from_environment,
     integer,
     nonempty,
-    optional,
-    path,
     text,
     variable,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class WaypointConfig:
+class WaypointConfig(ControlPlaneConfig):
     """The whole configuration; a field without a reader does not exist."""
 
     gateway_name: str = variable("GATEWAY_NAME", parse=nonempty, doc="the Gateway that this waypoint is, in POD_NAMESPACE (ours)")
@@ -38,37 +33,7 @@ class WaypointConfig:
     instance_ip: str = variable("INSTANCE_IP", parse=nonempty, doc="an address of the pod")
     network: str = variable("ISTIO_META_NETWORK", parse=text, default="", doc="the network of the pod, until the control plane tells it")
     trust_domain: str = variable("TRUST_DOMAIN", parse=nonempty, default="cluster.local", doc="trust domain of the waypoint's identity")
-    cluster_id: str = variable(
-        "ISTIO_META_CLUSTER_ID", "CLUSTER_ID", parse=nonempty, default="Kubernetes", doc="sent as metadata clusterid"
-    )
     cluster_domain: str = variable("CLUSTER_DOMAIN", parse=domain, default="cluster.local", doc="domain of the cluster's services")
-    xds_address: ControlPlaneAddress = variable(
-        "XDS_ADDRESS", parse=control_plane, default="https://istiod.istio-system.svc:15012", doc="where configuration comes from"
-    )
-    ca_address: ControlPlaneAddress = variable(
-        "CA_ADDRESS", "CA_ADDR", parse=control_plane, default="https://istiod.istio-system.svc:15012", doc="where certificates come from"
-    )
-    xds_root: Path = variable(
-        "XDS_ROOT_CA", parse=path, default="./var/run/secrets/istio/root-cert.pem", doc="PEM file of the roots that XDS_ADDRESS must prove"
-    )
-    ca_root: Path = variable(
-        "CA_ROOT_CA", parse=path, default="./var/run/secrets/istio/root-cert.pem", doc="PEM file of the roots that CA_ADDRESS must prove"
-    )
-    xds_hostname: str | None = optional(
-        "ALT_XDS_HOSTNAME", parse=nonempty, doc="name to expect in the XDS server's certificate instead of the host"
-    )
-    ca_hostname: str | None = optional(
-        "ALT_CA_HOSTNAME", parse=nonempty, doc="name to expect in the CA server's certificate instead of the host"
-    )
-    token: Path = variable(
-        "AUTH_TOKEN",
-        parse=path,
-        default="./var/run/secrets/tokens/istio-token",
-        doc="file with the token that proves this waypoint to the control plane",
-    )
-    secret_ttl: float = variable(
-        "SECRET_TTL", parse=duration, default="24h", doc="lifetime asked for the certificate; it is renewed at half of it"
-    )
     drain: float = variable(
         "TERMINATION_DRAIN_DURATION_SECONDS",
         parse=integer(0, 86_400),

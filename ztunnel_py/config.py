@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mesh.runtime.controlplane import ControlPlaneConfig
 from mesh.runtime.env import (
-    ControlPlaneAddress,
     EnvProblem,
     InvalidEnvironment,
     boolean,
-    control_plane,
     domain,
     duration,
     from_environment,
@@ -48,7 +47,7 @@ SPARE = "spare"
 
 
 @dataclass(frozen=True, slots=True)
-class AgentConfig:
+class AgentConfig(ControlPlaneConfig):
     """The whole configuration; a field without a reader does not exist."""
 
     node_name: str = variable("NODE_NAME", parse=nonempty, doc="the node this agent runs on: it serves the pods of this node")
@@ -122,33 +121,6 @@ class AgentConfig:
         default="false",
         doc="true: one of these is not started by the agent but beside it, as `ztunnel-py mover spare`, and outlives it (ours)",
     )
-    xds_address: ControlPlaneAddress = variable(
-        "XDS_ADDRESS", parse=control_plane, default="https://istiod.istio-system.svc:15012", doc="where configuration comes from"
-    )
-    ca_address: ControlPlaneAddress = variable(
-        "CA_ADDRESS", parse=control_plane, default="https://istiod.istio-system.svc:15012", doc="where certificates come from"
-    )
-    xds_root: Path = variable(
-        "XDS_ROOT_CA", parse=path, default="./var/run/secrets/istio/root-cert.pem", doc="PEM file of the roots that XDS_ADDRESS must prove"
-    )
-    ca_root: Path = variable(
-        "CA_ROOT_CA", parse=path, default="./var/run/secrets/istio/root-cert.pem", doc="PEM file of the roots that CA_ADDRESS must prove"
-    )
-    xds_hostname: str | None = optional(
-        "ALT_XDS_HOSTNAME", parse=nonempty, doc="name to expect in the XDS server's certificate instead of the host"
-    )
-    ca_hostname: str | None = optional(
-        "ALT_CA_HOSTNAME", parse=nonempty, doc="name to expect in the CA server's certificate instead of the host"
-    )
-    token: Path = variable(
-        "AUTH_TOKEN",
-        parse=path,
-        default="./var/run/secrets/tokens/istio-token",
-        doc="file with the token that proves this agent to the control plane",
-    )
-    cluster_id: str = variable(
-        "ISTIO_META_CLUSTER_ID", "CLUSTER_ID", parse=nonempty, default="Kubernetes", doc="sent as metadata clusterid"
-    )
     trust_domain: str = variable(
         "TRUST_DOMAIN", parse=nonempty, default="cluster.local", doc="trust domain of pods that xDS has not described yet"
     )
@@ -156,9 +128,6 @@ class AgentConfig:
     pod_namespace: str = variable("POD_NAMESPACE", parse=nonempty, default="istio-system", doc="namespace of this agent's own pod")
     instance_ip: str = variable(
         "INSTANCE_IP", parse=nonempty, default="1.1.1.1", doc="address of this agent's own pod, for the xDS node id"
-    )
-    secret_ttl: float = variable(
-        "SECRET_TTL", parse=duration, default="24h", doc="lifetime asked for certificates; they are renewed at half of it"
     )
     pool_max_streams: int = variable(
         "POOL_MAX_STREAMS_PER_CONNECTION",

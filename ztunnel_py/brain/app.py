@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import ssl
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from mesh.kube.api import ApiClient
 from mesh.kube.kubeconfig import KubeconfigError
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.workload import TunnelProtocol
-from mesh.rpc.tls import client_tls
+from mesh.runtime.clients import ads_client, authority
 from mesh.runtime.env import InvalidEnvironment
 from mesh.runtime.http import BindError, Routes, has_listener, open_listeners, serve_admin, unix_listener
 from mesh.runtime.inspection import ADMIN_SOCKET
@@ -28,11 +28,11 @@ from mesh.telemetry import log
 from mesh.telemetry.metrics import Registry, Totals, WorkloadManagerMetrics, XdsMetrics, add_build, add_process
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.rotation import CertificateManager, CertificateNews
-from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, Phase, bearer_metadata, connect_tls, run_ads_client
+from mesh.xds.authority import request_certificate
+from mesh.xds.client import AdsState, AdsUpdate, Phase, run_ads_client
 from mesh.xds.names import AUTHORIZATION, node_id
 from ztunnel_py import messages
 from ztunnel_py.brain.admin import Admin
-from ztunnel_py.brain.authority import fetch_certificate
 from ztunnel_py.brain.charge import Charge, certificate_message
 from ztunnel_py.brain.cni import CNI_BACKLOG, PluginKeeper, cni_routes
 from ztunnel_py.brain.movers import Holding, Mover, Movers
@@ -96,7 +96,7 @@ class Brain:
         self._state = MeshState(config.node_name)
         self._unreadable: dict[str, bytes] = {}
         """Policies that could not be read, as they came: joining movers get them so."""
-        self._certificates = CertificateManager(lambda identity: fetch_certificate(config, identity))
+        self._certificates = CertificateManager(partial(request_certificate, authority(config, impersonate=True)))
         self._certificates.subscribe(self._certificate_news)
         apart = (SPARE,) if config.spare_mover else ()
         self._movers = Movers(count=config.own_movers, run_dir=config.own_dir, follower=self, apart=apart)
@@ -261,23 +261,14 @@ class Brain:
 
     async def _run_xds(self) -> None:
         config = self._config
-        address = config.xds_address
-        client = AdsClientConfig(
-            connect=connect_tls(address.host, address.port, self._xds_tls, server_hostname=config.xds_hostname),
-            metadata=bearer_metadata(config.token, cluster_id=config.cluster_id),
-            node_id=node_id(config.instance_ip, config.pod_name, config.pod_namespace),
-            node_metadata={
-                "NAME": config.pod_name,
-                "NAMESPACE": config.pod_namespace,
-                "INSTANCE_IPS": config.instance_ip,
-                "NODE_NAME": config.node_name,
-                "CLUSTER_ID": config.cluster_id,
-            },
-        )
+        pod = {
+            "NAME": config.pod_name,
+            "NAMESPACE": config.pod_namespace,
+            "INSTANCE_IPS": config.instance_ip,
+            "NODE_NAME": config.node_name,
+        }
+        client = ads_client(config, node_id(config.instance_ip, config.pod_name, config.pod_namespace), pod)
         await run_ads_client(client, self._xds_update, self._xds_state)
-
-    def _xds_tls(self) -> ssl.SSLContext:
-        return client_tls(self._config.xds_root.read_text())
 
     async def _watch_signals(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import trio
 
+import mesh.xds.authority
 from mesh.model.identity import SpiffeId
 from mesh.rpc import Call, RpcError, Status, Unary, serve
 from mesh.rpc.tls import server_tls
+from mesh.runtime import clients
+from mesh.runtime.controlplane import ControlPlaneConfig
+from mesh.runtime.env import from_environment
 from mesh.testing.ca import FakeCa
 from mesh.testing.serving import write_serving_certificate
 from mesh.tls.rotation import CertificateFetchFailed
+from mesh.xds.authority import request_certificate
 from mesh.xds.names import CREATE_CERTIFICATE_METHOD as METHOD
 from mesh.xds.proto.ca_pb2 import IstioCertificateRequest, IstioCertificateResponse
-from ztunnel_py.brain.authority import fetch_certificate
-from ztunnel_py.config import AgentConfig, read_config
 
 ID = SpiffeId("cluster.local", "shop", "web")
 CA = FakeCa()
@@ -34,7 +37,6 @@ class Authority:
         self.root = directory / "root.pem"
         self.trusted: str | None = ""
         """What that file holds: by default the authority's own root; None: there is no such file."""
-        self.environment = {"NODE_NAME": "n1", "MESH_SOURCE": str(directory), "MESH_STATUS_DIR": str(directory)}
         self.calls: list[Call] = []
 
     def fetch(self, answer: Answer) -> str:
@@ -55,15 +57,16 @@ class Authority:
             async with trio.open_nursery() as nursery:
                 await nursery.start(lambda task_status: serve(listeners, {METHOD: Unary(handle)}, tls=lambda: tls, task_status=task_status))
                 with pytest.raises(CertificateFetchFailed) as caught:
-                    await fetch_certificate(self.config(port), ID)
+                    await request_certificate(self.at(port), ID)
                 nursery.cancel_scope.cancel()
             return str(caught.value)
 
         return trio.run(main)
 
-    def config(self, port: int) -> AgentConfig:
+    def at(self, port: int) -> mesh.xds.authority.Authority:
         addresses = {"CA_ADDRESS": f"https://127.0.0.1:{port}", "CA_ROOT_CA": str(self.root), "AUTH_TOKEN": str(self.token)}
-        return read_config(self.environment | addresses | {"ALT_CA_HOSTNAME": "localhost"})
+        config = from_environment(ControlPlaneConfig, addresses | {"ALT_CA_HOSTNAME": "localhost"})
+        return clients.authority(config, impersonate=True)
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_an_authority_that_is_not_there_is_told(authority: Authority) -> None:
         port = listeners[0].socket.getsockname()[1]
         await listeners[0].aclose()
         with pytest.raises(CertificateFetchFailed, match=r"signing gRPC error \(UNAVAILABLE\): no connection to 127.0.0.1:"):
-            await fetch_certificate(authority.config(port), ID)
+            await request_certificate(authority.at(port), ID)
 
     trio.run(main)
 
