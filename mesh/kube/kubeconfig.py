@@ -27,6 +27,7 @@ from mesh.kube.credentials import (
     PluginCommand,
 )
 from mesh.kube.documents import MalformedDocument, parse_chunk, split_documents
+from mesh.rpc.tls import verifying_context
 
 __all__ = [
     "IN_CLUSTER",
@@ -95,7 +96,7 @@ class ClusterAccess:
         """For one connection; None where the server speaks plain HTTP. Raises KubeconfigError."""
         if not self.tls:
             return None
-        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cadata=self._roots())
+        context = verifying_context(self._roots())
         context.set_alpn_protocols(["http/1.1"])
         if self.insecure:
             context.check_hostname = False
@@ -115,7 +116,7 @@ class ClusterAccess:
             return None
         try:
             text = pem.decode("ascii")
-            ssl.create_default_context(cadata=text)
+            verifying_context(text)
         except (UnicodeDecodeError, ssl.SSLError) as exc:
             raise KubeconfigError(f"{self.ca_file or 'certificate-authority-data'}: no certificates in PEM: {exc}") from exc
         return text

@@ -18,6 +18,7 @@ import h11
 import trio
 
 from mesh.model.address import IpAddress, unmapped
+from mesh.rpc.tls import verifying_context
 
 CONNECT_TIMEOUT: Final = 5.0
 MAX_HEADER: Final = 64 << 10
@@ -175,7 +176,7 @@ class Dialler:
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            self._tls = verifying_context(None)
             self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
         return self._tls
 

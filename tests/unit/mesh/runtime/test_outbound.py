@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, memory_stream_pair
 
 from mesh.model.address import parse_ip
+from mesh.rpc.tls import verifying_context
 from mesh.runtime.outbound import Dialler, HttpConnection, OutboundError, Target, fetch, permit_any, refuse_address
 from mesh.testing.serving import write_serving_certificate
 
@@ -262,7 +263,7 @@ def test_a_certificate_must_verify_and_name_the_server(tmp_path: Path, name: str
     serving = write_serving_certificate(tmp_path, name)
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(serving.chain, serving.key)
-    roots = ssl.create_default_context(cadata=serving.root_pem) if trusted else None
+    roots = verifying_context(serving.root_pem) if trusted else None
 
     async def serve(stream: trio.SSLStream[trio.SocketStream]) -> None:
         try:
