@@ -287,8 +287,8 @@ class PodKeeper:
     # Movers
 
     def mover_joined(self, mover: Mover, holding: Sequence[Holding], *, informed: bool) -> None:
-        """Take over what it serves, have it serve the rest. A mover that was not ``informed`` of the mesh would only refuse: while others
-        serve a pod it is left to them, until `serve_everywhere`."""
+        """Take over what it serves and give it to the others too, have it serve the rest. A mover that was not ``informed`` of the mesh
+        would only refuse: while others serve a pod it is left to them, until `serve_everywhere`."""
         for held in holding:
             pod = self._adopt(held)
             if pod is not None:
@@ -298,22 +298,29 @@ class PodKeeper:
         if self._retired:
             mover.post(messages.StopAccepting())
         for uid, pod in self._held.items():
-            if mover not in pod.serving and not self._retired and (informed or not pod.serving):
-                mover.post(messages.ServePod(pod.info), pod.descriptors)
+            if informed or not pod.serving:
+                self._give(pod)
             if pod.draining:
                 mover.post(messages.ReleasePod(uid))
 
     def serve_everywhere(self) -> None:
         """All movers have been informed of the mesh now."""
+        for pod in self._held.values():
+            self._give(pod)
+
+    def _give(self, pod: _Held) -> None:
+        """Have every mover serve it that is not known to; not while a successor does."""
         if self._retired:
             return
         for mover in self._movers.living():
-            for pod in self._held.values():
-                if mover not in pod.serving:
-                    try:
-                        mover.post(messages.ServePod(pod.info), pod.descriptors)
-                    except OSError as exc:  # no descriptors are left; the others go on serving the pod
-                        _log.error("pod.not_given", pod=f"{pod.info.namespace}/{pod.info.name}", mover=mover.name, error=str(exc))
+            if mover in pod.serving:
+                continue
+            try:
+                mover.post(messages.ServePod(pod.info), pod.descriptors)
+            except OSError as exc:  # no descriptors are left; the others go on serving the pod
+                _log.error("pod.not_given", pod=f"{pod.info.namespace}/{pod.info.name}", mover=mover.name, error=str(exc))
+            if pod.draining:  # a pod that is given counts as wanted again
+                mover.post(messages.ReleasePod(pod.info.uid))
 
     def mover_said(self, mover: Mover, message: messages.FromMover) -> None:
         match message:

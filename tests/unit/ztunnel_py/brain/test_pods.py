@@ -422,7 +422,40 @@ def test_a_mover_that_joins_is_given_every_pod_and_what_drains(world: World) -> 
         new = FakeMover(world, "2")
         world.movers.all.append(new)
         world.keeper.mover_joined(new, (), informed=True)
-        assert sorted(type(message).__name__ for message in new.told) == ["ReleasePod", "ServePod", "ServePod"]
+        served = [message.pod.uid for message in new.told if isinstance(message, messages.ServePod)]
+        assert sorted(served) == ["uid-1", "uid-2"]
+        about = [type(message) for message in new.told if "uid-2" in str(message)]
+        assert about[0] is messages.ServePod
+        assert about[-1] is messages.ReleasePod, "a pod that is served anew is not released"
+
+    world.run(test)
+
+
+def test_what_a_mover_brings_along_is_given_to_those_that_joined_before_it(world: World) -> None:
+    """Nobody else would tell them: a pod that is held already is not opened."""
+
+    async def test() -> None:
+        early, late = world.movers.all
+        world.movers.all.remove(late)
+        world.keeper.mover_joined(early, (), informed=True)
+        world.movers.all.append(late)
+        world.keeper.mover_joined(late, (handed(world),), informed=True)
+        assert early.told == [messages.ServePod(INFO)]
+        assert late.told == []
+        await world.captured(facts())
+        assert await world.keeper.wait_served()
+
+    world.run(test)
+
+
+def test_what_a_mover_brings_along_after_a_successor_accepts_is_given_to_nobody(world: World) -> None:
+    async def test() -> None:
+        early, late = world.movers.all
+        world.movers.all.remove(late)
+        world.keeper.retire()
+        world.movers.all.append(late)
+        world.keeper.mover_joined(late, (handed(world),), informed=True)
+        assert [*early.told, *late.told] == [messages.StopAccepting(), messages.StopAccepting()]
 
     world.run(test)
 
@@ -473,8 +506,10 @@ def test_what_a_mover_holds_of_a_namespace_that_was_replaced_it_gives_up_for_the
     async def test() -> None:
         await world.captured(facts())
         elder = FakeMover(world, "elder")
+        mover = FakeMover(world, "2")
+        world.movers.all.append(mover)
         for other, join in (
-            (FakeMover(world, "2"), lambda mover, holding: world.keeper.mover_joined(mover, holding, informed=True)),
+            (mover, lambda mover, holding: world.keeper.mover_joined(mover, holding, informed=True)),
             (elder, world.keeper.elder_joined),
         ):
             descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
