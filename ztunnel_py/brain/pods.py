@@ -380,7 +380,7 @@ class PodKeeper:
                 continue
             pod.elders.add(elder)
             if new:
-                self._movers.post(messages.ServePod(pod.info), pod.descriptors)
+                self._give(pod)
             if pod.draining:
                 elder.post(messages.ReleasePod(held.pod.uid))
 

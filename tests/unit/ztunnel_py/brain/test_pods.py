@@ -841,6 +841,23 @@ def test_a_pod_is_not_held_for_an_elder_that_died(world: World, monkeypatch: pyt
     world.run(test)
 
 
+def test_what_an_elder_hands_over_is_all_taken_though_no_descriptors_are_left_for_the_movers(world: World) -> None:
+    """Who hands over is told nothing of a failure, and what was taken half would be closed twice."""
+
+    async def test() -> None:
+        world.no_descriptors = True
+        elder = FakeElder()
+        first, second = handed(world), handed(world)
+        other = Holding(messages.PodInfo("uid-2", "api", "shop", "api"), second.descriptors)
+        world.keeper.elder_joined(elder, [first, other])
+        assert world.keeper.holdings() == [first, other]
+        world.no_descriptors = False
+        world.keeper.serve_everywhere()
+        assert await world.keeper.wait_served()
+
+    world.run(test)
+
+
 def test_an_agent_that_is_not_in_charge_does_nothing_but_what_its_successor_says(world: World) -> None:
     counted: list[tuple[str, int]] = []
     world.keeper.on_count = lambda uid, living: counted.append((uid, living))
