@@ -688,7 +688,8 @@ class PodKeeper:
     # Looking after captured pods
 
     async def _verify_captured(self) -> None:
-        """Read every captured pod's rules back now and then; notice a namespace that was replaced and an annotation that was removed."""
+        """Read every captured pod's rules back now and then; notice a namespace that was replaced, an annotation that was removed, and a
+        mover that does not serve the pod."""
         while True:
             captured = [uid for uid, (_, status) in self.statuses().items() if status.phase is Phase.CAPTURED]
             for uid in captured:
@@ -700,6 +701,7 @@ class PodKeeper:
                     self._place.forget(uid)
                     self._tell(pods.NetnsReplaced(uid))
                     continue
+                self._give(pod)  # a mover may have had no descriptors left for it, or we none to send
                 self._tell(pods.VerifyDue(uid))
                 if not await self._place.is_annotated(record.pod):
                     self._tell(pods.AnnotationLost(uid))

@@ -321,7 +321,7 @@ class Mover:
         if not pod.accepts:
             try:
                 pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone, dns=self._serve_names)
-            except OSError as exc:  # no descriptors are left; the brain hears nothing and tries again
+            except OSError as exc:  # no descriptors are left; the brain hears nothing and gives it again
                 _log.error("pod.not_served", pod=f"{info.namespace}/{info.name}", uid=info.uid, error=str(exc))
                 if known is None:
                     pod.close()

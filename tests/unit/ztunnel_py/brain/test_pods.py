@@ -448,6 +448,21 @@ def test_what_a_mover_brings_along_is_given_to_those_that_joined_before_it(world
     world.run(test)
 
 
+@pytest.mark.parametrize("side", ["brain", "mover"])
+def test_a_captured_pod_is_given_again_to_a_mover_for_which_there_were_no_descriptors(world: World, side: str) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        new = FakeMover(world, "2")
+        new.sulks, world.no_descriptors = side == "mover", side == "brain"
+        world.movers.all.append(new)
+        world.keeper.mover_joined(new, (), informed=True)
+        assert not await world.keeper.wait_served()
+        new.sulks = world.no_descriptors = False
+        await world.until(lambda: new in world.keeper._held["uid-1"].serving, "it serves the pod")
+
+    world.run(test)
+
+
 def test_what_a_mover_brings_along_after_a_successor_accepts_is_given_to_nobody(world: World) -> None:
     async def test() -> None:
         early, late = world.movers.all
