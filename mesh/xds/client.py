@@ -211,7 +211,7 @@ class _Session:
             await stream.send(self._encode(reply))
 
     async def _take(self, raw: bytes) -> Request:
-        decoded = await decode(raw)
+        decoded = await decode(raw, first=not self._machine.synced)
         whole, was_synced = self._machine.is_whole(decoded.type_url), self._machine.synced
         if decoded.type_url not in self._config.types:
             log.error("xds.unknown_type", type=decoded.type_url)
@@ -286,21 +286,27 @@ def is_large(raw: bytes) -> bool:
     return len(raw) > DECODE_IN_THREAD
 
 
-async def decode(raw: bytes) -> DecodedResponse:
-    """`decode_response`, in a thread if it is large. Raises RemoteProtocolError."""
+async def decode(raw: bytes, *, first: bool) -> DecodedResponse:
+    """`decode_response`, in a thread if it is large. ``first``: nothing has been served yet. Raises RemoteProtocolError."""
     if not is_large(raw):
         return decode_response(raw)
-    return await trio.to_thread.run_sync(_decode_large, raw)
+    return await trio.to_thread.run_sync(_decode_large, raw, first)
 
 
-def _decode_large(raw: bytes) -> DecodedResponse:
-    """What comes is here to stay and has no cycles: to look for some while it grows, and in it ever after, costs a third of the whole."""
+def _decode_large(raw: bytes, first: bool) -> DecodedResponse:
+    """What comes is here to stay and has no cycles: to look for some while it grows, and in it ever after, costs a third of the whole.
+
+    Only what comes ``first`` is taken out of what is looked at, though: later it would take connections along that live just then, and what
+    they leave in cycles would stay for ever, again with every control plane that starts.
+    """
     enabled = gc.isenabled()
-    gc.collect(0)  # what is frozen below is never looked at again: no garbage must be in it
+    if first:
+        gc.collect(0)  # what is frozen below is never looked at again: no garbage must be in it
     gc.disable()
     try:
         return decode_response(raw)
     finally:
-        gc.freeze()
+        if first:
+            gc.freeze()
         if enabled:
             gc.enable()

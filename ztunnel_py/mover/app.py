@@ -255,7 +255,7 @@ class Mover:
         return None
 
     async def _take_large(self, message: messages.Resources) -> None:
-        self._take_resources(message, await decode(message.payload))
+        self._take_resources(message, await decode(message.payload, first=not self._plane.synced))
         self._nursery.start_soon(tidy)
 
     def _take_resources(self, message: messages.Resources, decoded: DecodedResponse) -> None:

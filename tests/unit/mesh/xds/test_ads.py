@@ -356,6 +356,24 @@ def test_a_set_that_comes_in_parts_is_given_on_whole(monkeypatch: pytest.MonkeyP
     _run(main)
 
 
+def test_only_what_comes_before_anything_is_served_is_kept_from_the_search_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later time it would keep garbage of connections from it too."""
+    frozen: list[None] = []
+    monkeypatch.setattr("mesh.xds.client.DECODE_IN_THREAD", 0)
+    monkeypatch.setattr("mesh.xds.client.gc.freeze", lambda: frozen.append(None))
+
+    async def main(plane: _ControlPlane, agent: _Agent, nursery: trio.Nursery) -> None:
+        plane.cache.apply(Delta(workloads=(_workload("a"),), policies=(_policy("p"),)))
+        _start(plane, agent, nursery)
+        await agent.until(lambda: agent.synced)
+        assert len(frozen) == 2
+        plane.change(Delta(workloads=(_workload("b"),)))
+        await agent.until(lambda: agent.names() == {"a", "b"})
+        assert len(frozen) == 2
+
+    _run(main)
+
+
 class _Script:
     """Connections to a server that says what is written, whatever it hears, and hangs up after all but the last."""
 
