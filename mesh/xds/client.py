@@ -169,7 +169,7 @@ class _Session:
         on_state: Callable[[AdsState], None],
         nursery: trio.Nursery,
     ) -> None:
-        self._nursery = nursery
+        self._tidying = Tidying(nursery)
         self._config = config
         self._machine = machine
         self._on_update = on_update
@@ -206,7 +206,7 @@ class _Session:
         while (raw := await stream.receive()) is not None:
             reply = await self._take(raw)
             if is_large(raw):
-                self._nursery.start_soon(tidy)
+                self._tidying.soon()
             del raw  # it may be the whole of a large mesh, and the next may be long in coming
             await stream.send(self._encode(reply))
 
@@ -274,11 +274,28 @@ class _Session:
         return message.SerializeToString()
 
 
-async def tidy() -> None:
-    """Give memory back after a response that was `is_large`, once it had time to be passed on and dropped; to be run beside everything
-    else. With 100 000 workloads it is 90 MB of 250, in each process that has had them."""
-    await trio.sleep(TIDY_AFTER)
-    await trio.to_thread.run_sync(return_free_memory)
+class Tidying:
+    """Gives memory back after responses that were `is_large`, once all had time to be passed on and dropped. With 100 000 workloads it is
+    90 MB of 250, in each process that has had them."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._wait: trio.CancelScope | None = None
+
+    def soon(self) -> None:
+        """Once for many: a large mesh comes in many parts."""
+        due = trio.current_time() + TIDY_AFTER
+        if self._wait is not None:
+            self._wait.deadline = due
+        else:
+            self._wait = trio.CancelScope(deadline=due)
+            self._nursery.start_soon(self._tidy, self._wait)
+
+    async def _tidy(self, wait: trio.CancelScope) -> None:
+        with wait:
+            await trio.sleep_forever()
+        self._wait = None
+        await trio.to_thread.run_sync(return_free_memory)
 
 
 def is_large(raw: bytes) -> bool:

@@ -30,7 +30,7 @@ from mesh.telemetry.access import SCOPE, AccessLog
 from mesh.telemetry.metrics import DnsMetrics, Registry, TcpMetrics, encode_snapshot
 from mesh.telemetry.output import LogOutput
 from mesh.tls.bundle import CertificateBundle, InvalidBundle
-from mesh.xds.client import decode, is_large, tidy
+from mesh.xds.client import Tidying, decode, is_large
 from mesh.xds.decode import DecodedResponse, decode_response
 from mesh.xds.names import ADDRESS, AUTHORIZATION
 from ztunnel_py import messages
@@ -127,11 +127,13 @@ class Mover:
         self._ending = False
         self._stopping = trio.Event()
         self._nursery: trio.Nursery
+        self._tidying: Tidying
 
     async def run(self) -> int:
         """Meet one brain after the other until stopped."""
         async with trio.open_nursery() as self._nursery:
             nursery = self._nursery
+            self._tidying = Tidying(nursery)
             nursery.start_soon(self._watch_lifeline)
             nursery.start_soon(self._watch_term)
             nursery.start_soon(self._follow_brains)
@@ -256,7 +258,7 @@ class Mover:
 
     async def _take_large(self, message: messages.Resources) -> None:
         self._take_resources(message, await decode(message.payload, first=not self._plane.synced))
-        self._nursery.start_soon(tidy)
+        self._tidying.soon()
 
     def _take_resources(self, message: messages.Resources, decoded: DecodedResponse) -> None:
         state = self._plane.state

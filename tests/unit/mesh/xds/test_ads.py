@@ -26,7 +26,7 @@ from mesh.state.store import Delta, MeshState
 from mesh.testing.serving import write_serving_certificate
 from mesh.xds import server as module
 from mesh.xds.cache import ResourceCache
-from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, Phase, bearer_metadata, connect_tls, run_ads_client
+from mesh.xds.client import TIDY_AFTER, AdsClientConfig, AdsState, AdsUpdate, Phase, Tidying, bearer_metadata, connect_tls, run_ads_client
 from mesh.xds.decode import decode_response
 from mesh.xds.encode import Resource, workload_resource
 from mesh.xds.names import ADDRESS, ADS_METHOD, AUTHORIZATION, node_id
@@ -372,6 +372,25 @@ def test_only_what_comes_before_anything_is_served_is_kept_from_the_search_for_g
         assert len(frozen) == 2
 
     _run(main)
+
+
+def test_memory_is_given_back_once_after_all_parts_of_a_large_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[float] = []
+    monkeypatch.setattr("mesh.xds.client.return_free_memory", lambda: given_back.append(0))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            tidying = Tidying(nursery)
+            for _ in range(100):
+                tidying.soon()
+                await trio.sleep(TIDY_AFTER / 2)
+            assert not given_back, "more may come"
+        assert len(given_back) == 1
+        async with trio.open_nursery() as nursery:
+            Tidying(nursery).soon()
+        assert len(given_back) == 2
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 class _Script:

@@ -34,7 +34,8 @@ def test_a_large_change_of_the_mesh_keeps_no_garbage_for_ever(tmp_path: Path, mo
         await rest
 
     async def main() -> None:
-        async with trio.open_nursery() as mover._nursery:
+        async with trio.open_nursery() as nursery:
+            mover._tidying = client.Tidying(nursery)
             for kind in (ADDRESS, AUTHORIZATION):
                 await take(messages.Resources(True, discovery.DeltaDiscoveryResponse(type_url=kind).SerializeToString()))
             assert mover._plane.synced
