@@ -35,6 +35,9 @@ TIDY_AFTER: Final = 5.0
 DECODE_IN_THREAD: Final = 64 * 1024
 """Bytes of a response beyond which it is decoded in a thread: some milliseconds' worth. The whole of a large mesh takes seconds."""
 
+_NO_MORE: Final = discovery.DeltaDiscoveryResponse(more=True).SerializeToString()[:-1] + b"\0"
+"""``more=False``, said: a message that leaves it out takes back nothing of those before it."""
+
 log = structlog.get_logger("xds.client")
 
 
@@ -244,8 +247,8 @@ class _Session:
         if update.more:
             return None
         del self._gathered[update.type_url]
-        # Messages of protobuf that follow each other are one: their lists are joined.
-        raw = b"".join(part.raw for part in parts)
+        # Messages of protobuf that follow each other are one: their lists are joined, and of the rest the last word counts.
+        raw = b"".join(part.raw for part in parts) + _NO_MORE
         rejected = tuple(bad for part in parts for bad in part.rejected)
         return AdsUpdate(update.type_url, raw, joined(part.delta for part in parts), True, rejected)
 

@@ -346,6 +346,7 @@ def test_a_set_that_comes_in_parts_is_given_on_whole(monkeypatch: pytest.MonkeyP
         assert whole.delta.workloads == workloads
         # What is handed on says the same.
         assert decode_response(whole.raw).delta == whole.delta
+        assert not decode_response(whole.raw).more
         await plane.server.wait_taken(waypoints=False)
         acknowledged = [request.response_nonce for request in plane.requests if request.type_url == ADDRESS and request.response_nonce]
         assert len(acknowledged) == 5
