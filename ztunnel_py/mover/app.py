@@ -23,6 +23,7 @@ from mesh.linux.unix_sockets import unix_address
 from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor, Timer
 from mesh.reactor.pool import PoolLimits
+from mesh.runtime.garbage import collect_seldom
 from mesh.state.names import Naming
 from mesh.state.store import Changes, MeshState
 from mesh.telemetry import log
@@ -77,18 +78,8 @@ def run_mover(name: str) -> int:
         on_exhausted=lambda error: _log.error("accept.failed", error=str(error), because="new connections wait until others end"),
     )
     output.when_blocked = lambda: reactor.call_later(_LOG_AGAIN, output.try_again)
-    _collect_seldom()
+    collect_seldom()
     return reactor.run(Mover(name, config, reactor, output).run)
-
-
-def _collect_seldom() -> None:
-    """By default Python looks for cycles every 700 objects, about once a connection, and code and modules are looked through each time.
-
-    What a connection leaves in cycles is small and holds no descriptor: some hundred connections' worth may wait.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 class Mover:
