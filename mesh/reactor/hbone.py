@@ -436,11 +436,15 @@ class HboneLink:
         """One timer for all requests: the oldest is due first."""
         self._answer_timer = None
         now = self._reactor.now()
-        for tunnel, asked in list(self._unanswered.items()):
+        due: list[Tunnel] = []
+        for tunnel, asked in self._unanswered.items():
             left = asked + RESPONSE_TIMEOUT - now
             if left > 0:
+                # Before anybody is told: who asks again at once would set another.
                 self._answer_timer = self._reactor.call_later(left, self._give_up_unanswered)
-                return
+                break
+            due.append(tunnel)
+        for tunnel in due:
             self._guard(tunnel, partial(tunnel.reset, ErrorCode.CANCEL, f"no response to CONNECT within {RESPONSE_TIMEOUT:g} s"))
 
     def _enter(self, tunnel: Tunnel, state: Stream) -> Tunnel:

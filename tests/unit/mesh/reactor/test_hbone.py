@@ -12,7 +12,7 @@ from OpenSSL import SSL
 
 from mesh.model.identity import SpiffeId
 from mesh.reactor import hbone, tls
-from mesh.reactor.hbone import HboneLink, Tunnel, TunnelFailure, TunnelRequest, connect_hbone
+from mesh.reactor.hbone import RESPONSE_TIMEOUT, HboneLink, OnResponse, Tunnel, TunnelFailure, TunnelRequest, connect_hbone
 from mesh.reactor.relay import RelayResult, TunnelRelay, relay_tunnel
 from mesh.reactor.tcp import reset as reset_tcp
 from mesh.testing.ca import FakeCa
@@ -488,6 +488,34 @@ def test_each_request_that_is_never_answered_times_out_by_itself(asking: Asking,
     because = [failure.because for failure in (asking.answer(), asking.answer(), asking.answer()) if isinstance(failure, TunnelFailure)]
     assert because == ["http status: 503", *["no response to CONNECT within 0.2 s"] * 2]
     assert not asking.link._unanswered
+
+
+def test_whoever_asks_again_when_nobody_answered_leaves_one_timer_for_all(asking: Asking) -> None:
+    link, reactor = asking.link, asking.thread.reactor
+
+    def ask(on_response: OnResponse = lambda answer: None) -> Tunnel:
+        return link.open_tunnel("10.0.0.1:80", {}, on_response)
+
+    def ask_again(failure: Tunnel | TunnelFailure) -> None:
+        ask()
+
+    def pending() -> list[float]:
+        return [due for due, _, timer in reactor._timers if timer._fn == link._give_up_unanswered]
+
+    def run() -> None:
+        oldest, other = ask(ask_again), ask()
+        for tunnel, earlier in ((oldest, RESPONSE_TIMEOUT), (other, RESPONSE_TIMEOUT / 2)):
+            link._unanswered[tunnel] -= earlier
+        assert link._answer_timer is not None
+        link._answer_timer.cancel()  # it is due
+        link._give_up_unanswered()
+        assert len(link._unanswered) == 2
+        (due,) = pending()
+        assert due - reactor.now() <= RESPONSE_TIMEOUT / 2, "for the one that has waited longest"
+        link.abort("over")
+        assert not pending()
+
+    asking.do(run)
 
 
 def test_a_request_never_answered_times_out_and_is_withdrawn(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
