@@ -25,6 +25,7 @@ from mesh.wire.hbone import (
     HboneConnection,
     HboneServer,
     Limits,
+    MoreStreamsAllowed,
     PingAcknowledged,
     RequestRefused,
     TunnelData,
@@ -363,7 +364,7 @@ class HboneLink:
         self.pooled = False
         """The owner keeps this link for later tunnels: ping it also when it carries none."""
         self.on_room: Callable[[], None] | None = None
-        """Called once, when a tunnel has ended, and then forgotten. It may not end the link."""
+        """Called once, when a tunnel has ended or the peer allows more of them, and then forgotten. It may not end the link."""
         self.owner: object = None
         """For whoever holds the link; not touched here."""
 
@@ -692,6 +693,8 @@ class HboneLink:
                 self._draining = self._drain_read = True
             case PingAcknowledged(data=data) if data == _DRAIN_PING:
                 self._on_drain_read()
+            case MoreStreamsAllowed():
+                self._tell_of_room()
             case RequestRefused():
                 if self._on_refused is not None:
                     self._on_refused(event)
@@ -781,6 +784,9 @@ class HboneLink:
         """The tunnel is one of the link's no more."""
         self._tunnels.pop(tunnel.stream, None)
         self._shut_out.discard(tunnel)
+        self._tell_of_room()
+
+    def _tell_of_room(self) -> None:
         on_room = self.on_room
         if on_room is not None:
             self.on_room = None
