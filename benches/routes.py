@@ -26,6 +26,7 @@ from mesh.kube.objects import KubeObject
 from mesh.model.l7.matching import PathKind, PathMatch, RouteMatch
 from mesh.model.l7.routing import DirectResponse, Origin, Route
 from mesh.model.l7.waypoint import WaypointSettings
+from mesh.runtime.garbage import collect_seldom
 from mesh.testing.objects import objects_from_yaml
 from mesh.xds.cache import Changes, ResourceCache
 from mesh.xds.decode import decode_response
@@ -161,9 +162,7 @@ def run_control_plane(case: str, told: Path) -> dict[str, Costs]:
 def run_waypoint(case: str, told: Path) -> dict[str, Costs]:
     """``case`` is that of the other side."""
     messages, again = pickle.loads(told.read_bytes())
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)  # as the waypoint has it
+    collect_seldom()
     before = resident_kib_of_ourselves()
     store = Store(WaypointSettings("shop", "waypoint"))
     cpu, step = _take(store, messages)

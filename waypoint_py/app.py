@@ -5,7 +5,6 @@ The reactor is the host loop and trio its guest, in one thread. Requests are ser
 
 from __future__ import annotations
 
-import gc
 import random
 import resource
 import socket
@@ -27,6 +26,7 @@ from mesh.model.workload import Workload
 from mesh.reactor.loop import Reactor
 from mesh.runtime.clients import ads_client, authority
 from mesh.runtime.env import InvalidEnvironment
+from mesh.runtime.garbage import collect_seldom
 from mesh.runtime.http import BindError, Routes, open_listeners, serve_admin
 from mesh.runtime.outbound import Dialler as Outbound
 from mesh.runtime.outbound import OutboundError, Target
@@ -102,21 +102,13 @@ def run_waypoint() -> int:
         on_exhausted=lambda error: _log.error("accept.failed", error=str(error), because="new connections wait until others end"),
     )
     output.when_blocked = lambda: reactor.call_later(_LOG_AGAIN, output.try_again)
-    _collect_seldom()
+    collect_seldom()
     try:
         reactor.run(Waypoint(config, reactor, output).run)
     except BindError as exc:
         _log.error("start.failed", error=str(exc))
         return EXIT_CONFIG
     return 0
-
-
-def _collect_seldom() -> None:
-    """As the agent's movers: by default Python looks for cycles about once a request, through all code and modules each time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
-    gc.enable()
 
 
 def _raise_descriptor_limit() -> None:

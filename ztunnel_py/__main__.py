@@ -28,6 +28,9 @@ def _run(arguments: list[str]) -> int:
 
             return Supervisor([sys.executable, "-m", "ztunnel_py", "brain"]).run()
         case ["brain"]:
+            from ztunnel_py.brain.processes import start_early
+
+            start_early()
             from ztunnel_py.brain.app import run_brain
 
             return run_brain()

@@ -122,10 +122,11 @@ class Channel(Generic[M]):
     # Receiving
 
     async def receive(self) -> tuple[M, list[int]]:
-        """The next message and its descriptors, which the caller now owns. Raises ChannelClosed."""
+        """The next message and its descriptors, which the caller now owns. Raises ChannelClosed. Cancelled it has taken nothing."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         received = self.receive_now()
         if received is not None:
-            await trio.lowlevel.checkpoint()  # who sends without end must not keep everybody else waiting
+            await trio.lowlevel.cancel_shielded_checkpoint()  # who sends without end must not keep everybody else waiting
             return received
         while received is None:
             try:

@@ -25,6 +25,7 @@ from mesh.wire.hbone import (
     HboneConnection,
     HboneServer,
     Limits,
+    MoreStreamsAllowed,
     PingAcknowledged,
     RequestRefused,
     TunnelData,
@@ -363,7 +364,7 @@ class HboneLink:
         self.pooled = False
         """The owner keeps this link for later tunnels: ping it also when it carries none."""
         self.on_room: Callable[[], None] | None = None
-        """Called once, when a tunnel has ended, and then forgotten. It may not end the link."""
+        """Called once, when a tunnel has ended or the peer allows more of them, and then forgotten. It may not end the link."""
         self.owner: object = None
         """For whoever holds the link; not touched here."""
 
@@ -436,11 +437,15 @@ class HboneLink:
         """One timer for all requests: the oldest is due first."""
         self._answer_timer = None
         now = self._reactor.now()
-        for tunnel, asked in list(self._unanswered.items()):
+        due: list[Tunnel] = []
+        for tunnel, asked in self._unanswered.items():
             left = asked + RESPONSE_TIMEOUT - now
             if left > 0:
+                # Before anybody is told: who asks again at once would set another.
                 self._answer_timer = self._reactor.call_later(left, self._give_up_unanswered)
-                return
+                break
+            due.append(tunnel)
+        for tunnel in due:
             self._guard(tunnel, partial(tunnel.reset, ErrorCode.CANCEL, f"no response to CONNECT within {RESPONSE_TIMEOUT:g} s"))
 
     def _enter(self, tunnel: Tunnel, state: Stream) -> Tunnel:
@@ -688,6 +693,8 @@ class HboneLink:
                 self._draining = self._drain_read = True
             case PingAcknowledged(data=data) if data == _DRAIN_PING:
                 self._on_drain_read()
+            case MoreStreamsAllowed():
+                self._tell_of_room()
             case RequestRefused():
                 if self._on_refused is not None:
                     self._on_refused(event)
@@ -777,6 +784,9 @@ class HboneLink:
         """The tunnel is one of the link's no more."""
         self._tunnels.pop(tunnel.stream, None)
         self._shut_out.discard(tunnel)
+        self._tell_of_room()
+
+    def _tell_of_room(self) -> None:
         on_room = self.on_room
         if on_room is not None:
             self.on_room = None

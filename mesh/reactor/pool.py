@@ -114,7 +114,7 @@ class TunnelPool:
         self._sweep_later()
 
     def _find_room(self, shelf: _Shelf) -> HboneLink | None:
-        """The first connection that takes a tunnel more. Full ones stand aside until they say that a tunnel has ended."""
+        """The first connection that takes a tunnel more. Full ones stand aside until they say that there may be room."""
         full: list[HboneLink] = []
         found = None
         for link in shelf.roomy:

@@ -345,6 +345,8 @@ class Http2Connection:
             if not self._direct.send_now(data):
                 self._in_flight = len(data)
                 self._wake_writer.unpark_all()
+            elif len(data) >= MAX_QUEUED_DATA:  # others wait for room, and the writer finds nothing left to make some of
+                self._progress.unpark_all()
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
             self._lose(f"connection lost: {_reason(exc)}")
 

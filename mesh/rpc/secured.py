@@ -34,6 +34,8 @@ class SecuredStream(trio.abc.Stream):
         name = server_hostname.encode() if server_hostname is not None and server_hostname.isascii() else server_hostname
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side, server_hostname=name)
         self._unsent = memoryview(b"")
+        self._ended = False
+        """The peer has said goodbye."""
 
     async def do_handshake(self) -> None:
         """First of all. Raises BrokenResourceError, also when the peer is not who it should be."""
@@ -98,6 +100,8 @@ class SecuredStream(trio.abc.Stream):
 
     def _decrypt(self, most: int) -> bytes | None:
         """What has arrived, of as many records as it is in. None: nothing; empty: nothing will any more."""
+        if self._ended:
+            return b""
         chunks: list[bytes] = []
         room = most
         try:
@@ -107,6 +111,7 @@ class SecuredStream(trio.abc.Stream):
                 chunks.append(chunk)
                 room -= len(chunk)
                 if not chunk:
+                    self._ended = True
                     break
         except ssl.SSLWantReadError:
             pass  # a part of a record

@@ -35,6 +35,9 @@ TIDY_AFTER: Final = 5.0
 DECODE_IN_THREAD: Final = 64 * 1024
 """Bytes of a response beyond which it is decoded in a thread: some milliseconds' worth. The whole of a large mesh takes seconds."""
 
+_NO_MORE: Final = discovery.DeltaDiscoveryResponse(more=True).SerializeToString()[:-1] + b"\0"
+"""``more=False``, said: a message that leaves it out takes back nothing of those before it."""
+
 log = structlog.get_logger("xds.client")
 
 
@@ -169,7 +172,7 @@ class _Session:
         on_state: Callable[[AdsState], None],
         nursery: trio.Nursery,
     ) -> None:
-        self._nursery = nursery
+        self._tidying = Tidying(nursery)
         self._config = config
         self._machine = machine
         self._on_update = on_update
@@ -206,12 +209,12 @@ class _Session:
         while (raw := await stream.receive()) is not None:
             reply = await self._take(raw)
             if is_large(raw):
-                self._nursery.start_soon(tidy)
+                self._tidying.soon()
             del raw  # it may be the whole of a large mesh, and the next may be long in coming
             await stream.send(self._encode(reply))
 
     async def _take(self, raw: bytes) -> Request:
-        decoded = await decode(raw)
+        decoded = await decode(raw, first=not self._machine.synced)
         whole, was_synced = self._machine.is_whole(decoded.type_url), self._machine.synced
         if decoded.type_url not in self._config.types:
             log.error("xds.unknown_type", type=decoded.type_url)
@@ -244,8 +247,8 @@ class _Session:
         if update.more:
             return None
         del self._gathered[update.type_url]
-        # Messages of protobuf that follow each other are one: their lists are joined.
-        raw = b"".join(part.raw for part in parts)
+        # Messages of protobuf that follow each other are one: their lists are joined, and of the rest the last word counts.
+        raw = b"".join(part.raw for part in parts) + _NO_MORE
         rejected = tuple(bad for part in parts for bad in part.rejected)
         return AdsUpdate(update.type_url, raw, joined(part.delta for part in parts), True, rejected)
 
@@ -274,11 +277,28 @@ class _Session:
         return message.SerializeToString()
 
 
-async def tidy() -> None:
-    """Give memory back after a response that was `is_large`, once it had time to be passed on and dropped; to be run beside everything
-    else. With 100 000 workloads it is 90 MB of 250, in each process that has had them."""
-    await trio.sleep(TIDY_AFTER)
-    await trio.to_thread.run_sync(return_free_memory)
+class Tidying:
+    """Gives memory back after responses that were `is_large`, once all had time to be passed on and dropped. With 100 000 workloads it is
+    90 MB of 250, in each process that has had them."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._wait: trio.CancelScope | None = None
+
+    def soon(self) -> None:
+        """Once for many: a large mesh comes in many parts."""
+        due = trio.current_time() + TIDY_AFTER
+        if self._wait is not None:
+            self._wait.deadline = due
+        else:
+            self._wait = trio.CancelScope(deadline=due)
+            self._nursery.start_soon(self._tidy, self._wait)
+
+    async def _tidy(self, wait: trio.CancelScope) -> None:
+        with wait:
+            await trio.sleep_forever()
+        self._wait = None
+        await trio.to_thread.run_sync(return_free_memory)
 
 
 def is_large(raw: bytes) -> bool:
@@ -286,21 +306,27 @@ def is_large(raw: bytes) -> bool:
     return len(raw) > DECODE_IN_THREAD
 
 
-async def decode(raw: bytes) -> DecodedResponse:
-    """`decode_response`, in a thread if it is large. Raises RemoteProtocolError."""
+async def decode(raw: bytes, *, first: bool) -> DecodedResponse:
+    """`decode_response`, in a thread if it is large. ``first``: nothing has been served yet. Raises RemoteProtocolError."""
     if not is_large(raw):
         return decode_response(raw)
-    return await trio.to_thread.run_sync(_decode_large, raw)
+    return await trio.to_thread.run_sync(_decode_large, raw, first)
 
 
-def _decode_large(raw: bytes) -> DecodedResponse:
-    """What comes is here to stay and has no cycles: to look for some while it grows, and in it ever after, costs a third of the whole."""
+def _decode_large(raw: bytes, first: bool) -> DecodedResponse:
+    """What comes is here to stay and has no cycles: to look for some while it grows, and in it ever after, costs a third of the whole.
+
+    Only what comes ``first`` is taken out of what is looked at, though: later it would take connections along that live just then, and what
+    they leave in cycles would stay for ever, again with every control plane that starts.
+    """
     enabled = gc.isenabled()
-    gc.collect(0)  # what is frozen below is never looked at again: no garbage must be in it
+    if first:
+        gc.collect(0)  # what is frozen below is never looked at again: no garbage must be in it
     gc.disable()
     try:
         return decode_response(raw)
     finally:
-        gc.freeze()
+        if first:
+            gc.freeze()
         if enabled:
             gc.enable()

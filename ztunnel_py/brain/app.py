@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from ztunnel_py.brain.cni import CNI_BACKLOG, PluginKeeper, cni_routes
 from ztunnel_py.brain.movers import Holding, Mover, Movers
 from ztunnel_py.brain.pages import Pages
 from ztunnel_py.brain.pods import PodKeeper
+from ztunnel_py.brain.processes import raise_descriptor_limit
 from ztunnel_py.brain.transfer import Newcomers, transfer_state, unreadable_bodies
 from ztunnel_py.config import SPARE, AgentConfig, read_access, read_config
 from ztunnel_py.pods.departure import ClusterDepartures, Departures, DirectoryDepartures, settle
@@ -73,7 +73,7 @@ def run_brain() -> int:
     except (log.InvalidLogSettings, InvalidEnvironment, KubeconfigError) as exc:
         print(exc, file=sys.stderr)
         return EXIT_CONFIG
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     try:
         trio.run(Brain(config).run)
     except BindError as exc:
@@ -384,9 +384,3 @@ def remove_traces(config: AgentConfig, for_good: bool) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _raise_descriptor_limit() -> None:
-    """As many descriptors as we are allowed: a connection needs several, and movers inherit the limit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,8 +20,8 @@ import trio
 
 from mesh.telemetry.log import get_logger
 from ztunnel_py import messages
+from ztunnel_py.brain.processes import find_mover, is_mover, note_mover, noted_slots, slots, start_mover
 from ztunnel_py.channel import Channel, ChannelClosed, close_all, listen_at
-from ztunnel_py.supervisor import LIFELINE
 
 ADOPTION_SECONDS = 3.0
 """How long a new brain waits for movers of the last one: they look for it every 50 ms, so one that does not come is stuck."""
@@ -130,7 +129,7 @@ class Movers:
 
     def __init__(self, *, count: int, run_dir: Path, follower: Follower, apart: Sequence[str] = ()) -> None:
         """``count``: how many to keep running. ``apart``: names of movers that somebody else keeps running."""
-        self._names = [str(number) for number in range(count)]
+        self._names = slots(count)
         self._apart = frozenset(apart)
         self._run_dir = run_dir
         self._follower = follower
@@ -162,9 +161,9 @@ class Movers:
                     self._joined[name] = trio.Event()
                     nursery.start_soon(self._keep, name)
                     starting.start_soon(self._joined[name].wait)
-                for path in self._run_dir.glob("mover-*.pid"):
-                    if path.stem.removeprefix("mover-") not in self._names:
-                        self._end_surplus(path)
+                for name, path in noted_slots(self._run_dir).items():
+                    if name not in self._names:
+                        self._end_surplus(name, path)
             task_status.started()
 
     async def scrape(self, connections: int = 0) -> list[tuple[Mover, messages.Scraped]]:
@@ -199,7 +198,7 @@ class Movers:
                     await self._left.wait()
                 await trio.sleep(_LAST_BREATH)
         for name, pid in self._pids.items():
-            if _is_mover(pid, name):
+            if is_mover(pid, name):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -262,7 +261,7 @@ class Movers:
             return False
         if self._pids.get(hello.mover) in (None, hello.pid) and hello.mover in self._names:
             return False
-        if hello.pid not in self._surplus and _is_mover(hello.pid, hello.mover):
+        if hello.pid not in self._surplus and is_mover(hello.pid, hello.mover):
             self._surplus.add(hello.pid)
             _log.warning("mover.surplus", mover=hello.mover, pid=hello.pid)
             with suppress(ProcessLookupError):
@@ -347,6 +346,8 @@ class Movers:
             await _wait_ended(pid)
             if process is not None:
                 process.wait()
+            else:
+                _reap(pid)
             if self._stopping:
                 return
             if trio.current_time() - started > _STEADY:
@@ -358,9 +359,10 @@ class Movers:
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     async def _adopt(self, name: str) -> int | None:
-        """The process of this slot that outlived the last brain, once it has joined; None if there is none (any more)."""
-        pid = _read_pid(self._pid_file(name))
-        if pid is None or not _is_mover(pid, name):
+        """The process of this slot that outlived the last brain, or was started ahead of this one, once it has joined; None if there is
+        none (any more)."""
+        pid = find_mover(self._run_dir, name)
+        if pid is None:
             return None
         self._pids[name] = pid
         with trio.move_on_after(ADOPTION_SECONDS):
@@ -373,29 +375,20 @@ class Movers:
         return None
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
-        lifeline = os.environ.get(LIFELINE)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ztunnel_py", "mover", name],
-            pass_fds=(int(lifeline),) if lifeline else (),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a signal to the brain's group is the brain's to handle
-        )
+        process = start_mover(name)
         try:
-            self._pid_file(name).write_text(str(process.pid))
+            note_mover(self._run_dir, name, process.pid)
         except OSError as exc:  # the next brain will not know it, and will have it drained: better than none now
             _log.error("mover.not_noted", mover=name, pid=process.pid, error=str(exc))
         return process
 
-    def _end_surplus(self, path: Path) -> None:
+    def _end_surplus(self, name: str, path: Path) -> None:
         """A slot that this brain no longer has: its mover drains and ends."""
-        pid = _read_pid(path)
-        if pid is not None and _is_mover(pid, path.stem.removeprefix("mover-")):
+        pid = find_mover(self._run_dir, name)
+        if pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         path.unlink(missing_ok=True)
-
-    def _pid_file(self, name: str) -> Path:
-        return self._run_dir / f"mover-{name}.pid"
 
 
 @asynccontextmanager
@@ -431,19 +424,10 @@ def _discard(queue: trio.MemoryReceiveChannel[_Posted]) -> None:
         close_all(descriptors)
 
 
-def _read_pid(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _is_mover(pid: int, name: str) -> bool:
-    """Whether the process is a mover of ours and not one that got its number later."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-4:-1] == [b"ztunnel_py", b"mover", name.encode()]
-    except OSError:
-        return False
+def _reap(pid: int) -> None:
+    """One that was started ahead of us in this process, and so is our child; others are their supervisor's to reap."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 async def _wait_ended(pid: int) -> None:

@@ -287,8 +287,8 @@ class PodKeeper:
     # Movers
 
     def mover_joined(self, mover: Mover, holding: Sequence[Holding], *, informed: bool) -> None:
-        """Take over what it serves, have it serve the rest. A mover that was not ``informed`` of the mesh would only refuse: while others
-        serve a pod it is left to them, until `serve_everywhere`."""
+        """Take over what it serves and give it to the others too, have it serve the rest. A mover that was not ``informed`` of the mesh
+        would only refuse: while others serve a pod it is left to them, until `serve_everywhere`."""
         for held in holding:
             pod = self._adopt(held)
             if pod is not None:
@@ -298,22 +298,29 @@ class PodKeeper:
         if self._retired:
             mover.post(messages.StopAccepting())
         for uid, pod in self._held.items():
-            if mover not in pod.serving and not self._retired and (informed or not pod.serving):
-                mover.post(messages.ServePod(pod.info), pod.descriptors)
+            if informed or not pod.serving:
+                self._give(pod)
             if pod.draining:
                 mover.post(messages.ReleasePod(uid))
 
     def serve_everywhere(self) -> None:
         """All movers have been informed of the mesh now."""
+        for pod in self._held.values():
+            self._give(pod)
+
+    def _give(self, pod: _Held) -> None:
+        """Have every mover serve it that is not known to; not while a successor does."""
         if self._retired:
             return
         for mover in self._movers.living():
-            for pod in self._held.values():
-                if mover not in pod.serving:
-                    try:
-                        mover.post(messages.ServePod(pod.info), pod.descriptors)
-                    except OSError as exc:  # no descriptors are left; the others go on serving the pod
-                        _log.error("pod.not_given", pod=f"{pod.info.namespace}/{pod.info.name}", mover=mover.name, error=str(exc))
+            if mover in pod.serving:
+                continue
+            try:
+                mover.post(messages.ServePod(pod.info), pod.descriptors)
+            except OSError as exc:  # no descriptors are left; the others go on serving the pod
+                _log.error("pod.not_given", pod=f"{pod.info.namespace}/{pod.info.name}", mover=mover.name, error=str(exc))
+            if pod.draining:  # a pod that is given counts as wanted again
+                mover.post(messages.ReleasePod(pod.info.uid))
 
     def mover_said(self, mover: Mover, message: messages.FromMover) -> None:
         match message:
@@ -373,7 +380,7 @@ class PodKeeper:
                 continue
             pod.elders.add(elder)
             if new:
-                self._movers.post(messages.ServePod(pod.info), pod.descriptors)
+                self._give(pod)
             if pod.draining:
                 elder.post(messages.ReleasePod(held.pod.uid))
 
@@ -681,7 +688,8 @@ class PodKeeper:
     # Looking after captured pods
 
     async def _verify_captured(self) -> None:
-        """Read every captured pod's rules back now and then; notice a namespace that was replaced and an annotation that was removed."""
+        """Read every captured pod's rules back now and then; notice a namespace that was replaced, an annotation that was removed, and a
+        mover that does not serve the pod."""
         while True:
             captured = [uid for uid, (_, status) in self.statuses().items() if status.phase is Phase.CAPTURED]
             for uid in captured:
@@ -693,6 +701,7 @@ class PodKeeper:
                     self._place.forget(uid)
                     self._tell(pods.NetnsReplaced(uid))
                     continue
+                self._give(pod)  # a mover may have had no descriptors left for it, or we none to send
                 self._tell(pods.VerifyDue(uid))
                 if not await self._place.is_annotated(record.pod):
                     self._tell(pods.AnnotationLost(uid))

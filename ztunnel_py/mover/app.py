@@ -23,6 +23,7 @@ from mesh.linux.unix_sockets import unix_address
 from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor, Timer
 from mesh.reactor.pool import PoolLimits
+from mesh.runtime.garbage import collect_seldom
 from mesh.state.names import Naming
 from mesh.state.store import Changes, MeshState
 from mesh.telemetry import log
@@ -30,7 +31,7 @@ from mesh.telemetry.access import SCOPE, AccessLog
 from mesh.telemetry.metrics import DnsMetrics, Registry, TcpMetrics, encode_snapshot
 from mesh.telemetry.output import LogOutput
 from mesh.tls.bundle import CertificateBundle, InvalidBundle
-from mesh.xds.client import decode, is_large, tidy
+from mesh.xds.client import Tidying, decode, is_large
 from mesh.xds.decode import DecodedResponse, decode_response
 from mesh.xds.names import ADDRESS, AUTHORIZATION
 from ztunnel_py import messages
@@ -77,18 +78,8 @@ def run_mover(name: str) -> int:
         on_exhausted=lambda error: _log.error("accept.failed", error=str(error), because="new connections wait until others end"),
     )
     output.when_blocked = lambda: reactor.call_later(_LOG_AGAIN, output.try_again)
-    _collect_seldom()
+    collect_seldom()
     return reactor.run(Mover(name, config, reactor, output).run)
-
-
-def _collect_seldom() -> None:
-    """By default Python looks for cycles every 700 objects, about once a connection, and code and modules are looked through each time.
-
-    What a connection leaves in cycles is small and holds no descriptor: some hundred connections' worth may wait.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 class Mover:
@@ -127,11 +118,13 @@ class Mover:
         self._ending = False
         self._stopping = trio.Event()
         self._nursery: trio.Nursery
+        self._tidying: Tidying
 
     async def run(self) -> int:
         """Meet one brain after the other until stopped."""
         async with trio.open_nursery() as self._nursery:
             nursery = self._nursery
+            self._tidying = Tidying(nursery)
             nursery.start_soon(self._watch_lifeline)
             nursery.start_soon(self._watch_term)
             nursery.start_soon(self._follow_brains)
@@ -255,8 +248,8 @@ class Mover:
         return None
 
     async def _take_large(self, message: messages.Resources) -> None:
-        self._take_resources(message, await decode(message.payload))
-        self._nursery.start_soon(tidy)
+        self._take_resources(message, await decode(message.payload, first=not self._plane.synced))
+        self._tidying.soon()
 
     def _take_resources(self, message: messages.Resources, decoded: DecodedResponse) -> None:
         state = self._plane.state
@@ -321,7 +314,7 @@ class Mover:
         if not pod.accepts:
             try:
                 pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone, dns=self._serve_names)
-            except OSError as exc:  # no descriptors are left; the brain hears nothing and tries again
+            except OSError as exc:  # no descriptors are left; the brain hears nothing and gives it again
                 _log.error("pod.not_served", pod=f"{info.namespace}/{info.name}", uid=info.uid, error=str(exc))
                 if known is None:
                     pod.close()

@@ -32,6 +32,10 @@ class BrainLink:
         self._handle = handle
         self._nursery = nursery
         self._failure: Exception | None = None
+        self._paused = False
+        """While something that takes long goes on: nothing may overtake it."""
+        self._due = False
+        """`_again` will be called."""
         self._ended = trio.Event()
         self.met = False
         """Whether anything was heard."""
@@ -64,23 +68,28 @@ class BrainLink:
                     return
                 if not self._channel.has_read:
                     return
-            self._reactor.call_soon(self._again)  # what the channel has read already makes no event
+            if not self._due:
+                self._due = True
+                self._reactor.call_soon(self._again)  # what the channel has read already makes no event
         except Exception as exc:  # as in a task: whoever runs us ends with it
             self._end(exc)
 
     def _again(self) -> None:
-        if self._failure is None:
+        self._due = False
+        if self._failure is None and not self._paused:
             self._readable(IN)
 
     def _pause(self, rest: Awaitable[None]) -> None:
+        self._paused = True
         self._reactor.remove(self._channel.fileno())
         self._nursery.start_soon(self._finish, rest)
 
     async def _finish(self, rest: Awaitable[None]) -> None:
         await rest
+        self._paused = False
         if self._failure is None:
             self._listen()
-            self._again()
+            self._readable(IN)
 
     def _end(self, exc: Exception) -> None:
         self._failure = exc

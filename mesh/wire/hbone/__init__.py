@@ -5,6 +5,7 @@ from mesh.wire.hbone.connection import HboneConnection, Limits
 from mesh.wire.hbone.events import (
     GoingAway,
     HboneEvent,
+    MoreStreamsAllowed,
     PingAcknowledged,
     RequestRefused,
     TunnelData,
@@ -25,6 +26,7 @@ __all__ = [
     "HboneEvent",
     "HboneServer",
     "Limits",
+    "MoreStreamsAllowed",
     "PingAcknowledged",
     "RequestRefused",
     "TunnelData",

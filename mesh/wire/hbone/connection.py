@@ -43,7 +43,16 @@ from mesh.wire.frames import (
     window_update_frame,
 )
 from mesh.wire.hbone import patience
-from mesh.wire.hbone.events import GoingAway, HboneEvent, PingAcknowledged, TunnelData, TunnelEnded, TunnelReset, WindowOpened
+from mesh.wire.hbone.events import (
+    GoingAway,
+    HboneEvent,
+    MoreStreamsAllowed,
+    PingAcknowledged,
+    TunnelData,
+    TunnelEnded,
+    TunnelReset,
+    WindowOpened,
+)
 from mesh.wire.hbone.streams import Direction, Signal, Stream
 from mesh.wire.headers import Fields, HeaderReader, HeaderWriter, MalformedHeaders, check_trailers
 from mesh.wire.settings import SETTINGS_ACK, PeerSettings
@@ -309,7 +318,9 @@ class HboneConnection(ABC):
         self._settings_received = True
         self.max_frame_size = settings.max_frame_size
         if settings.max_concurrent_streams is not None:
-            self._peer_max_streams = min(settings.max_concurrent_streams, MAX_STREAM_ID)
+            before, self._peer_max_streams = self._peer_max_streams, min(settings.max_concurrent_streams, MAX_STREAM_ID)
+            if self._peer_max_streams > before:
+                self._events.append(MoreStreamsAllowed())
         for size in settings.table_sizes:
             self._writer.resize(size)
         self._shift_windows(settings.initial_window_size - self._initial_send_window)

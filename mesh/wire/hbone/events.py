@@ -88,6 +88,11 @@ class WindowOpened:
 
 
 @dataclass(frozen=True, slots=True)
+class MoreStreamsAllowed:
+    """The peer has raised how many streams may be open at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class GoingAway:
     """The peer sent GOAWAY. Streams above ``last_stream`` follow as `TunnelReset` with REFUSED_STREAM; the others go on."""
 
@@ -110,6 +115,7 @@ HboneEvent: TypeAlias = (
     | TunnelEnded
     | TunnelReset
     | WindowOpened
+    | MoreStreamsAllowed
     | GoingAway
     | PingAcknowledged
 )

@@ -166,3 +166,31 @@ def test_who_closes_the_channel_wakes_who_receives_from_it() -> None:
                 await mover.receive()
 
     run_with_pair(body)
+
+
+def test_who_is_cancelled_while_it_receives_has_taken_no_message_and_no_descriptor() -> None:
+    async def body(mover: Channel[messages.ToMover], brain: Channel[messages.FromMover]) -> None:
+        pod = messages.PodInfo("uid", "name", "ns", "sa")
+        reader, writer = os.pipe()
+        try:
+            await brain.send(messages.ServePod(pod), [reader])
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await mover.receive()
+            assert scope.cancelled_caught
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cancel, scope)
+                    message, (received,) = await mover.receive()
+            assert message == messages.ServePod(pod), "what was taken before it was cancelled is given"
+            os.write(writer, b"x")
+            assert os.read(received, 1) == b"x"
+            os.close(received)
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    async def cancel(scope: trio.CancelScope) -> None:
+        scope.cancel()
+
+    run_with_pair(body)

@@ -12,14 +12,14 @@ from OpenSSL import SSL
 
 from mesh.model.identity import SpiffeId
 from mesh.reactor import hbone, tls
-from mesh.reactor.hbone import HboneLink, Tunnel, TunnelFailure, TunnelRequest, connect_hbone
+from mesh.reactor.hbone import RESPONSE_TIMEOUT, HboneLink, OnResponse, Tunnel, TunnelFailure, TunnelRequest, connect_hbone
 from mesh.reactor.relay import RelayResult, TunnelRelay, relay_tunnel
 from mesh.reactor.tcp import reset as reset_tcp
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, Path, ReactorThread, open_descriptors, read_all, tcp_listener, wait_until
 from mesh.tls.contexts import hbone_context
 from mesh.tls.peer import verify_client, verify_server
-from mesh.wire.frames import header_frames, rst_stream_frame, window_update_frame
+from mesh.wire.frames import FrameType, frame_header, header_frames, rst_stream_frame, window_update_frame
 from mesh.wire.hbone import HboneClient, TunnelResponded, patience
 
 MIB = 1 << 20
@@ -488,6 +488,52 @@ def test_each_request_that_is_never_answered_times_out_by_itself(asking: Asking,
     because = [failure.because for failure in (asking.answer(), asking.answer(), asking.answer()) if isinstance(failure, TunnelFailure)]
     assert because == ["http status: 503", *["no response to CONNECT within 0.2 s"] * 2]
     assert not asking.link._unanswered
+
+
+def test_who_waits_for_room_is_told_when_the_peer_allows_more_tunnels(asking: Asking, ingress: IngressProxy) -> None:
+    asking.ask()
+    told: list[bool] = []
+    asking.link.on_room = lambda: told.append(asking.link.usable)
+    peer = ingress.links[0]
+
+    def allow(number: int) -> None:
+        peer._core.outgoing += frame_header(6, FrameType.SETTINGS, 0, 0) + struct.pack(">HI", 3, number)
+        peer._schedule_pump()
+
+    asking.do(lambda: allow(1))
+    wait_until(lambda: not asking.link.usable, "the link to be full")
+    assert told == []
+    asking.do(lambda: allow(2))
+    wait_until(lambda: bool(told), "word of the room")
+    assert told == [True]
+
+
+def test_whoever_asks_again_when_nobody_answered_leaves_one_timer_for_all(asking: Asking) -> None:
+    link, reactor = asking.link, asking.thread.reactor
+
+    def ask(on_response: OnResponse = lambda answer: None) -> Tunnel:
+        return link.open_tunnel("10.0.0.1:80", {}, on_response)
+
+    def ask_again(failure: Tunnel | TunnelFailure) -> None:
+        ask()
+
+    def pending() -> list[float]:
+        return [due for due, _, timer in reactor._timers if timer._fn == link._give_up_unanswered]
+
+    def run() -> None:
+        oldest, other = ask(ask_again), ask()
+        for tunnel, earlier in ((oldest, RESPONSE_TIMEOUT), (other, RESPONSE_TIMEOUT / 2)):
+            link._unanswered[tunnel] -= earlier
+        assert link._answer_timer is not None
+        link._answer_timer.cancel()  # it is due
+        link._give_up_unanswered()
+        assert len(link._unanswered) == 2
+        (due,) = pending()
+        assert due - reactor.now() <= RESPONSE_TIMEOUT / 2, "for the one that has waited longest"
+        link.abort("over")
+        assert not pending()
+
+    asking.do(run)
 
 
 def test_a_request_never_answered_times_out_and_is_withdrawn(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:

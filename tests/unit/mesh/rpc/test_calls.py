@@ -14,9 +14,11 @@ import trio
 import trio.testing
 
 from mesh.rpc import Bidi, Call, Channel, Handler, Limits, Peer, RpcError, ServerStream, Status, Unary, open_channel_on, serve_connection
+from mesh.rpc.connection import Http2Connection
 
 PATIENCE = 20.0
 SMALL = Limits(max_message=1024 * 1024, stream_window=65535, connection_window=128 * 1024)
+HEADERS = [(":method", "POST"), (":scheme", "http"), (":path", "/t/stream"), (":authority", "t")]
 
 
 async def _echo(request: bytes, call: Call) -> bytes:
@@ -259,6 +261,63 @@ def test_a_peer_that_answers_no_ping_is_given_up() -> None:
     clock = trio.testing.MockClock(autojump_threshold=0)
     started = clock.current_time()
     _run(main, clock)
+
+
+class _Sink(trio.abc.Stream):
+    """A transport that takes everything at once, from a peer that reads everything and never says more than how much it takes."""
+
+    def __init__(self) -> None:
+        peer = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        peer.local_settings = h2.settings.Settings(client=False, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 1 << 30})
+        peer.initiate_connection()
+        peer.increment_flow_control_window(1 << 30)
+        self._said: bytes | None = peer.data_to_send()
+
+    def send_now(self, data: bytearray) -> bool:
+        return True
+
+    async def flush(self) -> None:
+        raise AssertionError("nothing is ever left")
+
+    async def send_all(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        said, self._said = self._said, None
+        if said is None:
+            await trio.sleep_forever()
+        return said or b""
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+def test_who_waits_for_room_goes_on_when_another_message_has_taken_along_what_was_in_the_way() -> None:
+    """As one does that fails, or is cancelled, when it had filled the output: before the writer had its turn."""
+
+    async def main() -> None:
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                connection = Http2Connection(_Sink(), client_side=True, limits=SMALL)
+                await nursery.start(connection.run)
+                await trio.testing.wait_all_tasks_blocked()  # the peer has said what it takes
+                full = False
+                while not full:  # until the one that waits had its turn before us
+                    filling, waiting = await connection.open_stream(HEADERS), await connection.open_stream(HEADERS)
+                    await trio.testing.wait_all_tasks_blocked()
+                    while (room := connection._room(filling)) > 0:
+                        await connection.send_data(filling, memoryview(bytes(room)), end=False)
+                    async with trio.open_nursery() as senders:
+                        senders.start_soon(waiting.send_message, b"x")
+                        await trio.lowlevel.checkpoint()
+                        full = connection._progress.statistics().tasks_waiting > 0
+                        connection.send_queued()
+                nursery.cancel_scope.cancel()
+
+    _run(main, trio.testing.MockClock(autojump_threshold=0))
 
 
 # --- against a bare h2 peer ---

@@ -155,6 +155,30 @@ def test_the_peers_end_is_the_end_with_and_without_a_goodbye(contexts: Contexts,
     run(test)
 
 
+def test_a_goodbye_right_behind_the_last_words_is_the_end_though_the_connection_stays_open(contexts: Contexts) -> None:
+    said, over = threading.Event(), threading.Event()
+
+    def work(sock: ssl.SSLSocket) -> None:
+        sock.sendall(b"last words")
+        sock.settimeout(0)
+        with suppress(ssl.SSLError):
+            sock.unwrap()
+        said.set()
+        over.wait(30)
+
+    async def test() -> None:
+        with server(contexts, work) as stream:
+            try:
+                await stream.do_handshake()
+                assert await trio.to_thread.run_sync(said.wait, 10)
+                assert await read_all(stream) == b"last words"
+                assert await stream.receive_some() == b""
+            finally:
+                over.set()
+
+    run(test)
+
+
 def test_a_peer_that_is_another_than_it_should_be_is_told_so(contexts: Contexts) -> None:
     heard: list[str] = []
 

@@ -26,7 +26,7 @@ from mesh.state.store import Delta, MeshState
 from mesh.testing.serving import write_serving_certificate
 from mesh.xds import server as module
 from mesh.xds.cache import ResourceCache
-from mesh.xds.client import AdsClientConfig, AdsState, AdsUpdate, Phase, bearer_metadata, connect_tls, run_ads_client
+from mesh.xds.client import TIDY_AFTER, AdsClientConfig, AdsState, AdsUpdate, Phase, Tidying, bearer_metadata, connect_tls, run_ads_client
 from mesh.xds.decode import decode_response
 from mesh.xds.encode import Resource, workload_resource
 from mesh.xds.names import ADDRESS, ADS_METHOD, AUTHORIZATION, node_id
@@ -346,6 +346,7 @@ def test_a_set_that_comes_in_parts_is_given_on_whole(monkeypatch: pytest.MonkeyP
         assert whole.delta.workloads == workloads
         # What is handed on says the same.
         assert decode_response(whole.raw).delta == whole.delta
+        assert not decode_response(whole.raw).more
         await plane.server.wait_taken(waypoints=False)
         acknowledged = [request.response_nonce for request in plane.requests if request.type_url == ADDRESS and request.response_nonce]
         assert len(acknowledged) == 5
@@ -354,6 +355,43 @@ def test_a_set_that_comes_in_parts_is_given_on_whole(monkeypatch: pytest.MonkeyP
         assert not any(update.whole for update in agent.updates[2:])
 
     _run(main)
+
+
+def test_only_what_comes_before_anything_is_served_is_kept_from_the_search_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later time it would keep garbage of connections from it too."""
+    frozen: list[None] = []
+    monkeypatch.setattr("mesh.xds.client.DECODE_IN_THREAD", 0)
+    monkeypatch.setattr("mesh.xds.client.gc.freeze", lambda: frozen.append(None))
+
+    async def main(plane: _ControlPlane, agent: _Agent, nursery: trio.Nursery) -> None:
+        plane.cache.apply(Delta(workloads=(_workload("a"),), policies=(_policy("p"),)))
+        _start(plane, agent, nursery)
+        await agent.until(lambda: agent.synced)
+        assert len(frozen) == 2
+        plane.change(Delta(workloads=(_workload("b"),)))
+        await agent.until(lambda: agent.names() == {"a", "b"})
+        assert len(frozen) == 2
+
+    _run(main)
+
+
+def test_memory_is_given_back_once_after_all_parts_of_a_large_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[float] = []
+    monkeypatch.setattr("mesh.xds.client.return_free_memory", lambda: given_back.append(0))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            tidying = Tidying(nursery)
+            for _ in range(100):
+                tidying.soon()
+                await trio.sleep(TIDY_AFTER / 2)
+            assert not given_back, "more may come"
+        assert len(given_back) == 1
+        async with trio.open_nursery() as nursery:
+            Tidying(nursery).soon()
+        assert len(given_back) == 2
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 class _Script:

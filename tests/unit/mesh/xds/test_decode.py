@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -274,18 +275,36 @@ def test_replicas_share_what_is_equal_in_them() -> None:
     assert [name is workload.uid for name, workload in zip(decoded.versions, decoded.delta.workloads, strict=True)] == [True, True]
 
 
-@pytest.mark.parametrize("collecting", [True, False])
-def test_a_large_response_is_decoded_as_a_small_one_is_and_collecting_goes_on_as_before(collecting: bool) -> None:
+def _large_response() -> bytes:
     bodies = [wds.Address(workload=wds.Workload(uid=f"workload-{number}")).SerializeToString() for number in range(20_000)]
     raw = _response(ADDRESS, *(discovery.Resource(name=f"workload-{n}", resource=_any(ADDRESS, body)) for n, body in enumerate(bodies)))
     assert is_large(raw)
+    return raw
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_a_large_response_is_decoded_as_a_small_one_is_and_collecting_goes_on_as_before(collecting: bool) -> None:
+    raw = _large_response()
+    taken = partial(decode, first=True)
     (gc.enable if collecting else gc.disable)()
     try:
-        assert trio.run(decode, raw) == decode_response(raw)
+        assert trio.run(taken, raw) == decode_response(raw)
         assert gc.isenabled() == collecting
         with pytest.raises(RemoteProtocolError):
-            trio.run(decode, b"\xff" * len(raw))
+            trio.run(taken, b"\xff" * len(raw))
         assert gc.isenabled() == collecting
     finally:
         gc.enable()
+        gc.unfreeze()
+
+
+def test_garbage_stays_for_ever_with_no_large_response_but_the_first() -> None:
+    raw = _large_response()
+    try:
+        before = gc.get_freeze_count()
+        trio.run(partial(decode, first=False), raw)
+        assert gc.get_freeze_count() == before
+        trio.run(partial(decode, first=True), raw)
+        assert gc.get_freeze_count() > before
+    finally:
         gc.unfreeze()

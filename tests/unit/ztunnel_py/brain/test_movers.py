@@ -17,6 +17,7 @@ import trio
 from ztunnel_py import messages
 from ztunnel_py.brain import movers as module
 from ztunnel_py.brain.movers import Holding, Mover, Movers
+from ztunnel_py.brain.processes import find_mover, is_mover, start_early
 from ztunnel_py.channel import Channel, ChannelClosed, close_all
 
 INFO = messages.PodInfo("uid-1", "web", "shop", "web")
@@ -63,7 +64,7 @@ class World:
     def process(self, name: str) -> subprocess.Popen[bytes]:
         process = _Popen([sys.executable, "-c", SLEEP, "ztunnel_py", "mover", name])
         self.started.append(process)
-        while not module._is_mover(process.pid, name):
+        while not is_mover(process.pid, name):
             pass  # /proc shows the arguments some microseconds after exec
         return process
 
@@ -387,3 +388,30 @@ def test_those_who_are_left_look_again_when_a_mover_has_died(world: World) -> No
             assert (await own.receive())[0] == messages.LookAgain()
 
     world.run(test)
+
+
+def test_movers_are_started_ahead_of_the_brain_once_and_reaped_by_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("NODE_NAME", "n1"), ("MESH_SOURCE", "/tmp"), ("MESH_STATUS_DIR", "/tmp"), ("MOVERS", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RUN_DIR", str(world.directory.parent))
+    monkeypatch.setenv("POD_NAME", world.directory.name)
+    for _ in range(2):
+        start_early()
+        (early,) = world.started
+        assert find_mover(world.directory, "0") == early.pid
+
+    async def test() -> None:
+        async with world.joins(early.pid):
+            await world.until(lambda: world.follower.joined)
+            assert world.started == [early]
+        os.kill(early.pid, signal.SIGKILL)
+        await world.until(lambda: len(world.started) == 2)
+        assert not os.access(f"/proc/{early.pid}", os.F_OK), "no zombie is left"
+
+    world.run(test)
+
+
+def test_whoever_is_configured_wrongly_starts_nothing_ahead(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NODE_NAME", raising=False)
+    start_early()
+    assert world.started == []

@@ -422,7 +422,55 @@ def test_a_mover_that_joins_is_given_every_pod_and_what_drains(world: World) -> 
         new = FakeMover(world, "2")
         world.movers.all.append(new)
         world.keeper.mover_joined(new, (), informed=True)
-        assert sorted(type(message).__name__ for message in new.told) == ["ReleasePod", "ServePod", "ServePod"]
+        served = [message.pod.uid for message in new.told if isinstance(message, messages.ServePod)]
+        assert sorted(served) == ["uid-1", "uid-2"]
+        about = [type(message) for message in new.told if "uid-2" in str(message)]
+        assert about[0] is messages.ServePod
+        assert about[-1] is messages.ReleasePod, "a pod that is served anew is not released"
+
+    world.run(test)
+
+
+def test_what_a_mover_brings_along_is_given_to_those_that_joined_before_it(world: World) -> None:
+    """Nobody else would tell them: a pod that is held already is not opened."""
+
+    async def test() -> None:
+        early, late = world.movers.all
+        world.movers.all.remove(late)
+        world.keeper.mover_joined(early, (), informed=True)
+        world.movers.all.append(late)
+        world.keeper.mover_joined(late, (handed(world),), informed=True)
+        assert early.told == [messages.ServePod(INFO)]
+        assert late.told == []
+        await world.captured(facts())
+        assert await world.keeper.wait_served()
+
+    world.run(test)
+
+
+@pytest.mark.parametrize("side", ["brain", "mover"])
+def test_a_captured_pod_is_given_again_to_a_mover_for_which_there_were_no_descriptors(world: World, side: str) -> None:
+    async def test() -> None:
+        await world.captured(facts())
+        new = FakeMover(world, "2")
+        new.sulks, world.no_descriptors = side == "mover", side == "brain"
+        world.movers.all.append(new)
+        world.keeper.mover_joined(new, (), informed=True)
+        assert not await world.keeper.wait_served()
+        new.sulks = world.no_descriptors = False
+        await world.until(lambda: new in world.keeper._held["uid-1"].serving, "it serves the pod")
+
+    world.run(test)
+
+
+def test_what_a_mover_brings_along_after_a_successor_accepts_is_given_to_nobody(world: World) -> None:
+    async def test() -> None:
+        early, late = world.movers.all
+        world.movers.all.remove(late)
+        world.keeper.retire()
+        world.movers.all.append(late)
+        world.keeper.mover_joined(late, (handed(world),), informed=True)
+        assert [*early.told, *late.told] == [messages.StopAccepting(), messages.StopAccepting()]
 
     world.run(test)
 
@@ -473,8 +521,10 @@ def test_what_a_mover_holds_of_a_namespace_that_was_replaced_it_gives_up_for_the
     async def test() -> None:
         await world.captured(facts())
         elder = FakeMover(world, "elder")
+        mover = FakeMover(world, "2")
+        world.movers.all.append(mover)
         for other, join in (
-            (FakeMover(world, "2"), lambda mover, holding: world.keeper.mover_joined(mover, holding, informed=True)),
+            (mover, lambda mover, holding: world.keeper.mover_joined(mover, holding, informed=True)),
             (elder, world.keeper.elder_joined),
         ):
             descriptors = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(4))
@@ -802,6 +852,23 @@ def test_a_pod_is_not_held_for_an_elder_that_died(world: World, monkeypatch: pyt
         world.keeper.elder_counted(elder, "uid-1", 5)
         world.keeper.elder_left(elder)
         await world.until(lambda: not world.holds("uid-1"), "it is let go")
+
+    world.run(test)
+
+
+def test_what_an_elder_hands_over_is_all_taken_though_no_descriptors_are_left_for_the_movers(world: World) -> None:
+    """Who hands over is told nothing of a failure, and what was taken half would be closed twice."""
+
+    async def test() -> None:
+        world.no_descriptors = True
+        elder = FakeElder()
+        first, second = handed(world), handed(world)
+        other = Holding(messages.PodInfo("uid-2", "api", "shop", "api"), second.descriptors)
+        world.keeper.elder_joined(elder, [first, other])
+        assert world.keeper.holdings() == [first, other]
+        world.no_descriptors = False
+        world.keeper.serve_everywhere()
+        assert await world.keeper.wait_served()
 
     world.run(test)
 

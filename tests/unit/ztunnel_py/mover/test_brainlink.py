@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
+import trio.testing
 
 from mesh.reactor.loop import Reactor
 from ztunnel_py import messages
@@ -104,6 +105,37 @@ def test_what_takes_long_is_ended_before_the_next_message_even_if_the_brain_goes
 
     world.run(test)
     assert told == ["large", "small", "small", "small"]
+
+
+def test_nothing_overtakes_what_takes_long_while_more_has_come_than_one_read_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages come by events and by calls of the loop then, in rounds of two here."""
+    monkeypatch.setattr(brainlink, "MESSAGES_AT_ONCE", 2)
+    told: list[int] = []
+
+    async def take_long(number: int) -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        told.append(number)
+
+    def handle(message: messages.ToMover, descriptors: list[int]) -> Awaitable[None] | None:
+        assert isinstance(message, messages.Resources)
+        number = len(message.payload)
+        if message.whole:
+            return take_long(number)
+        told.append(number)
+        return None
+
+    world = World(handle)
+    first = 1000
+    sent: list[int] = []
+
+    async def test(world: World, brain: Channel[messages.FromMover]) -> None:
+        while brain.send_now(messages.Resources((len(sent) + 1) % 9 == 0, bytes(first + len(sent)))):
+            sent.append(first + len(sent))
+        await until(lambda: len(told) == len(sent) or world.error)
+
+    world.run(test)
+    assert sum(sent) > 65536
+    assert told == sent
 
 
 def test_a_message_that_cannot_be_handled_ends_the_link_with_its_error() -> None:

@@ -17,7 +17,17 @@ from mesh.wire.frames import (
     rst_stream_frame,
     window_update_frame,
 )
-from mesh.wire.hbone import HboneClient, Limits, PingAcknowledged, TunnelData, TunnelEnded, TunnelRequested, TunnelReset, WindowOpened
+from mesh.wire.hbone import (
+    HboneClient,
+    Limits,
+    MoreStreamsAllowed,
+    PingAcknowledged,
+    TunnelData,
+    TunnelEnded,
+    TunnelRequested,
+    TunnelReset,
+    WindowOpened,
+)
 from mesh.wire.hbone.connection import HboneConnection
 from mesh.wire.hbone.streams import Signal
 
@@ -29,7 +39,7 @@ def settings(*pairs: tuple[int, int]) -> bytes:
     return frame_header(len(payload), FrameType.SETTINGS, 0, 0) + payload
 
 
-INITIAL_WINDOW, FRAME_SIZE, TABLE_SIZE = 4, 5, 1
+INITIAL_WINDOW, FRAME_SIZE, TABLE_SIZE, MAX_STREAMS = 4, 5, 1, 3
 
 
 def data(stream: int, length: int, flags: int = 0) -> bytes:
@@ -159,6 +169,14 @@ def test_settings_can_open_a_window() -> None:
     deliver(pair.client, settings((INITIAL_WINDOW, 0)))
     assert pair.client.sendable(stream) == 0
     assert deliver(pair.client, settings((INITIAL_WINDOW, 7))) == [WindowOpened(stream)]
+
+
+def test_a_raised_number_of_streams_is_told() -> None:
+    pair = HbonePair()
+    for allowed, events in ((2, []), (2, []), (1, []), (3, [MoreStreamsAllowed()])):
+        assert deliver(pair.client, settings((MAX_STREAMS, allowed))) == events
+        assert pair.client.peer_max_concurrent_streams == allowed
+    assert deliver(pair.client, settings((FRAME_SIZE, 20_000))) == []
 
 
 def test_an_empty_end_passes_a_closed_window() -> None:

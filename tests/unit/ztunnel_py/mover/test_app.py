@@ -1,0 +1,51 @@
+"""What a mover does with its brain's messages, without a brain."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from mesh.reactor.loop import Reactor
+from mesh.telemetry.output import LogOutput
+from mesh.xds import client
+from mesh.xds.names import ADDRESS, AUTHORIZATION
+from mesh.xds.proto import discovery_pb2 as discovery
+from ztunnel_py import messages
+from ztunnel_py.config import read_config
+from ztunnel_py.mover.app import Mover
+
+
+def test_a_large_change_of_the_mesh_keeps_no_garbage_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[None] = []
+    monkeypatch.setattr(client, "DECODE_IN_THREAD", 0)
+    monkeypatch.setattr(client, "TIDY_AFTER", 0)
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(None))
+    config = read_config({"NODE_NAME": "n1", "MESH_SOURCE": str(tmp_path), "MESH_STATUS_DIR": str(tmp_path)})
+    reactor = Reactor()
+    mover = Mover("0", config, reactor, LogOutput())
+
+    async def take(message: messages.Resources) -> None:
+        rest = mover._handle(message, [])
+        assert rest is not None, "it is large"
+        await rest
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            mover._tidying = client.Tidying(nursery)
+            for kind in (ADDRESS, AUTHORIZATION):
+                await take(messages.Resources(True, discovery.DeltaDiscoveryResponse(type_url=kind).SerializeToString()))
+            assert mover._plane.synced
+            served = len(frozen)
+            assert served
+            await take(messages.Resources(False, discovery.DeltaDiscoveryResponse(type_url=ADDRESS).SerializeToString()))
+            assert len(frozen) == served
+
+    try:
+        reactor.run(main)
+    finally:
+        reactor.close()
+        os.close(mover._plane.home)
