@@ -25,6 +25,7 @@ CLIENT = SpiffeId("cluster.local", "default", "client")
 
 @pytest.fixture(params=["binding", "portable"], autouse=True)
 def engine_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[TlsEngine]:
+    monkeypatch.setattr(tls, "_local", threading.local())  # buffers that an engine of the one kind made lack what the other needs
     if request.param == "portable":
         monkeypatch.setattr(tls, "BINDING", None)
     return TlsEngine if request.param == "portable" else BindingEngine
