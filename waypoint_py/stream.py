@@ -21,7 +21,8 @@ class Sink(Protocol):
         """The peer sends no more (FIN, END_STREAM, TLS close_notify). Our direction goes on."""
 
     def drained(self) -> None:
-        """`ByteStream.unsent` has fallen below `LOW_WATER` after it had been above `HIGH_WATER`."""
+        """There is room again: `ByteStream.unsent` has been above `HIGH_WATER`, and has fallen below `LOW_WATER`; of TLS, whose carrier
+        speaks of itself alone, perhaps only to `HIGH_WATER`. Nobody asks twice: whoever waits for room goes on now."""
 
     def closed(self, reason: str | None) -> None:
         """The stream is gone in both directions; None: both had ended it properly. Comes once, also after `abort` (with its reason)."""
