@@ -126,7 +126,7 @@ class HeaderWriter:
             return b""
         told = [min(sizes), sizes[-1]] if min(sizes) != sizes[-1] else [sizes[-1]]
         sizes.clear()
-        return b"".join([_integer(size, 5, 0x20) for size in told])
+        return b"".join([write_integer(size, 5, 0x20) for size in told])
 
     def _stable(self, name: str, value: str) -> bytes:
         known = self._indexed.get((name, value))
@@ -135,10 +135,10 @@ class HeaderWriter:
         field = _encoded(name), _encoded(value)
         index = _STATIC_FIELDS.get(field) or self._dynamic_index(self._numbers.get(field))
         if index:
-            written = self._indexed[name, value] = _integer(index, 7, 0x80)
+            written = self._indexed[name, value] = write_integer(index, 7, 0x80)
             return written
         index = _STATIC_NAMES.get(field[0]) or self._dynamic_index(self._names.get(field[0]))
-        written = (_integer(index, 6, 0x40) if index else b"\x40" + _string(field[0])) + _string(field[1])
+        written = (write_integer(index, 6, 0x40) if index else b"\x40" + write_string(field[0])) + write_string(field[1])
         self._insert(field)
         self._indexed.clear()
         return written
@@ -451,21 +451,17 @@ def _encoded(text: str) -> bytes:
 
 
 def _literal(text: str) -> bytes:
-    """`_string` of a text."""
-    value = text.encode("utf-8", "replace")
-    length = len(value)
-    return _LENGTHS[length] + value if length < 127 else _string(value)
+    """`write_string` of a text."""
+    return write_string(_encoded(text))
 
 
-_LENGTHS = [bytes([length]) for length in range(127)]
-
-
-def _string(value: bytes) -> bytes:
+def write_string(value: bytes) -> bytes:
     """A string literal of RFC 7541 section 5.2, not Huffman-coded: that costs more CPU than the few bytes are worth inside one mesh."""
-    return _integer(len(value), 7, 0) + value
+    length = len(value)
+    return (_LENGTHS[length] if length < len(_LENGTHS) else write_integer(length, 7, 0)) + value
 
 
-def _integer(value: int, bits: int, kind: int) -> bytes:
+def write_integer(value: int, bits: int, kind: int) -> bytes:
     """RFC 7541 section 5.1: in the last ``bits`` of a first byte, whose others are ``kind``, and as many more as it takes."""
     most = (1 << bits) - 1
     if value < most:
@@ -477,3 +473,6 @@ def _integer(value: int, bits: int, kind: int) -> bytes:
         value >>= 7
     written.append(value)
     return bytes(written)
+
+
+_LENGTHS: Final = [write_integer(length, 7, 0) for length in range(256)]
