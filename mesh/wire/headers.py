@@ -75,7 +75,7 @@ class HeaderWriter:
     for two.
     """
 
-    __slots__ = ("_entries", "_indexed", "_inserted", "_max_size", "_names", "_numbers", "_size", "_sizes_to_tell")
+    __slots__ = ("_entries", "_indexed", "_inserted", "_max_size", "_names", "_numbers", "_size", "_size_to_tell")
 
     def __init__(self) -> None:
         self._indexed: dict[tuple[str, str], bytes] = {}
@@ -88,14 +88,15 @@ class HeaderWriter:
         self._numbers: dict[tuple[bytes, bytes], int] = {}
         self._names: dict[bytes, int] = {}
         """How many had been inserted before a field of the table, and before the newest of its name."""
-        self._sizes_to_tell: list[int] = []
+        self._size_to_tell: int | None = None
+        """The least that the table had since a block told of its size."""
 
     def resize(self, allowed: int) -> None:
         """The peer's SETTINGS_HEADER_TABLE_SIZE."""
         size = min(allowed, MAX_TABLE_SIZE)
         if size != self._max_size:
             self._max_size = size
-            self._sizes_to_tell.append(size)
+            self._size_to_tell = size if self._size_to_tell is None else min(size, self._size_to_tell)
             self._shrink_to(size)
             self._indexed.clear()
 
@@ -121,12 +122,11 @@ class HeaderWriter:
 
     def _size_update(self) -> bytes:
         """A change of the table's size stands before the first field (RFC 7541 section 4.2): the least that it had, and what it has."""
-        sizes = self._sizes_to_tell
-        if not sizes:
+        least, self._size_to_tell = self._size_to_tell, None
+        if least is None:
             return b""
-        told = [min(sizes), sizes[-1]] if min(sizes) != sizes[-1] else [sizes[-1]]
-        sizes.clear()
-        return b"".join([write_integer(size, 5, 0x20) for size in told])
+        now = write_integer(self._max_size, 5, 0x20)
+        return now if least == self._max_size else write_integer(least, 5, 0x20) + now
 
     def _stable(self, name: str, value: str) -> bytes:
         known = self._indexed.get((name, value))
