@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt.algorithms import RSAAlgorithm
 
 from mesh.testing.lab import Lab, wait_until
-from mesh.testing.waypoints import ask, objects, problems_of, running_shop
+from mesh.testing.waypoints import ask, objects, problems_of, running_shop, service
 
 pytestmark = pytest.mark.netns
 
@@ -30,12 +30,7 @@ spec:
     - name: web
       command: [python3, apps/key_server.py, "8080", keys.json]
       readinessProbe: {tcpSocket: {port: 8080}}
----
-apiVersion: v1
-kind: Service
-metadata: {name: provider, namespace: shop}
-spec: {selector: {app: provider}, ports: [{name: http, port: 80, targetPort: 8080}]}
-"""
+""" + service("provider", "app: provider")
 TOKENS = """\
 apiVersion: security.istio.io/v1
 kind: RequestAuthentication
