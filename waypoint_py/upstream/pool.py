@@ -457,7 +457,7 @@ class Pool:
     # --- life
 
     def forget(self, is_gone: Callable[[Endpoint], bool]) -> None:
-        """Endpoints were removed: their idle connections close, and busy ones when their requests have ended."""
+        """Endpoints were removed: their idle connections close, busy ones when their requests have ended, and dials are given up."""
         for shelf in list(self._shelves.values()):
             if is_gone(shelf.endpoint):
                 shelf.expire()
