@@ -41,6 +41,11 @@ class ByteStream(Protocol):
         """Bytes written that the transport has not taken yet. Writers bound it by `HIGH_WATER`."""
 
     @property
+    def unseen(self) -> int:
+        """Of the bytes that were written last, so many that surely nobody has had a part of. Not those that TLS has sealed: its records
+        are longer, and how many of them are gone is its carrier's to know."""
+
+    @property
     def local_address(self) -> SocketAddress | None:
         """Of the socket underneath."""
 

@@ -111,6 +111,10 @@ class Wire:
     def unsent(self) -> int:
         return len(self.out)
 
+    @property
+    def unseen(self) -> int:
+        return len(self.out)
+
     def attach(self, sink: Sink) -> None:
         self.sink = sink
 

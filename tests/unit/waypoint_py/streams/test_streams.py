@@ -16,19 +16,18 @@ from typing import cast
 
 import pytest
 
-from mesh.model.address import SocketAddress
 from mesh.testing.proxies import ReactorThread, open_descriptors, read_all, wait_until
 from tests.unit.waypoint_py.streams.conftest import (
     BUNDLE,
+    Carrier,
     Collector,
     Line,
     Pipe,
     python_server_context,
     tls_client_context,
-    tls_server_context,
+    tls_that_stands,
 )
 from waypoint_py.stream import HIGH_WATER, LOW_WATER
-from waypoint_py.streams.base import Stream
 from waypoint_py.streams.tls import TRUNCATED, TlsStream
 from waypoint_py.tcp import TcpProxy, _Side
 
@@ -414,56 +413,10 @@ def test_streams_joined_by_a_pipe_pass_everything_on(open_line: Callable[[str], 
 # --- TLS of its own
 
 
-class Carrier(Stream):
-    """Its transport takes what the test has it take."""
-
-    @property
-    def local_address(self) -> SocketAddress | None:
-        return None
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._out += data
-        self._note_unsent()
-
-    def take(self, size: int) -> bytes:
-        taken = bytes(self._out[:size])
-        del self._out[:size]
-        self._drained()
-        return taken
-
-    def end(self) -> None:
-        pass
-
-    def abort(self, reason: str) -> None:
-        self._finish_by_abort(reason)
-
-    def _passed_on(self, size: int) -> None:
-        pass
-
-
 @pytest.fixture
 def carried() -> Iterator[tuple[ReactorThread, Carrier, TlsStream]]:
-    """TLS that stands, over a carrier with nothing in it."""
-    with ReactorThread() as thread:
-        reactor, outcomes = thread.reactor, list[str | None]()
-
-        def start() -> tuple[Carrier, TlsStream, Carrier]:
-            near, far = Carrier(reactor), Carrier(reactor)
-            TlsStream(reactor, far, tls_server_context(BUNDLE), outcomes.append, server_side=True)
-            return near, TlsStream(reactor, near, tls_client_context(BUNDLE), outcomes.append), far
-
-        near, stream, far = thread.call(start)
-
-        def carry() -> bool:
-            for source, target in ((near, far), (far, near)):
-                assert target._sink is not None
-                target._sink.data(memoryview(source.take(MIB)))
-            return len(outcomes) == 2 and not near.unsent and not far.unsent
-
-        wait_until(lambda: thread.call(carry), "TLS to stand")
-        assert outcomes == [None, None]
-        yield thread, near, stream
-    assert thread.errors == []
+    with tls_that_stands() as found:
+        yield found
 
 
 def test_room_is_told_after_plaintext_that_was_written_as_the_carrier_drained(

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from mesh.model.l7.destination import TlsMode, TrafficPolicy, UpstreamTls
+from mesh.model.l7.destination import ConnectionPool, TlsMode, TrafficPolicy, UpstreamTls
 from mesh.model.l7.routing import Destination
 from mesh.testing.proxies import open_descriptors, wait_until
-from tests.unit.waypoint_py.streams.conftest import Collector
+from tests.unit.waypoint_py.streams.conftest import Collector, tls_that_stands
 from tests.unit.waypoint_py.upstream.conftest import (
     Agent,
     Answer,
@@ -28,9 +28,11 @@ from tests.unit.waypoint_py.upstream.conftest import (
     serve_echo,
     settle,
 )
+from waypoint_py.http.h2 import Http2Client
 from waypoint_py.http.message import Request
 from waypoint_py.stream import ByteStream
 from waypoint_py.upstream import pool
+from waypoint_py.upstream.client import Call, HttpSession
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure, UpstreamProtocol
 
 HTTP2 = UpstreamProtocol.HTTP2
@@ -412,6 +414,61 @@ def test_a_request_whose_bytes_have_not_left_is_begun_anew(world: World, applica
     assert answer.wait().body == b"/again", answer.failure
     assert answer.calls.count("open") == 1
     assert application.connections == 2
+
+
+class Keeper:
+    """An `Owner` that takes nothing back, and keeps what it is offered."""
+
+    waits = False
+    limits = ConnectionPool()
+
+    def __init__(self) -> None:
+        self.offered: list[Call] = []
+
+    def take_back(self, call: Call) -> bool:
+        self.offered.append(call)
+        return False
+
+    def session_free(self, session: HttpSession) -> None: ...
+
+    def session_gone(self, session: HttpSession) -> None: ...
+
+    def session_closed(self, session: HttpSession) -> None: ...
+
+    def call_over(self, call: Call) -> None: ...
+
+
+def test_a_request_whose_record_has_left_is_not_begun_anew_for_the_length_of_later_ones() -> None:
+    """What TLS adds to each record makes up for the plaintext that has gone."""
+    with tls_that_stands() as (thread, carrier, stream):
+        owner, answers = Keeper(), [Answer() for _ in range(2)]
+
+        def ask(answer: Answer) -> Call:
+            call = Call(owner, Request(b"GET", b"http", b"reviews", b"/", []), True, answer, answer.opened)
+            assert session.begin(call) is None
+            session._flush()
+            stream._flush()
+            return call
+
+        def leave() -> None:
+            assert carrier.take(carrier.unsent)
+
+        def begin() -> HttpSession:
+            session = HttpSession(thread.reactor, stream, Http2Client(now=thread.reactor.now), owner)
+            stream.attach(session)
+            session._flush()
+            stream._flush()
+            return session
+
+        session = thread.call(begin)
+        thread.call(leave)
+        first = thread.call(lambda: ask(answers[0]))
+        thread.call(leave)
+        others = [thread.call(lambda: ask(answers[1])) for _ in range(10)]
+        thread.call(lambda: session.discard("the test is over"))
+        assert {answer.wait().failure.kind for answer in answers} == {FailureKind.TERMINATED}
+        assert first not in owner.offered
+        assert not set(others) & set(owner.offered), "sealed, so the carrier may have sent it"
 
 
 def test_a_request_whose_bytes_have_left_is_not_begun_anew(world: World, serve: Callable[..., Application]) -> None:
