@@ -31,6 +31,7 @@ from tests.unit.waypoint_py.upstream.conftest import (
 from waypoint_py.http.h2 import Http2Client
 from waypoint_py.http.message import Request
 from waypoint_py.stream import ByteStream
+from waypoint_py.streams.tunnel import TunnelStream
 from waypoint_py.upstream import pool
 from waypoint_py.upstream.client import Call, HttpSession
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure, UpstreamProtocol
@@ -846,6 +847,39 @@ def test_nobody_waits_for_a_removed_endpoint_to_answer(world: World, application
     failure = answer.wait().failure
     assert failure is not None
     assert (failure.kind, failure.because) == (FailureKind.CONNECT, f"connection to {endpoint.address} failed: the endpoint is no more")
+    assert world.call(lambda: world.pool.connections) == 0
+
+
+def test_a_removed_endpoint_is_not_dialled_again_for_who_waited_for_room(world: World, application: Application, agent: Agent) -> None:
+    agent.ignore = True
+    endpoint = in_mesh(endpoint_at(application.address, limited(max_connections=1)))
+    answers = [world.ask(endpoint, f"/{number}") for number in range(3)]
+    wait_until(lambda: agent.authorities, "the agent has been asked")
+    breaker = world.call(lambda: world.pool.breaker_of(endpoint))
+    world.call(lambda: world.pool.forget(lambda each: each.address == endpoint.address))
+    assert (breaker.connections, breaker.pending) == (0, 0)
+    failures = {answer.wait().failure for answer in answers}
+    assert failures == {UpstreamFailure(FailureKind.CONNECT, f"connection to {endpoint.address} failed: the endpoint is no more")}
+    assert len(agent.authorities) == 1
+
+
+def test_a_connection_of_its_own_waits_for_no_removed_endpoint_and_goes_on_if_it_stands(
+    world: World, application: Application, agent: Agent
+) -> None:
+    results: list[ByteStream | UpstreamFailure] = []
+    endpoint = in_mesh(endpoint_at(application.address))
+    world.call(lambda: world.pool.connect(endpoint, results.append))
+    wait_until(lambda: bool(results), "a connection")
+    agent.ignore = True
+    world.call(lambda: world.pool.connect(endpoint, results.append))
+    wait_until(lambda: len(agent.authorities) == 2, "the agent has been asked")
+    world.call(lambda: world.pool.forget(lambda each: each.address == endpoint.address))
+    stream, failure = results
+    assert failure == UpstreamFailure(FailureKind.CONNECT, f"connection to {endpoint.address} failed: the endpoint is no more")
+    assert isinstance(stream, TunnelStream)
+    assert not world.call(lambda: stream.over)
+    assert world.call(lambda: world.pool.connections) == 1
+    world.call(lambda: stream.abort("the test is over"))
     assert world.call(lambda: world.pool.connections) == 0
 
 
