@@ -25,7 +25,10 @@ MAX_TABLE_SIZE: Final = 4096
 REMEMBERED_BLOCKS: Final = 16
 """Of one connection: what a client repeats is a handful of methods of a service and their answers."""
 MAX_REMEMBERED_BLOCK: Final = 2048
-"""Bytes of one. A hostile connection makes us keep at most some hundred kilobytes: its fields are the table's."""
+"""Bytes of one."""
+MAX_REMEMBERED_LIST: Final = 8192
+"""Bytes of its fields as RFC 9113 section 6.5.2 counts them: by indices a peer has many times a block's length with it, and who remembers
+what was made of them has it once more. A hostile connection makes us keep at most some hundred kilobytes."""
 
 _ENTRY_OVERHEAD: Final = 32  # RFC 7541 section 4.1
 
@@ -326,6 +329,7 @@ class HeaderReader:
             if room < 0:
                 raise RemoteProtocolError(f"header list of over {self._max_list_size} bytes", ErrorCode.ENHANCE_YOUR_CALM)
             fields.append((name, value))
+        self.steady = self.steady and self._max_list_size - room <= MAX_REMEMBERED_LIST
         if self.steady:
             if len(self._blocks) >= REMEMBERED_BLOCKS:
                 self._blocks.clear()

@@ -93,6 +93,21 @@ def test_a_peer_that_changes_its_settings_for_ever_costs_a_connection_without_bl
     assert writer.response(200, {}) == b"\x20\x21\x88"
 
 
+def test_blocks_that_mean_much_for_their_length_are_not_remembered() -> None:
+    """By indices a few bytes ask for one large field again and again."""
+    reader, encoder = HeaderReader(1 << 18, remembers=True), hpack.Encoder()
+    crumb = (b"cookie", b"a" * 3000)
+    reader.read(encoder.encode([crumb]))
+    for number in range(100):
+        fields = reader.read(encoder.encode([crumb] * (3 + number % 20)))
+        assert fields[-1] == crumb
+        assert not reader.steady
+    small = encoder.encode([crumb, crumb])
+    reader.read(small)
+    assert reader.steady
+    assert list(reader._blocks) == [small]
+
+
 def test_long_values_are_written() -> None:
     reader = HeaderReader(65536)
     for length in (126, 127, 128, 10_000):
