@@ -62,6 +62,7 @@ class Clockwork:
 
     def __init__(self) -> None:
         self.time = 0.0
+        self.turns = 0
         self.soon: list[Callable[[], None]] = []
         self.timers: list[tuple[float, int, Timer]] = []
         self.serial = itertools.count()
@@ -82,6 +83,7 @@ class Clockwork:
         self.errors.append(error)
 
     def turn(self) -> None:
+        self.turns += 1
         while self.soon:
             self.soon.pop(0)()
 
