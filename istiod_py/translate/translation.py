@@ -32,7 +32,7 @@ from istiod_py.translate.l7.translation import L7Memory, MeshFacts, read_routes,
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
 from istiod_py.translate.pods import find_captors, is_forsaken, locality_of_node, pod_uid, translate_pod
-from istiod_py.translate.reading import Read, read_objects
+from istiod_py.translate.reading import Read, find_unknown_names, read_objects
 from istiod_py.translate.services import translate_service
 from istiod_py.translate.slices import ListedPods, translate_slice
 from istiod_py.translate.surroundings import SelectingEntry, Surroundings
@@ -241,6 +241,8 @@ class _Translator:
         for read in result.values():
             if read.problems:
                 self._problems.extend(read.problems)
+            if read.in_vain:
+                self._problems.extend(read.in_vain)
         return result
 
     def _translate_authorizations(
@@ -398,6 +400,7 @@ class _Translator:
             if read.good:
                 self._problems.extend(read.obj.problem(path, message) for path, message in find_gateway_mistakes(read.value, by_name))
         for name, obj in self._namespaces.items():
+            self._problems.extend(find_unknown_names(obj))
             self._report_required(obj)
             if USE_WAYPOINT in obj.labels:
                 binding = bind_service(name, Asking(), self._asking_of(name), self._waypoints, self._config)
