@@ -25,7 +25,7 @@ from istiod_py.translate.entries import (
 from istiod_py.translate.gateways import CLASS_ACCEPTED
 from istiod_py.translate.hosts import Hosts, settle_hosts
 from istiod_py.translate.l7.assemble import L7Key
-from istiod_py.translate.l7.authentication import KeySets, KeySource
+from istiod_py.translate.l7.authentication import KeySets, KeySource, find_key_problems
 from istiod_py.translate.l7.blind import find_blind
 from istiod_py.translate.l7.rules import read_rules
 from istiod_py.translate.l7.translation import L7Memory, MeshFacts, read_routes, translate_l7
@@ -111,6 +111,10 @@ class Translation:
     wanted_keys: Mapping[KeySource, float] = field(default_factory=dict)
     """The key sets to fetch for waypoints, and how many seconds each may take."""
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
+
+    def find_key_problems(self, failures: Mapping[KeySource, str]) -> Iterator[SourceProblem]:
+        """Of ``wanted_keys`` that could not be fetched, with why, where they are wanted."""
+        return find_key_problems(self.memory.l7.rules.authentications.values(), failures)
 
 
 def translate(objects: Iterable[KubeObject], previous: Translation | None, config: Config, key_sets: KeySets = _NO_KEY_SETS) -> Translation:

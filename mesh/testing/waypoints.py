@@ -101,13 +101,14 @@ def denial(name: str, operation: str, *services: str) -> str:
 
 
 @contextmanager
-def objects(lab: Lab, text: str, *, mistaken: bool = False, waypoint: str = "shop/waypoint-0") -> Iterator[None]:
-    """These are there, and gone afterwards, at the waypoint too. ``mistaken``: something is wrong with them, and must be told of."""
+def objects(lab: Lab, text: str, *, mistaken: bool | None = False, waypoint: str = "shop/waypoint-0") -> Iterator[None]:
+    """These are there, and gone afterwards, at the waypoint too. ``mistaken``: something is wrong with them, and must be told of;
+    None: the test looks itself."""
     before = told_of(lab, waypoint)
     lab.write("tested.yaml", text)
     wait_until(lambda: (told := told_of(lab, waypoint)) != before and told == told_of(lab, waypoint), "the waypoint is told all of it")
     problems = problems_of(lab, "tested.yaml")
-    assert bool(problems) is mistaken, problems
+    assert mistaken in (None, bool(problems)), problems
     try:
         yield
     finally:
