@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeAlias
 
 from benches.cpu import resident_kib
 from benches.rows import OURS, Record, Row
@@ -48,7 +49,6 @@ FEW: Final = 3
 
 Costs: TypeAlias = dict[str, float]
 """By unit."""
-T = TypeVar("T")
 
 _WAYPOINT: Final = """
 apiVersion: v1
@@ -137,13 +137,13 @@ def run_control_plane(case: str, told: Path) -> dict[str, Costs]:
     # What did not change is the same object, as a source keeps it.
     second = [new if obj.key == new.key else obj for obj in first]
     gc.collect()
-    before = resident_kib_of_ourselves()
+    before = resident_kib(os.getpid())
     cache, config = ResourceCache(), Config()
     began = time.process_time()
     translated = translate(first, None, config)
     messages = list(_messages(cache, cache.apply(diff(Translation(), translated))))
     whole = time.process_time() - began
-    memory = resident_kib_of_ourselves() - before
+    memory = resident_kib(os.getpid()) - before
     began = time.process_time()
     again = list(_messages(cache, cache.apply(diff(translated, translate(second, translated, config)))))
     change = time.process_time() - began
@@ -163,10 +163,10 @@ def run_waypoint(case: str, told: Path) -> dict[str, Costs]:
     """``case`` is that of the other side."""
     messages, again = pickle.loads(told.read_bytes())
     collect_seldom()
-    before = resident_kib_of_ourselves()
+    before = resident_kib(os.getpid())
     store = Store(WaypointSettings("shop", "waypoint"))
     cpu, step = _take(store, messages)
-    memory = resident_kib_of_ourselves() - before
+    memory = resident_kib(os.getpid()) - before
     change, _ = _take(store, again)
     return {
         "waypoint": {"cpu s": cpu, "MB more": memory / 1024, "cpu ms, a step": step * 1000},
@@ -203,10 +203,6 @@ def _megabytes(messages: list[bytes]) -> float:
     return sum(map(len, messages)) / 1e6
 
 
-def resident_kib_of_ourselves() -> int:
-    return resident_kib(multiprocessing.current_process().pid or 0)
-
-
 # A request
 
 
@@ -215,10 +211,7 @@ def _time_lookup(count: int) -> float:
     matches = [RouteMatch(path=PathMatch(PathKind.PREFIX, f"/p{number}/")) for number in range(count)]
     routes = compile_routes(tuple(Route(origin, DirectResponse(200), matches=(match,)) for match in matches))
     request = Request(b"GET", b"http", b"shop.test", b"/p%d/items" % (count - 1), [])
-    return _cpu_of(lambda: [routes.find(request, 80) for _ in range(LOOKUPS)]) / LOOKUPS * 1e6
-
-
-def _cpu_of(work: Callable[[], T]) -> float:
     began = time.process_time()
-    work()
-    return time.process_time() - began
+    for _ in range(LOOKUPS):
+        routes.find(request, 80)
+    return (time.process_time() - began) / LOOKUPS * 1e6

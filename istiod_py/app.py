@@ -34,7 +34,6 @@ from istiod_py.translate import Config as TranslateConfig
 from istiod_py.translate import Translation, translate
 from istiod_py.translate.l7.authentication import KeySets
 from mesh.kube.kubeconfig import KubeconfigError
-from mesh.kube.objects import SourceProblem
 from mesh.rpc import Handler, RpcError, Status, Unary, serve
 from mesh.runtime import inspection
 from mesh.runtime.http import BindError, Request, Response, Route, Routes, bound_addresses, open_listeners, serve_admin
@@ -283,7 +282,7 @@ class Istiod:
                 self._failures.value += 1
 
     def _report_problems(self) -> None:
-        fetching = (SourceProblem(f"key set {source.uri or source.issuer}", 0, "", text) for source, text in self._keys.problems.items())
+        fetching = self._translation.find_key_problems(self._keys.problems)
         self._problems.update((*self._store.problems, *self._translation.problems, *fetching))
         for kind, origin in self._store.ignored_kinds.items():
             if kind not in self._ignored:

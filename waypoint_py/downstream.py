@@ -63,6 +63,7 @@ class HttpConnection:
         self._blocked: dict[Exchange, None] = {}
         self._begun: deque[Exchange] = deque()  # they have come, and wait for their turn
         self._left = REQUESTS_A_TURN
+        self._turn = plane.reactor.turns  # that `_left` is of
         self._yielding = False  # `_next_turn` will be called
         self._handling = False
         self._settling = False  # `_settle` will be called
@@ -212,6 +213,8 @@ class HttpConnection:
         self._handling = True
         try:
             self._take(receive(*arguments))
+            if self._turn != self.plane.reactor.turns and not self._yielding:
+                self._turn, self._left = self.plane.reactor.turns, REQUESTS_A_TURN
             # After everything that came with them: a request whose body is here already is a whole one.
             while self._begun and self._left:
                 self._left -= 1

@@ -219,7 +219,7 @@ class ServiceCompiler:
         named = dict.fromkeys(key for port in config.ports for use in port.tables for keys in (use.tables, *use.beside) for key in keys)
         return tuple(key for key in named if key not in self.tables)
 
-    def compile(self, config: ServiceConfig, before: ServiceRuntime | None = None) -> Steps[ServiceRuntime]:
+    def compile(self, config: ServiceConfig, before: ServiceRuntime | None) -> Steps[ServiceRuntime]:
         """A service that lacks nothing; ports that are as ``before`` are kept."""
         ports: dict[int, PortRuntime] = {}
         for port in config.ports:
@@ -251,11 +251,6 @@ class ServiceCompiler:
                 tables.append(table)
             found = self._lists[keys] = yield from list_tables(tables)
         return found
-
-
-def compile_service(config: ServiceConfig, before: ServiceRuntime | None = None) -> ServiceRuntime:
-    """A service without tables, ready."""
-    return finish(ServiceCompiler().compile(config, before))
 
 
 def speaks_http(protocol: Protocol) -> bool | None:

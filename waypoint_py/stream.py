@@ -21,7 +21,8 @@ class Sink(Protocol):
         """The peer sends no more (FIN, END_STREAM, TLS close_notify). Our direction goes on."""
 
     def drained(self) -> None:
-        """`ByteStream.unsent` has fallen below `LOW_WATER` after it had been above `HIGH_WATER`."""
+        """There is room again: `ByteStream.unsent` has been above `HIGH_WATER`, and has fallen below `LOW_WATER`; of TLS, whose carrier
+        speaks of itself alone, perhaps only to `HIGH_WATER`. Nobody asks twice: whoever waits for room goes on now."""
 
     def closed(self, reason: str | None) -> None:
         """The stream is gone in both directions; None: both had ended it properly. Comes once, also after `abort` (with its reason)."""
@@ -38,6 +39,11 @@ class ByteStream(Protocol):
     @property
     def unsent(self) -> int:
         """Bytes written that the transport has not taken yet. Writers bound it by `HIGH_WATER`."""
+
+    @property
+    def unseen(self) -> int:
+        """Of the bytes that were written last, so many that surely nobody has had a part of. Not those that TLS has sealed: its records
+        are longer, and how many of them are gone is its carrier's to know."""
 
     @property
     def local_address(self) -> SocketAddress | None:

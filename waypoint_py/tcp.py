@@ -15,7 +15,7 @@ from waypoint_py.observer import ConnectionRecord
 from waypoint_py.plane import Plane
 from waypoint_py.policy.authorize import Judgement
 from waypoint_py.replies import flag_of_failure
-from waypoint_py.stream import HIGH_WATER, LOW_WATER, ByteStream
+from waypoint_py.stream import HIGH_WATER, ByteStream
 from waypoint_py.upstream.balancer import NoEndpoint, Wish
 from waypoint_py.upstream.outlier import LocalOutcome
 from waypoint_py.upstream.session import Cancel, Endpoint, UpstreamFailure
@@ -279,7 +279,7 @@ class _Side:
 
     def drained(self) -> None:
         other = self._other
-        if other is not None and other._paused and self.stream.unsent <= LOW_WATER:
+        if other is not None and other._paused:
             other._paused = False
             other.stream.resume()
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
+from mesh.kube.fields import did_you_mean
 from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem
+from mesh.model.labels import OWN_ANNOTATIONS, OWN_DOMAIN
 
 _T = TypeVar("_T")
 
@@ -23,6 +25,8 @@ class Read(Generic[_T]):
     problems: tuple[SourceProblem, ...]
     good: bool
     """Whether ``value`` is free of mistakes."""
+    in_vain: tuple[SourceProblem, ...] = ()
+    """What the object says besides, and nobody reads: its value is none the worse."""
 
 
 def read_object(obj: KubeObject, reader: Reader[_T], last: Read[_T] | None) -> Read[_T]:
@@ -30,8 +34,22 @@ def read_object(obj: KubeObject, reader: Reader[_T], last: Read[_T] | None) -> R
     value, problems = reader(obj)
     problems = tuple(dict.fromkeys((*obj.problems, *problems)))
     if problems and last is not None and last.good:
-        return Read(obj, last.value, problems, True)
-    return Read(obj, value, problems, not problems)
+        return Read(obj, last.value, problems, True, find_unknown_names(obj))
+    return Read(obj, value, problems, not problems, find_unknown_names(obj))
+
+
+def find_unknown_names(obj: KubeObject) -> tuple[SourceProblem, ...]:
+    """Labels and annotations of our own domain that there are not: misspelt, most often."""
+    found: list[SourceProblem] = []
+    for name in obj.annotations:
+        if name.startswith(OWN_DOMAIN) and name not in OWN_ANNOTATIONS:
+            message = f"no effect: there is no such annotation{did_you_mean(name, OWN_ANNOTATIONS)}"
+            found.append(obj.problem(("metadata", "annotations", name), message))
+    for name in obj.labels:
+        if name.startswith(OWN_DOMAIN):
+            message = "it is an annotation, no label" if name in OWN_ANNOTATIONS else "there is no such label"
+            found.append(obj.problem(("metadata", "labels", name), f"no effect: {message}"))
+    return tuple(found)
 
 
 def read_objects(objects: Iterable[KubeObject], reader: Reader[_T], before: Mapping[ObjectKey, Read[_T]]) -> dict[ObjectKey, Read[_T]]:

@@ -25,14 +25,14 @@ from istiod_py.translate.entries import (
 from istiod_py.translate.gateways import CLASS_ACCEPTED
 from istiod_py.translate.hosts import Hosts, settle_hosts
 from istiod_py.translate.l7.assemble import L7Key
-from istiod_py.translate.l7.authentication import KeySets, KeySource
+from istiod_py.translate.l7.authentication import KeySets, KeySource, find_key_problems
 from istiod_py.translate.l7.blind import find_blind
 from istiod_py.translate.l7.rules import read_rules
 from istiod_py.translate.l7.translation import L7Memory, MeshFacts, read_routes, translate_l7
 from istiod_py.translate.memo import Memo
 from istiod_py.translate.peer_authentication import MeshMtls, resolve_mtls
 from istiod_py.translate.pods import find_captors, is_forsaken, locality_of_node, pod_uid, translate_pod
-from istiod_py.translate.reading import Read, read_objects
+from istiod_py.translate.reading import Read, find_unknown_names, read_objects
 from istiod_py.translate.services import translate_service
 from istiod_py.translate.slices import ListedPods, translate_slice
 from istiod_py.translate.surroundings import SelectingEntry, Surroundings
@@ -111,6 +111,10 @@ class Translation:
     wanted_keys: Mapping[KeySource, float] = field(default_factory=dict)
     """The key sets to fetch for waypoints, and how many seconds each may take."""
     memory: Memory = field(default_factory=Memory, compare=False, repr=False)
+
+    def find_key_problems(self, failures: Mapping[KeySource, str]) -> Iterator[SourceProblem]:
+        """Of ``wanted_keys`` that could not be fetched, with why, where they are wanted."""
+        return find_key_problems(self.memory.l7.rules.authentications.values(), failures)
 
 
 def translate(objects: Iterable[KubeObject], previous: Translation | None, config: Config, key_sets: KeySets = _NO_KEY_SETS) -> Translation:
@@ -241,6 +245,8 @@ class _Translator:
         for read in result.values():
             if read.problems:
                 self._problems.extend(read.problems)
+            if read.in_vain:
+                self._problems.extend(read.in_vain)
         return result
 
     def _translate_authorizations(
@@ -398,6 +404,7 @@ class _Translator:
             if read.good:
                 self._problems.extend(read.obj.problem(path, message) for path, message in find_gateway_mistakes(read.value, by_name))
         for name, obj in self._namespaces.items():
+            self._problems.extend(find_unknown_names(obj))
             self._report_required(obj)
             if USE_WAYPOINT in obj.labels:
                 binding = bind_service(name, Asking(), self._asking_of(name), self._waypoints, self._config)

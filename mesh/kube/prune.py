@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from sys import intern
 from typing import Final
 
+from mesh.model.labels import OWN_DOMAIN
+
 _METADATA: Final = ("name", "namespace", "uid", "generateName", "creationTimestamp", "deletionTimestamp")
 _OWNER: Final = ("kind", "name", "uid", "controller")
 _POD_SPEC: Final = ("nodeName", "serviceAccountName", "serviceAccount", "hostNetwork", "hostname", "subdomain")
 _CONTAINER: Final = ("name", "ports", "restartPolicy")
 _POD_STATUS: Final = ("phase", "podIP", "podIPs")
 _CONDITION: Final = ("type", "status")
-_OURS: Final = ("istio.io/", "ambient.mesh/")
+_OURS: Final = ("istio.io/", OWN_DOMAIN)
 """Annotations of these domains (and their subdomains) are kept; what others write there is long and changes often."""
 _WITHOUT_SPEC: Final = frozenset({"Namespace", "Node", "ServiceAccount"})
 _ROUTES: Final = frozenset({"HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute", "VirtualService"})

@@ -6,6 +6,7 @@ IP addresses are `ipaddress` objects everywhere, IPv4-mapped IPv6 already unmapp
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NamedTuple, Self, TypeAlias
@@ -54,19 +55,25 @@ def parse_cidr(text: str) -> Cidr:
         raise InvalidAddress(f"not an IP address or CIDR: {text!r}") from exc
 
 
-_TEXTS_KEPT: Final = 4096
-_texts: dict[int, tuple[IpAddress, str]] = {}
-"""By the id of the address, which is held here so that no id gets another meaning: `ipaddress` hashes and compares in Python."""
+def kept_text(most: int) -> Callable[[object], str]:
+    """``str`` of what does not change, for those that ask again of the same object: `ipaddress` puts an address's text together anew each
+    time. At most ``most`` are kept."""
+    texts: dict[int, tuple[object, str]] = {}
+    """By the id of the object, which is held here so that no id gets another meaning: `ipaddress` hashes and compares in Python."""
+
+    def text(value: object) -> str:
+        kept = texts.get(id(value))
+        if kept is None:
+            if len(texts) >= most:
+                texts.clear()
+            kept = texts[id(value)] = value, str(value)
+        return kept[1]
+
+    return text
 
 
-def ip_text(ip: IpAddress) -> str:
-    """The text of an address. `ipaddress` puts it together anew each time, and a connection asks several times."""
-    kept = _texts.get(id(ip))
-    if kept is None:
-        if len(_texts) >= _TEXTS_KEPT:
-            _texts.clear()
-        kept = _texts[id(ip)] = ip, str(ip)
-    return kept[1]
+ip_text: Final[Callable[[IpAddress], str]] = kept_text(4096)
+"""The text of an address: a connection asks several times."""
 
 
 class SocketAddress(NamedTuple):

@@ -1,4 +1,4 @@
-"""Names of Istio's labels and annotations that we read or write."""
+"""Names of labels and annotations that we read or write: Istio's, Kubernetes' and ours."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -48,6 +48,12 @@ REDIRECTION: Final = "ambient.istio.io/redirection"
 """Written by the agent on a pod: ``enabled`` once capture works, ``pending`` while it is retried, absent otherwise."""
 CAPTURED_BY: Final = "ambient.mesh/captured-by"
 """Ours, beside `REDIRECTION`: the uid of the DaemonSet whose agent wrote it. It tells what a former installation could not withdraw."""
+NETNS: Final = "ambient.mesh/netns"
+"""Ours, on a pod: the path where its network namespace is bound, written by whoever made the pod; a Kubernetes agent learns it from the
+container runtime."""
+OWN_DOMAIN: Final = "ambient.mesh/"
+OWN_ANNOTATIONS: Final = frozenset({WAYPOINT_REQUIRED, CAPTURED_BY, NETNS})
+"""All there are; we have no labels of our own."""
 AGENT_LABELS: Final[Mapping[str, str]] = {"app": "ztunnel"}
 """Of node agents' pods, in the control plane's namespace: elsewhere anybody may use them."""
 SIDECAR_STATUS: Final = "sidecar.istio.io/status"

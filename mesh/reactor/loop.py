@@ -99,7 +99,8 @@ class Reactor:
     def __init__(self, on_error: ErrorHook = print_traceback, on_exhausted: ExhaustedHook = keep_silent) -> None:
         self._epoll = select.epoll()
         self._registrations: dict[int, _Registration] = {}
-        self._batch = 0
+        self.turns = 0
+        """How many have begun."""
         self.alone = False
         """Within a callback for an event: it is the only event of this turn."""
         self._soon: deque[tuple[Callable[[], None], Abort | None]] = deque()
@@ -123,7 +124,7 @@ class Reactor:
     def add(self, fd: int, events: int, callback: EventCallback, abort: Abort | None = None) -> None:
         """Call ``callback(events)`` whenever one of ``events`` (epoll bits) happens on ``fd``. Raises OSError as epoll_ctl does."""
         self._epoll.register(fd, events)
-        self._registrations[fd] = _Registration(events, callback, abort, self._batch)
+        self._registrations[fd] = _Registration(events, callback, abort, self.turns)
 
     def modify(self, fd: int, events: int) -> None:
         """Wait for other events than before on ``fd``; the callback stays. Raises KeyError for an fd that is not added."""
@@ -226,7 +227,7 @@ class Reactor:
             else:
                 timeout = None
             events = poll(timeout, MAX_EVENTS)
-            self._batch = batch = self._batch + 1
+            self.turns = batch = self.turns + 1
             self.alone = len(events) == 1
             for fd, mask in events:
                 registration = registrations.get(fd)

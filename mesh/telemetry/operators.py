@@ -17,7 +17,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
-from mesh.model.address import SocketAddress, ip_text
+from mesh.model.address import SocketAddress, ip_text, kept_text
 
 MISSING: Final = "-"
 """What an access log prints for a value that there is not."""
@@ -681,24 +681,13 @@ def _grpc_status(command: _Command) -> _Reader:
 
 
 def _address(get: Callable[[Facts], SocketAddress | None]) -> _Reader:
-    # By identity: a connection and an endpoint keep their addresses, and an address is put together anew, and even hashed, in Python.
-    texts: dict[int, tuple[SocketAddress, str]] = {}
+    text = kept_text(1024)  # a connection and an endpoint keep their addresses
 
     def read(facts: Facts) -> str | None:
         address = get(facts)
-        if address is None:
-            return None
-        known = texts.get(id(address))
-        if known is None:
-            if len(texts) >= _REMEMBERED:
-                texts.clear()
-            known = texts[id(address)] = address, str(address)
-        return known[1]
+        return None if address is None else text(address)
 
     return read
-
-
-_REMEMBERED: Final = 1024
 
 
 def _ip(get: Callable[[Facts], SocketAddress | None]) -> _Reader:

@@ -79,14 +79,36 @@ def passes(lab: Lab, url: str = "http://web/") -> bool:
     return answer.status == 200 and "x-request-id" in answer.told["headers"]
 
 
+def service(name: str, selector: str, port: int = 8080, protocol: str = "http", *, more: str = "") -> str:
+    """YAML of a service of the shop that has port 80. ``more``: of its spec."""
+    ports = f"ports: [{{name: {protocol}, port: 80, targetPort: {port}}}]"
+    spec = f"selector: {{{selector}}}, {ports}" + (f", {more}" if more else "")
+    return f"---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{{spec}}}\n"
+
+
+def virtual_service(host: str, *rules: str) -> str:
+    """YAML of a VirtualService for HTTP, of a service of the shop."""
+    listed = "".join(f"    - {{{rule}}}\n" for rule in rules)
+    head = "---\napiVersion: networking.istio.io/v1\nkind: VirtualService\n"
+    return f"{head}metadata: {{name: {host}, namespace: shop}}\nspec:\n  hosts: [{host}]\n  http:\n{listed}"
+
+
+def denial(name: str, operation: str, *services: str) -> str:
+    """YAML of a policy of the shop that denies requests for these services."""
+    targets = ", ".join(f'{{group: "", kind: Service, name: {each}}}' for each in services)
+    head = f"---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: shop}}\n"
+    return f"{head}spec:\n  targetRefs: [{targets}]\n  action: DENY\n  rules: [{{to: [{{operation: {{{operation}}}}}]}}]\n"
+
+
 @contextmanager
-def objects(lab: Lab, text: str, *, mistaken: bool = False, waypoint: str = "shop/waypoint-0") -> Iterator[None]:
-    """These are there, and gone afterwards, at the waypoint too. ``mistaken``: something is wrong with them, and must be told of."""
+def objects(lab: Lab, text: str, *, mistaken: bool | None = False, waypoint: str = "shop/waypoint-0") -> Iterator[None]:
+    """These are there, and gone afterwards, at the waypoint too. ``mistaken``: something is wrong with them, and must be told of;
+    None: the test looks itself."""
     before = told_of(lab, waypoint)
     lab.write("tested.yaml", text)
     wait_until(lambda: (told := told_of(lab, waypoint)) != before and told == told_of(lab, waypoint), "the waypoint is told all of it")
     problems = problems_of(lab, "tested.yaml")
-    assert bool(problems) is mistaken, problems
+    assert mistaken in (None, bool(problems)), problems
     try:
         yield
     finally:

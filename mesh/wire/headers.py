@@ -25,7 +25,10 @@ MAX_TABLE_SIZE: Final = 4096
 REMEMBERED_BLOCKS: Final = 16
 """Of one connection: what a client repeats is a handful of methods of a service and their answers."""
 MAX_REMEMBERED_BLOCK: Final = 2048
-"""Bytes of one. A hostile connection makes us keep at most some hundred kilobytes: its fields are the table's."""
+"""Bytes of one."""
+MAX_REMEMBERED_LIST: Final = 8192
+"""Bytes of its fields as RFC 9113 section 6.5.2 counts them: by indices a peer has many times a block's length with it, and who remembers
+what was made of them has it once more. A hostile connection makes us keep at most some hundred kilobytes."""
 
 _ENTRY_OVERHEAD: Final = 32  # RFC 7541 section 4.1
 
@@ -75,7 +78,7 @@ class HeaderWriter:
     for two.
     """
 
-    __slots__ = ("_entries", "_indexed", "_inserted", "_max_size", "_names", "_numbers", "_size", "_sizes_to_tell")
+    __slots__ = ("_entries", "_indexed", "_inserted", "_max_size", "_names", "_numbers", "_size", "_size_to_tell")
 
     def __init__(self) -> None:
         self._indexed: dict[tuple[str, str], bytes] = {}
@@ -88,14 +91,15 @@ class HeaderWriter:
         self._numbers: dict[tuple[bytes, bytes], int] = {}
         self._names: dict[bytes, int] = {}
         """How many had been inserted before a field of the table, and before the newest of its name."""
-        self._sizes_to_tell: list[int] = []
+        self._size_to_tell: int | None = None
+        """The least that the table had since a block told of its size."""
 
     def resize(self, allowed: int) -> None:
         """The peer's SETTINGS_HEADER_TABLE_SIZE."""
         size = min(allowed, MAX_TABLE_SIZE)
         if size != self._max_size:
             self._max_size = size
-            self._sizes_to_tell.append(size)
+            self._size_to_tell = size if self._size_to_tell is None else min(size, self._size_to_tell)
             self._shrink_to(size)
             self._indexed.clear()
 
@@ -121,12 +125,11 @@ class HeaderWriter:
 
     def _size_update(self) -> bytes:
         """A change of the table's size stands before the first field (RFC 7541 section 4.2): the least that it had, and what it has."""
-        sizes = self._sizes_to_tell
-        if not sizes:
+        least, self._size_to_tell = self._size_to_tell, None
+        if least is None:
             return b""
-        told = [min(sizes), sizes[-1]] if min(sizes) != sizes[-1] else [sizes[-1]]
-        sizes.clear()
-        return b"".join([_integer(size, 5, 0x20) for size in told])
+        now = write_integer(self._max_size, 5, 0x20)
+        return now if least == self._max_size else write_integer(least, 5, 0x20) + now
 
     def _stable(self, name: str, value: str) -> bytes:
         known = self._indexed.get((name, value))
@@ -135,10 +138,10 @@ class HeaderWriter:
         field = _encoded(name), _encoded(value)
         index = _STATIC_FIELDS.get(field) or self._dynamic_index(self._numbers.get(field))
         if index:
-            written = self._indexed[name, value] = _integer(index, 7, 0x80)
+            written = self._indexed[name, value] = write_integer(index, 7, 0x80)
             return written
         index = _STATIC_NAMES.get(field[0]) or self._dynamic_index(self._names.get(field[0]))
-        written = (_integer(index, 6, 0x40) if index else b"\x40" + _string(field[0])) + _string(field[1])
+        written = (write_integer(index, 6, 0x40) if index else b"\x40" + write_string(field[0])) + write_string(field[1])
         self._insert(field)
         self._indexed.clear()
         return written
@@ -326,6 +329,7 @@ class HeaderReader:
             if room < 0:
                 raise RemoteProtocolError(f"header list of over {self._max_list_size} bytes", ErrorCode.ENHANCE_YOUR_CALM)
             fields.append((name, value))
+        self.steady = self.steady and self._max_list_size - room <= MAX_REMEMBERED_LIST
         if self.steady:
             if len(self._blocks) >= REMEMBERED_BLOCKS:
                 self._blocks.clear()
@@ -451,21 +455,17 @@ def _encoded(text: str) -> bytes:
 
 
 def _literal(text: str) -> bytes:
-    """`_string` of a text."""
-    value = text.encode("utf-8", "replace")
-    length = len(value)
-    return _LENGTHS[length] + value if length < 127 else _string(value)
+    """`write_string` of a text."""
+    return write_string(_encoded(text))
 
 
-_LENGTHS = [bytes([length]) for length in range(127)]
-
-
-def _string(value: bytes) -> bytes:
+def write_string(value: bytes) -> bytes:
     """A string literal of RFC 7541 section 5.2, not Huffman-coded: that costs more CPU than the few bytes are worth inside one mesh."""
-    return _integer(len(value), 7, 0) + value
+    length = len(value)
+    return (_LENGTHS[length] if length < len(_LENGTHS) else write_integer(length, 7, 0)) + value
 
 
-def _integer(value: int, bits: int, kind: int) -> bytes:
+def write_integer(value: int, bits: int, kind: int) -> bytes:
     """RFC 7541 section 5.1: in the last ``bits`` of a first byte, whose others are ``kind``, and as many more as it takes."""
     most = (1 << bits) - 1
     if value < most:
@@ -477,3 +477,6 @@ def _integer(value: int, bits: int, kind: int) -> bytes:
         value >>= 7
     written.append(value)
     return bytes(written)
+
+
+_LENGTHS: Final = [write_integer(length, 7, 0) for length in range(256)]

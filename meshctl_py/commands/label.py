@@ -42,7 +42,7 @@ class _Wanted:
 
 @click.command()
 @click.argument("kind", metavar="(namespace|pod|service)")
-@click.argument("words", nargs=-1, required=True, metavar="NAME ... KEY=VALUE|KEY- ...")
+@click.argument("words", nargs=-1, required=True, metavar="NAME... LABEL...")
 @click.option("--overwrite", is_flag=True, help="Change labels that have another value.")
 @click.option("--all", "everything", is_flag=True, help="Label all; of pods and services, those of the namespace.")
 @click.option("-l", "--selector", default="", metavar="SELECTOR", help="Label those that have these labels, as kubectl writes it.")
@@ -64,7 +64,7 @@ def label(
     directory: Path | None,
     lab_name: str | None,
 ) -> None:
-    """Set (KEY=VALUE) or remove (KEY-) labels of namespaces, pods or services.
+    """Set labels (KEY=VALUE) of namespaces, pods or services, or remove them (KEY-).
 
     'meshctl label namespace shop istio.io/dataplane-mode=ambient' enrols a namespace in the mesh. Without --directory and --lab it is
     the cluster's namespace, or that of the lab that runs; in a lab the YAML is edited, and keeps its comments and form.

@@ -15,7 +15,7 @@ from mesh.kube.directory import DirectoryStore, remove_overlay, write_overlay
 from mesh.kube.objects import ObjectKey, SourceProblem
 from mesh.kube.overlay import overlay_path
 from mesh.model import ports
-from mesh.model.labels import REDIRECTION
+from mesh.model.labels import NETNS, REDIRECTION
 from mesh.telemetry.log import get_logger
 from meshctl_py.lab import network, programs
 from meshctl_py.lab.assign import CONTROL_PLANE, Assignments, NodeAssignment, PodAssignment, assign
@@ -34,8 +34,6 @@ from meshctl_py.lab.web import Unreachable, fetch
 
 log = get_logger("lab")
 
-NETNS_ANNOTATION: Final = "ambient.mesh/netns"
-"""Tells the agent where a pod's network namespace is bound; a Kubernetes agent learns it from the container runtime."""
 _BUILT_AT_ONCE: Final = 4
 """Pods wired at a time: the kernel takes a while for each namespace, but only one writer of the routing tables at once."""
 _CAPTURE_POLL: Final = 0.05
@@ -410,7 +408,7 @@ class World:
         }
         metadata: dict[str, object] = {"uid": pod.uid}
         if not pod.spec.host_network:
-            metadata["annotations"] = {NETNS_ANNOTATION: str(self.wires.pod(pod))}
+            metadata["annotations"] = {NETNS: str(self.wires.pod(pod))}
         self._publish(ObjectKey("Pod", *key), {"metadata": metadata, "spec": {"nodeName": pod.node}, "status": status})
 
     def _publish_service(self, key: ObjectKey, vips: Collection[object]) -> None:

@@ -19,10 +19,12 @@ from mesh.testing.waypoints import (
     access_lines,
     ask,
     ask_often,
+    denial,
     lines_of,
     objects,
     passes,
     running_shop,
+    virtual_service,
 )
 from meshctl_py.lab.demo.examples import read_example
 from meshctl_py.lab.demo.tokens import Issuer
@@ -148,19 +150,12 @@ metadata: {name: web, namespace: shop}
 spec:
   host: web
   subsets: [{name: old, labels: {version: v1}}, {name: new, labels: {version: v2}}, {name: none, labels: {version: v3}}]
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: web, namespace: shop}
-spec:
-  hosts: [web]
-  http:
-    - match: [{headers: {x-subset: {exact: new}}}]
-      route: [{destination: {host: web, subset: new}}]
-    - match: [{headers: {x-subset: {exact: none}}}]
-      route: [{destination: {host: web, subset: none}}]
-    - route: [{destination: {host: web, subset: old}}]
-"""
+""" + virtual_service(
+    "web",
+    "match: [{headers: {x-subset: {exact: new}}}], route: [{destination: {host: web, subset: new}}]",
+    "match: [{headers: {x-subset: {exact: none}}}], route: [{destination: {host: web, subset: none}}]",
+    "route: [{destination: {host: web, subset: old}}]",
+)
 
 
 def test_a_subset_is_the_pods_with_its_labels(lab: Lab) -> None:
@@ -322,15 +317,7 @@ def test_a_waypoint_that_is_killed_is_started_again_and_nothing_passes_meanwhile
         assert ask(lab, client=STRANGER) == DENIED
 
 
-WRITERS_ARE_DENIED = """\
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: no-writers, namespace: shop}
-spec:
-  targetRefs: [{group: "", kind: Service, name: web}, {group: "", kind: Service, name: web-v1}]
-  action: DENY
-  rules: [{to: [{operation: {methods: [POST]}}]}]
-"""
+WRITERS_ARE_DENIED = denial("no-writers", "methods: [POST]", "web", "web-v1")
 
 
 UNTIL_ENOUGH = "until [ -e apps/enough ]; do curl -sS -m 5 -o /dev/null -w '%{http_code}\\n' METHOD http://web/ 2>&1; done"

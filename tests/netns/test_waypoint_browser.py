@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mesh.testing.lab import Lab, wait_until
-from mesh.testing.waypoints import CLIENT, ask, lines_of, problems_of, running_shop
+from mesh.testing.waypoints import CLIENT, ask, denial, lines_of, problems_of, running_shop, service
 
 BROWSER = next((path for name in ("chromium-headless-shell", "chromium") if (path := shutil.which(name))), None)
 pytestmark = [
@@ -33,16 +33,6 @@ spec:
   containers:
     - {name: page, command: [python3, apps/page_server.py, "8080"], readinessProbe: {tcpSocket: {port: 8080}}}
     - {name: socket, command: [python3, apps/websocket.py, serve, "8081"], readinessProbe: {tcpSocket: {port: 8081}}}
----
-apiVersion: v1
-kind: Service
-metadata: {name: front, namespace: shop}
-spec: {ipFamilyPolicy: PreferDualStack, selector: {app: front}, ports: [{name: http, port: 80, targetPort: 8080}]}
----
-apiVersion: v1
-kind: Service
-metadata: {name: socket, namespace: shop}
-spec: {selector: {app: front}, ports: [{name: http, port: 80, targetPort: 8081}]}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -66,15 +56,9 @@ spec:
         exposeHeaders: [x-served]
       headers: {response: {set: {x-served: by the waypoint}}}
       route: [{destination: {host: web-v1}}]
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: readers, namespace: shop}
-spec:
-  targetRefs: [{group: "", kind: Service, name: front}]
-  action: DENY
-  rules: [{to: [{operation: {methods: [POST]}}]}]
 """
+PAGE += service("front", "app: front", more="ipFamilyPolicy: PreferDualStack") + service("socket", "app: front", 8081)
+PAGE += denial("readers", "methods: [POST]", "front")
 TOLD = {
     "style": "rgb(240, 250, 240)",
     "items": {"status": 200, "served": None, "text": '{"cart": "7", "path": "/items?from=2"}'},

@@ -28,7 +28,7 @@ from mesh.model.identity import SpiffeId
 from mesh.testing.ca import FakeCa, trusting_context
 from mesh.testing.lab import Lab, wait_until
 from mesh.testing.netns import Netns
-from mesh.testing.waypoints import CLIENT, STRANGER, running_shop
+from mesh.testing.waypoints import CLIENT, STRANGER, denial, running_shop, service
 from mesh.wire.frames import PREFACE
 from tests.netns.http2_by_hand import FRAMES, Link, frame
 from tests.unit.waypoint_py.http.test_smuggling import ACCEPTED, BODIES, CHUNKED, HEADS, SMUGGLED, get, post
@@ -37,7 +37,7 @@ from tests.unit.waypoint_py.test_hostile_http2 import FLOODS, SETTINGS
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="entering a lab's namespaces from outside needs root")]
 
 WAYPOINT = "shop/waypoint-0"
-FILES = """\
+ILL = """\
 apiVersion: v1
 kind: Pod
 metadata: {name: ill, namespace: shop, labels: {app: ill}}
@@ -45,20 +45,8 @@ spec:
   nodeName: n2
   serviceAccountName: server
   containers: [{name: app, command: [python3, apps/hostile_app.py, "9000"], readinessProbe: {tcpSocket: {port: 9000}}}]
----
-apiVersion: v1
-kind: Service
-metadata: {name: ill, namespace: shop}
-spec: {selector: {app: ill}, ports: [{name: http, port: 80, targetPort: 9000}]}
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: closed, namespace: shop}
-spec:
-  targetRefs: [{group: "", kind: Service, name: web}]
-  action: DENY
-  rules: [{to: [{operation: {paths: [/smuggled*]}}]}]
 """
+FILES = ILL + service("ill", "app: ill", 9000) + denial("closed", "paths: [/smuggled*]", "web")
 GROWTH = 256 << 20
 """Bytes above what a waypoint holds before all of this that it may ever hold; 160 MiB have been seen. Most of it is what nobody reads: 32
 MiB and a connection's window in the HBONE connection of the client's node and as much in that of the application's, a MiB of each upload,

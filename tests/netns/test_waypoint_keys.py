@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import jwt
 import pytest
@@ -13,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt.algorithms import RSAAlgorithm
 
 from mesh.testing.lab import Lab, wait_until
-from mesh.testing.waypoints import ask, objects, problems_of, running_shop
+from mesh.testing.waypoints import ask, objects, problems_of, running_shop, service
 
 pytestmark = pytest.mark.netns
 
@@ -30,12 +29,7 @@ spec:
     - name: web
       command: [python3, apps/key_server.py, "8080", keys.json]
       readinessProbe: {tcpSocket: {port: 8080}}
----
-apiVersion: v1
-kind: Service
-metadata: {name: provider, namespace: shop}
-spec: {selector: {app: provider}, ports: [{name: http, port: 80, targetPort: 8080}]}
-"""
+""" + service("provider", "app: provider")
 TOKENS = """\
 apiVersion: security.istio.io/v1
 kind: RequestAuthentication
@@ -101,20 +95,20 @@ def test_the_last_keys_serve_while_the_provider_is_away_and_status_says_so(lab: 
         wait_until(lambda: ask(lab, "http://web/", *bearer("old", OLD)).status == 200, "the key set is there")
         lab.remove("provider.yaml")
         try:
-            wait_until(lambda: problems_of(lab, f"{ISSUER}/keys"), "the lab's status says that the provider is away")
+            wait_until(lambda: problems_of(lab, "tested.yaml"), "the lab's status says that the provider is away")
             assert ask(lab, "http://web/", *bearer("old", OLD)).status == 200
             assert ask(lab, "http://web/", *bearer("old", FOREIGN)).status == 401
             connected = lab.log("istiod").count("xds.connected")
             lab.meshctl("lab", "kill", "--name", lab.name, "istiod")
             wait_until(lambda: lab.log("istiod").count("xds.connected") >= connected + 3, "agents and waypoint are connected again")
             wait_until(
-                lambda: "stay in use" in str(problems_of(lab, f"{ISSUER}/keys")), "the new control plane knows that the provider is away"
+                lambda: "stay in use" in str(problems_of(lab, "tested.yaml")), "the new control plane knows that the provider is away"
             )
             assert ask(lab, "http://web/", *bearer("old", OLD)).status == 200, "it has the keys that the one before had"
             assert ask(lab, "http://web/", *bearer("old", FOREIGN)).status == 401
         finally:
             lab.write("provider.yaml", PROVIDER)
-        wait_until(lambda: not problems_of(lab, f"{ISSUER}/keys"), "the provider is back")
+        wait_until(lambda: not problems_of(lab, "tested.yaml"), "the provider is back")
 
 
 HOSTILE = {
@@ -130,9 +124,10 @@ HOSTILE = {
 def test_a_provider_that_means_ill_gets_nothing_and_gives_nothing(lab: Lab) -> None:
     publish(lab, old=OLD)
     hostile = [f'issuer: "https://{number}.test", jwksUri: "{url}", timeout: 1s' for number, url in enumerate(HOSTILE)]
-    with objects(lab, tokens(BY_URI, *hostile)):
-        for url, message in HOSTILE.items():
-            (problem,) = wait_until(partial(problems_of, lab, f"key set {url}"), "the lab's status says what is wrong")
+    with objects(lab, tokens(BY_URI, *hostile), mistaken=None):  # as soon as they have been fetched
+        wait_until(lambda: len(problems_of(lab, "tested.yaml")) == len(HOSTILE), "the lab's status says what is wrong")
+        for number, ((url, message), problem) in enumerate(zip(HOSTILE.items(), problems_of(lab, "tested.yaml"), strict=True), 1):
+            assert problem.startswith(f"spec.jwtRules[{number}].jwksUri: key set {url}: ")
             assert message in problem
         wait_until(lambda: ask(lab, "http://web/", *bearer("old", OLD)).status == 200, "the tokens of a good provider pass")
         for number, _ in enumerate(HOSTILE):

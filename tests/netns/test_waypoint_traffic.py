@@ -13,7 +13,19 @@ import pytest
 
 from mesh.testing.lab import Lab, wait_until
 from mesh.testing.serving import write_serving_certificate
-from mesh.testing.waypoints import CLIENT, Answer, ask, ask_often, lines_of, memory_of, page_of, problems_of, running_shop
+from mesh.testing.waypoints import (
+    CLIENT,
+    Answer,
+    ask,
+    ask_often,
+    lines_of,
+    memory_of,
+    page_of,
+    problems_of,
+    running_shop,
+    service,
+    virtual_service,
+)
 
 pytestmark = pytest.mark.netns
 
@@ -36,25 +48,12 @@ spec:
   serviceAccountName: server
   containers: [{name: app, command: [python3, COMMAND], readinessProbe: {tcpSocket: {port: PORT}}}]
 """
-SERVICE = """\
----
-apiVersion: v1
-kind: Service
-metadata: {name: NAME, namespace: shop}
-spec: {selector: {SELECTOR}, ports: [{name: PROTOCOL, port: 80, targetPort: PORT}]}
-"""
 
 
 def pod(name: str, app: str, version: str, port: int, command: str, node: str = "n2") -> str:
     """YAML of a pod whose one container runs a Python program."""
     values = {"NAME": name, "APP": app, "VERSION": version, "NODE": node, "COMMAND": command, "PORT": str(port)}
     return re.sub("|".join(values), lambda found: values[found[0]], POD)
-
-
-def service(name: str, selector: str, port: int = 8080, protocol: str = "http") -> str:
-    """YAML of a service that has port 80."""
-    values = {"NAME": name, "SELECTOR": selector, "PROTOCOL": protocol, "PORT": str(port)}
-    return re.sub("|".join(values), lambda found: values[found[0]], SERVICE)
 
 
 def route(kind: str, parent: str, *rules: str, more: str = "") -> str:
@@ -96,23 +95,13 @@ ROUTES = (
         f"matches: [{{path: {{type: Exact, value: /exact}}, method: POST, queryParams: [{{name: q, value: '1'}}]}}], {V2}",
         V1,
     )
-    + """\
----
-apiVersion: networking.istio.io/v1
-kind: VirtualService
-metadata: {name: direct, namespace: shop}
-spec:
-  hosts: [direct]
-  http:
-    - match: [{uri: {prefix: /teapot}}]
-      directResponse: {status: 418, body: {string: "no tea"}}
-    - match: [{uri: {prefix: /moved}}]
-      redirect: {uri: /there, authority: c.example.com, redirectCode: 307}
-    - match: [{uri: {prefix: /old/}}]
-      rewrite: {uri: /, authority: d.example.com}
-      route: [{destination: {host: web-v1}}]
-    - route: [{destination: {host: web-v2}}]
-"""
+    + virtual_service(
+        "direct",
+        "match: [{uri: {prefix: /teapot}}], directResponse: {status: 418, body: {string: no tea}}",
+        "match: [{uri: {prefix: /moved}}], redirect: {uri: /there, authority: c.example.com, redirectCode: 307}",
+        "match: [{uri: {prefix: /old/}}], rewrite: {uri: /, authority: d.example.com}, route: [{destination: {host: web-v1}}]",
+        "route: [{destination: {host: web-v2}}]",
+    )
     + service("raw", "app: web", protocol="tcp")
     + route("TCPRoute", "raw", BOTH)
     + pod("catalog-v1", "catalog", "v1", 9090, "apps/grpc_server.py, '9090', v1")

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from hpack.hpack import encode_integer
 from hpack.table import HeaderTable
 
 from mesh.wire.errors import LocalProtocolError
+from mesh.wire.headers import write_integer, write_string
 from waypoint_py.http.headers import FIELD_TEXT, LOWER_TOKEN
 from waypoint_py.http.message import Headers
 
@@ -27,26 +27,12 @@ _MAX_INDEXED: Final = 512
 """Bytes of a field that may enter the table: one long one would take the place of many."""
 
 
-def _integer(value: int, bits: int, first: int) -> bytes:
-    encoded = encode_integer(value, bits)
-    encoded[0] |= first
-    return bytes(encoded)
-
-
-_INDEXED: Final = [_integer(index, 7, 0x80) for index in range(_FIRST_DYNAMIC + _MAX_ENTRIES)]
+_INDEXED: Final = [write_integer(index, 7, 0x80) for index in range(_FIRST_DYNAMIC + _MAX_ENTRIES)]
 _STATIC: Final = {pair: _INDEXED[index] for index, pair in enumerate(HeaderTable.STATIC_TABLE, 1) if pair[0][:1] != b":"}
 _STATIC_PSEUDO: Final = {pair: _INDEXED[index] for index, pair in enumerate(HeaderTable.STATIC_TABLE, 1) if pair[0][:1] == b":"}
 _NAMES: Final = {name: index for index, (name, _) in reversed(list(enumerate(HeaderTable.STATIC_TABLE, 1)))}
 _NEVER_INDEXED: Final = frozenset({b"authorization", b"proxy-authorization"})
-_SHORT: Final = [_integer(length, 7, 0) for length in range(256)]
-
-
-def _string(text: bytes) -> bytes:
-    length = len(text)
-    return (_SHORT[length] if length < 256 else _integer(length, 7, 0)) + text
-
-
-_PLAIN_NAMES: Final = {name: _integer(index, 4, 0x00) for name, index in _NAMES.items()}
+_PLAIN_NAMES: Final = {name: write_integer(index, 4, 0x00) for name, index in _NAMES.items()}
 """The start of a literal without indexing, by name."""
 
 
@@ -77,7 +63,7 @@ class BlockWriter:
         if capacity != self._capacity:
             self._capacity = capacity
             self._begin()
-            self._resized = b"\x20" + _integer(capacity, 5, 0x20)
+            self._resized = b"\x20" + write_integer(capacity, 5, 0x20)
 
     def write(self, pseudo: Headers, headers: Headers) -> bytes:
         """A block; names are in lower case. Raises LocalProtocolError, and nothing has changed, for a field that no peer would take, or
@@ -104,17 +90,17 @@ class BlockWriter:
     def _literal(self, field: tuple[bytes, bytes]) -> bytes:
         name, value = field
         if name in _NEVER_INDEXED or (name == b"cookie" and len(value) < 20):
-            return _integer(_NAMES[name], 4, 0x10) + _string(value)
+            return write_integer(_NAMES[name], 4, 0x10) + write_string(value)
         size = len(name) + len(value) + _ENTRY_OVERHEAD
         if size <= self._room and size <= _MAX_INDEXED:
             if field in self._seen:
                 self._insert(field, size)
-                return (_integer(_NAMES[name], 6, 0x40) if name in _NAMES else b"\x40" + _string(name)) + _string(value)
+                return (write_integer(_NAMES[name], 6, 0x40) if name in _NAMES else b"\x40" + write_string(name)) + write_string(value)
             if len(self._seen) >= _MAX_SEEN:
                 self._seen.clear()
             self._seen.add(field)
         plain = _PLAIN_NAMES.get(name)
-        return (b"\x00" + _string(name) if plain is None else plain) + _string(value)
+        return (b"\x00" + write_string(name) if plain is None else plain) + write_string(value)
 
     def _insert(self, field: tuple[bytes, bytes], size: int) -> None:
         """What stands in the table moves on by one. That is work for all of them, and there are not many insertions in a table's life."""

@@ -37,6 +37,7 @@ from waypoint_py.http.headers import (
     FIELD_TEXT,
     FRAMING,
     LOWER_TOKEN,
+    TAB,
     TOKEN,
     BadHead,
     check_authority,
@@ -582,7 +583,7 @@ class Http1Server(_Http1):
         request: Request | None = None
         try:
             words = start.split(b" ")
-            if len(words) != 3 or not words[0] or words[0].translate(None, TOKEN) or b"\t" in words[1]:
+            if len(words) != 3 or not words[0] or words[0].translate(None, TOKEN) or TAB in words[1]:
                 raise BadHead("invalid request line")
             method, target, version = words
             request = Request(method, self._options.scheme, b"", target, [])
@@ -851,7 +852,7 @@ class Http1Client(_Http1):
         if path[:1] != b"/" and path != b"*":
             raise LocalProtocolError("a path without a slash")
         start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, path, authority)
-        if start.count(b" ") != 3 or b"\t" in start:
+        if start.count(b" ") != 3 or TAB in start:
             raise LocalProtocolError("a blank in path or authority")
         headers = [pair for pair in request.headers if pair[0] not in _NOT_FORWARDED]
         framing, sending, to_send = self._frame(request, headers, ended)

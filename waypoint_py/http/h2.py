@@ -44,7 +44,18 @@ from mesh.wire.headers import REMEMBERED_BLOCKS, Fields, HeaderReader, Malformed
 from mesh.wire.settings import SETTINGS_ACK, PeerSettings, SettingCode, opening
 from waypoint_py.http.blocks import BlockWriter
 from waypoint_py.http.codec import BodyData, BodyEnd, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
-from waypoint_py.http.headers import FIELD_TEXT, FRAMING, LOWER_TOKEN, TOKEN, BadHead, check_authority, clean_trailers, read_length
+from waypoint_py.http.headers import (
+    FIELD_TEXT,
+    FRAMING,
+    LOWER_TOKEN,
+    SPACE,
+    TAB,
+    TOKEN,
+    BadHead,
+    check_authority,
+    clean_trailers,
+    read_length,
+)
 from waypoint_py.http.message import Headers, Request, Response, Version
 from waypoint_py.http.options import HeadLimits, ServerOptions
 from waypoint_py.http.path import BadPath, normalise
@@ -937,7 +948,7 @@ class Http2Client(_Http2):
             raise LocalProtocolError(f"method {method!r}")
         if path[:1] != b"/" and path != b"*":
             raise LocalProtocolError("a path without a slash")
-        if b" " in path or b" " in authority or b"\t" in path or b"\t" in authority:
+        if SPACE in path or SPACE in authority or TAB in path or TAB in authority:
             raise LocalProtocolError("a blank in path or authority")
         length = _length_of(request)
         if ended and length:

@@ -132,6 +132,10 @@ def _read_connection(value: bytes) -> frozenset[bytes]:
 
 _HOST_CHARACTERS: Final = b"-._~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz%!$&'()*+;=:[]"
 _V6_CHARACTERS: Final = b"0123456789ABCDEFabcdef:."
+SPACE: Final = ord(" ")
+TAB: Final = ord("\t")
+"""To be looked for by number, for every request: where it is told to look for bytes CPython takes them for a number first, and writes the
+text of an error that nobody sees. That is most of what such a look costs."""
 _LONGEST_AUTHORITY: Final = 261
 
 

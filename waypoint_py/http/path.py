@@ -45,11 +45,12 @@ def normalise(path: bytes, how: PathNormalization) -> bytes | BadPath:
     if path[:1] != b"/":
         return path if path == b"*" else BadPath("path does not begin with a slash")
     only, mark, query = path.partition(b"?")
-    if b"%00" in only:
+    plain = not only.translate(None, _UNCHANGED)
+    if not plain and b"%00" in only:
         return BadPath("%00 in path")
     if how is _NONE:
         return path
-    if not only.translate(None, _UNCHANGED) and b"/." not in only and (how is _BASE or b"//" not in only):
+    if plain and only.find(b"/.") < 0 and (how is _BASE or only.find(b"//") < 0):  # not by ``in``: see `headers.SPACE`
         return path
     if how is _DECODE:
         only = _decode_slashes(only)

@@ -48,7 +48,7 @@ class Key:
 class KeySet:
     """The keys of one issuer at one time. What they have verified is remembered with them, so that it ends when they are replaced."""
 
-    __slots__ = ("keys", "skipped", "verified")
+    __slots__ = ("__weakref__", "keys", "skipped", "verified")
 
     def __init__(self, keys: tuple[Key, ...], skipped: tuple[str, ...] = ()) -> None:
         self.keys = keys

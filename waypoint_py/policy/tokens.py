@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 from urllib.parse import unquote_to_bytes
+from weakref import ref
 
 import msgspec
 
@@ -352,7 +353,8 @@ class _Accepted(NamedTuple):
 
     rule: int
     token: Token
-    keys: KeySet
+    keys: ref[KeySet]
+    """They end when they are replaced, and all that they have verified with them, whether or not this token comes again."""
     passed: Passed
 
 
@@ -416,7 +418,9 @@ class TokenChecker:
         if accepted is None:
             return None
         keys = self._inline[accepted.rule] or self._find_keys(self._rules[accepted.rule])
-        return accepted.passed if keys is accepted.keys and _find_untimely(accepted.token, now) is None else None
+        if not isinstance(keys, KeySet) or keys is not accepted.keys():
+            return None
+        return accepted.passed if _find_untimely(accepted.token, now) is None else None
 
     def _remember(self, found: _Found, passed: Passed) -> None:
         if len(found.verdicts) != 1:
@@ -426,7 +430,7 @@ class TokenChecker:
         if isinstance(token, Token) and isinstance(keys, KeySet) and token.text in keys.verified:
             if len(self._accepted) >= MAX_REMEMBERED:
                 self._accepted.clear()
-            self._accepted[found.place, token.text] = _Accepted(index, token, keys, passed)
+            self._accepted[found.place, token.text] = _Accepted(index, token, ref(keys), passed)
 
     def refuse_unfetched(self, request: Request, rule: JwtRule) -> LocalReply:
         """The keys of a rule could not be had."""

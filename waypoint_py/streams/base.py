@@ -62,6 +62,10 @@ class Stream(ABC):
         return len(self._out)
 
     @property
+    def unseen(self) -> int:
+        return len(self._out)
+
+    @property
     @abstractmethod
     def local_address(self) -> SocketAddress | None: ...
 

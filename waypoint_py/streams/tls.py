@@ -166,6 +166,12 @@ class TlsStream(Stream):
             self._fail(TRUNCATED)
 
     def drained(self) -> None:
+        if self._out:  # to be sealed yet, and the carrier may have less room than that: the flush that is due looks again
+            self._above = True
+        else:
+            self._tell_of_room()
+
+    def _tell_of_room(self) -> None:
         self._above = False
         if self._sink is not None and not self._over:
             self._sink.drained()
@@ -211,7 +217,7 @@ class TlsStream(Stream):
             if self._peer_ended:
                 self._end_both()
         if self._above and self._carrier.unsent <= HIGH_WATER:  # so the carrier will not speak of it
-            self.drained()
+            self._tell_of_room()
 
     def _send_records(self) -> None:
         size = self._engine.take()

@@ -664,8 +664,8 @@ class HttpSession:
     # --- ends
 
     def _is_untouched(self, call: Call) -> bool:
-        """Nothing of the call has left this process: all that was written since it began is unsent, or nothing was."""
-        return self._stream.unsent >= self._written - call.began_at
+        """Nothing of the call has left this process: all that was written since it began is still here, or nothing was."""
+        return self._stream.unseen >= self._written - call.began_at
 
     def _fail_call(self, call: Call, failure: UpstreamFailure, *, untouched: bool) -> None:
         call.session = None

@@ -249,8 +249,10 @@ class Shelf:
         it may have gone without a word, and another is tried sooner."""
         for session in list(self._sessions):
             session.expire()
-        for dialling in list(self._dialling):
-            dialling.abandon(f"connection to {self._key.address} failed: the endpoint is no more")
+        # First of all nobody waits: a dial that ends makes room for another, to where nobody is.
+        self._fail_first(len(self._waiting), UpstreamFailure(FailureKind.CONNECT, _no_more(self._key.address)))
+        self._cancel_dials()
+        self._forget_if_empty()
 
     def close_idle(self) -> None:
         """Sessions without calls close."""
@@ -259,9 +261,7 @@ class Shelf:
 
     def close(self) -> None:
         """Everything ends now."""
-        for dialling in list(self._dialling):
-            dialling.cancel()
-            self._dial_over(dialling)
+        self._cancel_dials()
         for session in list(self._open):
             session.discard(ENDING)
         while self._waiting:
@@ -303,6 +303,11 @@ class Shelf:
         dialling = self._pool.dialler.dial(self.endpoint, self._wanted, done)
         self._dialling[dialling] = None
 
+    def _cancel_dials(self) -> None:
+        for dialling in list(self._dialling):
+            dialling.cancel()
+            self._dial_over(dialling)
+
     def _dial_over(self, dialling: Dialling) -> None:
         del self._dialling[dialling]
         self._breaker.connection_gone()
@@ -325,13 +330,16 @@ class Shelf:
     def _fail_waiting(self, failure: UpstreamFailure) -> None:
         """A dial failed. Each HTTP/1.1 call had its own; an HTTP/2 dial was everybody's whom no other serves."""
         count = 1 if self._key.protocol is UpstreamProtocol.HTTP1 else len(self._waiting) if not self._dialling else 0
+        self._fail_first(count, failure)
+        self.dial_as_needed()
+        self._forget_if_empty()
+
+    def _fail_first(self, count: int, failure: UpstreamFailure) -> None:
         for call in list(self._waiting)[:count]:
             try:
                 call.fail(failure)
             except Exception as exc:  # the others must hear of it too
                 self._pool.reactor.report(exc, f"failure of a request to {self._key.address}")
-        self.dial_as_needed()
-        self._forget_if_empty()
 
     def _forget_if_empty(self) -> None:
         if not (self._open or self._waiting or self._dialling):
@@ -344,10 +352,11 @@ class Shelf:
 class Connecting:
     """A connection of its own on its way, or at work (`Cancel`)."""
 
-    __slots__ = ("_breaker", "_dialling", "_lifetime", "_on_open", "_pool", "_stream")
+    __slots__ = ("_breaker", "_dialling", "_lifetime", "_on_open", "_pool", "_stream", "endpoint")
 
-    def __init__(self, pool: Pool, breaker: Breaker, on_open: OnConnection) -> None:
+    def __init__(self, pool: Pool, endpoint: Endpoint, breaker: Breaker, on_open: OnConnection) -> None:
         self._pool = pool
+        self.endpoint = endpoint
         self._breaker = breaker
         self._on_open: OnConnection | None = on_open
         self._dialling: Dialling | None = None
@@ -361,10 +370,10 @@ class Connecting:
                 self._dialling.cancel()
                 self._gone()
 
-    def begin(self, endpoint: Endpoint, wanted: Wanted) -> None:
+    def begin(self, wanted: Wanted) -> None:
         self._breaker.connections += 1
         self._pool.connecting[self] = None
-        self._dialling = self._pool.dialler.dial(endpoint, wanted, lambda result: self._dialled(result, endpoint.policy.pool))
+        self._dialling = self._pool.dialler.dial(self.endpoint, wanted, self._dialled)
 
     def fail_soon(self, failure: UpstreamFailure) -> None:
         self._pool.reactor.call_soon(lambda: self._tell(failure))
@@ -378,15 +387,21 @@ class Connecting:
             self._gone()
             self.fail_soon(UpstreamFailure(FailureKind.TERMINATED, ENDING))
 
-    def _dialled(self, result: Stream | UpstreamFailure, pool: ConnectionPool) -> None:
+    def expire(self) -> None:
+        """The endpoint is no more: a dial fails, and what stands goes on, as on its node."""
+        if self._dialling is not None:
+            self._dialling.abandon(_no_more(self.endpoint.address))
+
+    def _dialled(self, result: Stream | UpstreamFailure) -> None:
         if isinstance(result, UpstreamFailure) or result.over:
             self._gone()
         else:
             self._stream = result
             result.on_gone = self._gone
-            if pool.max_connection_duration:
-                because = f"connection older than {pool.max_connection_duration:g} s"
-                self._lifetime = self._pool.reactor.call_later(pool.max_connection_duration, lambda: result.abort(because))
+            longest = self.endpoint.policy.pool.max_connection_duration
+            if longest:
+                because = f"connection older than {longest:g} s"
+                self._lifetime = self._pool.reactor.call_later(longest, lambda: result.abort(because))
         self._tell(result)
 
     def _tell(self, result: Stream | UpstreamFailure) -> None:
@@ -444,23 +459,26 @@ class Pool:
     def connect(self, endpoint: Endpoint, on_open: OnConnection, *, client: Connection | None = None, host: str = "") -> Connecting:
         """As `Connections.connect`."""
         breaker, limits = self.breaker_of(endpoint), endpoint.policy.pool
-        connecting = Connecting(self, breaker, on_open)
+        connecting = Connecting(self, endpoint, breaker, on_open)
         if self.ending:
             connecting.fail_soon(UpstreamFailure(FailureKind.TERMINATED, ENDING))
         elif breaker.connections >= limits.max_connections:
             connecting.fail_soon(_overflow(f"there are {limits.max_connections} connections"))
         else:
             name = host or (endpoint.destination.hostname if endpoint.destination is not None else "")
-            connecting.begin(endpoint, Wanted(UpstreamProtocol.TCP, name, client))
+            connecting.begin(Wanted(UpstreamProtocol.TCP, name, client))
         return connecting
 
     # --- life
 
     def forget(self, is_gone: Callable[[Endpoint], bool]) -> None:
-        """Endpoints were removed: their idle connections close, and busy ones when their requests have ended."""
+        """Endpoints were removed: their idle connections close, busy ones when their requests have ended, and dials are given up."""
         for shelf in list(self._shelves.values()):
             if is_gone(shelf.endpoint):
                 shelf.expire()
+        for connecting in list(self.connecting):
+            if is_gone(connecting.endpoint):
+                connecting.expire()
 
     def close(self, *, gracefully: bool) -> None:
         """Let connections go: each as soon as it is idle, while requests are still served; or all at once."""
@@ -548,6 +566,10 @@ class Pool:
             if idle is not None:
                 idle.close_idle()
         named[shelf] = None
+
+
+def _no_more(address: SocketAddress) -> str:
+    return f"connection to {address} failed: the endpoint is no more"
 
 
 def _overflow(because: str) -> UpstreamFailure:

@@ -172,7 +172,7 @@ class Pages:
         if wanted.pod:
             workloads = list(self._workloads_of(wanted))
             if not workloads:  # of a misspelt name no policies would read as if nothing guarded the pod
-                raise BadQuery(f"the agent of node {self._config.node_name} knows no pod {wanted.pod}{_where(wanted)}", 404)
+                raise BadQuery(f"it knows no pod {wanted.pod}{_where(wanted)}", 404)
             applied = {id(policy) for workload in workloads for policy in self._state.policies_for(workload).policies}
             policies = [policy for policy in policies if id(policy) in applied]
         elif wanted.namespace:
@@ -206,7 +206,7 @@ class Pages:
         """This node's pods that were asked for, in order. Raises BadQuery when one was named that is not there."""
         found = [(pod, status) for pod, status in self._pods.statuses().values() if wanted.names(pod.namespace, pod.name)]
         if wanted.pod and not found:
-            raise BadQuery(f"the agent of node {self._config.node_name} has nothing to do with a pod {wanted.pod}{_where(wanted)}", 404)
+            raise BadQuery(f"it has nothing to do with a pod {wanted.pod}{_where(wanted)}", 404)
         return sorted(found, key=lambda entry: (entry[0].namespace, entry[0].name))
 
     def _workloads_of(self, wanted: Wanted) -> Iterator[Workload]:

@@ -12,11 +12,9 @@ from mesh.kube.directory import DirectoryStore
 from mesh.kube.pod import KubePod, read_pod
 from mesh.kube.store import ObjectStore
 from mesh.model.enrolment import EXCLUDED_NAMESPACES, Enrolment, decide_enrolment
-from mesh.model.labels import BYPASS_INBOUND_CAPTURE, DNS_CAPTURE, REDIRECTION
+from mesh.model.labels import BYPASS_INBOUND_CAPTURE, DNS_CAPTURE, NETNS, REDIRECTION
 from ztunnel_py.pods.facts import PodFacts
 
-NETNS: Final = "ambient.mesh/netns"
-"""Annotation (ours) with the path of the pod's network namespace, written by whoever made the pod."""
 NO_ADDRESS: Final = "the pod has no IP address yet"
 _BOOLEANS: Final = {
     **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),

@@ -6,13 +6,13 @@ has. Until a set is there its place is taken by one without keys, which verifies
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from istiod_py.translate.l7.attachment import Fronted, find_feared_targets, find_targets
 from istiod_py.translate.reading import Read
-from mesh.kube.objects import ObjectKey
+from mesh.kube.objects import ObjectKey, SourceProblem
 from mesh.kube.requestauthentication import JwtRule as KubeRule
 from mesh.kube.requestauthentication import RequestAuthentication as KubeAuthentication
 from mesh.model.l7.policy import JwtHeader, JwtRule, RequestAuthentication
@@ -55,6 +55,16 @@ def find_wanted(authentications: Iterable[Read[KubeAuthentication]], *, by_waypo
             if source is not None and not (by_waypoints and source.uri):
                 wanted[source] = max(rule.timeout, wanted.get(source, 0.0))
     return wanted
+
+
+def find_key_problems(authentications: Iterable[Read[KubeAuthentication]], failures: Mapping[KeySource, str]) -> Iterator[SourceProblem]:
+    """On the rules in use that need them, that these key sets could not be fetched, and what is used instead."""
+    for read in authentications if failures else ():
+        for index, rule in enumerate(read.value.rules) if read.good and read.value.audience.has_waypoints else ():
+            source = source_of(rule)
+            if source is not None and source in failures:
+                path = ("spec", "jwtRules", index, "jwksUri" if source.uri else "issuer")
+                yield read.obj.problem(path, f"key set {source.uri or source.issuer}: {failures[source]}")
 
 
 def authentications_for(

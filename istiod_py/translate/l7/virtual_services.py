@@ -175,7 +175,21 @@ def _select_matches(placed: PlacedRule, scope: Scope, found: Findings) -> list[H
             found.notes.append(Note(placed.obj.key, ("spec", "http", placed.index, "match", index, name), message))
         else:
             selected.append(match)
+            found.notes.extend(_note_uri(placed, index, match.uri))
     return selected if selected or not placed.rule.matches else None
+
+
+def _note_uri(placed: PlacedRule, index: int, uri: TextMatch | None) -> Iterator[Note]:
+    """A beginning that no path has. The match stays: it meets nothing by itself. (``*`` is the path of an OPTIONS for the server.)"""
+    match uri:
+        case Exact(value=value) if not value.startswith("/") and value != "*":
+            kind = "exact"
+        case Prefix(value=value) if value and not value.startswith("/") and value != "*":
+            kind = "prefix"
+        case _:
+            return
+    path = ("spec", "http", placed.index, "match", index, "uri", kind)
+    yield Note(placed.obj.key, path, "no path matches that: paths begin with '/'")
 
 
 def find_unmet(match: HttpMatch, waypoint_namespace: str) -> tuple[str, str] | None:

@@ -49,3 +49,9 @@ def test_every_command_and_option_is_documented_and_no_other() -> None:
         for path, command in commands(main, "meshctl")
     }
     assert documented() == built
+
+
+def test_every_usage_is_one_line() -> None:
+    for path, command in commands(main, "meshctl"):
+        usage = command.get_usage(click.Context(command, info_name=path, terminal_width=80))
+        assert "\n" not in usage

@@ -657,11 +657,13 @@ def test_a_control_plane_that_starts_while_a_provider_is_away_has_the_keys_of_th
                 nursery.start_soon(follow_as_waypoint, world, [], "waypoint", None, take)
                 await until(partial(bool, sets))
                 assert ['"kid":"one"' in each for each in sets] == [written]
-                told: list[str] = []
+                told: list[dict[str, object]] = []
                 while not told:
-                    problems = json.loads((await world.get("/debug/problems"))[1])
-                    told = [problem["message"] for problem in problems if "issuer.test" in problem["file"]]
-                assert ("stay in use" in told[0]) == written
+                    told = json.loads((await world.get("/debug/problems"))[1])
+                (problem,) = told
+                assert (problem["file"], problem["field"]) == ("tokens.yaml", "spec.jwtRules[0].jwksUri")
+                assert problem["message"].startswith("key set https://issuer.test/keys: ")
+                assert ("stay in use" in problem["message"]) == written
 
     trio.run(main)
 

@@ -62,6 +62,7 @@ class Clockwork:
 
     def __init__(self) -> None:
         self.time = 0.0
+        self.turns = 0
         self.soon: list[Callable[[], None]] = []
         self.timers: list[tuple[float, int, Timer]] = []
         self.serial = itertools.count()
@@ -82,6 +83,7 @@ class Clockwork:
         self.errors.append(error)
 
     def turn(self) -> None:
+        self.turns += 1
         while self.soon:
             self.soon.pop(0)()
 
@@ -109,6 +111,10 @@ class Wire:
 
     @property
     def unsent(self) -> int:
+        return len(self.out)
+
+    @property
+    def unseen(self) -> int:
         return len(self.out)
 
     def attach(self, sink: Sink) -> None:

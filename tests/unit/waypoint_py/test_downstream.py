@@ -130,6 +130,20 @@ def test_requests_that_come_at_once_take_turns_with_those_of_others(serial: bool
     stage.finish()
 
 
+@pytest.mark.parametrize("serial", [True, False])
+def test_requests_that_come_one_by_one_wait_for_nobody(serial: bool) -> None:
+    stage = Stage(1, serial=serial, route=REFUSING)
+    writer = Peer()
+    if not serial:
+        stage.say(PREFACE + frame_header(0, FrameType.SETTINGS, 0, 0))
+    for number in range(3 * REQUESTS_A_TURN):
+        stage.connection.data(memoryview(GET if serial else writer.head(2 * number + 1, H2_GET)))
+        assert len(stage.log.ended) == number + 1
+        assert not stage.wire.paused
+        stage.clock.turn()
+    stage.finish()
+
+
 def test_a_request_that_came_while_the_answer_before_it_was_read_slowly_is_served(talk: Talk) -> None:
     talk.say(GET)
     talk.respond(b"x" * (4 * HIGH_WATER))

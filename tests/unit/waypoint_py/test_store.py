@@ -15,7 +15,8 @@ from mesh.xds.decode import decode_response
 from mesh.xds.l7 import ROUTE_TABLE, resource_name, type_url_of
 from mesh.xds.proto import discovery_pb2 as discovery
 from waypoint_py.http.message import Request
-from waypoint_py.store import Store, compile_service, speaks_http
+from waypoint_py.steps import finish
+from waypoint_py.store import ServiceCompiler, Store, speaks_http
 from waypoint_py.turns import finish_in_turns
 
 ORIGIN = Origin("HTTPRoute", "shop", "web")
@@ -91,12 +92,13 @@ def test_whoever_waits_for_a_change_is_called_once_and_sees_it() -> None:
 
 
 def test_a_port_without_a_route_of_its_own_leads_to_its_service() -> None:
-    runtime = compile_service(_service(200))
+    compiler = ServiceCompiler()
+    runtime = finish(compiler.compile(_service(200), None))
     (share,) = runtime.ports[80].tcp.destinations
     assert share.destination == Destination("shop", "web.shop.svc", 80)
     route = TcpRoute(ORIGIN, (WeightedDestination(Destination("a", "b", 1)),))
     declared = ServiceConfig("shop", "web.shop.svc", (PortConfig(80, Protocol.TCP, tcp=route),))
-    assert compile_service(declared).ports[80].tcp is route
+    assert finish(compiler.compile(declared, None)).ports[80].tcp is route
 
 
 def test_who_speaks_http() -> None:

@@ -539,6 +539,37 @@ def test_an_unclear_requirement_is_told_where_no_label_asks_for_a_waypoint(level
     assert problems_of(*texts) == [UNCLEAR_IS_TOLD]
 
 
+@pytest.mark.parametrize("kind", ["Namespace", "Service", "Pod", "WorkloadEntry", "ServiceEntry", "Gateway"])
+def test_a_misspelt_annotation_of_ours_is_told_and_harms_nothing(kind: str) -> None:
+    misspelt = "annotations: {ambient.mesh/waypoint-requierd: 'true', ambient.mesh/netns: /run/netns/web, else.mesh/x: a}"
+    texts = {
+        "Namespace": namespace(metadata=misspelt),
+        "Service": service(metadata=misspelt),
+        "Pod": pod(metadata=misspelt),
+        "WorkloadEntry": (
+            f"---\napiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {{name: vm, namespace: shop, {misspelt}}}\n"
+            "spec: {address: 10.9.9.9}\n"
+        ),
+        "ServiceEntry": (
+            f"---\napiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: out, namespace: shop, {misspelt}}}\n"
+            "spec: {hosts: [out.test], ports: [{number: 80, name: http, protocol: HTTP}], resolution: DNS}\n"
+        ),
+        "Gateway": gateway(metadata=misspelt),
+    }
+    found = told(texts[kind])
+    assert [f"{problem.field}: {problem.message}" for problem in found.problems] == [
+        'metadata.annotations["ambient.mesh/waypoint-requierd"]: no effect: there is no such annotation; '
+        "did you mean 'ambient.mesh/waypoint-required'?"
+    ]
+    assert told(texts[kind], before=found).problems == found.problems, "as long as it is there"
+
+
+@pytest.mark.parametrize(("name", "message"), [("waypoint-required", "it is an annotation, no label"), ("mode", "there is no such label")])
+def test_a_label_of_ours_is_told_for_there_are_none(name: str, message: str) -> None:
+    text = service(metadata=f"labels: {{ambient.mesh/{name}: a}}")
+    assert problems_of(namespace(), text) == [f'metadata.labels["ambient.mesh/{name}"]: no effect: {message}']
+
+
 # What a change costs
 
 

@@ -91,11 +91,11 @@ def test_a_message_waits_for_a_turn_of_the_others_and_a_turn_is_bounded(
         relay = (path.ingress or path.near).relays[0]
 
         def send() -> None:
-            turn, moved, passed = reactor._batch, crowd.moved, relay.sent + relay.received
+            turn, moved, passed = reactor.turns, crowd.moved, relay.sent + relay.received
 
             def look() -> None:
                 if relay.sent + relay.received > passed:
-                    served.put((reactor._batch - turn, crowd.moved - moved))
+                    served.put((reactor.turns - turn, crowd.moved - moved))
                 else:
                     reactor.call_soon(look)
 

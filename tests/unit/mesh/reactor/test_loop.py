@@ -265,7 +265,7 @@ def test_what_is_to_come_last_comes_in_the_same_turn_after_the_calls_and_what_it
         first = 0
 
         def note(name: str) -> None:
-            seen.append((name, reactor._batch - first))
+            seen.append((name, reactor.turns - first))
 
         def last() -> None:
             note("last")
@@ -274,7 +274,7 @@ def test_what_is_to_come_last_comes_in_the_same_turn_after_the_calls_and_what_it
 
         def on_event(_events: int) -> None:
             nonlocal first
-            first = reactor._batch
+            first = reactor.turns
             reactor.call_last(last)
             reactor.call_soon(lambda: note("call"))
             note("event")

@@ -1,8 +1,19 @@
+import sys
+
 import hpack
 import pytest
 
 from mesh.wire.errors import ErrorCode, RemoteProtocolError
-from mesh.wire.headers import MAX_TABLE_SIZE, HeaderReader, HeaderWriter, MalformedHeaders, check_trailers, parse_request, parse_response
+from mesh.wire.headers import (
+    MAX_TABLE_SIZE,
+    HeaderReader,
+    HeaderWriter,
+    MalformedHeaders,
+    check_trailers,
+    parse_request,
+    parse_response,
+    write_integer,
+)
 
 HEADERS = {
     "baggage": "k8s.cluster.name=Kubernetes",
@@ -56,6 +67,45 @@ def test_a_shrunk_table_is_told_to_the_peer_once_even_if_it_is_shrunk_twice() ->
     writer.resize(2**32 - 1)
     for _ in range(2):
         assert dict(decoder.decode(writer.request("a:1", HEADERS)))["baggage"] == HEADERS["baggage"]
+
+
+def test_the_next_block_tells_the_least_size_that_the_table_had_and_the_one_it_has() -> None:
+    writer = HeaderWriter()
+    for sizes, told in (((100,), [100]), ((50, 0, 100, 60), [0, 60]), ((70, 60), [60])):
+        for size in sizes:
+            writer.resize(size)
+        block = writer.response(200, {})
+        assert block == b"".join(write_integer(size, 5, 0x20) for size in told) + b"\x88"
+        assert writer.response(200, {}) == b"\x88"
+
+
+def test_a_peer_that_changes_its_settings_for_ever_costs_a_connection_without_blocks_nothing() -> None:
+    writer = HeaderWriter()
+
+    def size() -> int:
+        return sum(sys.getsizeof(getattr(writer, name)) for name in HeaderWriter.__slots__)
+
+    writer.resize(1)
+    before = size()
+    for number in range(10_000):
+        writer.resize(number % 2)
+    assert size() < before + 100
+    assert writer.response(200, {}) == b"\x20\x21\x88"
+
+
+def test_blocks_that_mean_much_for_their_length_are_not_remembered() -> None:
+    """By indices a few bytes ask for one large field again and again."""
+    reader, encoder = HeaderReader(1 << 18, remembers=True), hpack.Encoder()
+    crumb = (b"cookie", b"a" * 3000)
+    reader.read(encoder.encode([crumb]))
+    for number in range(100):
+        fields = reader.read(encoder.encode([crumb] * (3 + number % 20)))
+        assert fields[-1] == crumb
+        assert not reader.steady
+    small = encoder.encode([crumb, crumb])
+    reader.read(small)
+    assert reader.steady
+    assert list(reader._blocks) == [small]
 
 
 def test_long_values_are_written() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from mesh.testing.hbone import StoppedClock
@@ -22,9 +24,10 @@ from mesh.wire.frames import (
     window_update_frame,
 )
 from tests.unit.waypoint_py.http.h2_peer import GET, POST, Fields, Peer, request
-from waypoint_py.http.codec import BodyEnd, RefusedHead, RequestHead, ResponseHead, StreamReset
+from waypoint_py.http.codec import BodyEnd, ClientCodec, RefusedHead, RequestHead, ResponseHead, StreamReset
+from waypoint_py.http.h1 import Http1Client
 from waypoint_py.http.h2 import Http2Client, Http2Server
-from waypoint_py.http.message import Response
+from waypoint_py.http.message import Request, Response
 
 PROTOCOL, FLOW, SIZE = ErrorCode.PROTOCOL_ERROR, ErrorCode.FLOW_CONTROL_ERROR, ErrorCode.FRAME_SIZE_ERROR
 CLOSED, COMPRESSION, CALM = ErrorCode.STREAM_CLOSED, ErrorCode.COMPRESSION_ERROR, ErrorCode.ENHANCE_YOUR_CALM
@@ -647,3 +650,14 @@ def test_a_table_resized_twice_at_once_is_emptied() -> None:
     head = peer.hears()[-1]
     assert head.data.startswith(b"\x20")
     assert peer.decoder.decode(head.data, raw=True) == [(b":status", b"200"), *common]
+
+
+@pytest.mark.parametrize("make", [lambda: Http2Client(now=lambda: 0.0), Http1Client])
+@pytest.mark.parametrize("blank", [b" ", b"\t"])
+@pytest.mark.parametrize("where", ["path", "authority"])
+def test_no_blank_is_sent_in_a_request_line(make: Callable[[], ClientCodec], blank: bytes, where: str) -> None:
+    words = {"path": b"/a", "authority": b"web"}
+    words[where] += blank + b"b"
+    codec = make()
+    with pytest.raises(LocalProtocolError, match="blank"):
+        codec.send_request(Request(b"GET", b"http", words["authority"], words["path"], []), ended=True)

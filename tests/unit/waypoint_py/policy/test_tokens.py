@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -307,6 +309,17 @@ def test_a_remembered_token_is_forgotten_with_its_keys() -> None:
     assert isinstance(rule.check(asked, NOW), Passed)
     sets.append(KeySet.parse(key_set(jwk(OTHER_RSA_KEY))))
     assert isinstance(rule.check(asked, NOW), Refused)
+
+
+def test_keys_that_were_replaced_are_not_kept_for_the_tokens_that_they_verified() -> None:
+    sets = [KeySet.parse(KEYS)]
+    rule = checker(REMOTE, find_keys=lambda rule: sets[-1])
+    assert isinstance(rule.check(request(bearer(sign())), NOW), Passed)
+    replaced = ref(sets[0])
+    sets[0] = KeySet.parse(KEYS)
+    gc.collect()
+    assert replaced() is None
+    assert isinstance(rule.check(request(bearer(sign())), NOW), Passed)
 
 
 def test_a_remembered_token_is_still_not_for_another_audience() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -23,6 +23,7 @@ from mesh.testing.proxies import EgressProxy, IngressProxy, ReactorThread, tcp_l
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.contexts import hbone_context
 from waypoint_py.stream import HIGH_WATER, ByteStream
+from waypoint_py.streams.base import Stream
 from waypoint_py.streams.tcp import TcpStream
 from waypoint_py.streams.tls import TlsStream
 from waypoint_py.streams.tunnel import TunnelStream
@@ -59,6 +60,58 @@ class Collector:
 
     def wait_for(self, event: str) -> None:
         wait_until(lambda: event in self.events, f"{event}; there were {self.events}")
+
+
+class Carrier(Stream):
+    """Its transport takes what the test has it take."""
+
+    @property
+    def local_address(self) -> SocketAddress | None:
+        return None
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._out += data
+        self._note_unsent()
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(self._out[:size])
+        del self._out[:size]
+        self._drained()
+        return taken
+
+    def end(self) -> None:
+        pass
+
+    def abort(self, reason: str) -> None:
+        self._finish_by_abort(reason)
+
+    def _passed_on(self, size: int) -> None:
+        pass
+
+
+@contextmanager
+def tls_that_stands() -> Iterator[tuple[ReactorThread, Carrier, TlsStream]]:
+    """TLS over a carrier with nothing in it."""
+    with ReactorThread() as thread:
+        reactor, outcomes = thread.reactor, list[str | None]()
+
+        def start() -> tuple[Carrier, TlsStream, Carrier]:
+            near, far = Carrier(reactor), Carrier(reactor)
+            TlsStream(reactor, far, tls_server_context(BUNDLE), outcomes.append, server_side=True)
+            return near, TlsStream(reactor, near, tls_client_context(BUNDLE), outcomes.append), far
+
+        near, stream, far = thread.call(start)
+
+        def carry() -> bool:
+            for source, target in ((near, far), (far, near)):
+                assert target._sink is not None
+                target._sink.data(memoryview(source.take(source.unsent)))
+            return len(outcomes) == 2 and not near.unsent and not far.unsent
+
+        wait_until(lambda: thread.call(carry), "TLS to stand")
+        assert outcomes == [None, None]
+        yield thread, near, stream
+    assert thread.errors == []
 
 
 class Pipe:

@@ -8,23 +8,28 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from mesh.testing.proxies import open_descriptors, read_all, wait_until
+from mesh.testing.proxies import ReactorThread, open_descriptors, read_all, wait_until
 from tests.unit.waypoint_py.streams.conftest import (
     BUNDLE,
+    Carrier,
     Collector,
     Line,
     Pipe,
     python_server_context,
     tls_client_context,
+    tls_that_stands,
 )
 from waypoint_py.stream import HIGH_WATER, LOW_WATER
 from waypoint_py.streams.tls import TRUNCATED, TlsStream
+from waypoint_py.tcp import TcpProxy, _Side
 
 MIB = 1 << 20
 WINDOW = 4 * MIB
@@ -406,6 +411,62 @@ def test_streams_joined_by_a_pipe_pass_everything_on(open_line: Callable[[str], 
 
 
 # --- TLS of its own
+
+
+@pytest.fixture
+def carried() -> Iterator[tuple[ReactorThread, Carrier, TlsStream]]:
+    with tls_that_stands() as found:
+        yield found
+
+
+def test_room_is_told_after_plaintext_that_was_written_as_the_carrier_drained(
+    carried: tuple[ReactorThread, Carrier, TlsStream],
+) -> None:
+    """The carrier has room while as much waits to be sealed: who looks then finds none, and nobody would speak of it again."""
+    thread, carrier, stream = carried
+    unsent: list[int] = []
+    sink = Collector()
+    sink.on_drained = lambda: unsent.append(stream.unsent)
+    thread.call(lambda: (stream.attach(sink), stream.write(bytes(HIGH_WATER + 1))))
+
+    def write_while_it_drains() -> None:
+        assert carrier.unsent > HIGH_WATER, "sealed, and the carrier's"
+        stream.write(bytes(2 * LOW_WATER))
+        carrier.take(carrier.unsent - LOW_WATER + 1)
+        assert unsent == [], "what waits to be sealed is not gone"
+
+    thread.call(write_while_it_drains)
+    wait_until(lambda: bool(unsent), "word of the room")
+    assert len(unsent) == 1
+    assert LOW_WATER < unsent[0] <= HIGH_WATER
+    assert thread.call(lambda: carrier.unsent) == unsent[0], "all was sealed"
+
+
+def test_a_proxy_goes_on_when_tls_has_room_again_above_the_low_mark(carried: tuple[ReactorThread, Carrier, TlsStream]) -> None:
+    """The carrier was never above its mark, only both together: it will not speak of what it sends."""
+    thread, carrier, stream = carried
+
+    def begin() -> tuple[Carrier, _Side]:
+        source = Carrier(thread.reactor)
+        proxy = cast(TcpProxy, SimpleNamespace(moved=lambda _side, _size: None))
+        down, up = _Side(proxy, source), _Side(proxy, stream)
+        down.connect(up)
+        up.connect(down)
+        stream.attach(up)
+        down.data(memoryview(bytes(HIGH_WATER - 2 * LOW_WATER)))
+        return source, down
+
+    source, down = thread.call(begin)
+
+    def fill() -> None:
+        assert carrier.unsent > HIGH_WATER - 2 * LOW_WATER, "sealed, and the carrier's"
+        down.data(memoryview(bytes(2 * LOW_WATER + 1)))
+        assert source._paused
+        carrier.take(LOW_WATER)
+
+    thread.call(fill)
+    wait_until(lambda: not thread.call(lambda: source._paused), "the source to go on")
+    assert LOW_WATER < thread.call(lambda: carrier.unsent) <= HIGH_WATER
 
 
 def accept_tls(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from mesh.model.l7.destination import TlsMode, TrafficPolicy, UpstreamTls
+from mesh.model.l7.destination import ConnectionPool, TlsMode, TrafficPolicy, UpstreamTls
 from mesh.model.l7.routing import Destination
 from mesh.testing.proxies import open_descriptors, wait_until
-from tests.unit.waypoint_py.streams.conftest import Collector
+from tests.unit.waypoint_py.streams.conftest import Collector, tls_that_stands
 from tests.unit.waypoint_py.upstream.conftest import (
     Agent,
     Answer,
@@ -28,9 +28,12 @@ from tests.unit.waypoint_py.upstream.conftest import (
     serve_echo,
     settle,
 )
+from waypoint_py.http.h2 import Http2Client
 from waypoint_py.http.message import Request
 from waypoint_py.stream import ByteStream
+from waypoint_py.streams.tunnel import TunnelStream
 from waypoint_py.upstream import pool
+from waypoint_py.upstream.client import Call, HttpSession
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure, UpstreamProtocol
 
 HTTP2 = UpstreamProtocol.HTTP2
@@ -414,6 +417,61 @@ def test_a_request_whose_bytes_have_not_left_is_begun_anew(world: World, applica
     assert application.connections == 2
 
 
+class Keeper:
+    """An `Owner` that takes nothing back, and keeps what it is offered."""
+
+    waits = False
+    limits = ConnectionPool()
+
+    def __init__(self) -> None:
+        self.offered: list[Call] = []
+
+    def take_back(self, call: Call) -> bool:
+        self.offered.append(call)
+        return False
+
+    def session_free(self, session: HttpSession) -> None: ...
+
+    def session_gone(self, session: HttpSession) -> None: ...
+
+    def session_closed(self, session: HttpSession) -> None: ...
+
+    def call_over(self, call: Call) -> None: ...
+
+
+def test_a_request_whose_record_has_left_is_not_begun_anew_for_the_length_of_later_ones() -> None:
+    """What TLS adds to each record makes up for the plaintext that has gone."""
+    with tls_that_stands() as (thread, carrier, stream):
+        owner, answers = Keeper(), [Answer() for _ in range(2)]
+
+        def ask(answer: Answer) -> Call:
+            call = Call(owner, Request(b"GET", b"http", b"reviews", b"/", []), True, answer, answer.opened)
+            assert session.begin(call) is None
+            session._flush()
+            stream._flush()
+            return call
+
+        def leave() -> None:
+            assert carrier.take(carrier.unsent)
+
+        def begin() -> HttpSession:
+            session = HttpSession(thread.reactor, stream, Http2Client(now=thread.reactor.now), owner)
+            stream.attach(session)
+            session._flush()
+            stream._flush()
+            return session
+
+        session = thread.call(begin)
+        thread.call(leave)
+        first = thread.call(lambda: ask(answers[0]))
+        thread.call(leave)
+        others = [thread.call(lambda: ask(answers[1])) for _ in range(10)]
+        thread.call(lambda: session.discard("the test is over"))
+        assert {answer.wait().failure.kind for answer in answers} == {FailureKind.TERMINATED}
+        assert first not in owner.offered
+        assert not set(others) & set(owner.offered), "sealed, so the carrier may have sent it"
+
+
 def test_a_request_whose_bytes_have_left_is_not_begun_anew(world: World, serve: Callable[..., Application]) -> None:
     requests = 0
 
@@ -789,6 +847,39 @@ def test_nobody_waits_for_a_removed_endpoint_to_answer(world: World, application
     failure = answer.wait().failure
     assert failure is not None
     assert (failure.kind, failure.because) == (FailureKind.CONNECT, f"connection to {endpoint.address} failed: the endpoint is no more")
+    assert world.call(lambda: world.pool.connections) == 0
+
+
+def test_a_removed_endpoint_is_not_dialled_again_for_who_waited_for_room(world: World, application: Application, agent: Agent) -> None:
+    agent.ignore = True
+    endpoint = in_mesh(endpoint_at(application.address, limited(max_connections=1)))
+    answers = [world.ask(endpoint, f"/{number}") for number in range(3)]
+    wait_until(lambda: agent.authorities, "the agent has been asked")
+    breaker = world.call(lambda: world.pool.breaker_of(endpoint))
+    world.call(lambda: world.pool.forget(lambda each: each.address == endpoint.address))
+    assert (breaker.connections, breaker.pending) == (0, 0)
+    failures = {answer.wait().failure for answer in answers}
+    assert failures == {UpstreamFailure(FailureKind.CONNECT, f"connection to {endpoint.address} failed: the endpoint is no more")}
+    assert len(agent.authorities) == 1
+
+
+def test_a_connection_of_its_own_waits_for_no_removed_endpoint_and_goes_on_if_it_stands(
+    world: World, application: Application, agent: Agent
+) -> None:
+    results: list[ByteStream | UpstreamFailure] = []
+    endpoint = in_mesh(endpoint_at(application.address))
+    world.call(lambda: world.pool.connect(endpoint, results.append))
+    wait_until(lambda: bool(results), "a connection")
+    agent.ignore = True
+    world.call(lambda: world.pool.connect(endpoint, results.append))
+    wait_until(lambda: len(agent.authorities) == 2, "the agent has been asked")
+    world.call(lambda: world.pool.forget(lambda each: each.address == endpoint.address))
+    stream, failure = results
+    assert failure == UpstreamFailure(FailureKind.CONNECT, f"connection to {endpoint.address} failed: the endpoint is no more")
+    assert isinstance(stream, TunnelStream)
+    assert not world.call(lambda: stream.over)
+    assert world.call(lambda: world.pool.connections) == 1
+    world.call(lambda: stream.abort("the test is over"))
     assert world.call(lambda: world.pool.connections) == 0
 
 

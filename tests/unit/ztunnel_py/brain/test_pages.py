@@ -146,7 +146,7 @@ def test_policies_of_a_pod_are_those_that_apply_to_it() -> None:
 
 def test_policies_of_a_pod_that_nobody_knows_are_not_none() -> None:
     response = get("/debug/policies", pod="shop/wbe")
-    assert (response.status, response.body) == (404, b"the agent of node n1 knows no pod wbe in namespace shop\n")
+    assert (response.status, response.body) == (404, b"it knows no pod wbe in namespace shop\n")
 
 
 def test_a_certificate_that_is_awaited_is_told_without_a_chain() -> None:
@@ -157,7 +157,7 @@ def test_a_certificate_that_is_awaited_is_told_without_a_chain() -> None:
 @pytest.mark.parametrize(
     ("query", "status", "text"),
     [
-        ({"pod": "shop/wbe"}, 404, "the agent of node n1 has nothing to do with a pod wbe in namespace shop"),
+        ({"pod": "shop/wbe"}, 404, "it has nothing to do with a pod wbe in namespace shop"),
         ({"limit": "0"}, 400, "limit=0: expected 1 to 100000"),
         ({"limit": "٣"}, 400, "expected 1 to 100000"),
         ({"nod": "n"}, 400, "unknown parameter nod: there are limit, namespace, pod"),

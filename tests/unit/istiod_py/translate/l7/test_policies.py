@@ -10,7 +10,7 @@ import pytest
 from istiod_py.translate.config import Condition
 from istiod_py.translate.l7.acceptance import Targets, acceptance_of, find_unbound
 from istiod_py.translate.l7.attachment import Fronted, WaypointRef
-from istiod_py.translate.l7.authentication import KeySets, KeySource, authentications_for, find_wanted
+from istiod_py.translate.l7.authentication import KeySets, KeySource, authentications_for, find_key_problems, find_wanted
 from istiod_py.translate.l7.known import KnownServices, L7Port, L7Service, know
 from istiod_py.translate.l7.notices import find_notices, find_provider_notices
 from istiod_py.translate.l7.policies import PolicyFacts, policies_for
@@ -493,6 +493,18 @@ def test_what_is_wanted_is_what_rules_in_use_name() -> None:
     assert find_wanted(reads) == {uri: 9.0, discovered: 5.0}
     assert find_wanted(reads, by_waypoints=True) == {discovered: 5.0}
     assert find_wanted(authentications("{jwksUri: 'https://id.example.com/keys'}").values()) == {}
+
+
+def test_a_key_set_that_could_not_be_fetched_is_told_of_where_it_is_named() -> None:
+    reads = authentications(f"{URI}, {INLINE}, {DISCOVERED}, {URI}").values()
+    uri, discovered = KeySource("https://id.example.com/keys"), KeySource("", "https://id.example.com")
+    told = [(problem.field, problem.message) for problem in find_key_problems(reads, {uri: "nobody there", discovered: "no keys"})]
+    assert told == [
+        ("spec.jwtRules[0].jwksUri", "key set https://id.example.com/keys: nobody there"),
+        ("spec.jwtRules[2].issuer", "key set https://id.example.com: no keys"),
+        ("spec.jwtRules[3].jwksUri", "key set https://id.example.com/keys: nobody there"),
+    ]
+    assert [*find_key_problems(reads, {})] == []
 
 
 def test_a_token_rule_with_a_mistake_refuses_requests_until_it_was_good_once() -> None:

@@ -283,6 +283,16 @@ def test_every_kind_of_action_and_a_prefix_to_replace_where_none_is_matched(
     assert (found.matches[0].path if found.matches else None) == path
 
 
+@pytest.mark.parametrize(("uri", "name"), [
+    ("prefix: api/", "prefix"), ("exact: api", "exact"), ("prefix: '?a'", "prefix"), ("exact: 'http://reviews/'", "exact"),
+    ("prefix: /api", ""), ("exact: /", ""), ("exact: '*'", ""), ("prefix: ''", ""), ("regex: 'api/.*'", ""),
+])  # fmt: skip
+def test_a_path_that_does_not_begin_with_a_slash_is_told_for_no_request_has_it(uri: str, name: str) -> None:
+    found = world(f"{{match: [{{uri: {{prefix: /a}}}}, {{uri: {{{uri}}}}}], {TO}}}")
+    told = [(f"spec.http[0].match[1].uri.{name}", "no path matches that: paths begin with '/'")] if name else []
+    assert found.problems() == told
+
+
 def test_a_redirect_that_nobody_follows_is_left_out_and_told() -> None:
     found = world(f"{{redirect: {{uri: /b, redirectCode: 304}}}}, {{{TO}}}")
     assert found.find("/") == "v1"

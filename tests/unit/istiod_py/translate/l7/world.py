@@ -154,7 +154,7 @@ def find_told(told: RoutesTold, request: Request, number: int, service: str = ""
     compiler = ServiceCompiler()
     compiler.tables.update((table.key, table) for table in told.tables)
     (config,) = (config for config in told.configs if service in ("", config.key))
-    return finish(compiler.compile(config)).ports[number].routes.find(request, number)
+    return finish(compiler.compile(config, None)).ports[number].routes.find(request, number)
 
 
 def status_of(report: RouteReport, kind: str, name: str = "r", namespace: str = "shop") -> tuple[Any, ...]:
