@@ -30,10 +30,10 @@ def _run(arguments: list[str]) -> int:
         case ["brain"]:
             from ztunnel_py.brain.processes import start_early
 
-            start_early()
+            early = start_early()
             from ztunnel_py.brain.app import run_brain
 
-            return run_brain()
+            return run_brain(early)
         case ["mover", name]:
             from ztunnel_py.mover.app import run_mover
 

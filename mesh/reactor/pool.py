@@ -114,18 +114,21 @@ class TunnelPool:
         self._sweep_later()
 
     def _find_room(self, shelf: _Shelf) -> HboneLink | None:
-        """The first connection that takes a tunnel more. Full ones stand aside until they say that there may be room."""
+        """The first connection that takes a tunnel more. Full ones stand aside until they say that there may be room. Of those that carry
+        nothing and may not, one is kept, as the peer may allow it yet: one that never does would have one more with each tunnel."""
         full: list[HboneLink] = []
+        idle: list[HboneLink] = []
         found = None
         for link in shelf.roomy:
             if link.active < self._max_streams and link.usable:
                 found = link
                 break
-            if link.active:
-                full.append(link)
+            (full if link.active else idle).append(link)
         for link in full:
             del shelf.roomy[link]
             link.on_room = partial(self._has_room, shelf, link)
+        for link in idle[1:]:
+            link.close_gracefully()
         return found
 
     def _has_room(self, shelf: _Shelf, link: HboneLink) -> None:

@@ -13,6 +13,8 @@ class InvalidTlsMaterial(ValueError):
 def verifying_context(roots_pem: str | None) -> ssl.SSLContext:
     """Of a client that verifies the server's chain up to any of these certificates (None: the system's) and its name, by the same measure
     whatever Python is used, and as Go does: so kubectl and Istio accept what we do. Raises ssl.SSLError, ValueError."""
+    if roots_pem is not None and not roots_pem:
+        raise ValueError("there are none")  # Python would take the system's
     context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cadata=roots_pem)
     # Python 3.13 asks for extensions that authorities of clusters have done without for years.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT

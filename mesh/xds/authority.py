@@ -12,7 +12,7 @@ from google.protobuf.struct_pb2 import Struct
 from mesh.model.identity import SpiffeId
 from mesh.rpc.client import open_channel
 from mesh.rpc.errors import RpcError
-from mesh.rpc.tls import InvalidTlsMaterial, client_tls
+from mesh.rpc.tls import client_tls
 from mesh.tls.bundle import CertificateBundle, InvalidBundle
 from mesh.tls.csr import make_request
 from mesh.tls.rotation import CertificateFetchFailed
@@ -51,7 +51,7 @@ async def request_certificate(authority: Authority, identity: SpiffeId) -> Certi
         answer = await _call(authority, body)
     except RpcError as exc:
         raise CertificateFetchFailed(f"signing gRPC error ({exc.status.name}): {exc.message}") from exc
-    except (OSError, InvalidTlsMaterial) as exc:
+    except (OSError, ValueError) as exc:  # a token or root certificate that is not there, or not one
         raise CertificateFetchFailed(f"can't ask the certificate authority: {exc}") from exc
     try:
         chain = list(ca_pb2.IstioCertificateResponse.FromString(answer).cert_chain)

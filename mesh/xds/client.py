@@ -283,21 +283,20 @@ class Tidying:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self._wait: trio.CancelScope | None = None
+        self._due: float | None = None
 
     def soon(self) -> None:
         """Once for many: a large mesh comes in many parts."""
-        due = trio.current_time() + TIDY_AFTER
-        if self._wait is not None:
-            self._wait.deadline = due
-        else:
-            self._wait = trio.CancelScope(deadline=due)
-            self._nursery.start_soon(self._tidy, self._wait)
+        waits, self._due = self._due is not None, trio.current_time() + TIDY_AFTER
+        if not waits:
+            self._nursery.start_soon(self._tidy)
 
-    async def _tidy(self, wait: trio.CancelScope) -> None:
-        with wait:
-            await trio.sleep_forever()
-        self._wait = None
+    async def _tidy(self) -> None:
+        while self._due is not None:
+            if trio.current_time() >= self._due:
+                self._due = None
+            else:
+                await trio.sleep_until(self._due)
         await trio.to_thread.run_sync(return_free_memory)
 
 

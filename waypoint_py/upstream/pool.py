@@ -390,7 +390,10 @@ class Connecting:
     def expire(self) -> None:
         """The endpoint is no more: a dial fails, and what stands goes on, as on its node."""
         if self._dialling is not None:
-            self._dialling.abandon(_no_more(self.endpoint.address))
+            try:
+                self._dialling.abandon(_no_more(self.endpoint.address))
+            except Exception as exc:  # the others must hear of it too
+                self._pool.reactor.report(exc, f"failure of a connection to {self.endpoint.address}")
 
     def _dialled(self, result: Stream | UpstreamFailure) -> None:
         if isinstance(result, UpstreamFailure) or result.over:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -65,8 +66,8 @@ def open_departures(config: AgentConfig) -> Departures:
     return DirectoryDepartures(config.run_dir)
 
 
-def run_brain() -> int:
-    """Process entry. Returns the exit status; `EXIT_CONFIG` when a restart would not help."""
+def run_brain(early: Mapping[str, subprocess.Popen[bytes]]) -> int:
+    """Process entry. ``early``: movers that were started ahead. Returns the exit status; `EXIT_CONFIG` when a restart would not help."""
     try:
         log.configure_from()
         config = read_access(read_config())
@@ -75,7 +76,7 @@ def run_brain() -> int:
         return EXIT_CONFIG
     raise_descriptor_limit()
     try:
-        trio.run(Brain(config).run)
+        trio.run(Brain(config, early).run)
     except BindError as exc:
         _log.error("start.failed", error=str(exc))
         return EXIT_CONFIG
@@ -85,7 +86,7 @@ def run_brain() -> int:
 class Brain:
     """Everything of the agent that waits for something. Implements `ztunnel_py.brain.movers.Follower`."""
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, early: Mapping[str, subprocess.Popen[bytes]]) -> None:
         self._config = config
         self._registry = Registry()
         self._totals = Totals()
@@ -99,7 +100,7 @@ class Brain:
         self._certificates = CertificateManager(partial(request_certificate, authority(config, impersonate=True)))
         self._certificates.subscribe(self._certificate_news)
         apart = (SPARE,) if config.spare_mover else ()
-        self._movers = Movers(count=config.own_movers, run_dir=config.own_dir, follower=self, apart=apart)
+        self._movers = Movers(count=config.own_movers, run_dir=config.own_dir, follower=self, apart=apart, early=early)
         self._pods = PodKeeper(config, self._movers, self._certificates, workloads, self._is_announced)
         self._charge = Charge(config, self._pods, self._certificates)
         self._departures = open_departures(config)

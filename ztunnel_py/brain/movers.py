@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, TypeAlias
 
 import trio
@@ -127,12 +128,22 @@ class Mover:
 class Movers:
     """All slots. `run` keeps every slot filled until cancelled."""
 
-    def __init__(self, *, count: int, run_dir: Path, follower: Follower, apart: Sequence[str] = ()) -> None:
-        """``count``: how many to keep running. ``apart``: names of movers that somebody else keeps running."""
+    def __init__(
+        self,
+        *,
+        count: int,
+        run_dir: Path,
+        follower: Follower,
+        apart: Sequence[str] = (),
+        early: Mapping[str, subprocess.Popen[bytes]] = MappingProxyType({}),
+    ) -> None:
+        """``count``: how many to keep running. ``apart``: names of movers that somebody else keeps running. ``early``: processes that we
+        started ahead, by slot."""
         self._names = slots(count)
         self._apart = frozenset(apart)
         self._run_dir = run_dir
         self._follower = follower
+        self._early = early
         self._living: dict[str, Mover] = {}
         self._joined: dict[str, trio.Event] = {}
         self._pids: dict[str, int] = {}
@@ -327,12 +338,12 @@ class Movers:
     # Processes
 
     async def _keep(self, name: str) -> None:
-        """Keep one slot filled: wait for an orphan of the last brain, else start a process; again whenever it ends."""
-        pid = await self._adopt(name)
+        """Keep one slot filled: by what was started ahead, or an orphan of the last brain, else by a new process; again when it ends."""
+        process = self._early.get(name)
+        pid = process.pid if process is not None else await self._adopt(name)
         pause = _FIRST_PAUSE
         while not self._stopping:
             started = trio.current_time()
-            process: subprocess.Popen[bytes] | None = None
             if pid is None:
                 try:
                     process = self._start(name)
@@ -346,21 +357,18 @@ class Movers:
             await _wait_ended(pid)
             if process is not None:
                 process.wait()
-            else:
-                _reap(pid)
             if self._stopping:
                 return
             if trio.current_time() - started > _STEADY:
                 pause = _FIRST_PAUSE
             del self._pids[name]
             _log.warning("mover.ended", mover=name, pid=pid, status=process.returncode if process else "unknown", restart_in=pause)
-            pid = None
+            pid = process = None
             await trio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     async def _adopt(self, name: str) -> int | None:
-        """The process of this slot that outlived the last brain, or was started ahead of this one, once it has joined; None if there is
-        none (any more)."""
+        """The process of this slot that outlived the last brain, once it has joined; None if there is none (any more)."""
         pid = find_mover(self._run_dir, name)
         if pid is None:
             return None
@@ -422,12 +430,6 @@ def _discard(queue: trio.MemoryReceiveChannel[_Posted]) -> None:
         except (trio.WouldBlock, trio.EndOfChannel):
             return
         close_all(descriptors)
-
-
-def _reap(pid: int) -> None:
-    """One that was started ahead of us in this process, and so is our child; others are their supervisor's to reap."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
 
 
 async def _wait_ended(pid: int) -> None:

@@ -697,7 +697,10 @@ class PodKeeper:
                 pod, record = self._held.get(uid), self._state.records.get(uid)
                 if pod is None or record is None:
                     continue
-                if await trio.to_thread.run_sync(_identity_at, record.pod.netns_path) != pod.identity:
+                found = await trio.to_thread.run_sync(_identity_at, record.pod.netns_path)
+                if self._held.get(uid) is not pod:
+                    continue  # closed meanwhile: the numbers of its descriptors may be another pod's
+                if found != pod.identity:
                     self._place.forget(uid)
                     self._tell(pods.NetnsReplaced(uid))
                     continue

@@ -17,20 +17,23 @@ from ztunnel_py.config import read_config
 from ztunnel_py.supervisor import LIFELINE
 
 
-def start_early() -> None:
-    """Start a process in every slot that has none that lives. Whatever fails the brain tries again, and says so."""
+def start_early() -> dict[str, subprocess.Popen[bytes]]:
+    """Start a process in every slot that has none that lives, by slot. Whatever fails the brain tries again, and says so."""
+    started: dict[str, subprocess.Popen[bytes]] = {}
     try:
         config = read_config()
     except InvalidEnvironment:
-        return
+        return started
     raise_descriptor_limit()
     try:
         config.own_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in slots(config.own_movers):
             if find_mover(config.own_dir, name) is None:
-                note_mover(config.own_dir, name, start_mover(name).pid)
+                started[name] = start_mover(name)
+                note_mover(config.own_dir, name, started[name].pid)
     except OSError:
         pass
+    return started
 
 
 def slots(count: int) -> list[str]:

@@ -178,7 +178,7 @@ def test_full_connections_are_not_asked_again_for_every_tunnel() -> None:
 
 
 def test_a_connection_without_a_stream_that_may_carry_none_now_is_asked_again() -> None:
-    """Its peer has allowed none yet: no stream could end, and nothing else tells of the room."""
+    """Its peer has allowed none yet: no stream could end."""
     dials = Dials()
     dials.checkout(key())
     link = Link()
@@ -189,6 +189,18 @@ def test_a_connection_without_a_stream_that_may_carry_none_now_is_asked_again() 
     link.usable = True
     dials.checkout(key())
     assert dials.got == [link, link]
+
+
+def test_a_peer_that_allows_no_streams_is_not_given_one_more_connection_each_time() -> None:
+    dials = Dials()
+    links = [Link() for _ in range(5)]
+    for link in links:
+        dials.checkout(key())
+        dials.answer(link)
+        link.end()
+        link.usable = False
+    dials.checkout(key())
+    assert [link.closed_gracefully.is_set() for link in links] == [False, True, True, True, True]
 
 
 def test_a_connection_that_went_away_is_not_handed_out() -> None:

@@ -10,7 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from mesh.rpc.tls import client_tls
+from mesh.rpc.tls import InvalidTlsMaterial, client_tls
 from mesh.testing.serving import write_serving_certificate
 
 
@@ -62,3 +62,9 @@ def test_an_anchor_need_not_have_signed_itself(tmp_path: Path) -> None:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(serving.chain, serving.key)
     shake_hands(client_tls(leaf.public_bytes(Encoding.PEM).decode()), server, "istiod.test")
+
+
+@pytest.mark.parametrize("roots", ["", "\n", "no certificate"])
+def test_a_file_without_roots_does_not_make_everybody_believed_whom_the_system_believes(roots: str) -> None:
+    with pytest.raises(InvalidTlsMaterial, match="root certificates: "):
+        client_tls(roots)

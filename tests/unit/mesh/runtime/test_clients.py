@@ -115,12 +115,22 @@ def test_a_token_that_no_header_can_carry_is_a_failure_of_this_try(authority: Au
 
 @pytest.mark.parametrize(
     "trusted",
-    [None, "no PEM", "-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----\n", CA.root_pem.decode()],
-    ids=["missing", "no PEM", "no certificate", "foreign"],
+    [None, "\n", "no PEM", "-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----\n", CA.root_pem.decode()],
+    ids=["missing", "empty", "no PEM", "no certificate", "foreign"],
 )
 def test_roots_that_are_missing_wrong_or_foreign_are_told(authority: Authority, trusted: str | None) -> None:
     authority.trusted = trusted
     assert authority.fetch(nobody)
+
+
+@pytest.mark.parametrize("binary", ["token", "root"])
+def test_a_file_that_is_no_text_is_told(authority: Authority, binary: str) -> None:
+    if binary == "root":
+        authority.trusted = None
+        authority.root.write_bytes(b"0\x82\x03\xff")  # as DER begins
+    else:
+        authority.token.write_bytes(b"\xff")
+    assert authority.fetch(nobody).startswith("can't ask the certificate authority: ")
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,23 @@ def test_memory_is_given_back_once_after_all_parts_of_a_large_mesh(monkeypatch: 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def test_a_part_that_comes_just_when_memory_is_to_be_given_back_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    given_back: list[float] = []
+    monkeypatch.setattr("mesh.xds.client.return_free_memory", lambda: given_back.append(clock.current_time()))
+
+    async def main() -> None:
+        for _ in range(30):  # which of the two that wake at once is first is left to chance
+            async with trio.open_nursery() as nursery:
+                began, tidying = trio.current_time(), Tidying(nursery)
+                tidying.soon()
+                await trio.sleep(TIDY_AFTER)
+                tidying.soon()
+            assert given_back[-1] == began + 2 * TIDY_AFTER
+
+    trio.run(main, clock=clock)
+
+
 class _Script:
     """Connections to a server that says what is written, whatever it hears, and hangs up after all but the last."""
 

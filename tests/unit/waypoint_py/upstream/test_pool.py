@@ -883,6 +883,24 @@ def test_a_connection_of_its_own_waits_for_no_removed_endpoint_and_goes_on_if_it
     assert world.call(lambda: world.pool.connections) == 0
 
 
+def test_who_fails_over_a_removed_endpoint_keeps_no_other_waiting(world: World, application: Application, agent: Agent) -> None:
+    agent.ignore = True
+    endpoint = in_mesh(endpoint_at(application.address))
+    results: list[ByteStream | UpstreamFailure] = []
+
+    def fail(result: ByteStream | UpstreamFailure) -> None:
+        raise ValueError("a bug")
+
+    for on_open in (fail, results.append):
+        world.call(lambda on_open=on_open: world.pool.connect(endpoint, on_open))
+    wait_until(lambda: len(agent.authorities) == 2, "the agent has been asked")
+    world.call(lambda: world.pool.forget(lambda each: each.address == endpoint.address))
+    assert [type(result) for result in results] == [UpstreamFailure]
+    assert world.call(lambda: world.pool.connections) == 0
+    assert [str(error) for error in world.thread.errors] == ["a bug"]
+    world.thread.errors.clear()
+
+
 def test_draining_serves_what_comes_and_keeps_nothing(world: World, serve: Callable[..., Application], agent: Agent) -> None:
     gate = Gate()
     application = serve(gate.script)

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from math import inf
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from ztunnel_py import messages
 from ztunnel_py.brain import movers as module
@@ -390,15 +392,21 @@ def test_those_who_are_left_look_again_when_a_mover_has_died(world: World) -> No
     world.run(test)
 
 
-def test_movers_are_started_ahead_of_the_brain_once_and_reaped_by_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def early(world: World, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
+    """A mover that was started ahead of the brain, of which the brain knows."""
     for name, value in (("NODE_NAME", "n1"), ("MESH_SOURCE", "/tmp"), ("MESH_STATUS_DIR", "/tmp"), ("MOVERS", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RUN_DIR", str(world.directory.parent))
     monkeypatch.setenv("POD_NAME", world.directory.name)
-    for _ in range(2):
-        start_early()
-        (early,) = world.started
-        assert find_mover(world.directory, "0") == early.pid
+    started = start_early()
+    world.movers = Movers(count=1, run_dir=world.directory, follower=world.follower, early=started)
+    return started["0"]
+
+
+def test_movers_are_started_ahead_of_the_brain_once_and_reaped_by_it(world: World, early: subprocess.Popen[bytes]) -> None:
+    assert find_mover(world.directory, "0") == early.pid
+    assert start_early() == {}
 
     async def test() -> None:
         async with world.joins(early.pid):
@@ -411,7 +419,37 @@ def test_movers_are_started_ahead_of_the_brain_once_and_reaped_by_it(world: Worl
     world.run(test)
 
 
+def test_a_mover_that_was_started_ahead_may_take_its_time(
+    world: World, early: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It imports as much as any: only one of the last brain, which looks for us, is stuck when it does not come."""
+    monkeypatch.setattr(module, "ADOPTION_SECONDS", 0.0)
+
+    async def test() -> None:
+        await world.until(lambda: (world.directory / "brain.sock").exists())
+        await trio.testing.wait_all_tasks_blocked()
+        async with world.joins(early.pid):
+            await world.until(lambda: world.follower.joined)
+        assert world.started == [early]
+        assert early.poll() is None
+
+    world.run(test)
+
+
+def test_a_mover_that_was_started_ahead_and_ended_is_waited_for_no_longer(
+    world: World, early: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ADOPTION_SECONDS", inf)
+
+    async def test() -> None:
+        await world.until(lambda: "0" in world.movers._pids)
+        early.kill()
+        await world.until(lambda: len(world.started) == 2)
+
+    world.run(test)
+
+
 def test_whoever_is_configured_wrongly_starts_nothing_ahead(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NODE_NAME", raising=False)
-    start_early()
+    assert start_early() == {}
     assert world.started == []

@@ -463,6 +463,31 @@ def test_a_captured_pod_is_given_again_to_a_mover_for_which_there_were_no_descri
     world.run(test)
 
 
+def test_a_pod_that_ended_while_it_was_looked_at_is_given_to_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of its descriptors may be those of another pod by then, whose connections would pass for the first one's."""
+    looking, looked = trio.Event(), trio.Event()
+
+    async def slow_thread(function: Callable[..., object], *arguments: object) -> object:
+        if function is module._identity_at:
+            looking.set()
+            await looked.wait()
+        return await at_once(function, *arguments)
+
+    async def test() -> None:
+        await world.captured(facts())
+        monkeypatch.setattr(trio.to_thread, "run_sync", slow_thread)
+        await looking.wait()
+        new = FakeMover(world, "2")
+        world.movers.all.append(new)
+        await world.has()
+        await world.until(lambda: not world.holds("uid-1"), "it is closed")
+        looked.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [message for message in new.told if isinstance(message, messages.ServePod)] == []
+
+    world.run(test)
+
+
 def test_what_a_mover_brings_along_after_a_successor_accepts_is_given_to_nobody(world: World) -> None:
     async def test() -> None:
         early, late = world.movers.all
