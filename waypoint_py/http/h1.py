@@ -195,8 +195,8 @@ class _Http1(ABC):
         self._sending = _SILENT
         self._to_send = 0  # of a sized body
         self._parts: list[bytes] = []
-        self._unsent = 0
-        self._finished = False
+        self.unsent = 0
+        self.finished = False
 
     # --- facts -------------------------------------------------------------------------------------------------------------------------
 
@@ -206,19 +206,12 @@ class _Http1(ABC):
             return len(self._buffer) < HELD
         return self._unconsumed < UNCONSUMED
 
-    @property
-    def finished(self) -> bool:
-        return self._finished
-
-    def unsent(self) -> int:
-        return self._unsent
-
     def take_outgoing(self) -> bytes:
         parts = self._parts
         if not parts:
             return b""
         self._parts = []
-        self._unsent = 0
+        self.unsent = 0
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def consumed(self, stream: int, size: int) -> None:
@@ -436,13 +429,13 @@ class _Http1(ABC):
 
     def room(self, stream: int) -> int:
         sending = self._sending
-        if stream != self._stream or self._finished or sending in _CLOSED:
+        if stream != self._stream or self.finished or sending in _CLOSED:
             return 0
         return self._to_send if sending is _SENDING_SIZED else ROOM
 
     def send_data(self, stream: int, data: bytes | memoryview) -> None:
         """Raises LocalProtocolError for a body longer than was said, after which the connection is `finished`."""
-        if stream != self._stream or self._finished or not data:
+        if stream != self._stream or self.finished or not data:
             return
         sending = self._sending
         size = len(data)
@@ -462,7 +455,7 @@ class _Http1(ABC):
 
     def send_end(self, stream: int, trailers: Headers | None = None) -> None:
         """A body that is shorter than was said is not ended: the connection is `finished`, and the peer sees that something is missing."""
-        if stream != self._stream or self._finished:
+        if stream != self._stream or self.finished:
             return
         sending = self._sending
         if sending is _SENDING_SIZED and self._to_send:
@@ -491,14 +484,14 @@ class _Http1(ABC):
             self._finish()
 
     def _finish(self) -> None:
-        self._finished = True
+        self.finished = True
         self._reading = _IGNORED
         self._sending = _ENDED
         self._buffer.clear()
 
     def _write(self, data: bytes) -> None:
         self._parts.append(data)
-        self._unsent += len(data)
+        self.unsent += len(data)
 
 
 _CLOSED: Final = (_SILENT, _NO_BODY, _ENDED)  # no set: hashing a member of an enum is a call
@@ -692,6 +685,10 @@ class Http1Server(_Http1):
         self._finish()
 
     @property
+    def holds(self) -> bool:
+        return bool(self._buffer)
+
+    @property
     def amid_head(self) -> bool:
         return self._reading is _HEAD and bool(self._buffer)
 
@@ -704,7 +701,7 @@ class Http1Server(_Http1):
 
     def receive_eof(self) -> Sequence[Event]:
         events: list[Event] = []
-        if self._finished:
+        if self.finished:
             return events
         if self._reading is _RAW:
             self._reading = _IGNORED
@@ -730,7 +727,7 @@ class Http1Server(_Http1):
 
     def send_response(self, stream: int, response: Response, *, ended: bool) -> None:
         """Raises LocalProtocolError for a header that would break out of its line, and for a status that has no place here."""
-        if stream != self._stream or not self._active or self._sending is not _SILENT or self._finished:
+        if stream != self._stream or not self._active or self._sending is not _SILENT or self.finished:
             return
         status = response.status
         if status == 101:
@@ -794,7 +791,7 @@ class Http1Server(_Http1):
     def _message_sent(self) -> None:
         self._active = False
         self._unconsumed = 0
-        if self._finished:
+        if self.finished:
             return
         if self._request_done:
             self._end_turn()
@@ -831,7 +828,7 @@ class Http1Client(_Http1):
 
     @property
     def reusable(self) -> bool:
-        return not (self._finished or self._close)
+        return not (self.finished or self._close)
 
     upgrades = True
     pings = 0
@@ -965,7 +962,7 @@ class Http1Client(_Http1):
         if self._close or self._sending is not _ENDED:  # a response before the request was over leaves the rest of it to whom?
             self._finish()
         self._active = False
-        if not self._finished:
+        if not self.finished:
             self._reading = _HELD
 
     def _may_hand_out(self) -> bool:
@@ -986,7 +983,7 @@ class Http1Client(_Http1):
 
     def receive_eof(self) -> Sequence[Event]:
         events: list[Event] = []
-        if self._finished:
+        if self.finished:
             return events
         if self._reading is _RAW:
             self._reading = _IGNORED

@@ -132,7 +132,7 @@ class _Http2(ABC):
         "_courtesy", "_ended", "_events", "_failure", "_goaway_received", "_goaway_sent", "_heads", "_initial_send_window",
         "_known_trailers", "_limits", "_max_frame_size", "_parts", "_patience", "_peer", "_peer_max_streams", "_reader",
         "_receive_window", "_reset_here", "_send_window", "_settings_seen", "_splitter", "_stream_credit_portion",
-        "_stream_window", "_streams", "_tail", "_unsent", "_waiting", "_writer", "pings",
+        "_stream_window", "_streams", "_tail", "_waiting", "_writer", "pings", "unsent",
     )  # fmt: skip
 
     def __init__(
@@ -154,7 +154,7 @@ class _Http2(ABC):
         self._writer = BlockWriter()
         self._events: list[Event] = []
         self._parts: list[bytes] = []
-        self._unsent = 0
+        self.unsent = 0
         self._tail = 0  # the stream whose DATA is the last thing in `_parts`
         self._failure: RemoteProtocolError | None = None
         self._ended = False
@@ -198,15 +198,12 @@ class _Http2(ABC):
     def active_streams(self) -> int:
         return len(self._streams)
 
-    def unsent(self) -> int:
-        return self._unsent
-
     def take_outgoing(self) -> bytes:
         parts = self._parts
         if not parts:
             return b""
         self._parts = []
-        self._unsent = self._tail = 0
+        self.unsent = self._tail = 0
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def room(self, stream: int) -> int:
@@ -276,7 +273,7 @@ class _Http2(ABC):
                 piece = bytes(view[at : at + most])
                 parts += (frame_header(len(piece), _DATA, 0, stream), piece)
                 frames += 1
-        self._unsent += size + 9 * frames
+        self.unsent += size + 9 * frames
         self._tail = stream
         self._allow(10 * frames)
 
@@ -572,7 +569,7 @@ class _Http2(ABC):
 
     def _write(self, data: bytes) -> None:
         self._parts.append(data)
-        self._unsent += len(data)
+        self.unsent += len(data)
         self._tail = 0
 
     def _send_block(self, state: _Stream, pseudo: Headers, headers: Headers, *, end: bool) -> None:
@@ -672,7 +669,7 @@ class Http2Server(_Http2):
             return True
         return not self._streams and self._goaway_sent and self._last_accepted != MAX_STREAM_ID
 
-    amid_head = False
+    holds = amid_head = False
 
     def give_up_head(self) -> Sequence[Event]:
         return ()
