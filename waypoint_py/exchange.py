@@ -333,7 +333,8 @@ class Exchange:
         matched, request = self._matched, self.request
         if matched is None:
             self._upstream_request = request
-            self._timeouts = Timeouts(find_grpc_timeout(request), None, CLIENTS_WORD)
+            granted = find_grpc_timeout(request) if self.record.is_grpc else None
+            self._timeouts = UNLIMITED if granted is None else Timeouts(granted, None, CLIENTS_WORD)
             self._retry = RetryState(None, request)
             self._send()
             return None
@@ -346,7 +347,7 @@ class Exchange:
         self._chosen = chosen
         route = matched.route.route
         destination = self._destination = self.record.destination = chosen.to.destination.at(self._conn.facts.destination.port)
-        self._timeouts = find_timeouts(route, request)
+        self._timeouts = find_timeouts(route, request, grpc=self.record.is_grpc)
         self._retry = RetryState(route.retry, request)
         self._body.replayable = self._retry.may_retry and request.upgrade is None
         if request.expect_continue:  # what the client waits for ends while the destination may still be asked again
@@ -401,7 +402,9 @@ class Exchange:
         record.upstream, record.upstream_local_address = endpoint, None
         record.upstream_began, record.response_began, record.request_sent = now, None, None
         kind = record.upstream_kind = self._protocol_towards(endpoint)
-        request = told_upstream(self._upstream_request, self._timeouts, now - record.started)
+        request = self._upstream_request
+        if request is not self.request or self._timeouts is not UNLIMITED:  # else there is nothing to say, and `_prepare` left nothing said
+            request = told_upstream(request, self._timeouts, now - record.started)
         self._body.rewind()
         self._attempt = attempt = Attempt(self, plane, endpoint, ended=self._body.empty)
         attempt.begin(kind, request, facts)

@@ -167,9 +167,9 @@ class RequestRecord(_Record):
     """One HTTP request. Filled while it lives; nothing changes after an observer has got it."""
 
     __slots__ = (
-        "_named", "attempts", "authority", "grpc_status", "is_grpc", "method", "path", "request", "request_complete", "request_messages",
-        "request_sent", "response", "response_began", "response_messages", "response_trailers", "route", "route_because", "span",
-        "termination", "trace", "upstream_began", "upstream_kind", "version",
+        "_named", "_steady", "attempts", "authority", "grpc_status", "is_grpc", "method", "path", "request", "request_complete",
+        "request_messages", "request_sent", "response", "response_began", "response_messages", "response_trailers", "route",
+        "route_because", "span", "termination", "trace", "upstream_began", "upstream_kind", "version",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, local: Local, began: float, started: float, request: Request | None) -> None:
@@ -177,6 +177,7 @@ class RequestRecord(_Record):
         self.request = request
         """As it stands: with what was added and changed on the way. None: it could not be read."""
         self._named: dict[bytes, bytes] | None = None
+        self._steady: tuple[object, ...] | None = None
         if request is None:
             request = _UNREAD
         self.method = request.method
@@ -226,8 +227,15 @@ class RequestRecord(_Record):
     # For operators
 
     def steady(self, render: Callable[[Facts], str]) -> str:
-        """As `mesh.telemetry.operators.Facts.steady`: by identity of what is the record's own, on the memo of the connection."""
-        key = (render, id(self.upstream), id(self.upstream_local_address), id(self.destination), self.route, self.server_name)
+        """As `mesh.telemetry.operators.Facts.steady`: by identity of what is the record's own, on the memo of the connection. Nothing
+        changes any more."""
+        steady = self._steady
+        if steady is None:
+            response = self.response
+            ends = (id(self.upstream), id(self.upstream_local_address), id(self.destination), self.route, self.server_name)
+            outcome = (0 if response is None else response.status, self.flags, self.details, self.termination, self.transport_failure)
+            steady = self._steady = (*ends, *outcome, id(self.version))
+        key = (render, steady)
         known = self.connection.memo.get(key)
         if known is None:
             known = (render(self), self.upstream, self.upstream_local_address, self.destination)  # held: no other can have their numbers

@@ -158,8 +158,8 @@ class Facts(Protocol):
         """What decided, by the keys of `METADATA`."""
 
     def steady(self, render: Callable[[Facts], str]) -> str:
-        """What ``render`` makes of this, which may be what it made of other facts whose ends and route were the same objects: it asks for
-        operators of `_STEADY` alone."""
+        """What ``render`` makes of this, which may be what it made of other facts whose ends and route were the same objects and that ended
+        in the same way: it asks for operators of `_STEADY` alone."""
 
     @property
     def start_time(self) -> float: ...
@@ -352,7 +352,7 @@ def _split_line(parts: Sequence[str | _Reader]) -> tuple[list[_Reader], list[tup
 
 def _grouped(parts: Sequence[str | _Reader], missing: str) -> list[str | _Reader]:
     """Neighbours among operators of `_STEADY`, and the texts between them, as one that renders them for a line: most requests have the same
-    ends as others before."""
+    ends as others before, and end as they did."""
     found: list[str | _Reader] = []
     run: list[str | _Reader] = []
     for part in (*parts, None):
@@ -818,11 +818,18 @@ _STEADY: Final = frozenset(
                 "HOSTNAME",
                 "DOWNSTREAM_PEER_URI_SAN",
                 "DOWNSTREAM_LOCAL_URI_SAN",
+                "PROTOCOL",
+                "RESPONSE_CODE",
+                "RESPONSE_CODE_DETAILS",
+                "RESPONSE_FLAGS",
+                "RESPONSE_FLAGS_LONG",
+                "CONNECTION_TERMINATION_DETAILS",
+                "UPSTREAM_TRANSPORT_FAILURE_REASON",
             )
         ),
     ]
 )
-"""Operators that say the same of all requests between the same ends on the same route."""
+"""Operators that say the same of all requests between the same ends on the same route that ended in the same way."""
 
 _WITH_ARGUMENT: Final[Mapping[str, Callable[[_Command], _Reader]]] = {
     "REQ": _RequestHeader,

@@ -168,12 +168,17 @@ class RetryState:
         return self._decide(f"per-try timeout ({condition})", rng, room, replayable)
 
     def _wants_response(self, response: Response) -> str | None:
-        on, status = self._on, response.status
+        on = self._on
         if not on:
             return None
-        if response.first(_RATE_LIMITED) is not None:
+        wanted = self._wants_answer(response)
+        if (wanted is not None or "envoy-ratelimited" in on) and response.first(_RATE_LIMITED) is not None:
             # It is another proxy's refusal, not the application's failure.
             return "envoy-ratelimited" if "envoy-ratelimited" in on else None
+        return wanted
+
+    def _wants_answer(self, response: Response) -> str | None:
+        on, status = self._on, response.status
         if "5xx" in on and 500 <= status <= 599:
             return f"{status} (5xx)"
         if "gateway-error" in on and status in _GATEWAY_ERRORS:
