@@ -145,7 +145,8 @@ class Exchange:
             self._grant(len(data))
         if self._arrived is not None:
             self._arrived.set()
-        self._pump_request()
+        if self._attempt is not None:
+            self._pump_request()
 
     def body_ended(self, trailers: Headers) -> None:
         self.record.request_complete = self._plane.reactor.now()
@@ -155,8 +156,10 @@ class Exchange:
         for mirror in self._mirrors:
             mirror.finish(trailers)
         if not self._over:
-            self._start_clock()
-            self._pump_request()
+            if self._timeouts.total is not None:
+                self._start_clock()
+            if self._attempt is not None:
+                self._pump_request()
 
     def writable(self) -> None:
         """There may be room towards the client."""
@@ -435,10 +438,13 @@ class Exchange:
     def _pump_request(self) -> None:
         """Move what there is of the body, as far as upstream takes it."""
         attempt, body = self._attempt, self._body
-        if attempt is None or not attempt.open or attempt.sent:
+        if attempt is None or attempt.sent:
             return
-        while body.waiting and (room := attempt.room()) > 0 and (piece := body.take(room)) is not None:
-            attempt.send_data(piece)
+        stream = attempt.stream
+        if stream is None:
+            return
+        while body.waiting and (room := stream.room()) > 0 and (piece := body.take(room)) is not None:
+            stream.send_data(piece)
         fresh = body.credit()
         if fresh:
             self._conn.consumed(self._stream, fresh)

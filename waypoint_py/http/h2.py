@@ -27,6 +27,7 @@ from mesh.wire.frames import (
     ACK,
     DEFAULT_FRAME_SIZE,
     DEFAULT_WINDOW,
+    END_HEADERS,
     END_STREAM,
     MAX_STREAM_ID,
     MAX_WINDOW,
@@ -70,7 +71,7 @@ _CROSSING: Final = 4
 """Weightless frames on a stream that may have been sent before our reset was read: two informational responses, a head, and an end."""
 _OWN_PING: Final = b"\xffgoodbye"
 _OPEN, _SILENT, _ENDED = Direction.OPEN, Direction.SILENT, Direction.ENDED  # members of an enum are slower to find
-_DATA: Final = int(FrameType.DATA)
+_DATA, _HEADERS = int(FrameType.DATA), int(FrameType.HEADERS)
 _pack_header: Final = Struct(">IBI").pack
 """`frame_header` for payload, whose first word is its length and type."""
 _UNCOUNTED: Final = -1
@@ -261,21 +262,19 @@ class _Http2(ABC):
                 return
         state.send_window -= size
         self._send_window -= size
-        most = self._max_frame_size
-        parts = self._parts
-        if size <= most:
-            parts += (_pack_header(size << 8 | _DATA, 0, stream), bytes(data))
-            frames = 1
-        else:
-            frames = 0
-            view = memoryview(data)
-            for at in range(0, size, most):
-                piece = bytes(view[at : at + most])
-                parts += (frame_header(len(piece), _DATA, 0, stream), piece)
-                frames += 1
-        self.unsent += size + 9 * frames
         self._tail = stream
-        self._allow(10 * frames)
+        most = self._max_frame_size
+        if size <= most:
+            self._parts += (_pack_header(size << 8 | _DATA, 0, stream), bytes(data))
+            self.unsent += size + 9
+            self._allow(10)
+            return
+        view = memoryview(data)
+        for at in range(0, size, most):
+            piece = bytes(view[at : at + most])
+            self._parts += (frame_header(len(piece), _DATA, 0, stream), piece)
+            self.unsent += len(piece) + 9
+            self._allow(10)
 
     def send_end(self, stream: int, trailers: Headers | None = None) -> None:
         state = self._streams.get(stream)
@@ -437,7 +436,8 @@ class _Http2(ABC):
         state.receiving = _ENDED
         if not state.dropped:
             self._events.append(BodyEnd(state.id, trailers))
-        self._forget_if_over(state)
+        if state.sending is _ENDED:
+            self._forget(state)
 
     def on_reset(self, stream: int, code: int) -> None:
         state = self._streams.get(stream)
@@ -575,7 +575,13 @@ class _Http2(ABC):
     def _send_block(self, state: _Stream, pseudo: Headers, headers: Headers, *, end: bool) -> None:
         """Raises LocalProtocolError, as `BlockWriter.write` does."""
         block = self._writer.write(pseudo, headers)
-        self._write(header_frames(state.id, block, end_stream=end, max_frame_size=self._max_frame_size))
+        size = len(block)
+        if size > self._max_frame_size:
+            self._write(header_frames(state.id, block, end_stream=end, max_frame_size=self._max_frame_size))
+            return
+        self._parts += (_pack_header(size << 8 | _HEADERS, END_HEADERS | END_STREAM if end else END_HEADERS, state.id), block)
+        self.unsent += size + 9
+        self._tail = 0
 
 
 _MALFORMED: Final = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade", b""})
@@ -613,8 +619,9 @@ def _sort(fields: Iterable[tuple[bytes, bytes]]) -> tuple[dict[bytes, bytes], He
     return pseudo, headers, special, size
 
 
-def _length_of(message: Request | Response) -> int | None:
-    if message.content_length is not None:
+def _length_of(message: Request | Response, written: Headers) -> int | None:
+    """``written``: its headers without `_NOT_WRITTEN`, one of which would say it of a message made by hand."""
+    if message.content_length is not None or len(written) == len(message.headers):
         return message.content_length
     value = message.first(b"content-length")
     return int(value) if value is not None and value.isdigit() else None
@@ -839,6 +846,7 @@ class Http2Server(_Http2):
             return
         status = response.status
         headers = [pair for pair in response.headers if pair[0] not in _NOT_WRITTEN]
+        length = _length_of(response, headers)
         if status == 101:
             if not state.upgrade:
                 raise LocalProtocolError("101 to a request that asked for no upgrade")
@@ -846,7 +854,8 @@ class Http2Server(_Http2):
             headers = [pair for pair in headers if pair[0] != b"sec-websocket-accept"]
         elif not 200 <= status <= 599:
             raise LocalProtocolError(f"status {status} of a response")
-        length = _length_of(response) if response.status not in (101, 204) else None
+        if length is not None and response.status in (101, 204):
+            length = None
         if length is not None:
             headers.append((b"content-length", b"%d" % length))
         bodiless = state.head or status in (204, 304)
@@ -927,7 +936,7 @@ class Http2Client(_Http2):
 
     def send_request(self, request: Request, *, ended: bool) -> int:
         """Raises LocalProtocolError when `capacity` is 0, and for what no request can carry."""
-        if not self.capacity:
+        if self.capacity <= 0:
             raise LocalProtocolError("the server takes no more requests on this connection")
         method, path, authority = request.method, request.path, request.authority
         if method == b"CONNECT" or not method or method.translate(None, TOKEN):
@@ -936,7 +945,8 @@ class Http2Client(_Http2):
             raise LocalProtocolError("a path without a slash")
         if b" " in path or b" " in authority or b"\t" in path or b"\t" in authority:
             raise LocalProtocolError("a blank in path or authority")
-        length = _length_of(request)
+        headers = [pair for pair in request.headers if pair[0] not in _NOT_WRITTEN]
+        length = _length_of(request, headers)
         if ended and length:
             raise LocalProtocolError(f"no body, where {length} bytes were said to come")
         stream = self._next_stream
@@ -946,7 +956,6 @@ class Http2Client(_Http2):
             return stream
         state = _Stream(stream, self._stream_window, self._initial_send_window)
         pseudo = [(b":method", method), (b":scheme", request.scheme), (b":authority", authority), (b":path", path)]
-        headers = [pair for pair in request.headers if pair[0] not in _NOT_WRITTEN]
         if request.upgrade is not None:
             pseudo[0] = (b":method", b"CONNECT")
             pseudo.append((b":protocol", request.upgrade))
@@ -1021,7 +1030,8 @@ class Http2Client(_Http2):
             raise MalformedHeaders("no DATA, where content-length promises some")
         state.receiving = _ENDED if end else _OPEN
         self._events.append(ResponseHead(state.id, response, end))
-        self._forget_if_over(state)
+        if end:
+            self._forget_if_over(state)
 
     def _take_informational(self, state: _Stream, status: int, headers: Headers, end: bool) -> None:
         if end or status == 101:
