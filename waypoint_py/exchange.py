@@ -37,7 +37,7 @@ from waypoint_py.routing.fault import draw_fault
 from waypoint_py.routing.grpc import find_status, http_from_status, reply_status
 from waypoint_py.routing.match import Matched
 from waypoint_py.routing.mirror import draw_mirrors, mirrored
-from waypoint_py.routing.retry import UNBOUNDED, Again, Enough, RetryState, Room
+from waypoint_py.routing.retry import UNBOUNDED, Again, Decision, Enough, RetryState, Room
 from waypoint_py.routing.timeouts import CLIENTS_WORD, UNLIMITED, Timeouts, find_grpc_timeout, find_timeouts, told_upstream
 from waypoint_py.store import PortRuntime
 from waypoint_py.upstream.affinity import NO_AFFINITY
@@ -550,16 +550,19 @@ class Exchange:
             return
         plane, record = self._plane, self.record
         now = record.response_began = plane.reactor.now()
-        decision = self._retry.after_response(response, plane.rng, self._room(), replayable=self._body.replayable)
-        if not record.is_grpc or ended:
+        decision: Decision | None = None
+        if self._retry.wants_response(response) is not None:
+            decision = self._retry.after_response(response, plane.rng, self._room(), replayable=self._body.replayable)
+        if (not record.is_grpc or ended) and attempt.endpoint.policy.outlier is not None:
             self._tell_outcome(attempt, response.status, self._grpc_status(response))
         if isinstance(decision, Again):
             self._drop_attempt()
             self._retry_later(decision)
             return
-        if decision.flag is not None:
+        if decision is not None and decision.flag is not None:
             record.add_flags(decision.flag)
-        self._cancel(self._per_try)
+        if self._per_try is not None:
+            self._per_try.cancel()
         self._body.give_up_replay()
         self._end_retrying()
         record.details = "via_upstream"
@@ -584,7 +587,7 @@ class Exchange:
         self._response = response
         if over:
             self._answered()
-        else:
+        elif not attempt.sent:
             self._pump_request()
 
     def response_data(self, attempt: Attempt, data: bytes | memoryview) -> None:
@@ -609,7 +612,7 @@ class Exchange:
             return
         record = self.record
         record.grpc_status = grpc = self._grpc_status(Message(trailers))
-        if self._response is not None and record.is_grpc:
+        if self._response is not None and record.is_grpc and attempt.endpoint.policy.outlier is not None:
             self._tell_outcome(attempt, self._response.status, grpc)
         self._response_complete = True
         self._trailers = record.response_trailers = trailers

@@ -51,6 +51,7 @@ from waypoint_py.http.options import HeadLimits, ServerOptions
 from waypoint_py.http.path import BadPath, normalise
 
 CONNECTION_WINDOW: Final = 4 << 20
+_LOW_WINDOW: Final = CONNECTION_WINDOW // 2
 MAX_WAITING: Final = 4 << 20
 """Bytes handed out and not consumed, of all streams together, beyond which the connection's credit is held back."""
 MAX_FRAME_SIZE: Final = 64 * 1024
@@ -306,7 +307,8 @@ class _Http2(ABC):
             state.receive_window += state.owed
             self._write(window_update_frame(stream, state.owed))
             state.owed = 0
-        self._refresh_connection_credit()
+        if self._receive_window < _LOW_WINDOW:
+            self._refresh_connection_credit()
 
     def ping(self) -> None:
         """Ask for a sign of life; `pings` is 0 again when it has come."""
@@ -356,10 +358,10 @@ class _Http2(ABC):
 
     def on_data(self, stream: int, charged: int, piece: memoryview, end: bool) -> None:
         if charged:
-            self._receive_window -= charged
-            if self._receive_window < 0:
+            self._receive_window = left = self._receive_window - charged
+            if left < 0:
                 raise RemoteProtocolError("DATA beyond the connection's window", ErrorCode.FLOW_CONTROL_ERROR)
-            if self._receive_window < CONNECTION_WINDOW // 2:
+            if left < _LOW_WINDOW:
                 self._refresh_connection_credit()
         state = self._streams.get(stream)
         if state is None or state.receiving is not _OPEN:
@@ -546,14 +548,16 @@ class _Http2(ABC):
         state.drop()
         self._heads -= state.weight
         self._waiting -= self._stream_window - state.receive_window - state.owed  # nobody will say that they were consumed
-        self._refresh_connection_credit()
+        if self._receive_window < _LOW_WINDOW:
+            self._refresh_connection_credit()
 
     def _forget_if_over(self, state: _Stream) -> None:
         if state.receiving is _ENDED and state.sending is _ENDED:
             self._forget(state)
 
     def _refresh_connection_credit(self) -> None:
-        if self._receive_window < CONNECTION_WINDOW // 2 and self._waiting < MAX_WAITING:
+        """When it is low, unless too much waits."""
+        if self._receive_window < _LOW_WINDOW and self._waiting < MAX_WAITING:
             self._write(window_update_frame(0, CONNECTION_WINDOW - self._receive_window))
             self._receive_window = CONNECTION_WINDOW
 

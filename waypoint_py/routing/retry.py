@@ -146,7 +146,7 @@ class RetryState:
 
     def after_response(self, response: Response, rng: random.Random, room: Room = UNBOUNDED, *, replayable: bool = True) -> Decision:
         """The head of a response came, and nothing of it has gone to the client. Trailers-only gRPC responses have their status here."""
-        wanted = self._wants_response(response)
+        wanted = self.wants_response(response)
         if wanted is None:
             return _no_reason(response.status)
         return self._decide(wanted, rng, room, replayable)
@@ -167,7 +167,8 @@ class RetryState:
             return Enough("a per-try timeout is no reason to retry")
         return self._decide(f"per-try timeout ({condition})", rng, room, replayable)
 
-    def _wants_response(self, response: Response) -> str | None:
+    def wants_response(self, response: Response) -> str | None:
+        """Why a response would be tried again, if there is another try to be had; None: it is the answer."""
         on = self._on
         if not on:
             return None
