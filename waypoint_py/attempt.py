@@ -159,9 +159,11 @@ def protocol_towards(endpoint: Endpoint, declared: Protocol | None, request: Req
     if upgrade is _UPGRADE:
         return _HTTP2
     if upgrade is not _UPGRADE_AS_CLIENT:
+        if grpc:
+            return _HTTP2
         if declared is None:
             declared = _declared_by_service(endpoint)
-        if grpc or declared in _BY_HTTP2:
+        if declared in _BY_HTTP2:
             return _HTTP2
         if declared is _DECLARED_HTTP:
             return _HTTP1

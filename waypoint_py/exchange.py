@@ -413,13 +413,13 @@ class Exchange:
         attempt.begin(kind, request, facts)
 
     def _protocol_towards(self, endpoint: Endpoint) -> UpstreamProtocol:
-        declared = None
+        declared, grpc = None, self.record.is_grpc
         port, destination, service = self._port, self._destination, self._conn.facts.service
-        if port is not None and service is not None and destination is not None:
+        if not grpc and port is not None and service is not None and destination is not None:
             config = port.config
             if destination.port == config.port and destination.hostname == service.hostname and destination.namespace == service.namespace:
                 declared = config.protocol
-        return protocol_towards(endpoint, declared, self.request, grpc=self.record.is_grpc)
+        return protocol_towards(endpoint, declared, self.request, grpc=grpc)
 
     def opened(self, attempt: Attempt) -> None:
         """Its head has been written."""

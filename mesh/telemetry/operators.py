@@ -271,6 +271,7 @@ class Format:
 
     __slots__ = (
         "_backslashes",
+        "_line_alternatives",
         "_line_body",
         "_line_headers",
         "_line_readers",
@@ -291,7 +292,9 @@ class Format:
         self._missing = missing
         # One formatting in C for all of it: a line of the access log has two dozen operators, and every request has a line.
         self._readers, self._template = _split(parts)
-        self._line_readers, self._line_headers, self._line_template = _split_line(_grouped(parts, missing))
+        self._line_readers, headers, self._line_template = _split_line(_grouped(parts, missing))
+        self._line_headers = [header.name for header in headers]
+        self._line_alternatives = [(place, header.alternative) for place, header in enumerate(headers) if header.alternative is not None]
         literal = "".join([part for part in parts if isinstance(part, str)])
         self._quotes, self._backslashes = literal.count('"'), literal.count("\\")
         self._line_body = slice(None, -1 if parts and isinstance(parts[-1], str) and parts[-1].endswith("\n") else None)
@@ -314,11 +317,11 @@ class Format:
         values = [value if (value := read(facts)) is not None else missing for read in self._line_readers]
         if self._line_headers:
             find = facts.request_headers().get
-            for name, alternative in self._line_headers:
-                found = find(name)
-                if found is None and alternative is not None:
-                    found = find(alternative)
-                values.append(missing if found is None else found.decode("utf-8", "surrogateescape"))
+            found = list(map(find, self._line_headers))
+            for place, alternative in self._line_alternatives:
+                if found[place] is None:
+                    found[place] = find(alternative)
+            values += [missing if text is None else text.decode("utf-8", "surrogateescape") for text in found]
         line = self._line_template.format(*values)
         # The line has as many quotes and backslashes as the format itself: then no value has any.
         if line.count('"') == self._quotes and line.count("\\") == self._backslashes and line[self._line_body].isprintable():
@@ -340,14 +343,14 @@ def _split(parts: Sequence[str | _Reader]) -> tuple[list[_Reader], str]:
     return readers, "".join([part.replace("%", "%%") if isinstance(part, str) else "%s" for part in parts])
 
 
-def _split_line(parts: Sequence[str | _Reader]) -> tuple[list[_Reader], list[tuple[bytes, bytes | None]], str]:
+def _split_line(parts: Sequence[str | _Reader]) -> tuple[list[_Reader], list[_RequestHeader], str]:
     """As `_split`, with headers of the request apart, which are found together: a template of `str.format`, for the values of the readers
     and then those of the headers."""
     headers = [part for part in parts if isinstance(part, _RequestHeader) and part.length is None]
     readers = [part for part in parts if not isinstance(part, str) and part not in headers]
     places = {id(part): f"{{{place}}}" for place, part in enumerate((*readers, *headers))}
     template = [part.replace("{", "{{").replace("}", "}}") if isinstance(part, str) else places[id(part)] for part in parts]
-    return readers, [(header.name, header.alternative) for header in headers], "".join(template)
+    return readers, headers, "".join(template)
 
 
 def _grouped(parts: Sequence[str | _Reader], missing: str) -> list[str | _Reader]:

@@ -268,14 +268,14 @@ class _Http2(ABC):
         if size <= most:
             self._parts += (_pack_header(size << 8 | _DATA, 0, stream), bytes(data))
             self.unsent += size + 9
-            self._allow(10)
+            self._courtesy += 10
             return
         view = memoryview(data)
         for at in range(0, size, most):
             piece = bytes(view[at : at + most])
             self._parts += (frame_header(len(piece), _DATA, 0, stream), piece)
             self.unsent += len(piece) + 9
-            self._allow(10)
+            self._courtesy += 10
 
     def send_end(self, stream: int, trailers: Headers | None = None) -> None:
         state = self._streams.get(stream)
@@ -545,7 +545,7 @@ class _Http2(ABC):
 
     def _forget(self, state: _Stream) -> None:
         del self._streams[state.id]
-        state.drop()
+        state.receiving = state.sending = _ENDED  # `drop`
         self._heads -= state.weight
         self._waiting -= self._stream_window - state.receive_window - state.owed  # nobody will say that they were consumed
         if self._receive_window < _LOW_WINDOW:
@@ -561,13 +561,9 @@ class _Http2(ABC):
             self._write(window_update_frame(0, CONNECTION_WINDOW - self._receive_window))
             self._receive_window = CONNECTION_WINDOW
 
-    def _allow(self, courtesy: int) -> None:
-        courtesy += self._courtesy
-        self._courtesy = courtesy if courtesy < MAX_COURTESY else MAX_COURTESY
-
     def _spend_courtesy(self, on: str) -> None:
         if self._courtesy:
-            self._courtesy -= 1
+            self._courtesy = min(self._courtesy, MAX_COURTESY) - 1
         else:
             self._patience.spend(patience.PING, on)
 
@@ -623,9 +619,9 @@ def _sort(fields: Iterable[tuple[bytes, bytes]]) -> tuple[dict[bytes, bytes], He
     return pseudo, headers, special, size
 
 
-def _length_of(message: Request | Response, written: Headers) -> int | None:
-    """``written``: its headers without `_NOT_WRITTEN`, one of which would say it of a message made by hand."""
-    if message.content_length is not None or len(written) == len(message.headers):
+def _length_of(message: Request | Response) -> int | None:
+    """By the attribute, or for messages made by hand by the header, which is in `_NOT_WRITTEN`."""
+    if message.content_length is not None:
         return message.content_length
     value = message.first(b"content-length")
     return int(value) if value is not None and value.isdigit() else None
@@ -704,7 +700,7 @@ class Http2Server(_Http2):
             self._reset(stream, ErrorCode.REFUSED_STREAM)
             return
         self._highest_taken = stream
-        self._allow(2)
+        self._courtesy += 2
         self._on_request(stream, fields, end)
 
     def _on_request(self, stream: int, fields: Fields, end: bool) -> None:
@@ -850,7 +846,7 @@ class Http2Server(_Http2):
             return
         status = response.status
         headers = [pair for pair in response.headers if pair[0] not in _NOT_WRITTEN]
-        length = _length_of(response, headers)
+        length = response.content_length if len(headers) == len(response.headers) else _length_of(response)
         if status == 101:
             if not state.upgrade:
                 raise LocalProtocolError("101 to a request that asked for no upgrade")
@@ -929,7 +925,10 @@ class Http2Client(_Http2):
 
     @property
     def capacity(self) -> int:
-        return max(0, self._peer_max_streams - len(self._streams)) if self.reusable else 0
+        if self._ended or self._goaway_received or self._failure is not None or self._next_stream > MAX_STREAM_ID:  # not `reusable`
+            return 0
+        free = self._peer_max_streams - len(self._streams)
+        return free if free > 0 else 0
 
     @property
     def upgrades(self) -> bool | None:
@@ -950,7 +949,7 @@ class Http2Client(_Http2):
         if b" " in path or b" " in authority or b"\t" in path or b"\t" in authority:
             raise LocalProtocolError("a blank in path or authority")
         headers = [pair for pair in request.headers if pair[0] not in _NOT_WRITTEN]
-        length = _length_of(request, headers)
+        length = request.content_length if len(headers) == len(request.headers) else _length_of(request)
         if ended and length:
             raise LocalProtocolError(f"no body, where {length} bytes were said to come")
         stream = self._next_stream
@@ -975,7 +974,7 @@ class Http2Client(_Http2):
         state.sending = _ENDED if ended else _OPEN
         state.head = method == b"HEAD"
         self._streams[stream] = state
-        self._allow(2)
+        self._courtesy += 2
         return stream
 
     # --- responses ---------------------------------------------------------------------------------------------------------------------
