@@ -111,7 +111,10 @@ class HttpConnection:
     def data(self, data: memoryview) -> None:
         if self._over or self._ending:
             return
-        self._handle(self._codec.receive, data)
+        self._hear(self._codec.receive, data)  # and on, as `_handle`
+        if self._blocked:
+            self._tell_blocked()
+        self._settle()
 
     def ended(self) -> None:
         if not (self._over or self._ending):
@@ -138,7 +141,10 @@ class HttpConnection:
     def room(self, stream: int) -> int:
         """Bytes of body that may be sent to the client now. None above `HIGH_WATER`: then alone the stream tells when it has drained."""
         unsent = self._stream.unsent + self._codec.unsent
-        return min(self._codec.room(stream), HIGH_WATER + _BEYOND - unsent) if unsent <= HIGH_WATER else 0
+        if unsent > HIGH_WATER:
+            return 0
+        room, most = self._codec.room(stream), HIGH_WATER + _BEYOND - unsent
+        return room if room < most else most
 
     @property
     def is_crowded(self) -> bool:

@@ -91,7 +91,11 @@ class TunnelStream(Stream):
         for chunk in chunks:
             if self._over:
                 return 0
-            if self._deliver(chunk):
+            sink = self._sink
+            if sink is None or self._paused or self._held:
+                self._held += chunk
+            else:  # `_deliver`
+                sink.data(chunk)
                 moved += len(chunk)
         return moved
 
