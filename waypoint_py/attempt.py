@@ -37,7 +37,7 @@ class Listener(Shape):
 class Attempt:
     """A `ResponseSink`. A defect of the listener ends the listener's request, not the connection that others share."""
 
-    __slots__ = ("_cancel", "_ended", "_listener", "_plane", "_stream", "begun", "endpoint", "sent")
+    __slots__ = ("_cancel", "_ended", "_listener", "_plane", "begun", "endpoint", "sent", "stream")
 
     def __init__(self, listener: Listener, plane: Plane, endpoint: Endpoint, *, ended: bool) -> None:
         """``ended``: the request is a head alone."""
@@ -49,7 +49,8 @@ class Attempt:
         self.begun = False
         """Its head has been written."""
         self._ended = False
-        self._stream: UpstreamStream | None = None
+        self.stream: UpstreamStream | None = None
+        """There once the head has been written, and no more when the response is over."""
         self._cancel: Cancel | None = None
         plane.balancer.began(endpoint)
 
@@ -62,33 +63,21 @@ class Attempt:
             self._cancel = cancel
 
     @property
-    def open(self) -> bool:
-        """The head has been written, and the response is not over."""
-        return self._stream is not None
-
-    @property
     def local_address(self) -> SocketAddress | None:
-        return self._stream.local_address if self._stream is not None else None
-
-    def room(self) -> int:
-        return self._stream.room() if self._stream is not None else 0
-
-    def send_data(self, data: bytes | memoryview) -> None:
-        if self._stream is not None:
-            self._stream.send_data(data)
+        return self.stream.local_address if self.stream is not None else None
 
     def send_end(self, trailers: Headers) -> None:
         self.sent = True
-        if self._stream is not None:
-            self._stream.send_end(trailers or None)
+        if self.stream is not None:
+            self.stream.send_end(trailers or None)
 
     def consumed(self, size: int) -> None:
-        if self._stream is not None:
-            self._stream.consumed(size)
+        if self.stream is not None:
+            self.stream.consumed(size)
 
     def drop(self) -> None:
         """Give it up, if it is not over already. Idempotent."""
-        stream, cancel = self._stream, self._cancel
+        stream, cancel = self.stream, self._cancel
         if self._ended:
             return
         self._over()
@@ -103,7 +92,7 @@ class Attempt:
         if self._ended:
             stream.reset()
             return
-        self._stream = stream
+        self.stream = stream
         self.begun = True
         try:
             self._listener.opened(self)
@@ -157,7 +146,7 @@ class Attempt:
     def _over(self) -> None:
         if not self._ended:
             self._ended = True
-            self._stream = self._cancel = None  # which know us: nothing of a request is left to the collector of cycles
+            self.stream = self._cancel = None  # which know us: nothing of a request is left to the collector of cycles
             self._plane.balancer.ended(self.endpoint)
 
 
@@ -170,9 +159,11 @@ def protocol_towards(endpoint: Endpoint, declared: Protocol | None, request: Req
     if upgrade is _UPGRADE:
         return _HTTP2
     if upgrade is not _UPGRADE_AS_CLIENT:
+        if grpc:
+            return _HTTP2
         if declared is None:
             declared = _declared_by_service(endpoint)
-        if grpc or declared in _BY_HTTP2:
+        if declared in _BY_HTTP2:
             return _HTTP2
         if declared is _DECLARED_HTTP:
             return _HTTP1

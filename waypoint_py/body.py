@@ -65,11 +65,18 @@ class RequestBody:
         """All that is at hand."""
         return tuple(self._pieces)
 
-    def take(self, most: int) -> memoryview | None:
+    def take(self, most: int) -> bytes | memoryview | None:
         """The next bytes of the present try, at most so many; None if there are none now."""
         if self._at >= len(self._pieces) or most <= 0:
             return None
         piece = self._pieces[self._at]
+        size = len(piece)
+        if size <= most and size <= PIECE and not self._cut:  # all of it, as most often
+            self._position += size
+            self._at += 1
+            if not self.replayable:
+                self._drop_sent()
+            return piece
         end = min(len(piece), self._cut + most, self._cut + PIECE)
         taken = memoryview(piece)[self._cut : end]
         self._position += len(taken)
@@ -83,8 +90,12 @@ class RequestBody:
 
     def credit(self) -> int:
         """Bytes that were given out for the first time since this was asked last: the client may send as many more."""
-        fresh = max(0, self._position - self._furthest)
+        fresh = self._position - self._furthest
+        if fresh <= 0:
+            return 0
         self._furthest += fresh
+        if not self._granted:
+            return fresh
         granted = min(fresh, self._granted)
         self._granted -= granted
         return fresh - granted

@@ -112,7 +112,10 @@ class HttpConnection:
     def data(self, data: memoryview) -> None:
         if self._over or self._ending:
             return
-        self._handle(self._codec.receive, data)
+        self._hear(self._codec.receive, data)  # and on, as `_handle`
+        if self._blocked:
+            self._tell_blocked()
+        self._settle()
 
     def ended(self) -> None:
         if not (self._over or self._ending):
@@ -138,13 +141,16 @@ class HttpConnection:
 
     def room(self, stream: int) -> int:
         """Bytes of body that may be sent to the client now. None above `HIGH_WATER`: then alone the stream tells when it has drained."""
-        unsent = self._stream.unsent + self._codec.unsent()
-        return min(self._codec.room(stream), HIGH_WATER + _BEYOND - unsent) if unsent <= HIGH_WATER else 0
+        unsent = self._stream.unsent + self._codec.unsent
+        if unsent > HIGH_WATER:
+            return 0
+        room, most = self._codec.room(stream), HIGH_WATER + _BEYOND - unsent
+        return room if room < most else most
 
     @property
     def is_crowded(self) -> bool:
         """Whether the client has enough to read, of all its requests together."""
-        return self._stream.unsent + self._codec.unsent() > HIGH_WATER
+        return self._stream.unsent + self._codec.unsent > HIGH_WATER
 
     def wait_for_room(self, exchange: Exchange) -> None:
         """Call `Exchange.writable` when there may be more."""
@@ -324,7 +330,7 @@ class HttpConnection:
         may be none: the stream tells that it has drained only of what it has been given."""
         if self._handling or self._over:
             return
-        if self.is_crowded:
+        if self._stream.unsent + self._codec.unsent > HIGH_WATER:  # `is_crowded`
             self._settle()
         elif not self._settling:
             self._settling = True
@@ -338,15 +344,16 @@ class HttpConnection:
         codec, stream = self._codec, self._stream
         while self._again and self._left:  # requests that came at once may be answered at once
             self._again = False
-            self._hear(codec.receive, b"")
-        self._watch_head()
-        outgoing = codec.take_outgoing()
-        if outgoing:
-            stream.write(outgoing)
+            if codec.holds:
+                self._hear(codec.receive, b"")
+        if codec.amid_head is (self._head_timer is None):
+            self._watch_head()
+        if codec.unsent:
+            stream.write(codec.take_outgoing())
         if codec.finished:
             self._end()
             return
-        wants = codec.wants_data and stream.unsent <= TOO_MUCH_UNSENT and not self._yielding
+        wants = not self._yielding and codec.wants_data and stream.unsent <= TOO_MUCH_UNSENT
         if wants is self._paused:
             self._paused = not wants
             if wants:
@@ -355,9 +362,7 @@ class HttpConnection:
                 stream.pause()
 
     def _watch_head(self) -> None:
-        """Of the head that has begun to come last, and of none that has come."""
-        if self._codec.amid_head is (self._head_timer is not None):
-            return
+        """Of the head that has begun to come last, and no longer of one that has come."""
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None

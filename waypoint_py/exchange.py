@@ -37,7 +37,7 @@ from waypoint_py.routing.fault import draw_fault
 from waypoint_py.routing.grpc import find_status, http_from_status, reply_status
 from waypoint_py.routing.match import Matched
 from waypoint_py.routing.mirror import draw_mirrors, mirrored
-from waypoint_py.routing.retry import UNBOUNDED, Again, Enough, RetryState, Room
+from waypoint_py.routing.retry import UNBOUNDED, Again, Decision, Enough, RetryState, Room
 from waypoint_py.routing.timeouts import CLIENTS_WORD, UNLIMITED, Timeouts, find_grpc_timeout, find_timeouts, told_upstream
 from waypoint_py.store import PortRuntime
 from waypoint_py.upstream.affinity import NO_AFFINITY
@@ -145,7 +145,8 @@ class Exchange:
             self._grant(len(data))
         if self._arrived is not None:
             self._arrived.set()
-        self._pump_request()
+        if self._attempt is not None:
+            self._pump_request()
 
     def body_ended(self, trailers: Headers) -> None:
         self.record.request_complete = self._plane.reactor.now()
@@ -155,8 +156,10 @@ class Exchange:
         for mirror in self._mirrors:
             mirror.finish(trailers)
         if not self._over:
-            self._start_clock()
-            self._pump_request()
+            if self._timeouts.total is not None:
+                self._start_clock()
+            if self._attempt is not None:
+                self._pump_request()
 
     def writable(self) -> None:
         """There may be room towards the client."""
@@ -333,7 +336,8 @@ class Exchange:
         matched, request = self._matched, self.request
         if matched is None:
             self._upstream_request = request
-            self._timeouts = Timeouts(find_grpc_timeout(request), None, CLIENTS_WORD)
+            granted = find_grpc_timeout(request) if self.record.is_grpc else None
+            self._timeouts = UNLIMITED if granted is None else Timeouts(granted, None, CLIENTS_WORD)
             self._retry = RetryState(None, request)
             self._send()
             return None
@@ -346,7 +350,7 @@ class Exchange:
         self._chosen = chosen
         route = matched.route.route
         destination = self._destination = self.record.destination = chosen.to.destination.at(self._conn.facts.destination.port)
-        self._timeouts = find_timeouts(route, request)
+        self._timeouts = find_timeouts(route, request, grpc=self.record.is_grpc)
         self._retry = RetryState(route.retry, request)
         self._body.replayable = self._retry.may_retry and request.upgrade is None
         if request.expect_continue:  # what the client waits for ends while the destination may still be asked again
@@ -401,19 +405,21 @@ class Exchange:
         record.upstream, record.upstream_local_address = endpoint, None
         record.upstream_began, record.response_began, record.request_sent = now, None, None
         kind = record.upstream_kind = self._protocol_towards(endpoint)
-        request = told_upstream(self._upstream_request, self._timeouts, now - record.started)
+        request = self._upstream_request
+        if request is not self.request or self._timeouts is not UNLIMITED:  # else there is nothing to say, and `_prepare` left nothing said
+            request = told_upstream(request, self._timeouts, now - record.started)
         self._body.rewind()
         self._attempt = attempt = Attempt(self, plane, endpoint, ended=self._body.empty)
         attempt.begin(kind, request, facts)
 
     def _protocol_towards(self, endpoint: Endpoint) -> UpstreamProtocol:
-        declared = None
+        declared, grpc = None, self.record.is_grpc
         port, destination, service = self._port, self._destination, self._conn.facts.service
-        if port is not None and service is not None and destination is not None:
+        if not grpc and port is not None and service is not None and destination is not None:
             config = port.config
             if destination.port == config.port and destination.hostname == service.hostname and destination.namespace == service.namespace:
                 declared = config.protocol
-        return protocol_towards(endpoint, declared, self.request, grpc=self.record.is_grpc)
+        return protocol_towards(endpoint, declared, self.request, grpc=grpc)
 
     def opened(self, attempt: Attempt) -> None:
         """Its head has been written."""
@@ -432,10 +438,13 @@ class Exchange:
     def _pump_request(self) -> None:
         """Move what there is of the body, as far as upstream takes it."""
         attempt, body = self._attempt, self._body
-        if attempt is None or not attempt.open or attempt.sent:
+        if attempt is None or attempt.sent:
             return
-        while body.waiting and (room := attempt.room()) > 0 and (piece := body.take(room)) is not None:
-            attempt.send_data(piece)
+        stream = attempt.stream
+        if stream is None:
+            return
+        while body.waiting and (room := stream.room()) > 0 and (piece := body.take(room)) is not None:
+            stream.send_data(piece)
         fresh = body.credit()
         if fresh:
             self._conn.consumed(self._stream, fresh)
@@ -541,16 +550,19 @@ class Exchange:
             return
         plane, record = self._plane, self.record
         now = record.response_began = plane.reactor.now()
-        decision = self._retry.after_response(response, plane.rng, self._room(), replayable=self._body.replayable)
-        if not record.is_grpc or ended:
+        decision: Decision | None = None
+        if self._retry.wants_response(response) is not None:
+            decision = self._retry.after_response(response, plane.rng, self._room(), replayable=self._body.replayable)
+        if (not record.is_grpc or ended) and attempt.endpoint.policy.outlier is not None:
             self._tell_outcome(attempt, response.status, self._grpc_status(response))
         if isinstance(decision, Again):
             self._drop_attempt()
             self._retry_later(decision)
             return
-        if decision.flag is not None:
+        if decision is not None and decision.flag is not None:
             record.add_flags(decision.flag)
-        self._cancel(self._per_try)
+        if self._per_try is not None:
+            self._per_try.cancel()
         self._body.give_up_replay()
         self._end_retrying()
         record.details = "via_upstream"
@@ -575,7 +587,7 @@ class Exchange:
         self._response = response
         if over:
             self._answered()
-        else:
+        elif not attempt.sent:
             self._pump_request()
 
     def response_data(self, attempt: Attempt, data: bytes | memoryview) -> None:
@@ -600,7 +612,7 @@ class Exchange:
             return
         record = self.record
         record.grpc_status = grpc = self._grpc_status(Message(trailers))
-        if self._response is not None and record.is_grpc:
+        if self._response is not None and record.is_grpc and attempt.endpoint.policy.outlier is not None:
             self._tell_outcome(attempt, self._response.status, grpc)
         self._response_complete = True
         self._trailers = record.response_trailers = trailers

@@ -67,10 +67,11 @@ class MirrorCopy:
 
     def _pump(self) -> None:
         attempt = self._attempt
-        if attempt is None or not attempt.open or attempt.sent:
+        stream = attempt.stream if attempt is not None else None
+        if attempt is None or stream is None or attempt.sent:
             return
-        while (room := attempt.room()) > 0 and (piece := self._body.take(room)) is not None:
-            attempt.send_data(piece)
+        while (room := stream.room()) > 0 and (piece := self._body.take(room)) is not None:
+            stream.send_data(piece)
             self._waiting -= len(piece)
         if self._body.exhausted:
             attempt.send_end(self._body.trailers)

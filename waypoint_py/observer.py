@@ -6,7 +6,7 @@ A record is also what Envoy's operators are rendered of (`mesh.telemetry.operato
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias, cast
 
 from mesh.model.address import SocketAddress
@@ -23,6 +23,7 @@ from waypoint_py.verdict import Flag
 _HTTP_1_1, _HTTP_2 = Version.HTTP_1_1, Version.HTTP_2  # members of an enum, and their values, are slower to find
 _UNREAD = Request(b"", b"http", b"", b"", [])
 _Rendered: TypeAlias = tuple[str, object, object, object]
+_NO_HEADERS: Mapping[bytes, bytes] = {}
 _PSEUDO = frozenset((b":method", b":path", b":scheme", b":authority", b"host"))
 _PROTOCOLS = {UpstreamProtocol.HTTP1: "HTTP/1.1", UpstreamProtocol.HTTP2: "HTTP/2"}
 
@@ -166,9 +167,9 @@ class RequestRecord(_Record):
     """One HTTP request. Filled while it lives; nothing changes after an observer has got it."""
 
     __slots__ = (
-        "_named", "attempts", "authority", "grpc_status", "is_grpc", "method", "path", "request", "request_complete", "request_messages",
-        "request_sent", "response", "response_began", "response_messages", "response_trailers", "route", "route_because", "span",
-        "termination", "trace", "upstream_began", "upstream_kind", "version",
+        "_named", "_steady", "attempts", "authority", "grpc_status", "is_grpc", "method", "path", "request", "request_complete",
+        "request_messages", "request_sent", "response", "response_began", "response_messages", "response_trailers", "route",
+        "route_because", "span", "termination", "trace", "upstream_began", "upstream_kind", "version",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, local: Local, began: float, started: float, request: Request | None) -> None:
@@ -176,6 +177,7 @@ class RequestRecord(_Record):
         self.request = request
         """As it stands: with what was added and changed on the way. None: it could not be read."""
         self._named: dict[bytes, bytes] | None = None
+        self._steady: tuple[object, ...] | None = None
         if request is None:
             request = _UNREAD
         self.method = request.method
@@ -225,8 +227,15 @@ class RequestRecord(_Record):
     # For operators
 
     def steady(self, render: Callable[[Facts], str]) -> str:
-        """As `mesh.telemetry.operators.Facts.steady`: by identity of what is the record's own, on the memo of the connection."""
-        key = (render, id(self.upstream), id(self.upstream_local_address), id(self.destination), self.route, self.server_name)
+        """As `mesh.telemetry.operators.Facts.steady`: by identity of what is the record's own, on the memo of the connection. Nothing
+        changes any more."""
+        steady = self._steady
+        if steady is None:
+            response = self.response
+            ends = (id(self.upstream), id(self.upstream_local_address), id(self.destination), self.route, self.server_name)
+            outcome = (0 if response is None else response.status, self.flags, self.details, self.termination, self.transport_failure)
+            steady = self._steady = (*ends, *outcome, id(self.version))
+        key = (render, steady)
         known = self.connection.memo.get(key)
         if known is None:
             known = (render(self), self.upstream, self.upstream_local_address, self.destination)  # held: no other can have their numbers
@@ -240,12 +249,10 @@ class RequestRecord(_Record):
         request = self.request
         if request is None:
             return None
+        if self.ended is not None:
+            return self.request_headers().get(name)
         if name not in _PSEUDO:
-            if self.ended is None:
-                return request.first(name)
-            if self._named is None:  # nothing changes any more
-                self._named = dict(reversed(request.headers))
-            return self._named.get(name)
+            return request.first(name)
         match name:
             case b":method":
                 return request.method
@@ -254,6 +261,17 @@ class RequestRecord(_Record):
             case b":scheme":
                 return request.scheme
         return request.authority
+
+    def request_headers(self) -> Mapping[bytes, bytes]:
+        named, request = self._named, self.request
+        if named is None:
+            named = {} if request is None else dict(reversed(request.headers))
+            if request is not None:
+                named[b":method"], named[b":path"], named[b":scheme"] = request.method, request.path, request.scheme
+                named[b":authority"] = named[b"host"] = request.authority
+            if self.ended is not None:  # nothing changes any more
+                self._named = named
+        return named
 
     def response_header(self, name: bytes) -> bytes | None:
         if self.response is None:
@@ -317,6 +335,9 @@ class _WithoutHttp:
     def request_header(self, name: bytes) -> bytes | None:
         return None
 
+    def request_headers(self) -> Mapping[bytes, bytes]:
+        return _NO_HEADERS
+
     def response_header(self, name: bytes) -> bytes | None:
         return None
 
@@ -364,9 +385,13 @@ class RefusalRecord(_WithoutHttp):
         return render(self)
 
     def request_header(self, name: bytes) -> bytes | None:
+        return self.request_headers().get(name)
+
+    def request_headers(self) -> Mapping[bytes, bytes]:
         if not self.status:
-            return None
-        return {b":method": b"CONNECT", b":authority": self.authority.encode(), b"host": self.authority.encode()}.get(name)
+            return _NO_HEADERS
+        authority = self.authority.encode()
+        return {b":method": b"CONNECT", b":authority": authority, b"host": authority}
 
     def metadata(self, key: str) -> str | None:
         return self.because if key == "because" else None

@@ -850,6 +850,7 @@ class HboneLink:
     def _fill(self) -> int:
         """Put control bytes and the tunnels' payload in turn into ``plain_out``; the number of bytes."""
         core, round_, out = self._core, self._round, self._plain_out
+        largest = core.max_frame_size
         position = 0
         while True:
             # Before each frame header whatever the core wants said earlier, as it demands.
@@ -874,7 +875,7 @@ class HboneLink:
             if limit > FAIR_SHARE and round_:
                 limit = FAIR_SHARE
             try:
-                if limit <= core.max_frame_size:
+                if limit <= largest:
                     start = position + _FRAME_HEADER
                     size = consumer.read_into(out[start:], limit)
                     if size:

@@ -147,6 +147,9 @@ class Facts(Protocol):
     def request_header(self, name: bytes) -> bytes | None:
         """The first value. Of a header that was changed on the way: as it stands when it is asked."""
 
+    def request_headers(self) -> Mapping[bytes, bytes]:
+        """All that `request_header` may be asked for, for who asks for many, when nothing changes any more."""
+
     def response_header(self, name: bytes) -> bytes | None: ...
 
     def response_trailer(self, name: bytes) -> bytes | None: ...
@@ -155,8 +158,8 @@ class Facts(Protocol):
         """What decided, by the keys of `METADATA`."""
 
     def steady(self, render: Callable[[Facts], str]) -> str:
-        """What ``render`` makes of this, which may be what it made of other facts whose ends and route were the same objects: it asks for
-        operators of `_STEADY` alone."""
+        """What ``render`` makes of this, which may be what it made of other facts whose ends and route were the same objects and that ended
+        in the same way: it asks for operators of `_STEADY` alone."""
 
     @property
     def start_time(self) -> float: ...
@@ -268,7 +271,9 @@ class Format:
 
     __slots__ = (
         "_backslashes",
+        "_line_alternatives",
         "_line_body",
+        "_line_headers",
         "_line_readers",
         "_line_template",
         "_missing",
@@ -287,7 +292,9 @@ class Format:
         self._missing = missing
         # One formatting in C for all of it: a line of the access log has two dozen operators, and every request has a line.
         self._readers, self._template = _split(parts)
-        self._line_readers, self._line_template = _split(_grouped(parts, missing))
+        self._line_readers, headers, self._line_template = _split_line(_grouped(parts, missing))
+        self._line_headers = [header.name for header in headers]
+        self._line_alternatives = [(place, header.alternative) for place, header in enumerate(headers) if header.alternative is not None]
         literal = "".join([part for part in parts if isinstance(part, str)])
         self._quotes, self._backslashes = literal.count('"'), literal.count("\\")
         self._line_body = slice(None, -1 if parts and isinstance(parts[-1], str) and parts[-1].endswith("\n") else None)
@@ -307,13 +314,20 @@ class Format:
         """The same for a log of lines: in values, which others choose, quotes, backslashes and what does not print are ``\\x22`` and
         the like, so that no value can end a quoted field or start a line."""
         missing = self._missing
-        values = [read(facts) for read in self._line_readers]
-        line = self._line_template % tuple([missing if value is None else value for value in values])
+        values = [value if (value := read(facts)) is not None else missing for read in self._line_readers]
+        if self._line_headers:
+            find = facts.request_headers().get
+            found = list(map(find, self._line_headers))
+            for place, alternative in self._line_alternatives:
+                if found[place] is None:
+                    found[place] = find(alternative)
+            values += [missing if text is None else text.decode("utf-8", "surrogateescape") for text in found]
+        line = self._line_template.format(*values)
         # The line has as many quotes and backslashes as the format itself: then no value has any.
         if line.count('"') == self._quotes and line.count("\\") == self._backslashes and line[self._line_body].isprintable():
             return line
-        values = [read(facts) for read in self._readers]
-        return self._template % tuple([missing if value is None else _harmless(value) for value in values])
+        raw = [read(facts) for read in self._readers]
+        return self._template % tuple([missing if value is None else _harmless(value) for value in raw])
 
     def value(self, facts: Facts) -> Value:
         """For JSON: a lone operator's value with its type, None if there is none; otherwise the text. What is not UTF-8 is replaced."""
@@ -329,9 +343,19 @@ def _split(parts: Sequence[str | _Reader]) -> tuple[list[_Reader], str]:
     return readers, "".join([part.replace("%", "%%") if isinstance(part, str) else "%s" for part in parts])
 
 
+def _split_line(parts: Sequence[str | _Reader]) -> tuple[list[_Reader], list[_RequestHeader], str]:
+    """As `_split`, with headers of the request apart, which are found together: a template of `str.format`, for the values of the readers
+    and then those of the headers."""
+    headers = [part for part in parts if isinstance(part, _RequestHeader) and part.length is None]
+    readers = [part for part in parts if not isinstance(part, str) and part not in headers]
+    places = {id(part): f"{{{place}}}" for place, part in enumerate((*readers, *headers))}
+    template = [part.replace("{", "{{").replace("}", "}}") if isinstance(part, str) else places[id(part)] for part in parts]
+    return readers, headers, "".join(template)
+
+
 def _grouped(parts: Sequence[str | _Reader], missing: str) -> list[str | _Reader]:
     """Neighbours among operators of `_STEADY`, and the texts between them, as one that renders them for a line: most requests have the same
-    ends as others before."""
+    ends as others before, and end as they did."""
     found: list[str | _Reader] = []
     run: list[str | _Reader] = []
     for part in (*parts, None):
@@ -458,6 +482,22 @@ def _header_names(command: _Command) -> tuple[bytes, bytes | None]:
 
 
 _HEADER_NAME: Final = re.compile(r":?[!#$%&'*+.^_`|~0-9a-z-]+")
+
+
+class _RequestHeader:
+    """The reader of ``%REQ(name?alternative):length%``."""
+
+    __slots__ = ("alternative", "length", "name")
+
+    def __init__(self, command: _Command) -> None:
+        self.name, self.alternative = _header_names(command)
+        self.length = command.length
+
+    def __call__(self, facts: Facts) -> str | None:
+        value = facts.request_header(self.name)
+        if value is None and self.alternative is not None:
+            value = facts.request_header(self.alternative)
+        return None if value is None else _text(value[: self.length])
 
 
 def _header_reader(get: Callable[[Facts], Callable[[bytes], bytes | None]]) -> Callable[[_Command], _Reader]:
@@ -770,14 +810,21 @@ _STEADY: Final = frozenset(
                 "HOSTNAME",
                 "DOWNSTREAM_PEER_URI_SAN",
                 "DOWNSTREAM_LOCAL_URI_SAN",
+                "PROTOCOL",
+                "RESPONSE_CODE",
+                "RESPONSE_CODE_DETAILS",
+                "RESPONSE_FLAGS",
+                "RESPONSE_FLAGS_LONG",
+                "CONNECTION_TERMINATION_DETAILS",
+                "UPSTREAM_TRANSPORT_FAILURE_REASON",
             )
         ),
     ]
 )
-"""Operators that say the same of all requests between the same ends on the same route."""
+"""Operators that say the same of all requests between the same ends on the same route that ended in the same way."""
 
 _WITH_ARGUMENT: Final[Mapping[str, Callable[[_Command], _Reader]]] = {
-    "REQ": _header_reader(attrgetter("request_header")),
+    "REQ": _RequestHeader,
     "RESP": _header_reader(attrgetter("response_header")),
     "TRAILER": _header_reader(attrgetter("response_trailer")),
     "QUERY_PARAM": _query_parameter,

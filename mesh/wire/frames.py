@@ -191,31 +191,37 @@ class FrameSplitter:
         at = 0
         size = len(data)
         self.between_frames = False  # and so it stays when the sink raises
-        on_data, on_headers, max_frame_size = self._sink.on_data, self._sink.on_headers, self.max_frame_size
-        between = plain = False  # what is known of the state, which frames that are taken here do not touch
+        on_data, on_headers = self._sink.on_data, self._sink.on_headers
+        largest, last = self.max_frame_size << 8 | 0xFF, size - FRAME_HEADER_SIZE
         while at < size:
-            if size - at < FRAME_HEADER_SIZE or not (between or (self._reading is _FRAME_HEADER and not self._partial)):
-                between = False
+            if at > last or self._reading is not _FRAME_HEADER or self._partial:
                 at = self._go_on(data, at, size)
                 continue
-            if not between:
-                between, plain = True, self._plain
+            # One after the other, frames that are there whole and have nothing peculiar about them: payload, an end of a tunnel, a request
+            # or an answer. They leave the state as it is.
             word, flags, stream = _read_header(data, at)
-            length, kind = word >> 8, word & 0xFF
-            at += FRAME_HEADER_SIZE
-            end = at + length
-            # Frames that are there whole and have nothing peculiar about them: payload, an end of a tunnel, a request or an answer.
-            if plain and end <= size and length <= max_frame_size and 0 < stream <= MAX_STREAM_ID:
-                if kind == _DATA and not flags & PADDED and (length or flags & END_STREAM):
-                    on_data(stream, length, data[at:end], flags & END_STREAM != 0)
-                    at = end
-                    continue
-                if kind == _HEADERS and flags & ~END_STREAM == END_HEADERS and length <= self._max_block_size:
-                    on_headers(stream, bytes(data[at:end]), flags & END_STREAM != 0)
-                    at = end
-                    continue
-            between = False
-            self._start_frame(length, kind, flags, stream & MAX_STREAM_ID)
+            start = at + FRAME_HEADER_SIZE
+            end = start + (word >> 8)
+            while self._plain and end <= size and word <= largest and 0 < stream <= MAX_STREAM_ID:
+                kind = word & 0xFF
+                if kind == _DATA:
+                    if flags & PADDED or not (word or flags & END_STREAM):
+                        break
+                    on_data(stream, word >> 8, data[start:end], flags & END_STREAM != 0)
+                elif kind == _HEADERS and flags & ~END_STREAM == END_HEADERS and word >> 8 <= self._max_block_size:
+                    on_headers(stream, bytes(data[start:end]), flags & END_STREAM != 0)
+                else:
+                    break
+                at = end
+                if at > last:
+                    break
+                word, flags, stream = _read_header(data, at)
+                start = at + FRAME_HEADER_SIZE
+                end = start + (word >> 8)
+            if at > last:
+                continue
+            self._start_frame(word >> 8, word & 0xFF, flags, stream & MAX_STREAM_ID)
+            at = start
             if end <= size and self._reading is _SMALL:  # all of it is there: nothing to collect
                 self._finish_small(bytes(data[at:end]))
                 at = end

@@ -62,6 +62,13 @@ class Known:
         values = () if self.request is None else header_values(self.request, name)
         return values[0] if values else None
 
+    def request_headers(self) -> dict[bytes, bytes]:
+        if self.request is None:
+            return {}
+        names = (":method", ":path", ":scheme", ":authority", "host")
+        pseudo = {name.encode(): header_values(self.request, name.encode())[0] for name in names}
+        return dict(reversed(self.request.headers)) | pseudo
+
     def response_header(self, name: bytes) -> bytes | None:
         return dict(reversed(self.response_headers or [])).get(name)
 

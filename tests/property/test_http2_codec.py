@@ -566,12 +566,12 @@ class Exchanges(RuleBasedStateMachine):
             waiting = sum(codec._stream_window - state.receive_window - state.owed for state in codec._streams.values())
             assert codec._waiting == waiting
             assert 0 <= codec._receive_window <= CONNECTION_WINDOW
-            assert codec.unsent() == sum(map(len, codec._parts))
+            assert codec.unsent == sum(map(len, codec._parts))
 
     def teardown(self) -> None:
         for stream in self.asked:
             self.client.reset(stream, 8)
-        while self.up or self.down or self.client.unsent() or self.server.unsent():
+        while self.up or self.down or self.client.unsent or self.server.unsent:
             self.carry(ALL, ALL)
         for codec in (self.client, self.server):
             assert codec.active_streams == 0

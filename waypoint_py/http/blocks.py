@@ -8,7 +8,7 @@ costs more CPU than the bytes are worth inside a mesh. Credentials are never ind
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, cast
 
 from hpack.table import HeaderTable
 
@@ -69,22 +69,25 @@ class BlockWriter:
         """A block; names are in lower case. Raises LocalProtocolError, and nothing has changed, for a field that no peer would take, or
         that a peer's HTTP/1.1 side might take for two."""
         known, known_pseudo = self._known, self._pseudo
-        new = [field for field in headers if field not in known]
-        if new:
-            _check([field[0] for field in new], [field[1] for field in new])
-        if new_values := [field[1] for field in pseudo if field not in known_pseudo]:
-            _check([], new_values)
-        parts: list[bytes] = []
+        block = list(map(known_pseudo.get, pseudo))
+        block += map(known.get, headers)
+        if None in block:
+            fields = [*pseudo, *headers]
+            new = [place for place, part in enumerate(block) if part is None]
+            # Of a pseudo-header the value alone is new.
+            _check([fields[place][0] for place in new if place >= len(pseudo)], [fields[place][1] for place in new])
+            for place in new:
+                if block[place] is not None:
+                    continue  # it came to stand in the table when it was written before
+                room = self._room
+                block[place] = self._literal(fields[place])
+                if self._room != room:  # it was inserted: what stood there has moved on by one
+                    rest = range(place + 1, len(fields))
+                    block[place + 1 :] = [(known_pseudo if each < len(pseudo) else known).get(fields[each]) for each in rest]
+        parts = cast("list[bytes]", block)
         if self._resized:
-            parts.append(self._resized)
+            parts.insert(0, self._resized)
             self._resized = b""
-        for field in pseudo:
-            parts.append(known_pseudo.get(field) or self._literal(field))
-        if not new:
-            parts += [known[field] for field in headers]
-        else:
-            for field in headers:
-                parts.append(known.get(field) or self._literal(field))
         return b"".join(parts)
 
     def _literal(self, field: tuple[bytes, bytes]) -> bytes:

@@ -84,6 +84,10 @@ class Codec(Protocol):
     """Common to both ends."""
 
     @property
+    def unsent(self) -> int:
+        """Bytes that `take_outgoing` would return: the driver bounds them."""
+
+    @property
     def wants_data(self) -> bool:
         """Whether to read on. False: what was read is enough until something is consumed or answered."""
 
@@ -115,12 +119,13 @@ class Codec(Protocol):
     def consumed(self, stream: int, size: int) -> None:
         """So many bytes of the peer's body have moved on."""
 
-    def unsent(self) -> int:
-        """Bytes that `take_outgoing` would return: the driver bounds them."""
-
 
 class ServerCodec(Codec, Protocol):
     """We answer."""
+
+    @property
+    def holds(self) -> bool:
+        """HTTP/1.1: bytes of what comes next are here, to be looked at by ``receive(b"")`` when the request before is done with."""
 
     @property
     def amid_head(self) -> bool:
@@ -151,7 +156,8 @@ class ClientCodec(Codec, Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether another request may follow on this connection, now or when the present one is over."""
+        """Whether another request may follow on this connection, now or when the present one is over. Where none may, because it is
+        `finished` or for another reason, `capacity` is 0 too."""
 
     @property
     def upgrades(self) -> bool | None:

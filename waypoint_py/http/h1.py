@@ -29,7 +29,8 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from hashlib import sha1
 from http import HTTPStatus
-from typing import Final
+from operator import itemgetter
+from typing import Final, Generic, TypeVar
 
 from mesh.wire.errors import ErrorCode, LocalProtocolError
 from waypoint_py.http.codec import BodyData, BodyEnd, Event, RefusedHead, RequestHead, ResponseHead, StreamReset
@@ -121,7 +122,7 @@ _SENDING_SIZED, _SENDING_UNTIL_CLOSE, _SENDING_RAW = _Sending.SIZED, _Sending.UN
 class _Fields:
     """The fields of one head, sorted: what goes on, and what only concerns this connection."""
 
-    __slots__ = ("coding", "connection", "expect", "headers", "hosts", "length", "te_trailers", "upgrade")
+    __slots__ = ("coding", "connection", "expect", "headers", "hosts", "length", "plain", "te_trailers", "upgrade")
 
     def __init__(self, lines: Sequence[bytes], limits: HeadLimits) -> None:
         """Raises BadHead. ``lines``: without line ends, already free of control characters."""
@@ -152,6 +153,8 @@ class _Fields:
         self.upgrade = b""
         self.expect = b""
         self.te_trailers = False
+        self.plain = special is None or special.keys() <= _PLAIN
+        """They say nothing of framing but a length, and nothing of the connection."""
         if special is not None:
             self._take_special(special)
 
@@ -177,15 +180,21 @@ class _Fields:
 
 
 _SPECIAL: Final = FRAMING | {b"te", b"expect"}
+_PLAIN: Final = frozenset({b"host", b"content-length"})
 
 
-class _Http1(ABC):
+Line = TypeVar("Line")
+"""What a head's first line says."""
+
+
+class _Http1(ABC, Generic[Line]):
     """What both ends have in common: cutting messages out of bytes, and writing them."""
 
     def __init__(self, limits: HeadLimits) -> None:
         self._limits = limits
-        self._known: dict[bytes, tuple[bytes, _Fields]] = {}
+        self._known: dict[bytes, tuple[Line, _Fields]] = {}
         """The first line and the fields of heads that came: they mean the same whenever the same bytes come."""
+        self._active = False  # a turn of which the peer's message, or ours, is not over
         self._reading = _HEAD
         self._buffer = bytearray()
         self._scanned = 0  # bytes of the buffer in which no line end was found
@@ -196,8 +205,8 @@ class _Http1(ABC):
         self._sending = _SILENT
         self._to_send = 0  # of a sized body
         self._parts: list[bytes] = []
-        self._unsent = 0
-        self._finished = False
+        self.unsent = 0
+        self.finished = False
 
     # --- facts -------------------------------------------------------------------------------------------------------------------------
 
@@ -207,19 +216,12 @@ class _Http1(ABC):
             return len(self._buffer) < HELD
         return self._unconsumed < UNCONSUMED
 
-    @property
-    def finished(self) -> bool:
-        return self._finished
-
-    def unsent(self) -> int:
-        return self._unsent
-
     def take_outgoing(self) -> bytes:
         parts = self._parts
         if not parts:
             return b""
         self._parts = []
-        self._unsent = 0
+        self.unsent = 0
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def consumed(self, stream: int, size: int) -> None:
@@ -308,29 +310,34 @@ class _Http1(ABC):
         lines = head.split(b"\r\n")
         if head.translate(None, FIELD_TEXT) != _line_ends(len(lines) - 1):
             return self._refuse(BadHead("control character or bare line end in head"), events)
+        line = self._read_line(lines[0])
         try:
             fields = _Fields(lines[1:], self._limits)
         except BadHead as exc:
-            self._take_head(lines[0], exc, events)
+            self._take_head(line, exc, events)
             return at + end + len(_END)
-        if len(head) <= MAX_REMEMBERED_HEAD:
+        if not isinstance(line, BadHead) and len(head) <= MAX_REMEMBERED_HEAD:
             if len(self._known) >= REMEMBERED_HEADS:
                 self._known.clear()
-            self._known[head] = lines[0], fields
-        self._take_head(lines[0], fields, events)
+            self._known[head] = line, fields
+        self._take_head(line, fields, events)
         return at + end + len(_END)
 
     def _read_counted(self, view: memoryview, at: int, events: list[Event]) -> int:
         piece = view[at : at + self._left]
-        self._pieces.append(piece)
-        self._left -= len(piece)
-        at += len(piece)
-        if not self._left:
-            if self._reading is _CHUNK:
+        size = len(piece)
+        self._left = left = self._left - size
+        if self._reading is _CHUNK:
+            self._pieces.append(piece)
+            if not left:
                 self._reading = _CHUNK_END
-            else:
-                self._end_message([], events)
-        return at
+            return at + size
+        if self._active:
+            self._unconsumed += size
+            events.append(BodyData(self._stream, piece))
+        if not left:
+            self._end_message([], events)
+        return at + size
 
     def _read_chunk_size(self, view: memoryview, at: int, events: list[Event]) -> int:
         window = bytes(view[at : at + MAX_CHUNK_LINE])
@@ -383,7 +390,7 @@ class _Http1(ABC):
         pieces = self._pieces
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._pieces = []
-        if self._may_hand_out():
+        if self._active:  # else nobody waits for it
             self._unconsumed += len(data)
             events.append(BodyData(self._stream, data))
 
@@ -406,7 +413,11 @@ class _Http1(ABC):
     # --- what the ends differ in -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _take_head(self, start: bytes, fields: _Fields | BadHead, events: list[Event]) -> None:
+    def _read_line(self, line: bytes) -> Line | BadHead:
+        """A head's first line, or what is wrong with it. What it says is nobody's to change."""
+
+    @abstractmethod
+    def _take_head(self, line: Line | BadHead, fields: _Fields | BadHead, events: list[Event]) -> None:
         """``fields``: nobody's to change; or what is wrong with them."""
 
     @abstractmethod
@@ -426,24 +437,22 @@ class _Http1(ABC):
         """Bytes beyond the peer's message."""
 
     @abstractmethod
-    def _may_hand_out(self) -> bool:
-        """Whether anybody waits for the body."""
-
-    @abstractmethod
     def _message_sent(self) -> None:
         """Our own message is complete."""
 
     # --- writing -----------------------------------------------------------------------------------------------------------------------
 
     def room(self, stream: int) -> int:
-        sending = self._sending
-        if stream != self._stream or self._finished or sending in _CLOSED:
+        if stream != self._stream or self.finished:
             return 0
-        return self._to_send if sending is _SENDING_SIZED else ROOM
+        sending = self._sending
+        if sending is _SENDING_SIZED:
+            return self._to_send
+        return 0 if sending in _CLOSED else ROOM
 
     def send_data(self, stream: int, data: bytes | memoryview) -> None:
         """Raises LocalProtocolError for a body longer than was said, after which the connection is `finished`."""
-        if stream != self._stream or self._finished or not data:
+        if stream != self._stream or self.finished or not data:
             return
         sending = self._sending
         size = len(data)
@@ -452,24 +461,26 @@ class _Http1(ABC):
                 self._finish()
                 raise LocalProtocolError(f"{size} bytes of a body of which {self._to_send} are left")
             self._to_send -= size
-        elif sending is _CHUNKED:
+            self._parts.append(bytes(data))
+            self.unsent += size
+            return
+        if sending is _CHUNKED:
             self._write(b"%x\r\n" % size)
             self._write(bytes(data))
             self._write(b"\r\n")
-            return
-        elif sending is not _SENDING_UNTIL_CLOSE and sending is not _SENDING_RAW:
-            return
-        self._write(bytes(data))
+        elif sending is _SENDING_UNTIL_CLOSE or sending is _SENDING_RAW:
+            self._write(bytes(data))
 
     def send_end(self, stream: int, trailers: Headers | None = None) -> None:
         """A body that is shorter than was said is not ended: the connection is `finished`, and the peer sees that something is missing."""
-        if stream != self._stream or self._finished:
+        if stream != self._stream or self.finished:
             return
         sending = self._sending
-        if sending is _SENDING_SIZED and self._to_send:
-            self._finish()
-            return
-        if sending is _CHUNKED:
+        if sending is _SENDING_SIZED:
+            if self._to_send:
+                self._finish()
+                return
+        elif sending is _CHUNKED:
             self._write(self._last_chunk(trailers))
         elif sending is _SENDING_RAW or sending is _SENDING_UNTIL_CLOSE:
             self._finish()
@@ -492,14 +503,14 @@ class _Http1(ABC):
             self._finish()
 
     def _finish(self) -> None:
-        self._finished = True
+        self.finished = True
         self._reading = _IGNORED
         self._sending = _ENDED
         self._buffer.clear()
 
     def _write(self, data: bytes) -> None:
         self._parts.append(data)
-        self._unsent += len(data)
+        self.unsent += len(data)
 
 
 _CLOSED: Final = (_SILENT, _NO_BODY, _ENDED)  # no set: hashing a member of an enum is a call
@@ -523,10 +534,14 @@ def _has_flaw(part: bytes) -> bool:
 def _checked(start: bytes, headers: Headers, framing: list[bytes], lines: int) -> bytes:
     """A head of ``lines`` lines without its empty line: nothing in it may end a line early, whoever put it there. ``framing``: whole lines.
     Raises LocalProtocolError."""
-    head = b"".join([start, *[b"%b: %b\r\n" % pair for pair in headers], *framing])
-    if head.translate(None, FIELD_TEXT) != _line_ends(lines) or b"".join([name for name, _ in headers]).translate(None, LOWER_TOKEN):
+    head = b"".join([start, *map(_write_line, headers), *framing])
+    if head.translate(None, FIELD_TEXT) != _line_ends(lines) or b"".join(map(_name_of, headers)).translate(None, LOWER_TOKEN):
         raise LocalProtocolError("a header that HTTP/1.1 cannot carry")
     return head
+
+
+_write_line: Final = b"%b: %b\r\n".__mod__
+_name_of: Final[Callable[[tuple[bytes, bytes]], bytes]] = itemgetter(0)
 
 
 def _length_of(message: Request | Response) -> int | None:
@@ -548,13 +563,12 @@ _BAD_REQUEST: Final = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnect
 _DEFAULTS: Final = ServerOptions()
 
 
-class Http1Server(_Http1):
+class Http1Server(_Http1[tuple[bytes, bytes, bytes]]):
     """The end that answers. See the module and `codec.ServerCodec`."""
 
     def __init__(self, options: ServerOptions = _DEFAULTS) -> None:
         super().__init__(options.limits)
         self._options = options
-        self._active = False  # a request was handed out, and is not answered wholly
         self._request_done = False
         self._close = False  # after this turn
         self._next_stream = 1
@@ -578,16 +592,23 @@ class Http1Server(_Http1):
         self._unconsumed = 0
         self._forget_request()
 
-    def _take_head(self, start: bytes, fields: _Fields | BadHead, events: list[Event]) -> None:
+    def _read_line(self, line: bytes) -> tuple[bytes, bytes, bytes] | BadHead:
+        """Method, target, version."""
+        words = line.split(b" ")
+        if len(words) != 3 or not words[0] or words[0].translate(None, TOKEN) or TAB in words[1]:
+            return BadHead("invalid request line")
+        return words[0], words[1], words[2]
+
+    def _take_head(self, line: tuple[bytes, bytes, bytes] | BadHead, fields: _Fields | BadHead, events: list[Event]) -> None:
         self._begin_turn()
         request: Request | None = None
         try:
-            words = start.split(b" ")
-            if len(words) != 3 or not words[0] or words[0].translate(None, TOKEN) or TAB in words[1]:
-                raise BadHead("invalid request line")
-            method, target, version = words
+            if isinstance(line, BadHead):
+                raise line
+            method, target, version = line
             request = Request(method, self._options.scheme, b"", target, [])
-            self._take_version(version, request)
+            if version != b"HTTP/1.1":
+                self._take_version(version, request)
             if isinstance(fields, BadHead):
                 raise fields
             request.headers = fields.headers.copy()
@@ -607,8 +628,6 @@ class Http1Server(_Http1):
             self._reading = _HELD
 
     def _take_version(self, version: bytes, request: Request) -> None:
-        if version == b"HTTP/1.1":
-            return
         if version != b"HTTP/1.0":
             raise BadHead("invalid or unknown HTTP version")
         request.version = Version.HTTP_1_0
@@ -643,6 +662,8 @@ class Http1Server(_Http1):
     def _take_framing(self, request: Request, fields: _Fields) -> bool:
         """Everything that concerns this turn and not the request; returns whether the body is chunked."""
         request.content_length = fields.length
+        if fields.plain and not self._http10:
+            return False
         chunked = fields.coding is not None
         if fields.coding is not None:
             read_coding(fields.coding, length=fields.length is not None, http10=self._http10)
@@ -677,9 +698,6 @@ class Http1Server(_Http1):
         else:  # it was only read to be rid of it
             self._end_turn()
 
-    def _may_hand_out(self) -> bool:
-        return self._active
-
     def _hold(self, view: memoryview, at: int, events: list[Event]) -> None:
         self._buffer += view[at:]
         self._scanned = 0
@@ -691,6 +709,10 @@ class Http1Server(_Http1):
                 self._write(_BAD_REQUEST)
         self._active = False
         self._finish()
+
+    @property
+    def holds(self) -> bool:
+        return bool(self._buffer)
 
     @property
     def amid_head(self) -> bool:
@@ -705,7 +727,7 @@ class Http1Server(_Http1):
 
     def receive_eof(self) -> Sequence[Event]:
         events: list[Event] = []
-        if self._finished:
+        if self.finished:
             return events
         if self._reading is _RAW:
             self._reading = _IGNORED
@@ -731,7 +753,7 @@ class Http1Server(_Http1):
 
     def send_response(self, stream: int, response: Response, *, ended: bool) -> None:
         """Raises LocalProtocolError for a header that would break out of its line, and for a status that has no place here."""
-        if stream != self._stream or not self._active or self._sending is not _SILENT or self._finished:
+        if stream != self._stream or not self._active or self._sending is not _SILENT or self.finished:
             return
         status = response.status
         if status == 101:
@@ -795,7 +817,7 @@ class Http1Server(_Http1):
     def _message_sent(self) -> None:
         self._active = False
         self._unconsumed = 0
-        if self._finished:
+        if self.finished:
             return
         if self._request_done:
             self._end_turn()
@@ -809,7 +831,7 @@ class Http1Server(_Http1):
         self._reading = _HEAD
 
 
-class Http1Client(_Http1):
+class Http1Client(_Http1[tuple[bool, int]]):
     """The end that asks. See the module and `codec.ClientCodec`."""
 
     def __init__(self, limits: HeadLimits | None = None, *, websocket_nonce: Callable[[], bytes] = lambda: os.urandom(16)) -> None:
@@ -817,7 +839,6 @@ class Http1Client(_Http1):
         super().__init__(limits or HeadLimits())
         self._websocket_nonce = websocket_nonce
         self._reading = _HELD
-        self._active = False
         self._next_stream = 1
         self._close = False
         self._head_only = False
@@ -832,7 +853,7 @@ class Http1Client(_Http1):
 
     @property
     def reusable(self) -> bool:
-        return not (self._finished or self._close)
+        return not (self.finished or self._close)
 
     upgrades = True
     pings = 0
@@ -844,7 +865,7 @@ class Http1Client(_Http1):
 
     def send_request(self, request: Request, *, ended: bool) -> int:
         """Raises LocalProtocolError when `capacity` is 0, and for what no request line or header can carry."""
-        if not self.capacity:
+        if self._active or self.finished or self._close:
             raise LocalProtocolError("a request amid another, or after the end")
         method, path, authority = request.method, request.path, request.authority
         if method == b"CONNECT" or not method or method.translate(None, TOKEN):
@@ -856,15 +877,12 @@ class Http1Client(_Http1):
             raise LocalProtocolError("a blank in path or authority")
         headers = [pair for pair in request.headers if pair[0] not in _NOT_FORWARDED]
         framing, sending, to_send = self._frame(request, headers, ended)
-        options: list[bytes] = []
-        if request.upgrade is not None:
-            options.append(b"upgrade")
-            framing.append(b"upgrade: %b\r\n" % request.upgrade)
         self._wants_trailers = (b"te", b"trailers") in headers
-        if self._wants_trailers:
-            options.append(b"te")  # RFC 9110 section 10.1.4
-        if options:
-            framing.append(b"connection: %b\r\n" % b", ".join(options))
+        if request.upgrade is not None:
+            framing.append(b"upgrade: %b\r\n" % request.upgrade)
+            framing.append(b"connection: upgrade, te\r\n" if self._wants_trailers else b"connection: upgrade\r\n")
+        elif self._wants_trailers:
+            framing.append(b"connection: te\r\n")  # RFC 9110 section 10.1.4
         if request.expect_continue and not ended:
             framing.append(b"expect: 100-continue\r\n")
         framing.append(b"\r\n")
@@ -902,9 +920,17 @@ class Http1Client(_Http1):
 
     # --- responses ---------------------------------------------------------------------------------------------------------------------
 
-    def _take_head(self, start: bytes, fields: _Fields | BadHead, events: list[Event]) -> None:
+    def _read_line(self, line: bytes) -> tuple[bool, int] | BadHead:
         try:
-            http10, status = _read_status_line(start)
+            return _read_status_line(line)
+        except BadHead as exc:
+            return exc
+
+    def _take_head(self, line: tuple[bool, int] | BadHead, fields: _Fields | BadHead, events: list[Event]) -> None:
+        try:
+            if isinstance(line, BadHead):
+                raise line
+            http10, status = line
             if isinstance(fields, BadHead):
                 raise fields
             if status < 200:
@@ -966,11 +992,8 @@ class Http1Client(_Http1):
         if self._close or self._sending is not _ENDED:  # a response before the request was over leaves the rest of it to whom?
             self._finish()
         self._active = False
-        if not self._finished:
+        if not self.finished:
             self._reading = _HELD
-
-    def _may_hand_out(self) -> bool:
-        return True
 
     def _hold(self, view: memoryview, at: int, events: list[Event]) -> None:
         """Nobody asked for these bytes: whose answer would the next one be?"""
@@ -987,7 +1010,7 @@ class Http1Client(_Http1):
 
     def receive_eof(self) -> Sequence[Event]:
         events: list[Event] = []
-        if self._finished:
+        if self.finished:
             return events
         if self._reading is _RAW:
             self._reading = _IGNORED

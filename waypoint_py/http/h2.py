@@ -27,6 +27,7 @@ from mesh.wire.frames import (
     ACK,
     DEFAULT_FRAME_SIZE,
     DEFAULT_WINDOW,
+    END_HEADERS,
     END_STREAM,
     MAX_STREAM_ID,
     MAX_WINDOW,
@@ -61,6 +62,7 @@ from waypoint_py.http.options import HeadLimits, ServerOptions
 from waypoint_py.http.path import BadPath, normalise
 
 CONNECTION_WINDOW: Final = 4 << 20
+_LOW_WINDOW: Final = CONNECTION_WINDOW // 2
 MAX_WAITING: Final = 4 << 20
 """Bytes handed out and not consumed, of all streams together, beyond which the connection's credit is held back."""
 MAX_FRAME_SIZE: Final = 64 * 1024
@@ -81,7 +83,7 @@ _CROSSING: Final = 4
 """Weightless frames on a stream that may have been sent before our reset was read: two informational responses, a head, and an end."""
 _OWN_PING: Final = b"\xffgoodbye"
 _OPEN, _SILENT, _ENDED = Direction.OPEN, Direction.SILENT, Direction.ENDED  # members of an enum are slower to find
-_DATA: Final = int(FrameType.DATA)
+_DATA, _HEADERS = int(FrameType.DATA), int(FrameType.HEADERS)
 _pack_header: Final = Struct(">IBI").pack
 """`frame_header` for payload, whose first word is its length and type."""
 _UNCOUNTED: Final = -1
@@ -143,7 +145,7 @@ class _Http2(ABC):
         "_courtesy", "_ended", "_events", "_failure", "_goaway_received", "_goaway_sent", "_heads", "_initial_send_window",
         "_known_trailers", "_limits", "_max_frame_size", "_parts", "_patience", "_peer", "_peer_max_streams", "_reader",
         "_receive_window", "_reset_here", "_send_window", "_settings_seen", "_splitter", "_stream_credit_portion",
-        "_stream_window", "_streams", "_tail", "_unsent", "_waiting", "_writer", "pings",
+        "_stream_window", "_streams", "_tail", "_waiting", "_writer", "pings", "unsent",
     )  # fmt: skip
 
     def __init__(
@@ -165,7 +167,7 @@ class _Http2(ABC):
         self._writer = BlockWriter()
         self._events: list[Event] = []
         self._parts: list[bytes] = []
-        self._unsent = 0
+        self.unsent = 0
         self._tail = 0  # the stream whose DATA is the last thing in `_parts`
         self._failure: RemoteProtocolError | None = None
         self._ended = False
@@ -209,15 +211,12 @@ class _Http2(ABC):
     def active_streams(self) -> int:
         return len(self._streams)
 
-    def unsent(self) -> int:
-        return self._unsent
-
     def take_outgoing(self) -> bytes:
         parts = self._parts
         if not parts:
             return b""
         self._parts = []
-        self._unsent = self._tail = 0
+        self.unsent = self._tail = 0
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def room(self, stream: int) -> int:
@@ -275,21 +274,19 @@ class _Http2(ABC):
                 return
         state.send_window -= size
         self._send_window -= size
-        most = self._max_frame_size
-        parts = self._parts
-        if size <= most:
-            parts += (_pack_header(size << 8 | _DATA, 0, stream), bytes(data))
-            frames = 1
-        else:
-            frames = 0
-            view = memoryview(data)
-            for at in range(0, size, most):
-                piece = bytes(view[at : at + most])
-                parts += (frame_header(len(piece), _DATA, 0, stream), piece)
-                frames += 1
-        self._unsent += size + 9 * frames
         self._tail = stream
-        self._allow(10 * frames)
+        most = self._max_frame_size
+        if size <= most:
+            self._parts += (_pack_header(size << 8 | _DATA, 0, stream), bytes(data))
+            self.unsent += size + 9
+            self._courtesy += 10
+            return
+        view = memoryview(data)
+        for at in range(0, size, most):
+            piece = bytes(view[at : at + most])
+            self._parts += (frame_header(len(piece), _DATA, 0, stream), piece)
+            self.unsent += len(piece) + 9
+            self._courtesy += 10
 
     def send_end(self, stream: int, trailers: Headers | None = None) -> None:
         state = self._streams.get(stream)
@@ -321,7 +318,8 @@ class _Http2(ABC):
             state.receive_window += state.owed
             self._write(window_update_frame(stream, state.owed))
             state.owed = 0
-        self._refresh_connection_credit()
+        if self._receive_window < _LOW_WINDOW:
+            self._refresh_connection_credit()
 
     def ping(self) -> None:
         """Ask for a sign of life; `pings` is 0 again when it has come."""
@@ -371,10 +369,10 @@ class _Http2(ABC):
 
     def on_data(self, stream: int, charged: int, piece: memoryview, end: bool) -> None:
         if charged:
-            self._receive_window -= charged
-            if self._receive_window < 0:
+            self._receive_window = left = self._receive_window - charged
+            if left < 0:
                 raise RemoteProtocolError("DATA beyond the connection's window", ErrorCode.FLOW_CONTROL_ERROR)
-            if self._receive_window < CONNECTION_WINDOW // 2:
+            if left < _LOW_WINDOW:
                 self._refresh_connection_credit()
         state = self._streams.get(stream)
         if state is None or state.receiving is not _OPEN:
@@ -451,7 +449,8 @@ class _Http2(ABC):
         state.receiving = _ENDED
         if not state.dropped:
             self._events.append(BodyEnd(state.id, trailers))
-        self._forget_if_over(state)
+        if state.sending is _ENDED:
+            self._forget(state)
 
     def on_reset(self, stream: int, code: int) -> None:
         state = self._streams.get(stream)
@@ -557,39 +556,43 @@ class _Http2(ABC):
 
     def _forget(self, state: _Stream) -> None:
         del self._streams[state.id]
-        state.drop()
+        state.receiving = state.sending = _ENDED  # `drop`
         self._heads -= state.weight
         self._waiting -= self._stream_window - state.receive_window - state.owed  # nobody will say that they were consumed
-        self._refresh_connection_credit()
+        if self._receive_window < _LOW_WINDOW:
+            self._refresh_connection_credit()
 
     def _forget_if_over(self, state: _Stream) -> None:
         if state.receiving is _ENDED and state.sending is _ENDED:
             self._forget(state)
 
     def _refresh_connection_credit(self) -> None:
-        if self._receive_window < CONNECTION_WINDOW // 2 and self._waiting < MAX_WAITING:
+        """When it is low, unless too much waits."""
+        if self._receive_window < _LOW_WINDOW and self._waiting < MAX_WAITING:
             self._write(window_update_frame(0, CONNECTION_WINDOW - self._receive_window))
             self._receive_window = CONNECTION_WINDOW
 
-    def _allow(self, courtesy: int) -> None:
-        courtesy += self._courtesy
-        self._courtesy = courtesy if courtesy < MAX_COURTESY else MAX_COURTESY
-
     def _spend_courtesy(self, on: str) -> None:
         if self._courtesy:
-            self._courtesy -= 1
+            self._courtesy = min(self._courtesy, MAX_COURTESY) - 1
         else:
             self._patience.spend(patience.PING, on)
 
     def _write(self, data: bytes) -> None:
         self._parts.append(data)
-        self._unsent += len(data)
+        self.unsent += len(data)
         self._tail = 0
 
     def _send_block(self, state: _Stream, pseudo: Headers, headers: Headers, *, end: bool) -> None:
         """Raises LocalProtocolError, as `BlockWriter.write` does."""
         block = self._writer.write(pseudo, headers)
-        self._write(header_frames(state.id, block, end_stream=end, max_frame_size=self._max_frame_size))
+        size = len(block)
+        if size > self._max_frame_size:
+            self._write(header_frames(state.id, block, end_stream=end, max_frame_size=self._max_frame_size))
+            return
+        self._parts += (_pack_header(size << 8 | _HEADERS, END_HEADERS | END_STREAM if end else END_HEADERS, state.id), block)
+        self.unsent += size + 9
+        self._tail = 0
 
 
 _MALFORMED: Final = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade", b""})
@@ -628,6 +631,7 @@ def _sort(fields: Iterable[tuple[bytes, bytes]]) -> tuple[dict[bytes, bytes], He
 
 
 def _length_of(message: Request | Response) -> int | None:
+    """By the attribute, or for messages made by hand by the header, which is in `_NOT_WRITTEN`."""
     if message.content_length is not None:
         return message.content_length
     value = message.first(b"content-length")
@@ -683,7 +687,7 @@ class Http2Server(_Http2):
             return True
         return not self._streams and self._goaway_sent and self._last_accepted != MAX_STREAM_ID
 
-    amid_head = False
+    holds = amid_head = False
 
     def give_up_head(self) -> Sequence[Event]:
         return ()
@@ -707,7 +711,7 @@ class Http2Server(_Http2):
             self._reset(stream, ErrorCode.REFUSED_STREAM)
             return
         self._highest_taken = stream
-        self._allow(2)
+        self._courtesy += 2
         self._on_request(stream, fields, end)
 
     def _on_request(self, stream: int, fields: Fields, end: bool) -> None:
@@ -853,6 +857,7 @@ class Http2Server(_Http2):
             return
         status = response.status
         headers = [pair for pair in response.headers if pair[0] not in _NOT_WRITTEN]
+        length = response.content_length if len(headers) == len(response.headers) else _length_of(response)
         if status == 101:
             if not state.upgrade:
                 raise LocalProtocolError("101 to a request that asked for no upgrade")
@@ -860,7 +865,8 @@ class Http2Server(_Http2):
             headers = [pair for pair in headers if pair[0] != b"sec-websocket-accept"]
         elif not 200 <= status <= 599:
             raise LocalProtocolError(f"status {status} of a response")
-        length = _length_of(response) if response.status not in (101, 204) else None
+        if length is not None and response.status in (101, 204):
+            length = None
         if length is not None:
             headers.append((b"content-length", b"%d" % length))
         bodiless = state.head or status in (204, 304)
@@ -930,7 +936,10 @@ class Http2Client(_Http2):
 
     @property
     def capacity(self) -> int:
-        return max(0, self._peer_max_streams - len(self._streams)) if self.reusable else 0
+        if self._ended or self._goaway_received or self._failure is not None or self._next_stream > MAX_STREAM_ID:  # not `reusable`
+            return 0
+        free = self._peer_max_streams - len(self._streams)
+        return free if free > 0 else 0
 
     @property
     def upgrades(self) -> bool | None:
@@ -941,7 +950,7 @@ class Http2Client(_Http2):
 
     def send_request(self, request: Request, *, ended: bool) -> int:
         """Raises LocalProtocolError when `capacity` is 0, and for what no request can carry."""
-        if not self.capacity:
+        if self.capacity <= 0:
             raise LocalProtocolError("the server takes no more requests on this connection")
         method, path, authority = request.method, request.path, request.authority
         if method == b"CONNECT" or not method or method.translate(None, TOKEN):
@@ -950,7 +959,8 @@ class Http2Client(_Http2):
             raise LocalProtocolError("a path without a slash")
         if SPACE in path or SPACE in authority or TAB in path or TAB in authority:
             raise LocalProtocolError("a blank in path or authority")
-        length = _length_of(request)
+        headers = [pair for pair in request.headers if pair[0] not in _NOT_WRITTEN]
+        length = request.content_length if len(headers) == len(request.headers) else _length_of(request)
         if ended and length:
             raise LocalProtocolError(f"no body, where {length} bytes were said to come")
         stream = self._next_stream
@@ -960,7 +970,6 @@ class Http2Client(_Http2):
             return stream
         state = _Stream(stream, self._stream_window, self._initial_send_window)
         pseudo = [(b":method", method), (b":scheme", request.scheme), (b":authority", authority), (b":path", path)]
-        headers = [pair for pair in request.headers if pair[0] not in _NOT_WRITTEN]
         if request.upgrade is not None:
             pseudo[0] = (b":method", b"CONNECT")
             pseudo.append((b":protocol", request.upgrade))
@@ -976,7 +985,7 @@ class Http2Client(_Http2):
         state.sending = _ENDED if ended else _OPEN
         state.head = method == b"HEAD"
         self._streams[stream] = state
-        self._allow(2)
+        self._courtesy += 2
         return stream
 
     # --- responses ---------------------------------------------------------------------------------------------------------------------
@@ -1035,7 +1044,8 @@ class Http2Client(_Http2):
             raise MalformedHeaders("no DATA, where content-length promises some")
         state.receiving = _ENDED if end else _OPEN
         self._events.append(ResponseHead(state.id, response, end))
-        self._forget_if_over(state)
+        if end:
+            self._forget_if_over(state)
 
     def _take_informational(self, state: _Stream, status: int, headers: Headers, end: bool) -> None:
         if end or status == 101:

@@ -58,11 +58,9 @@ class Message:
 
     def remove(self, name: bytes) -> None:
         """No header of this name."""
-        headers = self.headers
-        for key, _ in headers:
-            if key == name:
-                self.headers = [pair for pair in headers if pair[0] != name]
-                return
+        kept = [pair for pair in self.headers if pair[0] != name]
+        if len(kept) != len(self.headers):
+            self.headers = kept
 
 
 class Request(Message):

@@ -39,6 +39,9 @@ _BASE, _NONE, _DECODE = PathNormalization.BASE, PathNormalization.NONE, PathNorm
 
 def normalise(path: bytes, how: PathNormalization) -> bytes | BadPath:
     """A request target in origin form, with or without a query, or ``*``; the same string if there is nothing to do. Never raises."""
+    # Most paths: no query, no escape, nothing that any mode would change.
+    if not path.translate(None, _UNCHANGED) and path[:1] == b"/" and b"/." not in path and (how is _BASE or b"//" not in path):
+        return path
     if path.translate(None, _GRAPHIC):
         return BadPath("blank, control character or raw non-ASCII in path")
     path = path.partition(b"#")[0]

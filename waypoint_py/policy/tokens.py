@@ -266,6 +266,8 @@ class _HeaderPlace:
         """Tokens, each with the name by which it is removed."""
         name = self._name
         values = [value for key, value in request.headers if key == name]
+        if not values:
+            return ()
         if len(values) > 1 and name == b"authorization":
             values = [b",".join(values)]  # one credential a request (RFC 9110 section 11.6.2): two make one that is malformed
         return [(value[len(self._prefix) :].strip(b" "), name) for value in values if value.startswith(self._prefix)]

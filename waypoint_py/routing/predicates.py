@@ -61,14 +61,15 @@ class Seen:
 
 def header_values(request: Request, name: bytes) -> tuple[bytes, ...]:
     """`Seen.headers` of a single question."""
-    if name == b":authority" or name == b"host":
-        return (request.authority,)
-    if name == b":method":
-        return (request.method,)
-    if name == b":path":
-        return (request.path,)
-    if name == b":scheme":
-        return (request.scheme,)
+    if name[:1] == b":" or name == b"host":
+        if name == b":authority" or name == b"host":
+            return (request.authority,)
+        if name == b":method":
+            return (request.method,)
+        if name == b":path":
+            return (request.path,)
+        if name == b":scheme":
+            return (request.scheme,)
     return tuple([value for key, value in request.headers if key == name])
 
 

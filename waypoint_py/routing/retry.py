@@ -146,7 +146,7 @@ class RetryState:
 
     def after_response(self, response: Response, rng: random.Random, room: Room = UNBOUNDED, *, replayable: bool = True) -> Decision:
         """The head of a response came, and nothing of it has gone to the client. Trailers-only gRPC responses have their status here."""
-        wanted = self._wants_response(response)
+        wanted = self.wants_response(response)
         if wanted is None:
             return _no_reason(response.status)
         return self._decide(wanted, rng, room, replayable)
@@ -167,13 +167,19 @@ class RetryState:
             return Enough("a per-try timeout is no reason to retry")
         return self._decide(f"per-try timeout ({condition})", rng, room, replayable)
 
-    def _wants_response(self, response: Response) -> str | None:
-        on, status = self._on, response.status
+    def wants_response(self, response: Response) -> str | None:
+        """Why a response would be tried again, if there is another try to be had; None: it is the answer."""
+        on = self._on
         if not on:
             return None
-        if response.first(_RATE_LIMITED) is not None:
+        wanted = self._wants_answer(response)
+        if (wanted is not None or "envoy-ratelimited" in on) and response.first(_RATE_LIMITED) is not None:
             # It is another proxy's refusal, not the application's failure.
             return "envoy-ratelimited" if "envoy-ratelimited" in on else None
+        return wanted
+
+    def _wants_answer(self, response: Response) -> str | None:
+        on, status = self._on, response.status
         if "5xx" in on and 500 <= status <= 599:
             return f"{status} (5xx)"
         if "gateway-error" in on and status in _GATEWAY_ERRORS:

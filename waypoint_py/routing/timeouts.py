@@ -29,10 +29,10 @@ UNLIMITED: Final = Timeouts(None, None, "")
 CLIENTS_WORD: Final = "the client's grpc-timeout"
 
 
-def find_timeouts(route: Route, request: Request) -> Timeouts:
-    """Of one request. A client may shorten what the route grants, by ``grpc-timeout``, never lengthen it; without a route's timeout its
-    word alone counts."""
-    total, asked = route.timeout or None, find_grpc_timeout(request)
+def find_timeouts(route: Route, request: Request, *, grpc: bool) -> Timeouts:
+    """Of one request. A gRPC client may shorten what the route grants, by ``grpc-timeout``, never lengthen it; without a route's timeout
+    its word alone counts."""
+    total, asked = route.timeout or None, find_grpc_timeout(request) if grpc else None
     shorter = asked is not None and (total is None or asked < total)
     if shorter:
         total = asked
@@ -45,8 +45,8 @@ def find_timeouts(route: Route, request: Request) -> Timeouts:
 
 
 def find_grpc_timeout(request: Request) -> float | None:
-    """What a gRPC client grants; None if that is nothing, or nothing readable (ignored, as Envoy does)."""
-    if (value := request.first(GRPC_TIMEOUT)) is None or not request.is_grpc:
+    """What the client of a gRPC call grants; None if that is nothing, or nothing readable (ignored, as Envoy does)."""
+    if (value := request.first(GRPC_TIMEOUT)) is None:
         return None
     try:
         # A deadline that has passed already is still one.

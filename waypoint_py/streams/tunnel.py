@@ -11,6 +11,7 @@ from mesh.model.address import SocketAddress
 from mesh.reactor.hbone import Tunnel
 from mesh.reactor.loop import Reactor
 from mesh.wire.errors import ErrorCode
+from waypoint_py.stream import HIGH_WATER
 from waypoint_py.streams.base import Stream
 
 
@@ -36,7 +37,8 @@ class TunnelStream(Stream):
         if self._over or self._ending or not data:
             return
         self._out += data
-        self._note_unsent()
+        if len(self._out) > HIGH_WATER:  # `_note_unsent`
+            self._above = True
         if not self.readable:
             self.readable = True
             self._tunnel.want_write()
@@ -89,7 +91,11 @@ class TunnelStream(Stream):
         for chunk in chunks:
             if self._over:
                 return 0
-            if self._deliver(chunk):
+            sink = self._sink
+            if sink is None or self._paused or self._held:
+                self._held += chunk
+            else:  # `_deliver`
+                sink.data(chunk)
                 moved += len(chunk)
         return moved
 

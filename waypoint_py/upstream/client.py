@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 from itertools import count
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol
 
 from mesh.model.address import SocketAddress
 from mesh.model.l7.destination import ConnectionPool
 from mesh.reactor.loop import Reactor, Timer
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
-from waypoint_py.http.codec import BodyData, BodyEnd, ClientCodec, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
+from waypoint_py.http.codec import BodyData, BodyEnd, ClientCodec, Event, GoingAway, ResponseHead, StreamReset
 from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.stream import HIGH_WATER, ByteStream
 from waypoint_py.upstream.session import FailureKind, ResponseSink, UpstreamFailure, UpstreamStream
@@ -30,8 +30,6 @@ FLUSHED_AT_ONCE: Final = 64 * 1024
 """Bytes that wait for the turn's end. With more, what is sent goes to the stream at once: `HttpSession.room` goes by what waits there."""
 
 SWITCHING_PROTOCOLS: Final = 101
-
-_OfStream: TypeAlias = RequestHead | RefusedHead | ResponseHead | BodyData | BodyEnd | StreamReset
 
 
 class Place(Enum):
@@ -282,10 +280,12 @@ class HttpSession:
     @property
     def available(self) -> int:
         """How many calls may be begun now."""
-        if self._closing or not self._codec.reusable:
+        if self._closing:
             return 0
-        limits = self._owner.limits
-        free = min(self._codec.capacity, limits.max_concurrent_streams - len(self._calls))
+        limits, free = self._owner.limits, self._codec.capacity
+        most = limits.max_concurrent_streams - len(self._calls)
+        if most < free:
+            free = most
         most = limits.max_requests_per_connection
         return min(free, most - self._served) if most else free
 
@@ -300,7 +300,7 @@ class HttpSession:
             return None
         if not upgrades:
             return "the server takes no upgrades"
-        began_at = self._written + self._codec.unsent()
+        began_at = self._written + self._codec.unsent
         try:
             stream = self._codec.send_request(call.request, ended=call.head_ended)
         except LocalProtocolError as exc:
@@ -435,13 +435,13 @@ class HttpSession:
         if self._broken:
             return
         self._heard = True
-        ours = self._codec.unsent()
+        ours = self._codec.unsent
         try:
             events = self._codec.receive(data)
         except RemoteProtocolError as exc:
             self._break(FailureKind.PROTOCOL, exc.reason, explained=True)
             return
-        answers = self._codec.unsent() - ours
+        answers = self._codec.unsent - ours
         if answers and self._is_deaf(answers):
             self._break(FailureKind.PROTOCOL, "the peer sends and does not read")
             return
@@ -494,8 +494,23 @@ class HttpSession:
             for event in events:
                 if self._broken:
                     return
-                if not isinstance(event, GoingAway):  # the codec is not reusable any more: `_settle` sees it
-                    self._hand_out(event)
+                if isinstance(event, GoingAway):
+                    continue  # the codec is not reusable any more: `_settle` sees it
+                call = self._calls.get(event.stream)
+                if call is None:
+                    continue  # given up meanwhile
+                try:
+                    if type(event) is BodyData:
+                        call.sink.data(event.data)
+                    elif type(event) is ResponseHead:
+                        self._on_head(call, event.response, event.ended)
+                    elif type(event) is BodyEnd:
+                        self._complete(call)
+                        call.sink.complete(event.trailers)
+                    elif type(event) is StreamReset:
+                        self._on_reset(call, event)
+                except Exception as exc:
+                    self._crashed(call, exc)
         finally:
             self._dispatching = False
         if self._broken:
@@ -509,27 +524,14 @@ class HttpSession:
         self._settle()
         self._regulate()
 
-    def _hand_out(self, event: _OfStream) -> None:
-        call = self._calls.get(event.stream)
-        if call is None:
-            return  # given up meanwhile
-        try:
-            if type(event) is BodyData:
-                call.sink.data(event.data)
-            elif type(event) is ResponseHead:
-                self._on_head(call, event.response, event.ended)
-            elif type(event) is BodyEnd:
-                self._complete(call)
-                call.sink.complete(event.trailers)
-            elif type(event) is StreamReset:
-                self._on_reset(call, event)
-        except Exception as exc:  # a mistake with one request must not cost the others
-            self._reactor.report(exc, f"response to {call.request.method!r} {call.request.path!r}")
-            if not call.over:
-                self._forget(call)
-                self._freed = True
-                self._codec.reset(call.stream, ErrorCode.INTERNAL_ERROR)
-                call.fail(UpstreamFailure(FailureKind.RESET, f"internal error: {exc!r}"))
+    def _crashed(self, call: Call, error: Exception) -> None:
+        """A mistake with one request must not cost the others."""
+        self._reactor.report(error, f"response to {call.request.method!r} {call.request.path!r}")
+        if not call.over:
+            self._forget(call)
+            self._freed = True
+            self._codec.reset(call.stream, ErrorCode.INTERNAL_ERROR)
+            call.fail(UpstreamFailure(FailureKind.RESET, f"internal error: {error!r}"))
 
     def _on_head(self, call: Call, response: Response, ended: bool) -> None:
         status = response.status
@@ -578,7 +580,7 @@ class HttpSession:
 
     def _flush_soon(self) -> None:
         """Before the loop waits again: heads, bodies and their ends, of many calls, leave together."""
-        if self._codec.unsent() > FLUSHED_AT_ONCE:
+        if self._codec.unsent > FLUSHED_AT_ONCE:
             self._flush()
         elif not self._flushing:
             self._flushing = True
@@ -589,8 +591,8 @@ class HttpSession:
         self._flush()
 
     def _flush(self) -> None:
-        data = self._codec.take_outgoing()
-        if data:
+        if self._codec.unsent:
+            data = self._codec.take_outgoing()
             self._written += len(data)
             self._stream.write(data)
 
@@ -617,8 +619,8 @@ class HttpSession:
         freed, self._freed = self._freed, False
         codec, most = self._codec, self._owner.limits.max_requests_per_connection
         # A server that allows no request at all will hardly be asked here again: kept, there would be one more connection with each.
-        useless = not self._calls and not codec.capacity
-        if codec.finished or not codec.reusable or useless or 0 < most <= self._served:
+        useful = codec.reusable if self._calls else codec.capacity
+        if not useful or 0 < most <= self._served:
             self._leave_owner()
         if not self._calls and freed:
             self.idle_since = self._reactor.now()

@@ -121,14 +121,14 @@ class Shelf:
         "_waiting",
         "_wanted",
         "endpoint",
+        "limits",
         "remembered_as",
     )
 
     def __init__(self, pool: Pool, key: _ShelfKey, endpoint: Endpoint, wanted: Wanted, breaker: Breaker) -> None:
         self._pool = pool
         self._key = key
-        self.endpoint = endpoint
-        """As it was last asked for: bounds may have changed."""
+        self.take_endpoint(endpoint)
         self._wanted = wanted
         self._breaker = breaker
         self._sessions: dict[HttpSession, None] = {}
@@ -148,9 +148,10 @@ class Shelf:
     def waits(self) -> bool:
         return bool(self._waiting)
 
-    @property
-    def limits(self) -> ConnectionPool:
-        return self.endpoint.policy.pool
+    def take_endpoint(self, endpoint: Endpoint) -> None:
+        """As it was last asked for: bounds may have changed."""
+        self.endpoint = endpoint
+        self.limits: ConnectionPool = endpoint.policy.pool
 
     def admit(self, call: Call) -> None:
         """Begin it, let it wait, or fail it soon."""
@@ -551,7 +552,7 @@ class Pool:
             shelf = self._shelves[key] = Shelf(self, key, endpoint, wanted, self.breaker_of(endpoint))
             if key.is_clients_choice:
                 self._put_among_named(key.address, shelf)
-        shelf.endpoint = endpoint
+        shelf.take_endpoint(endpoint)
         if version is None and (tls is None or tls.sni):  # no other request can belong to another shelf
             if len(self._recent) >= REMEMBERED:
                 self._recent.clear()

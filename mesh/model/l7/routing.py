@@ -6,6 +6,7 @@ for Gateway API routes that of their precedence (which the control plane has sor
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 import msgspec
@@ -36,8 +37,13 @@ class Destination(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     subset: str = ""
 
     def at(self, port: int) -> Destination:
-        """Of a request that came for ``port``."""
-        return self if self.port else Destination(self.namespace, self.hostname, port, self.subset)
+        """Of a request that came for ``port``; most often the same object each time, by which others may remember it."""
+        return self if self.port else _at(self, port)
+
+
+@lru_cache(maxsize=4096)
+def _at(destination: Destination, port: int) -> Destination:
+    return Destination(destination.namespace, destination.hostname, port, destination.subset)
 
 
 class HeaderChanges(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

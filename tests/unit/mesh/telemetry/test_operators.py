@@ -208,6 +208,14 @@ def test_a_value_cannot_end_a_quoted_field_or_start_a_line() -> None:
     assert compile_format("%RESPONSE_CODE% literal\n").render_line(facts) == "0 literal\n"
 
 
+def test_a_line_has_what_the_format_has_in_its_order_whatever_is_read_together() -> None:
+    facts = Known(asked("/p", ("x", "1"), ("y", "2"), ("x", "3")), protocol="HTTP/2", response_code=200)
+    compiled = compile_format(
+        "%REQ(y)% {%PROTOCOL%} {} {0} %REQ(none?x)% 100%% %REQ(x):3% %REQ(host)% %RESPONSE_CODE% %REQ(none)% %REQ(:path)%\n"
+    )
+    assert compiled.render_line(facts) == compiled.render(facts) == "2 {HTTP/2} {} {0} 1 100% 1 b 200 - /p\n"
+
+
 def test_what_is_missing_is_left_out_of_a_header() -> None:
     assert compile_header_value("a%REQ(none)%b").render(NOTHING) == "ab"
     assert compile_header_value("%UPSTREAM_HOST%").render(NOTHING) == ""

@@ -315,7 +315,7 @@ def test_a_client_that_opens_no_window_is_sent_nothing() -> None:
         with pytest.raises(LocalProtocolError):
             peer.server.send_data(stream, b"x")
     assert {frame.type for frame in peer.hears()} == {FrameType.HEADERS}
-    assert peer.codec.unsent() == 0
+    assert peer.codec.unsent == 0
 
 
 def test_a_response_in_drips_is_ten_updates_a_drip_and_no_more() -> None:
@@ -327,7 +327,7 @@ def test_a_response_in_drips_is_ten_updates_a_drip_and_no_more() -> None:
         assert peer.server.room(1) == 1
         peer.server.send_data(1, b"x")
         peer.sends(window_update_frame(1, 1))
-        assert peer.codec.unsent() < 100
+        assert peer.codec.unsent < 100
         peer.hears()
     number, failure = flood(peer, iter(lambda: window_update_frame(0, 1), None), 20_000)
     assert failure.code == CALM
@@ -407,7 +407,7 @@ def test_a_server_that_floods_is_cut_off_too(make: Callable[[Peer, int], bytes])
     number, failure, peer = serving(make)
     assert failure.code == CALM
     assert number <= CAPACITY + 20
-    assert peer.codec.unsent() < 64 * 1024
+    assert peer.codec.unsent < 64 * 1024
 
 
 def test_what_was_on_its_way_to_a_stream_that_we_gave_up_is_no_flood() -> None:

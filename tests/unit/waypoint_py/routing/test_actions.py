@@ -90,6 +90,13 @@ def test_without_any_share_the_answer_is_the_routes_status(destinations: tuple[W
     assert (reply.status, reply.body) == (status, b"")
 
 
+def test_a_destination_at_the_requests_port_is_the_same_object_each_time() -> None:
+    """By which what is worked out of a request's ends is remembered."""
+    assert Destination("shop", "web", 0, "v1").at(80) is Destination("shop", "web", 0, "v1").at(80)
+    assert Destination("shop", "web", 0).at(80) == Destination("shop", "web", 80)
+    assert Destination("shop", "web", 81).at(80) == Destination("shop", "web", 81)
+
+
 def test_a_choice_says_of_what_share() -> None:
     assert chosen(forward(to("v1"))).because == "HTTPRoute shop/reviews rule 0"
     assert chosen(forward(to("v1", 3), to("v2", 0))).because == "HTTPRoute shop/reviews rule 0"

@@ -43,7 +43,7 @@ def call(timeout: str | None = None) -> Request:
     ],
 )
 def test_a_client_may_shorten_the_routes_timeout_only(granted: float | None, request_: Request, total: float | None, because: str) -> None:
-    assert find_timeouts(route(granted), request_) == Timeouts(total, None, because)
+    assert find_timeouts(route(granted), request_, grpc=request_.is_grpc) == Timeouts(total, None, because)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_client_may_shorten_the_routes_timeout_only(granted: float | None, req
     [(5.0, 2.0, 2.0), (None, 2.0, 2.0), (5.0, 5.0, None), (5.0, 9.0, None), (5.0, None, None), (5.0, 0.0, None)],
 )
 def test_a_per_try_timeout_counts_if_it_is_shorter(total: float | None, per_try: float | None, effective: float | None) -> None:
-    assert find_timeouts(route(total, per_try), asked()).per_try == effective
+    assert find_timeouts(route(total, per_try), asked(), grpc=False).per_try == effective
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mesh.model.l7.waypoint import AccessLogging
 from mesh.telemetry.operators import DEFAULT_JSON_FORMAT, METADATA, Facts
 from mesh.telemetry.output import LogOutput
 from tests.unit.waypoint_py.telemetry.records import HOST, POD, connection, connection_record, endpoint, request_record
+from waypoint_py.http.message import Response, Version
 from waypoint_py.observer import RefusalRecord, RequestRecord
 from waypoint_py.policy.authorize import DryRunVerdict, Judgement
 from waypoint_py.telemetry.access_log import AccessLog, compile_lines
@@ -161,6 +162,17 @@ _DESTINATIONS = [None, Destination("shop", HOST, 80), Destination("shop", HOST, 
 _FORMATS = [
     AccessLogging(),
     AccessLogging(format='%HOSTNAME%%ROUTE_NAME% \t"\\ %UPSTREAM_HOST%%REQ(X)%%UPSTREAM_CLUSTER% %DOWNSTREAM_PEER_URI_SAN% 100%%'),
+    AccessLogging(format="%PROTOCOL%{%RESPONSE_FLAGS_LONG% %RESPONSE_CODE%} %REQ(X)%%RESPONSE_CODE_DETAILS% %RESPONSE_FLAGS%"),
+]
+_OUTCOMES: list[dict[str, object]] = [
+    {},
+    {"response": Response(503, [])},
+    {"response": None},
+    {"flags": (Flag.UPSTREAM_OVERFLOW,)},
+    {"details": 'a "b\n'},
+    {"termination": "gone"},
+    {"transport_failure": "TLS_error"},
+    {"version": Version.HTTP_2},
 ]
 
 
@@ -168,22 +180,26 @@ _ROUTES = ["default", "", 'a"\nb', "\\"]
 _VALUES = ["a", "", '"', "\\", "\n", "\x00", "ü", '\\x22"']
 
 
-@given(changes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=4, max_size=20))
+@given(changes=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 7)), min_size=4, max_size=20))
 def test_a_line_does_not_depend_on_those_before_it_on_its_connection(changes: list[tuple[int, int]]) -> None:
     """One thing changes from line to line."""
-    choices: tuple[Sequence[Any], ...] = (_FORMATS, _PLACES, _SENT_FROM, _DESTINATIONS, _ROUTES, _VALUES)
+    choices: tuple[Sequence[Any], ...] = (_FORMATS, _PLACES, _SENT_FROM, _DESTINATIONS, _ROUTES, _VALUES, _OUTCOMES)
     renders = [compile_lines(logging)[0] for logging in _FORMATS]
     facts = connection()
     numbers = [1] * len(choices)
     for which, number in changes:
         numbers[which] = number % len(choices[which])
-        logging, upstream, sent_from, destination, route, value = (some[number] for some, number in zip(choices, numbers, strict=True))
+        logging, upstream, sent_from, destination, route, value, outcome = (
+            some[number] for some, number in zip(choices, numbers, strict=True)
+        )
         render = renders[_FORMATS.index(logging)]
         found = []
         for each in (facts, connection()):
             record = request_record(each, [(b"x", value.encode()), (b"x-forwarded-for", value.encode())])
             record.upstream, record.upstream_local_address, record.destination = upstream, sent_from, destination
             record.route = route
+            for name, what in outcome.items():
+                setattr(record, name, what)
             found.append(render(record))
         assert found[0] == found[1]
         assert found[0].count("\n") == 1

@@ -74,7 +74,7 @@ class FrameCodec:
 
     @property
     def capacity(self) -> int:
-        return 0 if self.going_away else self._most - len(self._active)
+        return self._most - len(self._active) if self.reusable else 0
 
     @property
     def reusable(self) -> bool:
@@ -117,6 +117,7 @@ class FrameCodec:
         self._out.clear()
         return out
 
+    @property
     def unsent(self) -> int:
         return len(self._out)
 
