@@ -10,6 +10,9 @@ STAMP  := $(VENV)/.installed
 IN_PARALLEL   := -n 4 --dist loadfile --no-loadscope-reorder
 SLOWEST_FIRST := tests/netns tests/interop tests/property tests/wire tests/unit
 
+# Two clusters side by side, each worker's its own; with CLUSTER=dev the one that `make cluster` keeps up, and one after the other.
+ON_CLUSTERS := $(if $(CLUSTER),,-n 2 --dist loadfile --no-loadscope-reorder)
+
 .PHONY: help test demo lint bench proto crds constraints clean system cluster cluster-down test-cluster
 .DEFAULT_GOAL := help
 
@@ -29,10 +32,10 @@ system:
 test: $(STAMP) system  ## everything but the real cluster: unit, property, wire, network namespaces, foreign peers
 	@$(BIN)/python -m pytest $(IN_PARALLEL) $(SLOWEST_FIRST)
 
-test-cluster: $(STAMP) system  ## a real Kubernetes of two nodes, built once (ten minutes), up in seconds; needs root and Go
+test-cluster: $(STAMP) system  ## a real Kubernetes, built once (ten minutes), as two clusters of two nodes; needs root and Go
 	@$(BIN)/python -m tests.cluster.harness check
 	@$(BIN)/python -m tests.cluster.harness prepare
-	@$(BIN)/python -m pytest tests/cluster
+	@$(BIN)/python -m pytest $(ON_CLUSTERS) tests/cluster
 
 cluster: $(STAMP) system  ## bring such a cluster up and keep it; prints the kubeconfig
 	@$(BIN)/python -m tests.cluster.harness up

@@ -1,4 +1,5 @@
-"""One cluster for all tests here, brought up once; ``CLUSTER=dev`` takes the one that ``make cluster`` keeps up instead."""
+"""One cluster for all tests that a process runs here, brought up once: workers of pytest-xdist have one each, side by side. ``CLUSTER=dev``
+takes the one that ``make cluster`` keeps up instead; then there can be no workers."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
@@ -15,14 +17,19 @@ from tests.cluster.harness.progress import tell
 from tests.cluster.mesh import install, remove
 
 _FIGURES = Figures()
+_MEASURED: Final = "figures"
 _ORDER = (
-    "test_end",  # on clusters of its own, while no other takes time
-    *("test_cluster", "test_crds", "test_privileges"),  # without a mesh
-    *("test_rights", "test_events", "test_faults", "test_mesh", "test_waypoints", "test_rollout", "test_capture"),  # the last takes it down
-    *("test_scale", "test_example", "test_manifests", "test_meshctl", "test_certificates"),  # each with one of its own
-    *("test_source", "test_trust"),  # on another cluster
+    *("test_end", "test_source", "test_trust"),  # on clusters of their own, while no other takes time
+    *("test_certificates", "test_capture", "test_rollout", "test_events", "test_faults", "test_waypoints", "test_rights", "test_mesh"),
+    *("test_meshctl", "test_scale", "test_example", "test_manifests", "test_cluster", "test_crds", "test_privileges"),
 )
-"""Files in the order in which the mesh is installed and taken down least often. In any other order they pass too."""
+"""Files in an order in which the mesh is seldom installed and taken down, and short ones come last: workers take the next as they become
+free, and should end together. In any other order they pass too."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("CLUSTER") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("CLUSTER is one cluster, and workers need one each: no -n")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,12 +56,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             yield started
 
 
-@pytest.fixture(scope="session")
-def control_cluster() -> Iterator[Cluster]:
-    """A cluster of their own for tests of the control plane alone: they stop its API server, and publish a root in every namespace."""
+@pytest.fixture(scope="module")
+def control_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster of their own for tests of the control plane alone: they stop its API server, and publish a root in every namespace. Each
+    file has one, since one that stayed up would take time from all files after them."""
     chosen = os.environ.get("CLUSTER")
     if chosen:
-        yield find_cluster(chosen)
+        found = find_cluster(chosen)
+        remove(found, tmp_path_factory.mktemp("deploy"))
+        yield found
     else:
         with running_cluster(f"control-{os.getpid()}", Options(project=False), tell) as started:
             yield started
@@ -70,6 +80,17 @@ def mesh(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
 @pytest.fixture(scope="session")
 def figures() -> Figures:
     return _FIGURES
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist has no terminal: it hands over what it measured."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_MEASURED] = _FIGURES.parts()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _FIGURES.add(*getattr(node, "workeroutput", {}).get(_MEASURED, ((), ())))  # of one that was killed there are none
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

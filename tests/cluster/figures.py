@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.cluster.workloads import Load
 
@@ -26,6 +28,15 @@ class Figures:
 
     def note(self, what: str, value: str) -> None:
         self.others.append((what, value))
+
+    def parts(self) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
+        """In built-in types, for another process's `add`."""
+        return self.events, self.others
+
+    def add(self, events: Sequence[Any], others: Sequence[Any]) -> None:
+        """Also what another process measured."""
+        self.events += map(tuple, events)
+        self.others += map(tuple, others)
 
     def lines(self) -> list[str]:
         lines = [f"{what}: {value}" for what, value in self.others]

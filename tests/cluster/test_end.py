@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Final
 
 import pytest
 
+from mesh.linux.netns import open_netns, run_in_netns
 from meshctl_py.lab.processes import descendants
+from tests.cluster.harness import cgroups
 from tests.cluster.harness.client import Cluster, find_cluster, wait_until
 from tests.cluster.harness.home import cache_directory
 
+_SO_NETNS_COOKIE: Final = 71
 STARTER = """
 import signal, sys, time
 from tests.cluster.harness.client import Options, running_cluster
@@ -45,7 +50,7 @@ def kill_the_undertaker_and_clean_up_later(starter: subprocess.Popen[str], clust
     starter.kill()
     os.kill(int(cluster.home.undertaker.read_text()), signal.SIGKILL)
     assert cluster.home.wait_until_gone(20)
-    subprocess.run([sys.executable, "-m", "tests.cluster.harness", "down"], check=True)
+    subprocess.run([sys.executable, "-m", "tests.cluster.harness", "down", "--name", cluster.name], check=True)
 
 
 @pytest.mark.parametrize(
@@ -60,27 +65,48 @@ def test_nothing_of_a_cluster_is_left_when_it_ends_by(end: Callable[[subprocess.
             cluster = find_cluster(name)
             processes = {int(cluster.home.undertaker.read_text())}
             processes |= set(descendants(int(cluster.home.undertaker.read_text())))
-            namespaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in processes} - {os.readlink("/proc/self/ns/net")}
+            namespaces = network_namespaces(processes) - network_namespaces([os.getpid()])
             assert len(namespaces) >= 3, "the router's, the node's, and that of the DNS pod"
-            assert list(Path("/sys/fs/cgroup").glob(f"**/ambient-mesh/{name}"))
+            assert control_groups(name)
             end(starter, cluster)
             wait_until(lambda: not cluster.home.alive, "the cluster's processes have ended")
         finally:
             starter.kill()
     wait_until(lambda: not {pid for pid in processes if Path(f"/proc/{pid}").exists()}, "no process is left")
-    wait_until(lambda: not namespaces & namespaces_in_use(), "no network namespace is left")
+    wait_until(lambda: not namespaces & network_namespaces(running()), "no network namespace is left")
     assert not [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if name in line]
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/ambient-mesh/{name}"))
+    assert not control_groups(name)
     left = {path.name for path in (cache_directory() / "run" / name).iterdir()}
     assert left == {"lock", "logs"}
 
 
-def namespaces_in_use() -> set[str]:
-    found: set[str] = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                found.add(os.readlink(entry / "ns/net"))
-            except OSError:
-                continue
-    return found
+def running() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+
+
+def network_namespaces(pids: Iterable[int]) -> set[int]:
+    """Those of the processes that live, each by what no later one will have; an inode's number is soon another's."""
+    found: dict[str, int] = {}
+    for pid in pids:
+        path = f"/proc/{pid}/ns/net"
+        try:
+            inode = os.readlink(path)
+            if inode not in found:
+                namespace = open_netns(path)
+                try:
+                    found[inode] = run_in_netns(namespace, cookie)
+                finally:
+                    os.close(namespace)
+        except OSError:
+            continue
+    return set(found.values())
+
+
+def cookie() -> int:
+    """Of the network namespace that the thread is in (linux/net/core/sock.c, SO_NETNS_COOKIE)."""
+    with socket.socket() as sock:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)
+
+
+def control_groups(cluster: str) -> list[Path]:
+    return [group for group in cgroups.groups_of(cluster) if group.exists()]

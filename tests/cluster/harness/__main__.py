@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from tests.cluster.harness.build import why_not, why_not_at_once
+from tests.cluster.harness.build import build_helm, why_not, why_not_at_once
 from tests.cluster.harness.client import Options, bury_the_dead, find_cluster, prepare, start_cluster
 from tests.cluster.harness.home import ClusterError, find_clusters
 from tests.cluster.harness.progress import tell
@@ -34,8 +34,9 @@ def check(built: bool) -> None:
 
 @main.command("prepare")
 def prepare_command() -> None:
-    """Build everything that a cluster needs: some ten minutes the first time."""
+    """Build everything that clusters and the tests on them need: some ten minutes the first time."""
     prepare()
+    build_helm()
 
 
 @main.command()

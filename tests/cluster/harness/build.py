@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from tests.cluster.harness.home import ClusterError, building, cache_directory
-from tests.cluster.harness.progress import run_long
+from tests.cluster.harness.progress import begin, run_long
 
-_SOURCES: Final = Path(__file__).resolve().parents[1]
+_MODULE: Final = Path(__file__).resolve().parents[1] / "kubernetes"
 _PROGRAMS: Final = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl")
 _GO_VERSION: Final = (1, 24)
 _HELM: Final = "v3.19.0"
@@ -56,12 +56,14 @@ def build_parts() -> Parts:
     if os.geteuid() != 0:
         raise ClusterError("a cluster needs root: namespaces, mounts and control groups are made")
     version = kubernetes_version()
-    return Parts(version, _build_programs(version), _build_tree("node", _NODE_PACKAGES), _build_tree("base", _IMAGE_PACKAGES))
+    # One waits for the network and the disk where the other computes.
+    trees = begin(lambda: (_build_tree("node", _NODE_PACKAGES), _build_tree("base", _IMAGE_PACKAGES)))
+    return Parts(version, _build_programs(version), *trees())
 
 
 def kubernetes_version() -> str:
     """As the module file requires it: ``v1.34.4``."""
-    found = re.search(r"^\s*(?:require )?k8s\.io/kubernetes (v\S+)", (_SOURCES / "kubernetes/go.mod").read_text(), re.MULTILINE)
+    found = re.search(r"^\s*(?:require )?k8s\.io/kubernetes (v\S+)", (_MODULE / "go.mod").read_text(), re.MULTILINE)
     assert found is not None
     return found[1]
 
@@ -99,7 +101,7 @@ def build_helm() -> Path:
 
 
 def _programs_name(version: str) -> str:
-    sources = sorted(path for name in ("kubernetes", "coredns") for path in (_SOURCES / name).rglob("*") if path.is_file())
+    sources = sorted(path for path in _MODULE.rglob("*") if path.is_file())
     return f"kubernetes-{version}-{digest_of(path.read_bytes() for path in sources)}"
 
 
@@ -118,9 +120,7 @@ def _build_programs(version: str) -> Path:
             reason = why_not()
             if reason is not None:
                 raise ClusterError(f"no cluster here: {reason}")
-            _go_build(f"Kubernetes {version} from its Go modules (once, 6 minutes on 2 idle CPUs)", "kubernetes", directory, version)
-            _go_build("CoreDNS from its Go module (once, about a minute)", "coredns", directory, version)
-            (directory / "coredns.new").rename(directory / "coredns")
+            _go_build(directory, version)
             for name in _PROGRAMS:
                 (directory / name).symlink_to("kubernetes")
     return target
@@ -134,21 +134,22 @@ def _go_version() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
-def _go_build(what: str, module: str, directory: Path, version: str) -> None:
-    source = _SOURCES / module
+def _go_build(directory: Path, version: str) -> None:
+    """All programs at once: what several are made of is compiled once."""
     environment = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
-    listed = subprocess.run(["go", "list", "-deps", "./..."], cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
+    listing = ["go", "list", "-deps", "./..."]
+    listed = subprocess.run(listing, cwd=_MODULE, env={**os.environ, **environment}, capture_output=True, text=True)
     total = len(listed.stdout.split())
     major, minor = version.removeprefix("v").split(".")[:2]
     named = {"gitVersion": version, "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
     stamps = " ".join(f"-X k8s.io/component-base/version.{name}={value}" for name, value in named.items())
-    targets = ["-o", f"{directory}/", "./..."] if module == "kubernetes" else ["-o", f"{directory}/{module}.new", "."]
-    command = ["go", "build", "-v", "-trimpath", "-buildvcs=false", f"-ldflags=-s -w {stamps}", *targets]
+    command = ["go", "build", "-v", "-trimpath", "-buildvcs=false", f"-ldflags=-s -w {stamps}", "-o", f"{directory}/", "./..."]
 
     def describe(count: int, line: str) -> str:
         return f"{count} packages of at most {total}: {line}"
 
-    run_long(what, command, log=cache_directory() / f"build-{module}.log", describe=describe, environment=environment, directory=source)
+    what = f"Kubernetes {version} and CoreDNS from their Go modules (once, 6 minutes on 2 idle CPUs)"
+    run_long(what, command, log=cache_directory() / "build-kubernetes.log", describe=describe, environment=environment, directory=_MODULE)
 
 
 def _build_tree(name: str, packages: tuple[str, ...]) -> Path:

@@ -5,9 +5,11 @@ Hierarchies of version 1 (one mount each), of version 2 (one mount for all), or 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -57,18 +59,34 @@ def find_hierarchies(mountinfo: str | None = None) -> tuple[Hierarchy, ...]:
 def make_group(cluster: str, node: str) -> None:
     """A group of the node in every hierarchy. Raises OSError."""
     for hierarchy in find_hierarchies():
-        parent = hierarchy.mount
-        for part in (_TOP, cluster, node):
-            if hierarchy.unified:
-                _delegate(parent)
-            group = parent / part
-            group.mkdir(exist_ok=True)
-            if "cpuset" in hierarchy.options.split(","):
-                for name in ("cpuset.cpus", "cpuset.mems"):  # a new group has none, and nothing can run in it
-                    (group / name).write_text((parent / name).read_text())
-            if part == _TOP:
-                _weigh(group)
-            parent = group
+        with _alone_at(hierarchy.mount):
+            _make_group(hierarchy, cluster, node)
+
+
+def _make_group(hierarchy: Hierarchy, cluster: str, node: str) -> None:
+    parent = hierarchy.mount
+    for part in (_TOP, cluster, node):
+        if hierarchy.unified:
+            _delegate(parent)
+        group = parent / part
+        group.mkdir(exist_ok=True)
+        if "cpuset" in hierarchy.options.split(","):
+            for name in ("cpuset.cpus", "cpuset.mems"):  # a new group has none, and nothing can run in it
+                (group / name).write_text((parent / name).read_text())
+        if part == _TOP:
+            _weigh(group)
+        parent = group
+
+
+@contextmanager
+def _alone_at(mount: Path) -> Iterator[None]:
+    """The last cluster to end takes the common parent away, while another may be about to make its own group in it: one at a time."""
+    descriptor = os.open(mount, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _weigh(group: Path) -> None:
@@ -122,22 +140,23 @@ def mount_inside(hierarchies: tuple[Hierarchy, ...]) -> None:
 
 def empty_group(cluster: str, node: str) -> None:
     """Remove what a node's killed kubelet left below the node's group."""
-    for hierarchy in find_hierarchies():
-        group = hierarchy.mount / _TOP / cluster / node
-        for child in _below(group):
+    for own in groups_of(cluster):
+        for child in _below(own / node):
             _remove(child)
+
+
+def groups_of(cluster: str) -> list[Path]:
+    """Where a cluster has its groups, one place in each hierarchy."""
+    return [hierarchy.mount / _TOP / cluster for hierarchy in find_hierarchies()]
 
 
 def remove_groups(cluster: str) -> list[Path]:
     """Remove all groups of a cluster whose processes are gone, and the common parent when it was the last; what could not be removed."""
     left: list[Path] = []
-    for hierarchy in find_hierarchies():
-        top = hierarchy.mount / _TOP
-        left += [group for group in [*_below(top / cluster), top / cluster] if not _remove(group)]
-        try:
-            top.rmdir()
-        except OSError:
-            continue  # another cluster's groups are in it
+    for own in groups_of(cluster):
+        left += [group for group in [*_below(own), own] if not _remove(group)]
+        with _alone_at(own.parent.parent), suppress(OSError):  # another cluster's groups are in it
+            own.parent.rmdir()
     return left
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from tests.cluster.harness.home import ClusterError
+
+_T = TypeVar("_T")
 
 _EVERY_ON_TERMINAL: Final = 0.2
 _EVERY_IN_LOG: Final = 20.0
@@ -26,6 +30,20 @@ CONTAINED: Final = (
 def tell(text: str) -> None:
     """One line for whoever waits."""
     print(f"==> {text}", flush=True)
+
+
+def begin(function: Callable[[], _T]) -> Callable[[], _T]:
+    """Begin something in a thread that goes with the main one; what is returned waits for the result, or raises what the thread raised."""
+    future: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as exc:  # whoever waits raises it
+            future.set_exception(exc)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
 
 
 def run_long(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
+from tests.cluster.harness import cgroups
 from tests.cluster.harness.cgroups import Hierarchy, find_hierarchies
 
 SEPARATE = """\
@@ -37,3 +41,17 @@ def test_the_unified_hierarchy_is_taken_where_there_is_no_other() -> None:
 
 def test_a_hierarchy_mounted_twice_counts_once() -> None:
     assert len(find_hierarchies(JOINED + JOINED.replace("/sys/fs/cgroup", "/mnt"))) == 1
+
+
+def test_a_cluster_may_end_while_another_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one takes the common parent away."""
+    monkeypatch.setattr(cgroups, "find_hierarchies", lambda: (Hierarchy(tmp_path, "cpu"),))
+
+    def come_and_go(cluster: str) -> None:
+        for _ in range(300):
+            cgroups.make_group(cluster, "n1")
+            assert cgroups.remove_groups(cluster) == []
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(come_and_go, ("one", "two")))
+    assert list(tmp_path.iterdir()) == []
