@@ -142,6 +142,7 @@ def test_what_is_not_said_is_not_written() -> None:
     ("arguments", "message"),
     [
         (("--name", "none"), "invalid name provided for waypoint, 'none' is a reserved value"),
+        (("--name", "My_gate"), "'My_gate' is no name for an object: lower case letters, digits, '-' and '.' only"),
         (("--for", "http"), "invalid traffic type: http. Valid options are: [all none service workload]"),
     ],
 )
