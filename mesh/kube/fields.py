@@ -129,6 +129,10 @@ class Fields:
     def string(
         self, key: str, default: str = "", *, required: bool = False, choices: Collection[str] = (), text: Text | None = None
     ) -> str:
+        bare = self._values.get(key)
+        if text and isinstance(bare, int | float) and not isinstance(bare, bool) and (mistake := text.find_mistake(str(bare))):
+            self.complain(key, mistake)  # quotes would not mend it
+            return default
         value = self._take(key, str, "a string", required)
         if value is None:
             return default
