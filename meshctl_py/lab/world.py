@@ -456,8 +456,10 @@ class World:
         own = [_as_problem(problem) for problem in (*self.store.problems, *self._cluster.problems)]
         for unplaced in self._assignments.unplaced:
             obj = self.store.find(unplaced.kind, unplaced.namespace, unplaced.name)
-            where = obj.problem(("metadata", "name"), unplaced.because) if obj else SourceProblem("", 0, "", unplaced.because)
-            own.append(Problem(where.file, where.line, f"{unplaced.kind} {unplaced.name}", where.message))
+            path = unplaced.path or ("metadata", "name")
+            where = obj.problem(path, unplaced.because) if obj else SourceProblem("", 0, "", unplaced.because)
+            field = where.field if unplaced.path else f"{unplaced.kind} {unplaced.name}"
+            own.append(Problem(where.file, where.line, field, where.message))
         return tuple(sorted({*own, *await self._istiod_problems()}, key=_place_of))
 
     async def _istiod_problems(self) -> list[Problem]:
