@@ -356,3 +356,7 @@ def test_the_status_waits(place: Place) -> None:
     reason = f"timed out while retrieving status for waypoint\tshop/another{place.untended}"
     told = f"Error: failed to print waypoint status: {reason}\n"
     assert (result.output, result.exit_code) == (told, 1)
+
+
+def test_help_says_by_its_name_that_status_waits() -> None:
+    assert "[default: wait]" in CliRunner().invoke(main, ["waypoint", "status", "--help"]).output
