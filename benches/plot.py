@@ -17,6 +17,9 @@ _FAINT: Final = "#dadce0"
 _LINE: Final = 15
 _TOP: Final = 64
 _LEFT: Final = 300
+"""Where a chart of ratios begins; right of the longest label, if that needs more."""
+_LETTER: Final = 6.6
+"""Width of a letter on average, of a wide font: which one draws the page is not known here."""
 _RIGHT: Final = 790
 _TICK_DISTANCE: Final = 36
 
@@ -35,7 +38,9 @@ def ratio_chart(title: str, rows: Sequence[Row]) -> str:
     low, high = min([0.5, *edges]), max([2.0, *edges])
     step = _LINE * len(subjects) + 6
     height = _TOP + step * len(lines) + 40
-    chart = _Chart(title, height)
+    # Labels end where the chart begins, so the page grows to the left.
+    longest = max(len(f"{case}: {unit}") for case, unit in lines)
+    chart = _Chart(title, height, left=min(0, _LEFT - 10 - 12 - math.ceil(_LETTER * longest)))
     chart.legend(subjects)
 
     def at(ratio: float) -> float:
@@ -86,19 +91,21 @@ def curve_chart(title: str, x_name: str, y_name: str, series: Series, *, log_x: 
 
 
 class _Chart:
-    """The parts of one drawing."""
+    """The parts of one drawing, which begins at ``left``."""
 
-    def __init__(self, title: str, height: float) -> None:
+    def __init__(self, title: str, height: float, left: int = 0) -> None:
+        width = _WIDTH - left
+        self._left = left
         self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:g}" width="{_WIDTH}" height="{height:g}" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} 0 {width} {height:g}" width="{width}" height="{height:g}" '
             f'font-family="system-ui, sans-serif" font-size="12" fill="{_TEXT}">',
             f"<title>{escape(title)}</title>",
-            f'<rect width="{_WIDTH}" height="{height:g}" fill="#ffffff"/>',
-            f'<text x="12" y="22" font-size="15" font-weight="600">{escape(title)}</text>',
+            f'<rect x="{left}" width="{width}" height="{height:g}" fill="#ffffff"/>',
+            f'<text x="{left + 12}" y="22" font-size="15" font-weight="600">{escape(title)}</text>',
         ]
 
     def legend(self, subjects: Sequence[str]) -> None:
-        x = 12.0
+        x = self._left + 12.0
         for subject in subjects:
             self.dot(x + 5, 38, COLOURS[subject])
             self.text(x + 14, 42, subject)

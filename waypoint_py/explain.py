@@ -242,7 +242,7 @@ class Explainer:
             return "answered by the route: no destination"
         endpoints = [self._endpoint(destination, facts) for destination in matched.route.weights.destinations]
         self._note("destinations", f"{len(endpoints)} with a share", destinations=endpoints)
-        return "forwarded" if len(endpoints) > 1 else f"forwarded: {endpoints[0].get('endpoint') or endpoints[0]['because']}"
+        return _say_outcome(endpoints)
 
     def _endpoint(self, destination: CompiledDestination, facts: Connection) -> Json:
         to = destination.to.destination.at(facts.destination.port)
@@ -251,13 +251,26 @@ class Explainer:
             return {**shown, "because": destination.to.because or "it cannot be used", "status": destination.to.fails_with}
         found = self._balancer.choose(to, Wish(like=facts.destination.ip), self._now)
         if isinstance(found, NoEndpoint):
-            return {**shown, "because": found.because}
+            return {**shown, "because": found.because, "status": 503}
         return {**shown, "endpoint": found.key, "because": found.because}
 
 
 def describe_share(to: Destination, weight: int) -> Json:
     subset = f" subset {to.subset}" if to.subset else ""
     return {"destination": f"{to.namespace}/{to.hostname}:{to.port}{subset}", "weight": weight}
+
+
+def _say_outcome(shares: list[Json]) -> str:
+    """``shares``: the destinations, of which those that serve nobody have the ``status`` that a request gets there."""
+    failing = [share for share in shares if "status" in share]
+    if not failing:
+        return "forwarded" if len(shares) > 1 else f"forwarded: {shares[0]['endpoint']}"
+    statuses = " or ".join(str(status) for status in sorted({share["status"] for share in failing}))
+    because = "; ".join(dict.fromkeys(share["because"] for share in failing))
+    if len(failing) == len(shares):
+        return f"answered {statuses}: {because}"
+    weight, total = sum(share["weight"] for share in failing), sum(share["weight"] for share in shares)
+    return f"forwarded, but {weight} of {total} are answered {statuses}: {because}"
 
 
 def _say_fault(fault: Fault | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from mesh.kube.fields import did_you_mean
 from mesh.kube.objects import KubeObject, ObjectKey, SourceProblem
@@ -29,6 +29,10 @@ class Read(Generic[_T]):
     """What the object says besides, and nobody reads: its value is none the worse."""
 
 
+_CLOSE: Final = 0.8
+"""How alike annotations must be to be mistaken for each other: more than any two are by their common domain."""
+
+
 def read_object(obj: KubeObject, reader: Reader[_T], last: Read[_T] | None) -> Read[_T]:
     """``last``: the reading before this one, of the same object."""
     value, problems = reader(obj)
@@ -43,7 +47,8 @@ def find_unknown_names(obj: KubeObject) -> tuple[SourceProblem, ...]:
     found: list[SourceProblem] = []
     for name in obj.annotations:
         if name.startswith(OWN_DOMAIN) and name not in OWN_ANNOTATIONS:
-            message = f"no effect: there is no such annotation{did_you_mean(name, OWN_ANNOTATIONS)}"
+            hint = did_you_mean(name, OWN_ANNOTATIONS, closeness=_CLOSE)
+            message = f"no effect: there is no such annotation{hint}"
             found.append(obj.problem(("metadata", "annotations", name), message))
     for name in obj.labels:
         if name.startswith(OWN_DOMAIN):

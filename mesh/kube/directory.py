@@ -358,10 +358,15 @@ class _FileReader:
             self._problems.append(_duplicate(draft, candidate.key, first.layer))
 
 
+def find_name_mistake(name: str) -> str | None:
+    """What an API server would not take as an object's name."""
+    return None if _NAME.match(name) else f"'{name[:80]}' is no name for an object: lower case letters, digits, '-' and '.' only"
+
+
 def _read_key(metadata: Fields, kind_name: str, kind: Kind) -> ObjectKey:
     name = metadata.string("name", required=True)
-    if name and not _NAME.match(name):
-        metadata.complain("name", f"'{name[:80]}' is no name for an object: lower case letters, digits, '-' and '.' only")
+    if name and (mistake := find_name_mistake(name)):
+        metadata.complain("name", mistake)
     namespace = metadata.string("namespace", "default") if kind.namespaced else ""
     if kind.namespaced and not _NAMESPACE.match(namespace):
         metadata.complain("namespace", f"'{namespace[:80]}' is no name for a namespace: lower case letters, digits and '-' only")

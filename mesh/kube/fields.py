@@ -30,9 +30,9 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def did_you_mean(word: str, known: Collection[str]) -> str:
-    """``; did you mean 'principals'?`` when a known word is close, else the known words."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+def did_you_mean(word: str, known: Collection[str], *, closeness: float = 0.6) -> str:
+    """``; did you mean 'principals'?`` when a known word is close, else the known words. ``closeness``: from 0 to 1, as difflib has it."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=closeness)
     if close:
         return f"; did you mean '{close[0]}'?"
     return f" (known: {', '.join(sorted(known))})" if known else ""
@@ -129,6 +129,10 @@ class Fields:
     def string(
         self, key: str, default: str = "", *, required: bool = False, choices: Collection[str] = (), text: Text | None = None
     ) -> str:
+        bare = self._values.get(key)
+        if text and isinstance(bare, int | float) and not isinstance(bare, bool) and (mistake := text.find_mistake(str(bare))):
+            self.complain(key, mistake)  # quotes would not mend it
+            return default
         value = self._take(key, str, "a string", required)
         if value is None:
             return default

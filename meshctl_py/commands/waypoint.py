@@ -148,7 +148,7 @@ def list_all(act: Act, namespace: str, everywhere: bool) -> None:
 
 @waypoint.command()
 @click.option("-A", "--all-namespaces", "everywhere", is_flag=True, help="Of all namespaces.")
-@click.option("-w", "--wait/--no-wait", default=True, show_default=True, help="Wait until all are programmed.")
+@click.option("--wait/--no-wait", "-w", default=True, show_default=True, help="Wait until all are programmed.")
 @_timeout
 @_in_place
 def status(act: Act, namespace: str, everywhere: bool, wait: bool, timeout: float) -> None:

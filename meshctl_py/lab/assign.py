@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final
 
+from mesh.kube.fields import did_you_mean
+from mesh.kube.objects import FieldPath
 from mesh.model.address import IpAddress
 from meshctl_py.lab.spec import Cluster, PodKey, PodSpec, ServiceKey, ServiceSpec
 
@@ -66,6 +68,8 @@ class Unplaced:
     namespace: str
     name: str
     because: str
+    path: FieldPath = ()
+    """The field that asks for it, if one does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,8 @@ def _assign_pods(
     for spec in sorted(fresh, key=lambda spec: not spec.ips):  # whoever asks for an address gets it before others are given any
         name = spec.node or min(load, key=lambda name: load[name], default=None)
         if name is None or name not in nodes:
-            unplaced.append(Unplaced("Pod", *spec.key, f"there is no node {name}" if name else "there is no node"))
+            because = f"there is no node {name}{did_you_mean(name, nodes)}" if name else "there is no node"
+            unplaced.append(Unplaced("Pod", *spec.key, because, ("spec", "nodeName") if name else ()))
             continue
         ips = _pod_addresses(spec, nodes[name], addresses[name], taken)
         if isinstance(ips, str):

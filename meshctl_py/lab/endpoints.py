@@ -36,6 +36,16 @@ def virtual_ports(cluster: Cluster, assignments: Assignments, ready: Collection[
     return tuple(table)
 
 
+def count_endpoints(cluster: Cluster, assignments: Assignments, ready: Collection[PodKey]) -> Mapping[ServiceKey, int]:
+    """Of each service, how many pods have the port that most have; of a headless one, whose ports nobody translates, how many there are."""
+    counts: dict[ServiceKey, int] = {}
+    for key, service in cluster.services.items():
+        pods = _endpoints(service, assignments, ready)
+        serving = (sum(pod.spec.find_port(port.target) is not None for pod in pods) for port in service.ports)
+        counts[key] = len(pods) if service.headless else max(serving, default=0)
+    return counts
+
+
 def dns_names(cluster: Cluster, assignments: Assignments, ready: Collection[PodKey]) -> Mapping[str, tuple[IpAddress, ...]]:
     """Addresses by absolute lower-case name without the final dot. A headless service has those of its ready pods, named one by one too."""
     names: dict[str, tuple[IpAddress, ...]] = {}

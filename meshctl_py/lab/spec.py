@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
-from mesh.kube.fields import Fields
+from mesh.kube.fields import Fields, did_you_mean
 from mesh.kube.gatewayapi.gateway import WAYPOINT_CLASS
 from mesh.kube.objects import KubeObject, SourceProblem
 from mesh.model.address import InvalidAddress, IpAddress, parse_ip
@@ -248,8 +248,8 @@ def _read_container(fields: Fields) -> Container:
         argv=fields.strings("command") + fields.strings("args") if "command" in fields else (),
         environment=tuple(_read_variable(item) for item in fields.mappings("env")),
         directory=fields.string("workingDir") or None,
-        readiness=_read_probe(fields.mapping("readinessProbe")),
-        ports={name: number for name, number in ports.items() if name and number},
+        readiness=_read_probe(fields.mapping("readinessProbe"), ports),
+        ports=ports,
     )
 
 
@@ -282,10 +282,10 @@ FIELD_PATHS = (
 """What a container may learn of its pod."""
 
 
-def _read_probe(fields: Fields | None) -> Probe | None:
+def _read_probe(fields: Fields | None, ports: Collection[str]) -> Probe | None:
     if fields is None:
         return None
-    check = _read_check(fields)
+    check = _read_check(fields, ports)
     if check is None:
         return None
     return Probe(
@@ -298,15 +298,22 @@ def _read_probe(fields: Fields | None) -> Probe | None:
     )
 
 
-def _read_check(fields: Fields) -> Check | None:
+def _read_check(fields: Fields, ports: Collection[str]) -> Check | None:
     if (tcp := fields.mapping("tcpSocket")) is not None:
-        return TcpCheck(_int_or_string(tcp, "port"))
+        return TcpCheck(_read_probed_port(tcp, ports))
     if (http := fields.mapping("httpGet")) is not None:
-        return HttpCheck(_int_or_string(http, "port"), http.string("path") or "/", http.string("host"))
+        return HttpCheck(_read_probed_port(http, ports), http.string("path") or "/", http.string("host"))
     if (command := fields.mapping("exec")) is not None:
         return ExecCheck(command.strings("command", required=True))
     fields.complain(None, "the lab knows tcpSocket, httpGet and exec probes")
     return None
+
+
+def _read_probed_port(fields: Fields, ports: Collection[str]) -> int | str:
+    port = _int_or_string(fields, "port")
+    if isinstance(port, str) and port not in ports:
+        fields.complain("port", f"no port of this container is named '{port}'{did_you_mean(port, ports)}")
+    return port
 
 
 def _int_or_string(fields: Fields, key: str) -> int | str:

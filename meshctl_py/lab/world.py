@@ -21,7 +21,7 @@ from meshctl_py.lab import network, programs
 from meshctl_py.lab.assign import CONTROL_PLANE, Assignments, NodeAssignment, PodAssignment, assign
 from meshctl_py.lab.containers import Place, PodRunner, base_environment, write_etc_files
 from meshctl_py.lab.dns import Zone
-from meshctl_py.lab.endpoints import VirtualPort, dns_names, virtual_ports
+from meshctl_py.lab.endpoints import VirtualPort, count_endpoints, dns_names, virtual_ports
 from meshctl_py.lab.enter import Entry
 from meshctl_py.lab.home import LabHome
 from meshctl_py.lab.init import LabConfig
@@ -161,13 +161,13 @@ class World:
         """Everything as it is now, but for problems."""
         nodes = tuple(self._node_status(node) for node in self._assignments.nodes.values())
         pods = tuple(self._pod_status(key, spec) for key, spec in self._assignments.pods.items())
-        table = self._virtual_ports()
+        endpoints = count_endpoints(self._cluster, self._assignments, self._ready_pods())
         services = tuple(
             ServiceStatus(
                 *key,
                 tuple(map(str, self._assignments.vips.get(key, ()))) or (("None",) if service.headless else ()),
                 tuple(f"{port.port}/{port.protocol}" for port in service.ports),
-                max((len(port.targets) for port in table if port.service == str(key)), default=0),
+                endpoints[key],
             )
             for key, service in self._cluster.services.items()
         )
@@ -456,8 +456,10 @@ class World:
         own = [_as_problem(problem) for problem in (*self.store.problems, *self._cluster.problems)]
         for unplaced in self._assignments.unplaced:
             obj = self.store.find(unplaced.kind, unplaced.namespace, unplaced.name)
-            where = obj.problem(("metadata", "name"), unplaced.because) if obj else SourceProblem("", 0, "", unplaced.because)
-            own.append(Problem(where.file, where.line, f"{unplaced.kind} {unplaced.name}", where.message))
+            path = unplaced.path or ("metadata", "name")
+            where = obj.problem(path, unplaced.because) if obj else SourceProblem("", 0, "", unplaced.because)
+            field = where.field if unplaced.path else f"{unplaced.kind} {unplaced.name}"
+            own.append(Problem(where.file, where.line, field, where.message))
         return tuple(sorted({*own, *await self._istiod_problems()}, key=_place_of))
 
     async def _istiod_problems(self) -> list[Problem]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from ruamel.yaml import YAML
 
+from mesh.kube.directory import find_name_mistake
 from mesh.kube.gatewayapi.gateway import GROUP, WAYPOINT_CLASS
 from mesh.model.labels import REVISION, TRAFFIC_TYPES, WAYPOINT_FOR
 from mesh.model.ports import INBOUND_HBONE
@@ -54,6 +55,8 @@ def make_gateway(name: str, namespace: str, traffic: str, revision: str) -> dict
     """The object; empty texts are left out. Raises InvalidWaypoint."""
     if name == "none":
         raise InvalidWaypoint("invalid name provided for waypoint, 'none' is a reserved value")
+    if name and (mistake := find_name_mistake(name)):
+        raise InvalidWaypoint(mistake)
     if traffic and traffic not in TRAFFIC_TYPES:
         raise InvalidWaypoint(f"invalid traffic type: {traffic}. Valid options are: [{' '.join(TRAFFIC_TYPES)}]")
     labels = {key: value for key, value in ((WAYPOINT_FOR, traffic), (REVISION, revision)) if value}

@@ -266,7 +266,11 @@ def test_a_node_that_is_added_and_removed_while_the_lab_runs_is_followed(world: 
     assert world.get("far", "http://server/") == f"200 hello {far.ips[0]}, you asked for /"
     world.write("node.yaml", pod)
     wait_until(
-        lambda: any(problem.message == "there is no node n3" for problem in world.lab.status().problems), "the pod has lost its node"
+        lambda: any(
+            (problem.field, problem.message) == ("spec.nodeName", "there is no node n3 (known: n1, n2)")
+            for problem in world.lab.status().problems
+        ),
+        "the pod has lost its node",
     )
     assert [node.name for node in world.lab.status().nodes] == ["n1", "n2"]
     (world.source / "node.yaml").unlink()

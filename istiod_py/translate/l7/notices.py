@@ -11,11 +11,14 @@ from typing import Final
 from istiod_py.translate.l7.policies import PolicyFacts, find_provider, parse_key
 from mesh.kube.fields import did_you_mean
 from mesh.kube.objects import FieldPath
-from mesh.kube.policies import TEMPLATE_OPERATORS, AuthorizationPolicy, PolicyRule
+from mesh.kube.policies import TEMPLATE_OPERATORS, AuthorizationPolicy, Condition, PolicyRule
 from mesh.model.l7.policy import Attribute
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HTTP: Final = frozenset({"requestPrincipals", "notRequestPrincipals", "hosts", "notHosts", "methods", "notMethods", "paths", "notPaths"})
+_IDENTITIES: Final = frozenset({"principals", "notPrincipals"})
+_IDENTITY: Final = re.compile(r"[^/]+/ns/[^/]+/sa/[^/]+")
+_NO_IDENTITY: Final = "no identity matches that: they are TRUST-DOMAIN/ns/NAMESPACE/sa/SERVICE-ACCOUNT"
 _STAR_ALONE: Final = "a '*' that is neither first nor last stands for itself"
 _PATTERNS: Final = frozenset({"principals", "requestPrincipals", "hosts", "methods", "paths"})
 _PATTERN_KEYS: Final = frozenset(
@@ -43,8 +46,9 @@ def names_in(keys: Iterable[str], namespace: str) -> list[str]:
 
 
 def find_notices(policy: AuthorizationPolicy) -> tuple[Notice, ...]:
-    """Of a policy for waypoints, in order of its fields."""
-    return tuple(notice for index, rule in enumerate(policy.rules) for notice in _look_at_rule(rule, ("spec", "rules", index)))
+    """In order of its fields; of a policy for node agents alone, those that name identities."""
+    look = _look_at_rule if policy.audience.has_waypoints else _look_at_identities
+    return tuple(notice for index, rule in enumerate(policy.rules) for notice in look(rule, ("spec", "rules", index)))
 
 
 def find_http_fields(policy: AuthorizationPolicy) -> Iterator[FieldPath]:
@@ -68,6 +72,15 @@ def find_provider_notices(policy: AuthorizationPolicy, facts: PolicyFacts) -> It
     yield Notice(("spec", "provider", "name"), f"what the rules match is refused: {because}")
 
 
+def _look_at_identities(rule: PolicyRule, path: FieldPath) -> Iterator[Notice]:
+    for index, source in enumerate(rule.sources):
+        named = {name: values for name, values in source.items() if name in _IDENTITIES}
+        yield from _look_at_part(named, (*path, "from", index, "source"))
+    for index, when in enumerate(rule.conditions):
+        if when.key == "source.principal":
+            yield from _look_at_condition(Attribute.PRINCIPAL, when, (*path, "when", index))
+
+
 def _look_at_rule(rule: PolicyRule, path: FieldPath) -> Iterator[Notice]:
     for index, source in enumerate(rule.sources):
         yield from _look_at_part(source, (*path, "from", index, "source"))
@@ -81,8 +94,16 @@ def _look_at_rule(rule: PolicyRule, path: FieldPath) -> Iterator[Notice]:
                 (*here, "key"), "waypoints do not know this attribute: an ALLOW rule with it never matches, a DENY rule as if without"
             )
         elif attribute in _PATTERN_KEYS:
-            for key, values in (("values", when.values), ("notValues", when.not_values)):
-                yield from (Notice((*here, key, at), _STAR_ALONE) for at, value in enumerate(values) if _has_star_within(value))
+            yield from _look_at_condition(attribute, when, here)
+
+
+def _look_at_condition(attribute: Attribute, when: Condition, path: FieldPath) -> Iterator[Notice]:
+    for key, values in (("values", when.values), ("notValues", when.not_values)):
+        for at, value in enumerate(values):
+            if _has_star_within(value):
+                yield Notice((*path, key, at), _STAR_ALONE)
+            elif attribute is Attribute.PRINCIPAL and _is_no_identity(value):
+                yield Notice((*path, key, at), _NO_IDENTITY)
 
 
 def _look_at_part(part: Mapping[str, tuple[str, ...]], path: FieldPath) -> Iterator[Notice]:
@@ -98,6 +119,8 @@ def _look_at_value(name: str, value: str) -> Iterator[str]:
     if name in _PATTERNS and not templated and _has_star_within(value):
         yield _STAR_ALONE
     match name:
+        case "principals" if not _has_star_within(value) and _is_no_identity(value):
+            yield _NO_IDENTITY
         case "paths":
             if not value.startswith(("/", "*")):
                 yield "no path matches that: paths begin with '/'"
@@ -115,6 +138,11 @@ def _look_at_value(name: str, value: str) -> Iterator[str]:
 def _has_star_within(value: str) -> bool:
     """A ``*`` that no pattern begins or ends with."""
     return "*" in (value[:-1] if value.endswith("*") and not value.startswith("*") else value[1:])
+
+
+def _is_no_identity(principal: str) -> bool:
+    """Of what is no pattern: those have a ``*`` first or last."""
+    return "*" not in principal and not _IDENTITY.fullmatch(principal)
 
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})

@@ -237,8 +237,10 @@ class WaypointRules:
         """What has no effect though it is right, or hardly the effect that was meant."""
         for read in self._authorizations.values():
             yield from _as_problems(read.obj, find_unbound(read, targets))
-            if read.value.audience.has_waypoints and read.good and not read.problems:
-                yield from _as_problems(read.obj, find_notices(read.value))
+            if not read.good or read.problems:
+                continue
+            yield from _as_problems(read.obj, find_notices(read.value))
+            if read.value.audience.has_waypoints:
                 yield from _as_problems(read.obj, find_provider_notices(read.value, self._policy_facts))
         for authentication in self._reads.authentications.values():
             yield from _as_problems(authentication.obj, find_unbound(authentication, targets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -100,6 +101,17 @@ def test_a_plot_of_ratios_places_ours_right_of_envoy_when_it_costs_more() -> Non
     _, more, less = [float(dot.get("cx", "")) for dot in svg.iter(f"{SVG}circle")]
     (one,) = [float(text.get("x", "")) for text in svg.iter(f"{SVG}text") if text.text == "1x"]
     assert less < one < more
+
+
+def test_the_longest_label_of_a_plot_is_on_the_page() -> None:
+    long = [replace(row, case="10000 routes, 1000 policies: HTTP/1.1, 16 at a time") for row in BULK]
+    drawn = [render.make_plots(long)["performance-bulk.svg"]]
+    shown = [path.read_text() for path in (REPOSITORY / render.PLOTS).glob("performance-*.svg")]
+    for svg in map(ElementTree.fromstring, drawn + shown):
+        left = float(svg.get("viewBox", "").split()[0])
+        for label in svg.iter(f"{SVG}text"):
+            if label.get("text-anchor") == "end":
+                assert float(label.get("x", "")) - 6.6 * len(label.text or "") >= left, label.text
 
 
 def test_a_curve_has_a_point_for_each_size() -> None:

@@ -7,7 +7,7 @@ import pytest
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, RouteMatch
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, ExtAuthzHttp, PolicyAction, PolicyRule, Predicate
-from mesh.model.l7.routing import DirectResponse, Fault, Origin, Retry
+from mesh.model.l7.routing import Destination, DirectResponse, Fault, Forward, Origin, Retry, WeightedDestination
 from mesh.model.l7.waypoint import Protocol
 from tests.unit.waypoint_py.harness import CLIENT, HOST, VIP, Echo, World, default_route
 from waypoint_py.explain import Explainer, InvalidQuestion, Question
@@ -85,6 +85,31 @@ def test_each_decision_is_told_in_order_and_the_request_goes_the_same_way() -> N
                 "retry": "up to 3 on 5xx, reset; 0.5 s for each try",
             }
             assert _step(_ask(world, method="TRACE", path="/"), "custom")["because"]
+
+    world.run(main)
+
+
+def test_a_share_that_nobody_serves_is_no_request_forwarded() -> None:
+    world = World()
+
+    async def main() -> None:
+        async with world.application(Echo()) as address:
+            served, nobody = Destination("shop", HOST, 80), Destination("shop", HOST, 80, subset="v9")
+            unusable = WeightedDestination(nobody, weight=1, fails_with=500, because="no such backend")
+            only = default_route(
+                action=Forward((WeightedDestination(nobody),)), matches=(RouteMatch(path=PathMatch(PathKind.PREFIX, "/v9")),)
+            )
+            none = default_route(
+                action=Forward((unusable, WeightedDestination(nobody))), matches=(RouteMatch(path=PathMatch(PathKind.PREFIX, "/none")),)
+            )
+            some = default_route(action=Forward((WeightedDestination(served, weight=3), unusable)))
+            world.describe(world.endpoint(address, "pod"), routes=[only, none, some])
+            client = await world.client()
+            assert (await client.get("/v9")).status == 503
+            lacking = f"no rule defines the subset 'v9' of shop/{HOST}"
+            assert _ask(world, path="/v9")["outcome"] == f"answered 503: {lacking}"
+            assert _ask(world, path="/none")["outcome"] == f"answered 500 or 503: no such backend; {lacking}"
+            assert _ask(world, path="/")["outcome"] == "forwarded, but 1 of 4 are answered 500: no such backend"
 
     world.run(main)
 

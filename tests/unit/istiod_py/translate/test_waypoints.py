@@ -564,6 +564,13 @@ def test_a_misspelt_annotation_of_ours_is_told_and_harms_nothing(kind: str) -> N
     assert told(texts[kind], before=found).problems == found.problems, "as long as it is there"
 
 
+@pytest.mark.parametrize("name", ["foo", "enabled"])
+def test_an_annotation_that_is_like_none_is_told_with_those_there_are(name: str) -> None:
+    (problem,) = told(gateway(metadata=f"annotations: {{ambient.mesh/{name}: a}}")).problems
+    assert "did you mean" not in problem.message
+    assert "(known: " in problem.message
+
+
 @pytest.mark.parametrize(("name", "message"), [("waypoint-required", "it is an annotation, no label"), ("mode", "there is no such label")])
 def test_a_label_of_ours_is_told_for_there_are_none(name: str, message: str) -> None:
     text = service(metadata=f"labels: {{ambient.mesh/{name}: a}}")

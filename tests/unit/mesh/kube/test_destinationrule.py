@@ -246,7 +246,7 @@ def test_what_istio_refuses_of_a_rule_is_refused(spec: str, mistake: str) -> Non
     ("{connectionPool: {tcp: {maxConnections: -1}}}", "connectionPool.tcp.maxConnections: expected a number"),
     ("{connectionPool: {tcp: {connectTimeout: 0s}}}", "connectionPool.tcp.connectTimeout: expected a duration of at least 1ms"),
     ("{connectionPool: {tcp: {connectTimeout: 1500us}}}", "connectionPool.tcp.connectTimeout: durations are precise"),
-    ("{connectionPool: {tcp: {connectTimeout: 5}}}", "connectionPool.tcp.connectTimeout: expected a string"),
+    ("{connectionPool: {tcp: {connectTimeout: 5}}}", "connectionPool.tcp.connectTimeout: expected a duration such as"),
     ("{connectionPool: {http: {idleTimeout: 0s}}}", "connectionPool.http.idleTimeout: expected a duration of at least"),
     ("{connectionPool: {http: {h2UpgradePolicy: UPGRADE, useClientProtocol: true}}}", "connectionPool.http.useClientProtocol: useClient"),
     ("{connectionPool: {http: {http2KeepAlive: {interval: 1s}}}}", "connectionPool.http.http2KeepAlive: 'timeout' is required"),

@@ -344,7 +344,7 @@ def test_a_mistake_in_the_whole_names_its_field(spec: str, field: str, message: 
     (f"timeout: 0.5ms, {TO}", "timeout", "at least 1ms"),
     (f"timeout: 1.5ms, {TO}", "timeout", "to the millisecond"),
     (f"timeout: -1s, {TO}", "timeout", "expected a duration"),
-    (f"timeout: 5, {TO}", "timeout", "expected a string"),
+    (f"timeout: 5, {TO}", "timeout", "expected a duration such as"),
     (f"retries: {{attempts: -1}}, {TO}", "retries.attempts", "found -1"),
     (f"retries: {{attempts: 0, perTryTimeout: 1s}}, {TO}", "retries.perTryTimeout", "without attempts"),
     (f"retries: {{retryOn: 5xx}}, {TO}", "retries.retryOn", "without attempts"),

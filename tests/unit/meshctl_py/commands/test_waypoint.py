@@ -142,6 +142,7 @@ def test_what_is_not_said_is_not_written() -> None:
     ("arguments", "message"),
     [
         (("--name", "none"), "invalid name provided for waypoint, 'none' is a reserved value"),
+        (("--name", "My_gate"), "'My_gate' is no name for an object: lower case letters, digits, '-' and '.' only"),
         (("--for", "http"), "invalid traffic type: http. Valid options are: [all none service workload]"),
     ],
 )
@@ -355,3 +356,7 @@ def test_the_status_waits(place: Place) -> None:
     reason = f"timed out while retrieving status for waypoint\tshop/another{place.untended}"
     told = f"Error: failed to print waypoint status: {reason}\n"
     assert (result.output, result.exit_code) == (told, 1)
+
+
+def test_help_says_by_its_name_that_status_waits() -> None:
+    assert "[default: wait]" in CliRunner().invoke(main, ["waypoint", "status", "--help"]).output

@@ -97,7 +97,7 @@ def test_two_pods_that_ask_for_one_address_do_not_both_get_it(new_uid: Callable[
 
 def test_a_pod_on_an_unknown_node_is_unplaced(new_uid: Callable[[], str]) -> None:
     placed = assign(Cluster(("n1",), pods(pod("a", node="n9"))), Assignments(), new_uid)
-    assert placed.unplaced == (Unplaced("Pod", "shop", "a", "there is no node n9"),)
+    assert placed.unplaced == (Unplaced("Pod", "shop", "a", "there is no node n9 (known: n1)", ("spec", "nodeName")),)
 
 
 def test_pods_of_a_node_that_went_are_placed_anew(new_uid: Callable[[], str]) -> None:

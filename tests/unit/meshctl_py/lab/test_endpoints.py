@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 from mesh.model.address import SocketAddress
 from meshctl_py.lab.assign import Assignments, assign
-from meshctl_py.lab.endpoints import VirtualPort, dns_names, virtual_ports
+from meshctl_py.lab.endpoints import VirtualPort, count_endpoints, dns_names, virtual_ports
 from meshctl_py.lab.spec import Cluster, Container, PodKey, PodSpec, ServiceKey, ServicePortSpec, ServiceSpec
 
 WEB = ServiceKey("shop", "web")
@@ -60,3 +60,14 @@ def test_a_headless_service_is_named_by_its_ready_pods_and_they_one_by_one() -> 
     assert names == dict.fromkeys(
         ("web.shop.svc.cluster.local", "b.web.shop.svc.cluster.local"), (ip_address("10.244.1.3"), ip_address("fd00:10:244:1::3"))
     )
+
+
+def test_endpoints_are_counted_of_headless_services_too() -> None:
+    assert count_endpoints(*build(headless=True), {A, B}) == {WEB: 2}
+    assert count_endpoints(*build(headless=True), {A}) == {WEB: 1}
+    assert count_endpoints(*build(), {A, B}) == {WEB: 2}
+
+
+def test_a_pod_without_the_port_that_is_asked_for_counts_for_nothing() -> None:
+    assert count_endpoints(*build(ports=(ServicePortSpec(80, "grpc"),)), {A, B}) == {WEB: 0}
+    assert count_endpoints(*build(ports=(ServicePortSpec(80, "grpc"), ServicePortSpec(81, "http"))), {A, B}) == {WEB: 2}

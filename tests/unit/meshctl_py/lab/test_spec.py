@@ -96,6 +96,13 @@ def test_a_probe_that_the_lab_does_not_know_is_a_problem_with_its_place(read: Re
     assert problem.line == 17
 
 
+@pytest.mark.parametrize("check", ["tcpSocket", "httpGet"])
+def test_a_probe_of_a_port_that_the_container_does_not_name_is_told_with_the_names_it_has(read: Read, check: str) -> None:
+    (problem,) = read(POD + f"      readinessProbe: {{{check}: {{port: htpp}}}}\n").problems
+    assert problem.field == f"spec.containers[0].readinessProbe.{check}.port"
+    assert problem.message == "no port of this container is named 'htpp'; did you mean 'http'?"
+
+
 def test_labels_do_not_make_another_pod_but_a_command_does(read: Read) -> None:
     key = PodKey("default", "web")
     pod = read(POD).pods[key]

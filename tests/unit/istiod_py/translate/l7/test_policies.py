@@ -433,12 +433,24 @@ def test_a_mistake_stands_in_the_status(spec: str, annotations: str, effect: str
     ("{when: [{key: 'request.headers[x]', values: [a, 'a*b'], notValues: ['*a*']}]}",
      [(("when", 0, "values", 1), "a '*' that is neither"), (("when", 0, "notValues", 0), "a '*' that is neither")]),
     ("{when: [{key: 'experimental.envoy.filters.x[y]', values: [a]}]}", [(("when", 0, "key"), "waypoints do not know this attribute")]),
+    ("{from: [{source: {principals: [web, td/ns/a/web, td/ns/a/sa/b, 'td/*', '*/b', '*'], notPrincipals: [td/ns/a/sa/]}}]}",
+     [(("from", 0, "source", "principals", 0), "no identity matches that"), (("from", 0, "source", "principals", 1), "no identity matches"),
+      (("from", 0, "source", "notPrincipals", 0), "no identity matches that")]),
+    ("{when: [{key: source.principal, values: [web, td/ns/a/sa/b], notValues: ['a*b']}]}",
+     [(("when", 0, "values", 0), "no identity matches that"), (("when", 0, "notValues", 0), "a '*' that is neither")]),
 ])  # fmt: skip
 def test_what_can_hardly_be_meant_is_told(rule: str, notices: list[tuple[tuple[str | int, ...], str]]) -> None:
     (read,) = reads_of(policy(f"{{targetRef: {SERVICE % 'web'}, rules: [{rule}]}}")).values()
     found = find_notices(read.value)
     assert [notice.path for notice in found] == [("spec", "rules", 0, *path) for path, _ in notices]
     assert all(notice.message.startswith(message) for notice, (_, message) in zip(found, notices, strict=True))
+
+
+def test_of_a_policy_for_node_agents_alone_the_identities_are_looked_at() -> None:
+    rule = """{from: [{source: {principals: [web], requestPrincipals: ['a*b']}}], to: [{operation: {methods: [get]}}],
+      when: [{key: source.principal, values: [web]}, {key: 'request.headers[x]', values: ['a*b']}]}"""
+    (read,) = reads_of(policy(f"{{selector: {{matchLabels: {{app: a}}}}, action: DENY, rules: [{rule}]}}")).values()
+    assert [notice.path[3:] for notice in find_notices(read.value)] == [("from", 0, "source", "principals", 0), ("when", 0, "values", 0)]
 
 
 # Tokens

@@ -388,11 +388,19 @@ spec: {{parentRefs: [{{{parent}}}], rules: [{{backendRefs: [{{name: web, port: 8
     assert problems_of(ingress, route) == ([f"spec.parentRefs[0]: {message}"] if message else [])
 
 
+def test_an_identity_that_there_cannot_be_is_told_of_a_policy_for_node_agents_too() -> None:
+    policy = istio(
+        "AuthorizationPolicy", "{selector: {matchLabels: {app: a}}, action: DENY, rules: [{from: [{source: {principals: [a]}}]}]}"
+    )
+    (found,) = problems_of(policy)
+    assert found.startswith("spec.rules[0].from[0].source.principals[0]: no identity matches that")
+
+
 @pytest.mark.parametrize(("rule", "field"), [
     ("to: [{operation: {ports: ['3306'], methods: [GET]}}]", "to[0].operation.methods"),
-    ("from: [{source: {principals: [a]}}, {source: {notRequestPrincipals: [a]}}]", "from[1].source.notRequestPrincipals"),
+    ("from: [{source: {principals: [a/ns/b/sa/c]}}, {source: {notRequestPrincipals: [a]}}]", "from[1].source.notRequestPrincipals"),
     ("when: [{key: source.ip, values: [10.0.0.1]}, {key: 'request.headers[a]', values: [b]}]", "when[1].key"),
-    ("from: [{source: {principals: [a]}}], to: [{operation: {ports: ['3306']}}]", ""),
+    ("from: [{source: {principals: [a/ns/b/sa/c]}}], to: [{operation: {ports: ['3306']}}]", ""),
 ])  # fmt: skip
 def test_a_policy_that_looks_at_requests_of_a_service_without_any_is_told(rule: str, field: str) -> None:
     database = """

@@ -299,6 +299,7 @@ def test_a_mistake_in_the_whole_names_its_field(kind: str, spec: str, field: str
     ("filters: [{type: CORS, cors: {maxAge: 0}}]", "filters[0].cors.maxAge", "from 1"),
     (f"timeouts: {{request: 1s, backendRequest: 2s}}, {TO}", "timeouts.backendRequest", "longer than 'request'"),
     (f"timeouts: {{request: 1.5s}}, {TO}", "timeouts.request", "no fractions"),
+    (f"timeouts: {{request: 5}}, {TO}", "timeouts.request", "expected a duration such as 500ms, 10s or 1h30m"),
     (f"retry: {{codes: [200]}}, {TO}", "retry.codes[0]", "from 400 to 599"),
     (f"retry: {{codes: ['500']}}, {TO}", "retry.codes[0]", "expected a whole number"),
     (f"retry: {{backoff: 1us}}, {TO}", "retry.backoff", "expected a duration"),
