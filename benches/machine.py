@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ PATH: Final = Path("bench-machine.json")
 OPTIMIZED: Final = "built with profile-guided optimization"
 DISTRIBUTION: Final = "as the distribution builds it, which is with profile-guided optimization"
 PLAIN: Final = "built without profile-guided optimization"
+_BUILT: Final = re.compile(r'(\w+):"([^"]*)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,14 @@ def _openssl() -> str:
 def _ztunnel() -> str:
     if ZTUNNEL_BIN is None:
         return ""
-    return _output(ZTUNNEL_BIN, "version").replace("\n", " ")[:120] or "of unknown version"
+    return describe_ztunnel(_output(ZTUNNEL_BIN, "version"))
+
+
+def describe_ztunnel(told: str) -> str:
+    """What ``ztunnel version`` says, in short: revision and library of its TLS."""
+    found = {key: value for key, value in _BUILT.findall(told) if value}
+    words = (found.get("GitRevision") or found.get("Version") or "of unknown version", found.get("CryptoProvider", ""))
+    return ", ".join(word[:60] for word in words if word)
 
 
 def _version(package: str) -> str:
