@@ -114,6 +114,12 @@ def test_an_application_runs_through_install_label_strict_deny_upgrade_unlabel_a
     shop.go_on("upgrade")
     for name in ("database", "strict"):
         cluster.kubectl("delete", "-f", str(EXAMPLE / f"policies/{name}.yaml"))
+    # Agents hear of labels from the API server and of policies from the control plane. Who is released while STRICT still holds at the
+    # other end speaks plaintext there, and is refused.
+    with cluster.namespace("guest") as outside:
+        guest = apply_pods(cluster, outside, echo_pod("guest", "n1"))["guest"]
+        for pod in shop.pods("database"):
+            wait_until(lambda pod=pod: attempt(cluster, guest, addresses(pod)[0], 5000) == "READY", "plaintext is taken again")
     label(cluster, NAMESPACE, None)
     wait_released(cluster, NAMESPACE)
     shop.go_on("un-label")
