@@ -61,7 +61,7 @@ def ztunnel_environment(home: LabHome, source: Path, node: str, node_ip: str, mo
     environment = {
         "NODE_NAME": node,
         "INSTANCE_IP": node_ip,
-        **_control_plane(home),
+        **control_plane(home),
         "AUTH_TOKEN": str(home.tokens / f"{node}.token"),
         "MESH_SOURCE": ":".join(map(str, sources)),
         "MESH_STATUS_DIR": str(home.status_of(node)),
@@ -71,7 +71,7 @@ def ztunnel_environment(home: LabHome, source: Path, node: str, node_ip: str, mo
     return environment | ({} if movers is None else {"MOVERS": str(movers)})
 
 
-def _control_plane(home: LabHome) -> dict[str, str]:
+def control_plane(home: LabHome) -> dict[str, str]:
     """Where it is, and what it must prove."""
     address = f"https://{CONTROL_PLANE[0]}:{ports.XDS_AND_CA}"
     root = str(home.istiod / "root-cert.pem")
@@ -98,7 +98,7 @@ def _is_waypoint(pod: PodSpec) -> bool:
 
 def _equip(pod: PodSpec, home: LabHome, directory: str) -> PodSpec:
     told = {
-        **_control_plane(home),
+        **control_plane(home),
         "AUTH_TOKEN": str(home.tokens / f"pod_{pod.key.namespace}_{pod.key.name}.token"),
         "TERMINATION_DRAIN_DURATION_SECONDS": str(WAYPOINT_GRACE - 1),
     }

@@ -14,10 +14,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesh.model.ports import XDS_AND_CA
 from mesh.testing.lab import Lab
-from meshctl_py.lab.assign import CONTROL_PLANE
-from meshctl_py.lab.programs import ISTIOD_HOST
+from meshctl_py.lab.home import LabHome
+from meshctl_py.lab.programs import control_plane
 from ztunnel_py.redirect.apply import apply_capture
 from ztunnel_py.redirect.plan import PodCapture, plan_capture
 
@@ -80,18 +79,11 @@ def serving(lab: Lab, binary: Path, node: str, pods: Sequence[Served], directory
 
 
 def _environment(lab: Lab, node: str, uds: Path) -> dict[str, str]:
-    address = f"https://{CONTROL_PLANE[0]}:{XDS_AND_CA}"
-    root = str(lab.home / "istiod" / "root-cert.pem")
     return {
         "NODE_NAME": node,
         "PROXY_MODE": "shared",
         "INPOD_UDS": str(uds),
-        "XDS_ADDRESS": address,
-        "CA_ADDRESS": address,
-        "XDS_ROOT_CA": root,
-        "CA_ROOT_CA": root,
-        "ALT_XDS_HOSTNAME": ISTIOD_HOST,
-        "ALT_CA_HOSTNAME": ISTIOD_HOST,
+        **control_plane(LabHome(lab.name, lab.home)),
         "AUTH_TOKEN": str(lab.home / "tokens" / f"{node}.token"),
         "POD_NAME": f"istio-ztunnel-{node}",
         "POD_NAMESPACE": "istio-system",
