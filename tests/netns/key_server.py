@@ -18,7 +18,7 @@ KEYS = Path(sys.argv[2])
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        print(self.path, flush=True)
+        print(f"{self.path}\n", end="", flush=True)  # in one writing: other threads write too
         path, _, query = self.path.partition("?")
         if path == "/moved":
             self.send_response(302)

@@ -94,7 +94,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
-        print(json.dumps({"method": self.command, "path": self.path, "headers": headers}), flush=True)
+        line = json.dumps({"method": self.command, "path": self.path, "headers": headers})
+        print(f"{line}\n", end="", flush=True)  # in one writing: other threads write too
         if self.path == "/events":
             self.send_events()
             return

@@ -33,7 +33,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         told = {"version": VERSION, "method": self.command, "path": self.path, "headers": headers, "received": len(received)}
         if self.path == "/echo":
             told["body"] = received.decode("latin-1")
-        print(json.dumps(told), flush=True)
+        print(f"{json.dumps(told)}\n", end="", flush=True)  # in one writing: other threads write too
         body = json.dumps(told).encode()
         self.send_response(503 if fails else 200)
         self.send_header("content-type", "application/json")
