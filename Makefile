@@ -10,6 +10,10 @@ STAMP  := $(VENV)/.installed
 IN_PARALLEL   := -n 4 --dist loadfile --no-loadscope-reorder
 SLOWEST_FIRST := tests/netns tests/interop tests/property tests/wire tests/unit
 
+# The same tree with its data path compiled (setup.py): beside the sources, which it would otherwise hide from whoever edits them.
+COMPILED    := build/compiled
+IN_COMPILED := cd $(COMPILED) && PYTHONPATH="$$PWD" $(abspath $(BIN))/python
+
 # Two clusters side by side, each worker's its own; with CLUSTER=dev the one that `make cluster` keeps up, and one after the other.
 ON_CLUSTERS := $(if $(CLUSTER),,-n 2 --dist loadfile --no-loadscope-reorder)
 
@@ -31,6 +35,16 @@ system:
 
 test: $(STAMP) system  ## everything but the real cluster: unit, property, wire, network namespaces, foreign peers
 	@$(BIN)/python -m pytest $(IN_PARALLEL) $(SLOWEST_FIRST)
+
+compiled: $(STAMP)  ## the data path compiled to C, in build/compiled (two minutes); needs a C compiler and Python's headers
+	@mkdir -p $(COMPILED)
+	@find $(COMPILED) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	@git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - | tar -x -C $(COMPILED)
+	@echo "==> compiling the data path"
+	@cd $(COMPILED) && AMBIENT_MESH_COMPILED=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace -j 2 >build/log 2>&1 || { cat build/log; exit 1; }
+
+test-compiled: compiled system  ## the tests of what is compiled, on the compiled code
+	@$(IN_COMPILED) -m pytest $(IN_PARALLEL) $(OF_COMPILED)
 
 test-cluster: $(STAMP) system  ## a real Kubernetes, built once (ten minutes), as two clusters of two nodes; needs root and Go
 	@$(BIN)/python -m tests.cluster.harness check

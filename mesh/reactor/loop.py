@@ -97,6 +97,8 @@ class Reactor:
     """
 
     def __init__(self, on_error: ErrorHook = print_traceback, on_exhausted: ExhaustedHook = keep_silent) -> None:
+        self.now: Callable[[], float] = time.monotonic
+        """Seconds on the clock of `call_later`."""
         self._epoll = select.epoll()
         self._registrations: dict[int, _Registration] = {}
         self.turns = 0
@@ -115,9 +117,6 @@ class Reactor:
         self._on_exhausted = on_exhausted
         self._exhausted_told = float("-inf")
         self._outcome: outcome.Outcome[Any] | None = None
-
-    now = staticmethod(time.monotonic)
-    """Seconds on the clock of `call_later`."""
 
     # --- file descriptors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from hpack import NeverIndexedHeaderTuple
 
@@ -27,7 +27,7 @@ def to_headers(metadata: Mapping[str, str]) -> list[Header]:
             raise RpcError(Status.INTERNAL, f"metadata name {name!r} cannot be sent")
         if not _VALUE.fullmatch(value):
             raise RpcError(Status.INTERNAL, f"the value of metadata {name!r} has characters that cannot be sent")
-        headers.append(NeverIndexedHeaderTuple(name, value) if name in _SECRET else (name, value))
+        headers.append(cast("Header", NeverIndexedHeaderTuple(name, value)) if name in _SECRET else (name, value))
     return headers
 
 

@@ -32,7 +32,7 @@ _NODE_PACKAGES: Final = (
     "procps",
     "runc",
 )
-_IMAGE_PACKAGES: Final = ("python3", "python3-venv")
+_IMAGE_PACKAGES: Final = ("python3", "python3-venv", "python3-dev", "gcc")
 _DROPPED: Final = ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "debootstrap")
 
 

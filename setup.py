@@ -1,0 +1,40 @@
+"""Compiles the data path to machine code where that is asked for; everything else about the distribution stands in pyproject.toml.
+
+With AMBIENT_MESH_COMPILED=1 mypyc makes a C extension of each of `COMPILED`, from the same source and its annotations. Needed are a C
+compiler, Python's headers, and in the same environment all dependencies and the extra ``compile``: mypyc wants their types, so build
+without isolation:
+
+    AMBIENT_MESH_COMPILED=1 pip install --no-build-isolation .
+
+Why, and what may not be compiled: docs/design/decisions/0009-compiled-data-path.md.
+"""
+
+import os
+
+from setuptools import setup
+
+COMPILED = [
+    *("mesh/wire/errors.py", "mesh/wire/frames.py", "mesh/wire/headers.py", "mesh/wire/settings.py", "mesh/wire/authority.py"),
+    *("mesh/wire/baggage.py", "mesh/wire/forwarded.py", "mesh/wire/traceparent.py", "mesh/wire/dns.py"),
+    *("mesh/wire/hbone/client.py", "mesh/wire/hbone/connection.py", "mesh/wire/hbone/patience.py"),
+    *("mesh/wire/hbone/server.py", "mesh/wire/hbone/streams.py"),
+    *("mesh/authz/evaluate.py", "mesh/authz/match.py"),
+    *("mesh/state/memo.py", "mesh/state/inbound.py", "mesh/state/resolve.py", "mesh/state/balance.py"),
+    *("mesh/telemetry/access.py", "mesh/telemetry/metrics.py"),
+    *("mesh/reactor/loop.py", "mesh/reactor/tcp.py", "mesh/reactor/pipes.py", "mesh/reactor/relay.py", "mesh/reactor/tls.py"),
+    *("mesh/reactor/hbone.py", "mesh/reactor/pool.py"),
+    *("ztunnel_py/mover/inbound.py", "ztunnel_py/mover/outbound.py", "ztunnel_py/mover/pod.py", "ztunnel_py/mover/ledger.py"),
+    *("ztunnel_py/mover/waiting.py", "ztunnel_py/mover/missed.py", "ztunnel_py/mover/plane.py", "ztunnel_py/mover/dns.py"),
+]
+"""What runs for every message, connection or request, and imports what it needs at its top level."""
+
+
+def _extensions() -> list[object]:
+    if os.environ.get("AMBIENT_MESH_COMPILED") != "1":
+        return []
+    from mypyc.build import mypycify  # only needed, and only there, where it is asked for
+
+    return list(mypycify(COMPILED, opt_level="3", debug_level="0", multi_file=True, group_name="ambient_mesh"))
+
+
+setup(ext_modules=_extensions())
