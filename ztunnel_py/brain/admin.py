@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import trio
 
+from mesh.runtime.build import BUILD_STATUS
 from mesh.runtime.http import Request, Response, Route, Routes
 from mesh.runtime.inspection import MAX_LIMIT
 from mesh.runtime.levels import LevelsPage
@@ -84,7 +85,7 @@ class Admin:
         dumped = dump_state(self._state)
         dumped["certificates"] = describe_certificates(self._certificates.states())
         dumped["config"] = dump_config(self._config)
-        dumped["version"] = {"version": version("ambient-mesh"), "buildStatus": "Python"}
+        dumped["version"] = {"version": version("ambient-mesh"), "buildStatus": BUILD_STATUS}
         dumped["movers"] = [{"name": mover.name, "pid": mover.pid} for mover in self._movers.living()]
         dumped["workloadState"] = await self._workload_state()
         return Response.json(dumped)

@@ -27,7 +27,7 @@ PROJECT: Final = "localhost/ambient-mesh:test"
 
 _REPOSITORY: Final = Path(__file__).resolve().parents[3]
 _CONTEXT: Final = (
-    *("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "deploy"),
+    *("pyproject.toml", "setup.py", "constraints.txt", "README.md", "LICENSE", "deploy"),
     *("mesh", "ztunnel_py", "waypoint_py", "istiod_py", "meshctl_py"),
 )
 _KEPT_FOR: Final = 24 * 3600.0
@@ -43,7 +43,7 @@ export CONTAINERS_REGISTRIES_CONF=/run/registries.conf STORAGE_DRIVER=overlay
 buildah inspect --type image "$1" >/dev/null 2>&1 || buildah pull --signature-policy /run/policy.json docker-archive:/base/image.tar
 for stage in "--target build -t $2-build" "-t $2"; do  # the first has a name too, or pruning would take what the next build reuses
     buildah bud --isolation chroot --layers --pull-never --signature-policy /run/policy.json \
-        --build-arg BASE="$1" --build-arg GO="$1" $stage -f /context/deploy/images/Containerfile /context
+        --build-arg BASE="$1" --build-arg COMPILER="$1" --build-arg GO="$1" $stage -f /context/deploy/images/Containerfile /context
 done
 buildah push --signature-policy /run/policy.json "$2" docker-archive:/result/image.tar:"$2"
 buildah rmi --prune >/dev/null 2>&1 || true  # what another build uses at this moment goes next time
@@ -135,7 +135,7 @@ def _context_files() -> Iterator[Path]:
         yield from (
             file.relative_to(_REPOSITORY)
             for file in found
-            if (file.is_symlink() or file.is_file()) and file.suffix not in (".pyc", ".whl") and "__pycache__" not in file.parts
+            if (file.is_symlink() or file.is_file()) and file.suffix not in (".pyc", ".so", ".whl") and "__pycache__" not in file.parts
         )
 
 
@@ -159,7 +159,11 @@ def _lay_out_context(context: Path, files: Sequence[Path]) -> None:
 def _wheels() -> Path:
     """The project's dependencies for the image's Python: a build inside a chroot reaches no package index on many machines."""
     project = tomllib.loads((_REPOSITORY / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    wanted = [
+        *project["project"]["dependencies"],
+        *project["build-system"]["requires"],
+        *project["project"]["optional-dependencies"]["compile"],
+    ]
     constraints = _REPOSITORY / "constraints.txt"
     target = cache_directory() / f"wheels-{digest_of([*map(str.encode, wanted), constraints.read_bytes()])}"
     with building(target) as directory:
