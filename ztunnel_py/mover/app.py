@@ -359,8 +359,8 @@ class Mover:
         for pod in self._pods.values():
             pod.drain()
         with trio.move_on_after(seconds):
-            await self._plane.ledger.wait_empty()
-            await self._names.wait_idle()
+            await self._plane.ledger.empty().wait()
+            await self._names.idle().wait()
         self._plane.ledger.end_all(None, Failure(DRAINED, "-"))
         for uid in list(self._pods):
             self._drop_pod(uid)

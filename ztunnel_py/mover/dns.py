@@ -78,11 +78,12 @@ class NameService:
             self._idle.set()
         self.on_count(pod)
 
-    async def wait_idle(self) -> None:
-        """Until no look-up is under way."""
+    def idle(self) -> trio.Event:
+        """Set as soon as no look-up is under way."""
         self._idle = trio.Event()
-        if self.under_way:
-            await self._idle.wait()
+        if not self.under_way:
+            self._idle.set()
+        return self._idle
 
 
 @dataclass(slots=True)

@@ -226,11 +226,12 @@ class Ledger:
             held,
         )
 
-    async def wait_empty(self) -> None:
-        """Until no connection lives."""
+    def empty(self) -> trio.Event:
+        """Set as soon as no connection lives."""
         self._empty = trio.Event()
-        if self._living:
-            await self._empty.wait()
+        if not self._living:
+            self._empty.set()
+        return self._empty
 
     def count(self, pod: str) -> int:
         """How many connections of this pod live."""

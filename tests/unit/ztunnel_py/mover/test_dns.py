@@ -679,7 +679,7 @@ def test_a_server_that_is_closed_gives_everything_back(names: Names) -> None:
                 names.server.close()
                 assert (names.server.under_way, names.service.under_way) == (0, 0)
                 with trio.fail_after(1):
-                    await names.service.wait_idle()
+                    await names.service.idle().wait()
 
     names.run(test)  # which sees that no descriptor is left
 
@@ -700,7 +700,7 @@ def test_a_server_that_stops_answers_what_it_has(names: Names) -> None:
             assert names.counted
             await resolver.udp.sendto(echo_address(asked[0]), resolver.peers[0])
             await go_on.wait()
-            await names.service.wait_idle()
+            await names.service.idle().wait()
 
     names.run(test)
 

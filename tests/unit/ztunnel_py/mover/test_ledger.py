@@ -183,7 +183,7 @@ def test_waiting_until_nobody_lives_ends_with_the_last() -> None:
         done: list[str] = []
 
         async def wait() -> None:
-            await books.ledger.wait_empty()
+            await books.ledger.empty().wait()
             done.append("empty")
 
         async with trio.open_nursery() as nursery:
