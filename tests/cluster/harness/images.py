@@ -93,7 +93,7 @@ def build_project_image(parts: Parts) -> Path:
             tell("the project's image, by buildah from deploy/images/Containerfile")
             context = directory / "context"
             _lay_out_context(context, files)
-            storage = cache_directory() / "buildah"
+            storage = cache_directory() / f"buildah-{base.parent.name}"  # it takes a base that it has by name for the same
             storage.mkdir(exist_ok=True)
             binds = ((storage, "/var/lib/containers/storage"), (context, "/context"), (base.parent, "/base"), (directory, "/result"))
             _run(parts, directory, _BUILD, (PYTHON, PROJECT), binds)
