@@ -37,7 +37,7 @@ test: $(STAMP) system  ## everything but the real cluster: unit, property, wire,
 	@$(BIN)/python -m pytest $(IN_PARALLEL) $(SLOWEST_FIRST)
 
 compiled: $(STAMP)  ## the data path compiled to C, in build/compiled (two minutes); needs a C compiler and Python's headers
-	@mkdir -p $(COMPILED)
+	@mkdir -p $(COMPILED)/build
 	@find $(COMPILED) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	@git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - | tar -x -C $(COMPILED)
 	@echo "==> compiling the data path"
