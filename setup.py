@@ -25,6 +25,8 @@ COMPILED = [
     *("mesh/reactor/hbone.py", "mesh/reactor/pool.py"),
     *("ztunnel_py/mover/inbound.py", "ztunnel_py/mover/outbound.py", "ztunnel_py/mover/pod.py", "ztunnel_py/mover/ledger.py"),
     *("ztunnel_py/mover/waiting.py", "ztunnel_py/mover/missed.py", "ztunnel_py/mover/plane.py", "ztunnel_py/mover/dns.py"),
+    *("waypoint_py/http/message.py", "waypoint_py/http/headers.py", "waypoint_py/http/path.py", "waypoint_py/http/blocks.py"),
+    *("waypoint_py/http/h1.py", "waypoint_py/http/h2.py"),
 ]
 """What runs for every message, connection or request, and imports what it needs at its top level."""
 
