@@ -15,7 +15,7 @@ from setuptools import setup
 
 COMPILED = [
     *("mesh/wire/errors.py", "mesh/wire/frames.py", "mesh/wire/headers.py", "mesh/wire/settings.py", "mesh/wire/authority.py"),
-    *("mesh/wire/baggage.py", "mesh/wire/forwarded.py", "mesh/wire/traceparent.py", "mesh/wire/dns.py"),
+    *("mesh/wire/baggage.py", "mesh/wire/forwarded.py", "mesh/wire/traceparent.py", "mesh/wire/dns.py", "mesh/wire/grpc.py"),
     *("mesh/wire/hbone/client.py", "mesh/wire/hbone/connection.py", "mesh/wire/hbone/patience.py"),
     *("mesh/wire/hbone/server.py", "mesh/wire/hbone/streams.py"),
     *("mesh/authz/evaluate.py", "mesh/authz/match.py"),
