@@ -15,7 +15,7 @@ from setuptools import setup
 
 COMPILED = [
     *("mesh/wire/errors.py", "mesh/wire/frames.py", "mesh/wire/headers.py", "mesh/wire/settings.py", "mesh/wire/authority.py"),
-    *("mesh/wire/baggage.py", "mesh/wire/forwarded.py", "mesh/wire/traceparent.py", "mesh/wire/dns.py"),
+    *("mesh/wire/baggage.py", "mesh/wire/forwarded.py", "mesh/wire/traceparent.py", "mesh/wire/dns.py", "mesh/wire/grpc.py"),
     *("mesh/wire/hbone/client.py", "mesh/wire/hbone/connection.py", "mesh/wire/hbone/patience.py"),
     *("mesh/wire/hbone/server.py", "mesh/wire/hbone/streams.py"),
     *("mesh/authz/evaluate.py", "mesh/authz/match.py"),
@@ -25,6 +25,8 @@ COMPILED = [
     *("mesh/reactor/hbone.py", "mesh/reactor/pool.py"),
     *("ztunnel_py/mover/inbound.py", "ztunnel_py/mover/outbound.py", "ztunnel_py/mover/pod.py", "ztunnel_py/mover/ledger.py"),
     *("ztunnel_py/mover/waiting.py", "ztunnel_py/mover/missed.py", "ztunnel_py/mover/plane.py", "ztunnel_py/mover/dns.py"),
+    *("waypoint_py/http/message.py", "waypoint_py/http/headers.py", "waypoint_py/http/path.py", "waypoint_py/http/blocks.py"),
+    *("waypoint_py/http/h1.py", "waypoint_py/http/h2.py"),
 ]
 """What runs for every message, connection or request, and imports what it needs at its top level."""
 

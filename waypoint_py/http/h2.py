@@ -687,7 +687,8 @@ class Http2Server(_Http2):
             return True
         return not self._streams and self._goaway_sent and self._last_accepted != MAX_STREAM_ID
 
-    holds = amid_head = False
+    holds = False
+    amid_head = False
 
     def give_up_head(self) -> Sequence[Event]:
         return ()
@@ -726,10 +727,10 @@ class Http2Server(_Http2):
             except MalformedHeaders as exc:
                 self._fail_stream(stream, ErrorCode.PROTOCOL_ERROR, f"malformed request: {exc}")
                 return
-            except BadHead as exc:
+            except BadHead as bad:  # not `exc`: compiled, a name has one type
                 state.dropped = True
-                self._patience.spend(_OVERSIZED if exc.status == 431 else patience.BAD_REQUEST, "bad requests")
-                self._events.append(RefusedHead(stream, exc.status, exc.reason, request))
+                self._patience.spend(_OVERSIZED if bad.status == 431 else patience.BAD_REQUEST, "bad requests")
+                self._events.append(RefusedHead(stream, bad.status, bad.reason, request))
                 return
         state.weight = facts.size
         self._heads += facts.size
