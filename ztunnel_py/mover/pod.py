@@ -315,7 +315,7 @@ class Pod:
         for fd in self.sockets.all():
             os.close(fd)
 
-    def _dial_hbone(self, key: PoolKey, on_link: OnLink, on_closed: Callable[[HboneLink], None]) -> None:
+    def _dial_hbone(self, key: PoolKey, on_link: OnLink[HboneLink], on_closed: Callable[[HboneLink], None]) -> None:
         """What the pool calls: certificate, TCP, TLS with the peer's identity proved, HTTP/2."""
 
         def with_credentials(credentials: Credentials | str) -> None:
