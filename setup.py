@@ -14,15 +14,14 @@ import os
 from setuptools import setup
 
 COMPILED = [
-    *("mesh/wire/errors.py", "mesh/wire/frames.py", "mesh/wire/headers.py", "mesh/wire/settings.py", "mesh/wire/authority.py"),
-    *("mesh/wire/baggage.py", "mesh/wire/forwarded.py", "mesh/wire/traceparent.py", "mesh/wire/dns.py", "mesh/wire/grpc.py"),
+    *("mesh/wire/frames.py", "mesh/wire/headers.py", "mesh/wire/settings.py", "mesh/wire/authority.py"),
+    *("mesh/wire/baggage.py", "mesh/wire/forwarded.py", "mesh/wire/traceparent.py", "mesh/wire/dns.py"),
     *("mesh/wire/hbone/client.py", "mesh/wire/hbone/connection.py", "mesh/wire/hbone/patience.py"),
     *("mesh/wire/hbone/server.py", "mesh/wire/hbone/streams.py"),
     *("mesh/authz/evaluate.py", "mesh/authz/match.py"),
     *("mesh/state/memo.py", "mesh/state/inbound.py", "mesh/state/resolve.py", "mesh/state/balance.py"),
-    *("mesh/telemetry/access.py", "mesh/telemetry/metrics.py"),
     *("mesh/reactor/loop.py", "mesh/reactor/tcp.py", "mesh/reactor/pipes.py", "mesh/reactor/relay.py", "mesh/reactor/tls.py"),
-    *("mesh/reactor/hbone.py", "mesh/reactor/pool.py"),
+    *("mesh/reactor/hbone.py", "mesh/reactor/pool.py", "mesh/telemetry/access.py"),
     *("ztunnel_py/mover/inbound.py", "ztunnel_py/mover/outbound.py", "ztunnel_py/mover/pod.py", "ztunnel_py/mover/ledger.py"),
     *("ztunnel_py/mover/waiting.py", "ztunnel_py/mover/missed.py", "ztunnel_py/mover/plane.py", "ztunnel_py/mover/dns.py"),
     *("waypoint_py/http/message.py", "waypoint_py/http/headers.py", "waypoint_py/http/path.py", "waypoint_py/http/blocks.py"),

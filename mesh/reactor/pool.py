@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from OpenSSL import SSL
 
@@ -59,42 +59,64 @@ class PoolKey:
         return self._hash
 
 
-OnLink: TypeAlias = Callable[[HboneLink | str], None]
+class PooledLink(Protocol):
+    """What the pool asks of a connection: that of an `HboneLink`."""
+
+    pooled: bool
+    on_room: Callable[[], None] | None
+
+    @property
+    def active(self) -> int: ...
+
+    @property
+    def usable(self) -> bool: ...
+
+    def close_gracefully(self) -> None: ...
+
+    def abort(self, reason: str) -> None: ...
+
+
+L = TypeVar("L", bound=PooledLink)
+
+OnLink: TypeAlias = Callable[[L | str], None]
 """Called once: with a usable connection, or with the reason why there is none."""
 
-Dial: TypeAlias = Callable[[PoolKey, OnLink, Callable[[HboneLink], None]], None]
+Dial: TypeAlias = Callable[[PoolKey, OnLink[L], Callable[[L], None]], None]
 """Open a connection for a key; the last argument is called when an established one has closed."""
 
 
-@dataclass(slots=True)
-class _Shelf:
+# No dataclass: of a generic one with slots mypyc makes a class that cannot be imported.
+class _Shelf(Generic[L]):
     """The connections of one key, in the order in which they came, and who waits for the next."""
 
-    links: dict[HboneLink, None] = field(default_factory=dict)
-    roomy: dict[HboneLink, None] = field(default_factory=dict)
-    """Those of them that may take a tunnel more. Where connections carry few, nearly all are full: to ask each of them again for every
-    tunnel cost more than all the rest of it."""
-    waiting: list[OnLink] = field(default_factory=list)
-    dialling: int = 0
-    idle_since: float | None = None
+    __slots__ = ("dialling", "idle_since", "links", "roomy", "waiting")
+
+    def __init__(self) -> None:
+        self.links: dict[L, None] = {}
+        self.roomy: dict[L, None] = {}
+        """Those of them that may take a tunnel more. Where connections carry few, nearly all are full: to ask each of them again for every
+        tunnel cost more than all the rest of it."""
+        self.waiting: list[OnLink[L]] = []
+        self.dialling = 0
+        self.idle_since: float | None = None
 
 
-class TunnelPool:
+class TunnelPool(Generic[L]):
     """One pool per pod and mover, or per waypoint.
 
     ``checkout`` answers at once when a connection has room, else after a dial that all share.
     """
 
-    def __init__(self, reactor: Reactor, dial: Dial, limits: PoolLimits) -> None:
+    def __init__(self, reactor: Reactor, dial: Dial[L], limits: PoolLimits) -> None:
         self._reactor = reactor
         self._dial = dial
         self._max_streams = limits.max_streams
         self._sweep_every = max(limits.unused_release / 2, SOONEST_SWEEP_SECONDS)
-        self._shelves: dict[PoolKey, _Shelf] = {}
+        self._shelves: dict[PoolKey, _Shelf[L]] = {}
         self._sweeper: Timer | None = None
         self._gone = False
 
-    def checkout(self, key: PoolKey, on_link: OnLink) -> None:
+    def checkout(self, key: PoolKey, on_link: OnLink[L]) -> None:
         """Find or make a connection with room for one more stream. A pool that was closed at once has none any more."""
         if self._gone:
             on_link(GONE)
@@ -113,11 +135,11 @@ class TunnelPool:
             self._dial(key, lambda link: self._dialled(key, link), lambda link: self._closed(key, link))
         self._sweep_later()
 
-    def _find_room(self, shelf: _Shelf) -> HboneLink | None:
+    def _find_room(self, shelf: _Shelf[L]) -> L | None:
         """The first connection that takes a tunnel more. Full ones stand aside until they say that there may be room. Of those that carry
         nothing and may not, one is kept, as the peer may allow it yet: one that never does would have one more with each tunnel."""
-        full: list[HboneLink] = []
-        idle: list[HboneLink] = []
+        full: list[L] = []
+        idle: list[L] = []
         found = None
         for link in shelf.roomy:
             if link.active < self._max_streams and link.usable:
@@ -131,7 +153,7 @@ class TunnelPool:
             link.close_gracefully()
         return found
 
-    def _has_room(self, shelf: _Shelf, link: HboneLink) -> None:
+    def _has_room(self, shelf: _Shelf[L], link: L) -> None:
         if link in shelf.links:
             shelf.roomy[link] = None
 
@@ -154,7 +176,7 @@ class TunnelPool:
             self._sweeper.cancel()
             self._sweeper = None
 
-    def _dialled(self, key: PoolKey, link: HboneLink | str) -> None:
+    def _dialled(self, key: PoolKey, link: L | str) -> None:
         shelf = self._shelves[key]
         shelf.dialling -= 1
         if self._gone and not isinstance(link, str):
@@ -177,14 +199,14 @@ class TunnelPool:
             except Exception as exc:  # who fails with it must not keep the others waiting
                 self._reactor.report(exc, f"who waited for a connection to {key.peer}")
 
-    def _closed(self, key: PoolKey, link: HboneLink) -> None:
+    def _closed(self, key: PoolKey, link: L) -> None:
         shelf = self._shelves.get(key)
         if shelf is not None and link in shelf.links:
             del shelf.links[link]
             shelf.roomy.pop(link, None)
             self._forget_if_empty(key, shelf)
 
-    def _forget_if_empty(self, key: PoolKey, shelf: _Shelf) -> None:
+    def _forget_if_empty(self, key: PoolKey, shelf: _Shelf[L]) -> None:
         if not (shelf.links or shelf.waiting or shelf.dialling):
             self._shelves.pop(key, None)
 
@@ -207,7 +229,7 @@ class TunnelPool:
             self._sweep_later()
 
 
-def _dial_nobody(key: PoolKey, on_link: OnLink, on_closed: Callable[[HboneLink], None]) -> None:
+def _dial_nobody(key: PoolKey, on_link: object, on_closed: object) -> None:
     raise AssertionError("a pool that is gone dials")
 
 
@@ -217,7 +239,7 @@ def open_link(
     context: SSL.Context,
     *,
     verify_peer: JudgePeer,
-    on_link: OnLink,
+    on_link: OnLink[HboneLink],
     on_closed: Callable[[HboneLink], None],
 ) -> None:
     """What every `Dial` ends with: HBONE on a connected socket, which is the link's from now on."""

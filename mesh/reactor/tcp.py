@@ -124,8 +124,8 @@ class Listener:
             sock.setblocking(False)
             try:
                 self._on_accept(sock, socket_address(name))
-            except Exception as exc:
-                self._reactor.report(exc, f"accepted from {name}")
+            except Exception as mistake:
+                self._reactor.report(mistake, f"accepted from {name}")
                 reset(sock)
             if self._abandoned:
                 return

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, lru_cache
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -210,6 +210,15 @@ def _json_peer(fields: dict[str, Any], side: str, address: SocketAddress | None,
         fields[f"{side}.identity"] = str(peer.identity)
 
 
+class RecordLog(Protocol):
+    """Where records go: an `AccessLog`, as who leaves records knows it."""
+
+    def wants(self, level: str, /) -> bool:
+        """Ask before building a record that is seldom written (``debug``)."""
+
+    def write(self, record: AccessRecord) -> None: ...
+
+
 class AccessLog:
     """Writes records: lines of one turn of the event loop leave in one write, none later than that turn's end.
 
@@ -221,7 +230,6 @@ class AccessLog:
     ) -> None:
         self._call_soon = call_soon
         self.wants = wanted
-        """Ask before building a record that is seldom written (``debug``)."""
         self._format = format_json if as_json else format_plain
         self._output = output
         self._lines: list[str] = []

@@ -99,7 +99,7 @@ class Dialler:
         peer = SocketAddress(endpoint.address.ip, INBOUND_HBONE)
         return PoolKey(self._credentials.identity, expected_identities(workload, endpoint.service), peer, _ANYWHERE)
 
-    def _dial_link(self, key: PoolKey, on_link: OnLink, on_closed: Callable[[HboneLink], None]) -> None:
+    def _dial_link(self, key: PoolKey, on_link: OnLink[HboneLink], on_closed: Callable[[HboneLink], None]) -> None:
         context = self._credentials.context()
         if isinstance(context, str):
             on_link(f"identity error: {context}")

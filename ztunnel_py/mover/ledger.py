@@ -19,7 +19,7 @@ from mesh.model.identity import SpiffeId
 from mesh.model.service import Service
 from mesh.model.workload import Workload
 from mesh.reactor.relay import Relay, RelayResult
-from mesh.telemetry.access import AccessEvent, AccessLog, AccessPeer, AccessRecord, Direction, Side
+from mesh.telemetry.access import AccessEvent, AccessPeer, AccessRecord, Direction, RecordLog, Side
 from mesh.telemetry.metrics import Series, TcpMetrics, TcpSeries, tcp_labels
 
 POLICY_CHANGED = "connection closed due to policy change"
@@ -97,7 +97,7 @@ class Reauthorization(NamedTuple):
 class Ledger:
     """All living connections of this mover, by pod."""
 
-    def __init__(self, metrics: TcpMetrics, log: AccessLog, now: Callable[[], float]) -> None:
+    def __init__(self, metrics: TcpMetrics, log: RecordLog, now: Callable[[], float]) -> None:
         self._metrics = metrics
         self._log = log
         self._now = now

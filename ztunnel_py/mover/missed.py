@@ -9,7 +9,7 @@ from typing import Final
 
 from mesh.model.address import GatewayAddress
 
-AWAITED_SECONDS: Final = 10.0
+AWAITED_SECONDS = 10.0  # not Final: a test shortens it, and compiled code has a Final's value built in
 """From when a waypoint was first missed: as long as a dial is given that gets no answer. Whoever comes later fails at once: nobody knows
 then whether it comes back."""
 _MOST: Final = 1024

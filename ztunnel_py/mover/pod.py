@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, Self, TypeAlias, TypeVar
 
 from OpenSSL import SSL
@@ -315,29 +316,37 @@ class Pod:
         for fd in self.sockets.all():
             os.close(fd)
 
-    def _dial_hbone(self, key: PoolKey, on_link: OnLink, on_closed: Callable[[HboneLink], None]) -> None:
+    def _dial_hbone(self, key: PoolKey, on_link: OnLink[HboneLink], on_closed: Callable[[HboneLink], None]) -> None:
         """What the pool calls: certificate, TCP, TLS with the peer's identity proved, HTTP/2."""
 
         def with_credentials(credentials: Credentials | str) -> None:
             if isinstance(credentials, str):
                 on_link(credentials)
                 return
-            self.dial(key.peer, lambda result: connected(result, credentials.context))
-
-        def connected(result: socket.socket | OSError, context: SSL.Context) -> None:
-            if isinstance(result, OSError):
-                on_link(dial_error(result))
-                return
-            open_link(
-                self.plane.reactor,
-                result,
-                context,
-                verify_peer=lambda der: verify_server(der, key.expected),
-                on_link=on_link,
-                on_closed=on_closed,
-            )
+            self.dial(key.peer, partial(self._speak_hbone, key, credentials.context, on_link, on_closed))
 
         self.plane.credentials.when_available(key.source, with_credentials)
+
+    # Not a function within `_dial_hbone`, by whose name the other there would know it: compiled, such two are a cycle, which keeps the pod.
+    def _speak_hbone(
+        self,
+        key: PoolKey,
+        context: SSL.Context,
+        on_link: OnLink[HboneLink],
+        on_closed: Callable[[HboneLink], None],
+        result: socket.socket | OSError,
+    ) -> None:
+        if isinstance(result, OSError):
+            on_link(dial_error(result))
+            return
+        open_link(
+            self.plane.reactor,
+            result,
+            context,
+            verify_peer=lambda der: verify_server(der, key.expected),
+            on_link=on_link,
+            on_closed=on_closed,
+        )
 
 
 Serve: TypeAlias = Callable[[Pod, socket.socket, SocketAddress], object]

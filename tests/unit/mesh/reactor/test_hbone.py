@@ -13,6 +13,7 @@ from OpenSSL import SSL
 from mesh.model.identity import SpiffeId
 from mesh.reactor import hbone, tls
 from mesh.reactor.hbone import RESPONSE_TIMEOUT, HboneLink, OnResponse, Tunnel, TunnelFailure, TunnelRequest, connect_hbone
+from mesh.reactor.loop import Timer
 from mesh.reactor.relay import RelayResult, TunnelRelay, relay_tunnel
 from mesh.reactor.tcp import reset as reset_tcp
 from mesh.testing.ca import FakeCa
@@ -383,12 +384,10 @@ def test_a_living_link_is_kept_by_its_pings(path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(hbone, "PING_TIMEOUT", 0.04)
     client, server = path.connect()
     with client, server:
-        pings: list[bytes] = []
+        pings: set[float | None] = set()
         link = near(path).link
         assert link is not None
-        ping = link._core.ping
-        monkeypatch.setattr(link._core, "ping", lambda data: (pings.append(data), ping(data)))
-        wait_until(lambda: len(pings) > 5, "some pings")
+        wait_until(lambda: pings.add(link._ping_sent_at) or len(pings) > 6, "some pings")
         client.sendall(b"x")
         assert server.recv(1) == b"x"
     assert far(path).closed == []
@@ -401,13 +400,16 @@ def test_an_idle_served_link_is_not_pinged(ingress: IngressProxy, monkeypatch: p
         client.send_preface()
         wait_until(lambda: bool(ingress.links) and ingress.links[0]._heard, "the preface")
         link = ingress.links[0]
-        pings: list[bytes] = []
-        ticks: list[None] = []
-        tick = link._tick
-        monkeypatch.setattr(link._core, "ping", pings.append)
-        monkeypatch.setattr(link, "_tick", lambda: (ticks.append(None), tick()))
-        wait_until(lambda: len(ticks) > 5, "some quiet intervals")
-        assert pings == []
+        pings: set[float | None] = set()
+        ticks: set[Timer | None] = set()
+
+        def look() -> bool:
+            ticks.add(link._timer)
+            pings.add(link._ping_sent_at)  # stays until it is answered, which nobody does
+            return len(ticks) > 6
+
+        wait_until(look, "some quiet intervals")
+        assert pings == {None}
 
 
 # --- requests and answers

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ipaddress import IPv4Address
-from typing import cast
 
 import trio
 
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
-from mesh.reactor.hbone import HboneLink
 from mesh.reactor.loop import Reactor
 from mesh.reactor.pool import GONE, OnLink, PoolKey, PoolLimits, TunnelPool
 
@@ -55,23 +53,23 @@ class Link:
 
 class Dials:
     def __init__(self, limits: PoolLimits = LIMITS, reactor: Reactor | None = None) -> None:
-        self.open: list[tuple[PoolKey, OnLink, object]] = []
-        self.pool = TunnelPool(reactor or Reactor(), self._dial, limits)
-        self.got: list[HboneLink | str] = []
+        self.open: list[tuple[PoolKey, OnLink[Link], Callable[[Link], None]]] = []
+        self.pool: TunnelPool[Link] = TunnelPool(reactor or Reactor(), self._dial, limits)
+        self.got: list[Link | str] = []
 
-    def _dial(self, key: PoolKey, on_link: OnLink, on_closed: object) -> None:
+    def _dial(self, key: PoolKey, on_link: OnLink[Link], on_closed: Callable[[Link], None]) -> None:
         self.open.append((key, on_link, on_closed))
 
     def checkout(self, wanted: PoolKey) -> None:
-        def take(link: HboneLink | str) -> None:
+        def take(link: Link | str) -> None:
             if not isinstance(link, str):
-                cast(Link, link).streams += 1
+                link.streams += 1
             self.got.append(link)
 
         self.pool.checkout(wanted, take)
 
     def answer(self, link: Link | str, dial: int = 0) -> None:
-        self.open.pop(dial)[1](cast("HboneLink | str", link))
+        self.open.pop(dial)[1](link)
 
 
 def test_a_burst_for_one_peer_shares_one_dial() -> None:
@@ -92,8 +90,8 @@ def test_more_than_one_connection_carries_is_dialled_for_twice() -> None:
     first, second = Link(), Link()
     dials.answer(first)
     dials.answer(second)
-    assert dials.got.count(cast(HboneLink, first)) == MAX_STREAMS
-    assert dials.got.count(cast(HboneLink, second)) == 1
+    assert dials.got.count(first) == MAX_STREAMS
+    assert dials.got.count(second) == 1
 
 
 def test_as_many_connections_as_tunnels_when_each_is_to_have_its_own() -> None:
@@ -161,7 +159,7 @@ def test_a_full_connection_that_closed_is_not_used_again_when_its_streams_end() 
     (_, _, on_closed), link = dials.open[0], Link()
     dials.answer(link)
     dials.checkout(key())
-    cast("Callable[[object], None]", on_closed)(link)
+    on_closed(link)
     link.end()
     dials.checkout(key())
     assert dials.got == [link]
@@ -251,7 +249,7 @@ def test_one_that_fails_with_its_connection_keeps_nobody_waiting() -> None:
     dials = Dials()
     dials.pool = TunnelPool(Reactor(on_error=lambda error, where: errors.append(error)), dials._dial, LIMITS)
 
-    def fail(link: HboneLink | str) -> None:
+    def fail(link: Link | str) -> None:
         raise ZeroDivisionError
 
     dials.pool.checkout(key(), fail)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
 
 import pytest
 import trio
@@ -21,58 +22,96 @@ from mesh.model.workload import TunnelProtocol, Workload
 from mesh.reactor.loop import Reactor
 from mesh.reactor.pool import PoolLimits
 from mesh.state.store import Delta, MeshState
-from mesh.telemetry.access import AccessLog, AccessRecord
+from mesh.telemetry.access import AccessRecord
 from mesh.telemetry.metrics import Registry, TcpMetrics
-from mesh.telemetry.output import LogOutput
 from mesh.testing.ca import FakeCa
 from ztunnel_py.messages import PodInfo
 from ztunnel_py.mover import inbound, outbound
+from ztunnel_py.mover import pod as pods
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
 from ztunnel_py.mover.ledger import Ledger
 from ztunnel_py.mover.outbound import Outbound
 from ztunnel_py.mover.plane import Plane
-from ztunnel_py.mover.pod import Pod, PodSockets
+from ztunnel_py.mover.pod import Pod, PodSockets, Serve
 from ztunnel_py.mover.waiting import WaitingRoom
 
 CA = FakeCa()
 PATIENCE = 15.0
 _ADDRESSES = itertools.count(1)
-T = TypeVar("T")
 
 
-class Log(AccessLog):
+class Log:
     def __init__(self) -> None:
-        super().__init__(lambda call: None, LogOutput(2), wanted=lambda level: level != "debug")
         self.records: list[AccessRecord] = []
+
+    def wants(self, level: str) -> bool:
+        return level != "debug"
 
     def write(self, record: AccessRecord) -> None:
         self.records.append(record)
 
 
-class LoopbackPod(Pod):
-    """Its "namespace" is an address of the loopback network. ``broken`` is raised instead of making a socket."""
+class Network:
+    """Stands for the namespaces of the pods, by what enters one and makes sockets there: each "is" an address of the loopback network."""
 
-    broken: OSError | None = None
+    def __init__(self) -> None:
+        self.places: dict[int, str] = {}
+        """By the descriptor of the namespace."""
+        self.broken: dict[str, OSError] = {}
+        """Raised instead of entering that pod's."""
+        self.dialled: list[str] = []
+        """Which pods have dialled."""
+        self.relays_fail = False
+        """Whether a socket that has been connected raises MemoryError in the hands of a relay."""
+        self.visits = 0
+        self._within = ""
 
-    def _make_socket(self, address: SocketAddress, source: IpAddress | None) -> socket.socket:
-        if self.broken is not None:
-            raise self.broken
-        if self.closed:
-            return super()._make_socket(address, source)
-        sock = socket.socket()
-        sock.setblocking(False)
-        sock.bind((str(source or self.ip), 0))
-        return sock
+    @contextmanager
+    def enter(self, netns: int, home: int) -> Iterator[None]:
+        self._within = self.places[netns]
+        if self._within in self.broken:
+            raise self.broken[self._within]
+        self.visits += 1
+        yield
 
-    def inside(self, function: Callable[[], T]) -> T:
-        if self.broken is not None:
-            raise self.broken
-        return super().inside(function) if self.closed else function()
+    def make_socket(self, family: int, *, mark: int | None) -> socket.socket:
+        return LoopbackSocket(self, self._within)
 
-    @property
-    def ip(self) -> IpAddress:
-        return parse_ip(self.info.uid)
+
+class LoopbackSocket(socket.socket):
+    """Has the address of its pod where nobody gave it another."""
+
+    def __init__(self, network: Network, ip: str) -> None:
+        super().__init__()
+        self.setblocking(False)
+        self._network = network
+        self._ip = ip
+        self._dials = False
+        self._connected = False
+
+    def connect_ex(self, address: Any) -> int:
+        if self.getsockname()[1] == 0:
+            self.bind((self._ip, 0))
+        if not self._dials:
+            self._dials = True
+            self._network.dialled.append(self._ip)
+        code = super().connect_ex(address)
+        self._connected = code in (0, errno.EALREADY)
+        return code
+
+    def fileno(self) -> int:
+        if self._connected and self._network.relays_fail:
+            raise MemoryError
+        return super().fileno()
+
+
+def bind_to(sock: socket.socket, source: IpAddress) -> None:
+    sock.bind((str(source), 0))
+
+
+def ip_of(pod: Pod) -> IpAddress:
+    return parse_ip(pod.uid)
 
 
 class World:
@@ -80,6 +119,7 @@ class World:
         self.errors: list[BaseException] = []
         self.reactor = Reactor(on_error=lambda error, where: self.errors.append(error))
         self.log = Log()
+        self.network = Network()
         self.asked: list[SpiffeId] = []
         self.state = MeshState("n1")
         self.plane = Plane(
@@ -115,14 +155,15 @@ class World:
         assert not self.errors, self.errors
         assert descriptors() <= before
 
-    def pod(self, name: str, *, known: bool = True, certified: bool = True) -> LoopbackPod:
+    def pod(self, name: str, *, known: bool = True, certified: bool = True, inbound_hbone: Serve = InboundHbone) -> Pod:
         """A served pod in the mesh; its application listens where a test lets it."""
         ip = f"127.84.{os.getpid() % 251}.{next(_ADDRESSES)}"
         fds = [os.open("/dev/null", os.O_RDONLY)]
         for port in (0, 0, 15008):
             fds.append(socket.create_server((ip, port)).detach())
-        pod = LoopbackPod(self.plane, PodInfo(ip, name, "shop", name), PodSockets(*fds))
-        pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=InboundHbone)
+        self.network.places[fds[0]] = ip
+        pod = Pod(self.plane, PodInfo(ip, name, "shop", name), PodSockets(*fds))
+        pod.listen(outbound=Outbound, inbound_plaintext=InboundPlaintext, inbound_hbone=inbound_hbone)
         self._pods.append(pod)
         if known:
             self.describe(pod)
@@ -130,24 +171,22 @@ class World:
             self.certify(pod)
         return pod
 
-    def forget(self, pod: LoopbackPod) -> None:
+    def forget(self, pod: Pod) -> None:
         """The test closes it, and nothing here has it any more."""
         self._pods.remove(pod)
 
-    def certify(self, pod: LoopbackPod, **options: Any) -> None:
+    def certify(self, pod: Pod, **options: Any) -> None:
         """The brain hands over the certificate of the pod's identity."""
         self.plane.credentials.put(CA.issue(pod.identity(), **options))
 
-    def describe(
-        self, pod: LoopbackPod, *policies: str, protocol: TunnelProtocol = TunnelProtocol.HBONE, service: Service | None = None
-    ) -> None:
+    def describe(self, pod: Pod, *policies: str, protocol: TunnelProtocol = TunnelProtocol.HBONE, service: Service | None = None) -> None:
         """The control plane tells what there is to know about the pod, and of the service that it is an endpoint of."""
         info = pod.info
         workload = Workload(
             f"Kubernetes//Pod/shop/{info.name}",
             info.name,
             "shop",
-            (pod.ip,),
+            (ip_of(pod),),
             tunnel_protocol=protocol,
             service_account=info.service_account,
             node="n1",
@@ -163,7 +202,7 @@ class World:
             self.plane.workloads_wanted.settle(uid)
         self.plane.policies_awaited.settle(None)
 
-    async def dial(self, pod: LoopbackPod, destination: SocketAddress | None, *, plaintext: bool = False) -> trio.SocketStream:
+    async def dial(self, pod: Pod, destination: SocketAddress | None, *, plaintext: bool = False) -> trio.SocketStream:
         """A connection that nat redirected: of the pod's application, or to it in plaintext. None: nothing redirected it."""
         self.destinations.append(destination)
         fd = pod.sockets.inbound_plaintext if plaintext else pod.sockets.outbound
@@ -176,7 +215,7 @@ class World:
         return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
     @asynccontextmanager
-    async def application(self, pod: LoopbackPod, port: int = 0) -> AsyncIterator[SocketAddress]:
+    async def application(self, pod: Pod, port: int = 0) -> AsyncIterator[SocketAddress]:
         """An echo server in the pod."""
 
         async def serve(stream: trio.SocketStream) -> None:
@@ -185,10 +224,10 @@ class World:
                     await stream.send_all(data)
                 await stream.aclose()
 
-        listeners = await trio.open_tcp_listeners(port, host=str(pod.ip))
+        listeners = await trio.open_tcp_listeners(port, host=str(ip_of(pod)))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, serve, listeners)
-            yield SocketAddress(pod.ip, listeners[0].socket.getsockname()[1])
+            yield SocketAddress(ip_of(pod), listeners[0].socket.getsockname()[1])
             nursery.cancel_scope.cancel()
         await trio.lowlevel.checkpoint()
 
@@ -199,6 +238,12 @@ class World:
     @property
     def errors_logged(self) -> list[str | None]:
         return [record.error for record in self.log.records]
+
+    @contextmanager
+    def silent_application(self, pod: Pod) -> Iterator[SocketAddress]:
+        """One in the pod that no connection to is ever complete: its queue is full."""
+        with socket.create_server((str(ip_of(pod)), 0), backlog=0) as listener, socket.create_connection(listener.getsockname()):
+            yield SocketAddress(ip_of(pod), listener.getsockname()[1])
 
     @property
     def idle(self) -> bool:
@@ -216,6 +261,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     def original(sock: socket.socket) -> SocketAddress | None:
         return made.destinations.popleft()
 
+    monkeypatch.setattr(pods, "entered", made.network.enter)
+    monkeypatch.setattr(pods, "make_upstream_socket", made.network.make_socket)
+    monkeypatch.setattr(pods, "bind_foreign", bind_to)
     monkeypatch.setattr(outbound, "original_destination", original)
     monkeypatch.setattr(inbound, "original_destination", original)
     return made

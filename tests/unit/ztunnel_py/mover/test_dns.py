@@ -31,13 +31,15 @@ from mesh.state.store import Delta
 from mesh.telemetry.metrics import DnsMetrics, Registry
 from mesh.testing.proxies import wait_until
 from mesh.wire.dns import framed
+from tests.unit.ztunnel_py.mover.conftest import ip_of
 from ztunnel_py.mover import dns as module
 from ztunnel_py.mover import pod as pod_module
 from ztunnel_py.mover.dns import NameServer, NameService
 from ztunnel_py.mover.nameservers import ResolvConf, parse_resolv_conf
 
 if TYPE_CHECKING:
-    from tests.unit.ztunnel_py.mover.conftest import LoopbackPod, World
+    from tests.unit.ztunnel_py.mover.conftest import World
+    from ztunnel_py.mover.pod import Pod
 
 OWN = "web.shop.svc.cluster.local."
 OTHER = "www.example.net."
@@ -114,7 +116,7 @@ class Names:
         self.resolv_conf: list[SocketAddress] = []
         self.counted: list[str] = []
         self.service = NameService(Naming(), DnsMetrics(self.registry), lambda: self.resolv_conf, self.counted.append)
-        self.pod: LoopbackPod
+        self.pod: Pod
         self.server: NameServer
         self.udp: SocketAddress
         self.tcp: SocketAddress
@@ -135,8 +137,8 @@ class Names:
     def serve(self, *, known: bool = True) -> None:
         self.pod = self.world.pod("client", known=known)
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        udp.bind((str(self.pod.ip), 0))
-        tcp = socket.create_server((str(self.pod.ip), 0))
+        udp.bind((str(ip_of(self.pod)), 0))
+        tcp = socket.create_server((str(ip_of(self.pod)), 0))
         self.udp, self.tcp = socket_address(udp.getsockname()), socket_address(tcp.getsockname())
         self.server = NameServer(self.pod, self.service)
         self.sockets = udp, tcp
@@ -478,7 +480,7 @@ def test_garbage_over_tcp_is_a_failure(names: Names, answer: bytes) -> None:
 def test_a_pods_namespace_that_is_gone_is_a_failure(names: Names) -> None:
     async def test() -> None:
         async with names.resolver():
-            names.pod.broken = OSError(24, "Too many open files")
+            names.world.network.broken[names.pod.uid] = OSError(24, "Too many open files")
             assert (await names.ask(OTHER)).rcode() == dns.rcode.SERVFAIL
             assert texts(await names.ask(OWN)) == ["10.1.0.1"]
 

@@ -19,12 +19,14 @@ from mesh.reactor.hbone import HboneLink, Tunnel, TunnelFailure, connect_hbone
 from mesh.state.store import Delta
 from mesh.testing.ca import FakeCa
 from mesh.tls.contexts import hbone_context
-from ztunnel_py.mover import inbound, pod
+from tests.unit.ztunnel_py.mover.conftest import ip_of
+from ztunnel_py.mover import inbound
 from ztunnel_py.mover.ledger import DRAINED, Failure
 
 if TYPE_CHECKING:
     from mesh.tls.bundle import CertificateBundle
-    from tests.unit.ztunnel_py.mover.conftest import LoopbackPod, World
+    from tests.unit.ztunnel_py.mover.conftest import World
+    from ztunnel_py.mover.pod import Pod
 
 PEER = SpiffeId("cluster.local", "shop", "peer")
 STRICT = Policy("strict", "shop", Scope.WORKLOAD_SELECTOR, Action.DENY, (Rule((Clause((Match(not_principals=(Presence(),)),)),)),))
@@ -51,8 +53,8 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer_of(world: World, server: LoopbackPod, bundle: CertificateBundle | None = None) -> AsyncIterator[Peer]:
-    stream = await trio.open_tcp_stream(str(server.ip), 15008)
+async def peer_of(world: World, server: Pod, bundle: CertificateBundle | None = None) -> AsyncIterator[Peer]:
+    stream = await trio.open_tcp_stream(str(ip_of(server)), 15008)
     sock = stream.socket
     raw = sock._sock  # the reactor takes the socket over
     ready, ends = list[HboneLink](), list[str | None]()
@@ -86,21 +88,18 @@ def test_a_proved_peer_reaches_the_application_as_itself(world: World) -> None:
     world.run(main)
 
 
-def test_who_is_refused_is_told_and_nothing_is_dialled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    dialled: list[object] = []
-
+def test_who_is_refused_is_told_and_nothing_is_dialled(world: World) -> None:
     async def main() -> None:
         server = world.pod("server")
         world.change(Delta(policies=(only("cluster.local/ns/shop/sa/other"),)))
         async with world.application(server) as app, peer_of(world, server) as peer:
-            monkeypatch.setattr(server, "_make_socket", lambda *args: dialled.append(args))
             peer.ask(app)
             await world.until(lambda: peer.answers)
             assert peer.statuses == [401]
             (record,) = world.log.records
             assert record.response_flags == "DENY"
             assert record.error == "connection closed due to policy rejection: allow policies exist, but none allowed"
-        assert not dialled
+        assert not world.network.dialled
         assert world.idle
 
     world.run(main)
@@ -168,27 +167,21 @@ def test_a_peer_that_a_policy_denies_outright_does_not_wait_for_another(world: W
     world.run(main)
 
 
-def test_a_policy_that_changes_while_the_application_is_dialled_is_heeded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[object] = []
-
+def test_a_policy_that_changes_while_the_application_is_dialled_is_heeded(world: World) -> None:
     async def main() -> None:
         server = world.pod("server")
-        async with world.application(server) as app, peer_of(world, server) as peer:
-            monkeypatch.setattr(pod, "connect", lambda reactor, sock, address, seconds, on_done: held.append(on_done) or Held())
-            peer.ask(app)
-            await world.until(lambda: held)
-            world.change(Delta(policies=(only("cluster.local/ns/shop/sa/other"),)))
-            outcome = world.plane.ledger.reauthorize(lambda uid: world.state.policies_for(living_target(world)), final=False)
-            assert outcome.ended == 1
-            await world.until(lambda: peer.answers)
-            assert peer.statuses == [401]
+        with world.silent_application(server) as app:
+            async with peer_of(world, server) as peer:
+                peer.ask(app)
+                await world.until(lambda: world.network.dialled)
+                world.change(Delta(policies=(only("cluster.local/ns/shop/sa/other"),)))
+                outcome = world.plane.ledger.reauthorize(lambda uid: world.state.policies_for(living_target(world)), final=False)
+                assert outcome.ended == 1
+                await world.until(lambda: peer.answers)
+                assert peer.statuses == [401]
         assert world.errors_logged == ["connection closed due to policy change"]
 
     world.run(main)
-
-
-class Held:
-    def cancel(self) -> None: ...
 
 
 def living_target(world: World) -> object:
@@ -198,23 +191,24 @@ def living_target(world: World) -> object:
 
 
 @pytest.mark.parametrize("waits_for", ["workload", "policy", "application"])
-def test_a_peer_that_goes_while_it_waits_leaves_nothing(world: World, waits_for: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_goes_while_it_waits_leaves_nothing(world: World, waits_for: str) -> None:
     async def main() -> None:
         server = world.pod("server", known=waits_for != "workload")
         if waits_for == "policy":
             world.describe(server, "shop/later")
         async with world.application(server) as app, peer_of(world, server) as peer:
-            tunnel = peer.ask(app)
-            if waits_for == "application":
-                monkeypatch.setattr(pod, "connect", lambda *args: Held())
-                await world.until(lambda: list(world.plane.ledger.living()))
-            await trio.sleep(0.05)
-            tunnel.reset()
-            await trio.sleep(0.05)
-            monkeypatch.setattr(server, "_make_socket", lambda *args: pytest.fail("it is dialled for a peer that has gone"))
-            world.change(Delta(policies=(only("cluster.local/ns/shop/sa/peer", "later", Scope.WORKLOAD_SELECTOR),)))
-            world.describe(server)
-            await world.until(lambda: world.idle)
+            with world.silent_application(server) as silent:
+                tunnel = peer.ask(silent if waits_for == "application" else app)
+                if waits_for == "application":
+                    await world.until(lambda: world.network.dialled)
+                await trio.sleep(0.05)
+                tunnel.reset()
+                await trio.sleep(0.05)
+                dialled = len(world.network.dialled)
+                world.change(Delta(policies=(only("cluster.local/ns/shop/sa/peer", "later", Scope.WORKLOAD_SELECTOR),)))
+                world.describe(server)
+                await world.until(lambda: world.idle)
+                assert len(world.network.dialled) == dialled, "it is dialled for a peer that has gone"
 
     world.run(main)
 
@@ -223,7 +217,7 @@ def test_a_dial_that_cannot_even_begin_is_answered_503(world: World) -> None:
     async def main() -> None:
         server = world.pod("server")
         async with world.application(server) as app, peer_of(world, server) as peer:
-            server.broken = OSError(errno.EMFILE, "Too many open files")
+            world.network.broken[server.uid] = OSError(errno.EMFILE, "Too many open files")
             peer.ask(app)
             await world.until(lambda: peer.answers)
             assert peer.statuses == [503]
@@ -232,7 +226,7 @@ def test_a_dial_that_cannot_even_begin_is_answered_503(world: World) -> None:
                 with pytest.raises(trio.BrokenResourceError):
                     await stream.receive_some(1)
             assert world.idle
-            server.broken = None
+            world.network.broken.clear()
             peer.ask(app)
             await world.until(lambda: len(peer.answers) == 2)
             assert peer.statuses == [503, 200]
@@ -245,7 +239,7 @@ def test_a_pod_dropped_under_a_peer_that_waits_is_not_dialled_in(world: World, w
     async def main() -> None:
         server = world.pod("server", known=waits_for != "workload", certified=waits_for != "certificate")
         if waits_for == "certificate":
-            stream = await trio.open_tcp_stream(str(server.ip), 15008)
+            stream = await trio.open_tcp_stream(str(ip_of(server)), 15008)
             await world.until(lambda: world.asked)
             drop(world, server)
             world.certify(server)
@@ -268,7 +262,7 @@ def test_a_pod_dropped_under_a_peer_that_waits_is_not_dialled_in(world: World, w
     world.run(main)
 
 
-def drop(world: World, server: LoopbackPod) -> None:
+def drop(world: World, server: Pod) -> None:
     """As the mover does it."""
     server.stop_listening()
     world.plane.ledger.end_all(server.uid, Failure(DRAINED, "-"))
@@ -293,7 +287,7 @@ def test_an_expired_certificate_of_ours_is_not_served_with(world: World, monkeyp
         world.certify(server, lifetime=timedelta(seconds=-1))
         world.plane.credentials.refuse(server.identity(), "the authority is away")
         monkeypatch.setattr("ztunnel_py.mover.credentials.FIRST_CERTIFICATE_SECONDS", 0.05)
-        stream = await trio.open_tcp_stream(str(server.ip), 15008)
+        stream = await trio.open_tcp_stream(str(ip_of(server)), 15008)
         with pytest.raises(trio.BrokenResourceError):
             await stream.receive_some(1)
         await stream.aclose()
@@ -315,26 +309,22 @@ def test_a_foreign_authority_proves_nothing(world: World) -> None:
     world.run(main)
 
 
-def test_a_step_that_raises_costs_its_tunnel_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object, **kwargs: object) -> None:
-        raise MemoryError
-
+def test_a_step_that_raises_costs_its_tunnel_alone(world: World) -> None:
     async def main() -> None:
         server = world.pod("server")
         async with world.application(server) as app, peer_of(world, server) as peer:
-            with monkeypatch.context() as patch:
-                patch.setattr(inbound, "relay_tunnel", broken)
-                peer.ask(app)
-                await world.until(lambda: peer.answers)
-                await world.until(lambda: world.idle)
+            world.network.relays_fail = True
+            peer.ask(app)
+            await world.until(lambda: peer.answers)
+            await world.until(lambda: world.idle)
+            world.network.relays_fail = False
             peer.ask(app)
             await world.until(lambda: len(peer.answers) == 2)
             assert peer.statuses[1] == 200
-            with monkeypatch.context() as patch:
-                patch.setattr(inbound, "relay_tcp", broken)
-                async with await world.dial(server, app, plaintext=True) as stream:
-                    with pytest.raises(trio.BrokenResourceError):
-                        await stream.receive_some(1)
+            world.network.relays_fail = True
+            async with await world.dial(server, app, plaintext=True) as stream:
+                with pytest.raises(trio.BrokenResourceError):
+                    await stream.receive_some(1)
         assert world.errors_logged.count("internal error: MemoryError()") == 2
         assert {type(error) for error in world.errors} == {MemoryError}
         world.errors.clear()
@@ -361,7 +351,7 @@ def test_a_plaintext_caller_is_relayed_as_itself(world: World) -> None:
 def test_plaintext_to_our_own_ports_is_refused(world: World, destination: int | None) -> None:
     async def main() -> None:
         server = world.pod("server")
-        target = None if destination is None else SocketAddress(server.ip, destination)
+        target = None if destination is None else SocketAddress(ip_of(server), destination)
         async with await world.dial(server, target, plaintext=True) as stream:
             with pytest.raises(trio.BrokenResourceError):
                 await stream.receive_some(1)

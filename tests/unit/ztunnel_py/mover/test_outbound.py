@@ -14,21 +14,24 @@ import trio
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, SocketAddress, parse_ip
 from mesh.model.service import Service, ServicePort
 from mesh.model.workload import HealthStatus, PortMapping, TunnelProtocol, Workload
-from mesh.reactor import hbone
-from mesh.reactor.hbone import HboneLink, TunnelFailure, TunnelRequest, serve_hbone
+from mesh.reactor.hbone import HboneLink, TunnelRequest, serve_hbone
 from mesh.reactor.relay import relay_tunnel
-from mesh.reactor.tcp import Listener, listen_on
+from mesh.reactor.tcp import Listener, listen_on, socket_address
 from mesh.state.store import Delta
 from mesh.testing.ca import FakeCa
 from mesh.tls.contexts import hbone_context
-from tests.unit.ztunnel_py.mover.conftest import CA
+from mesh.wire.errors import ErrorCode
+from tests.unit.ztunnel_py.mover.conftest import CA, ip_of
 from ztunnel_py.mover import credentials, missed, outbound, pod
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
 from ztunnel_py.mover.ledger import DRAINED, Failure
 from ztunnel_py.mover.outbound import LOOK_AGAIN_SECONDS, MOST_ENDPOINTS, MOST_RETRIES, Outbound
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.unit.ztunnel_py.mover.conftest import World
+    from ztunnel_py.mover.pod import Pod, Serve
 
 
 async def is_echoed(stream: trio.SocketStream) -> bool:
@@ -140,13 +143,13 @@ def test_before_all_state_has_come_nobody_is_served(world: World, monkeypatch: p
 def test_a_dial_that_cannot_even_begin_is_an_ending_like_any_other(world: World) -> None:
     async def main() -> None:
         client, server = world.pod("client"), world.pod("server")
-        client.broken = OSError(errno.EMFILE, "Too many open files")
+        world.network.broken[client.uid] = OSError(errno.EMFILE, "Too many open files")
         async with world.application(server) as app:
             for protocol in (TunnelProtocol.HBONE, TunnelProtocol.NONE):
                 world.describe(server, protocol=protocol)
                 async with await world.dial(client, app) as stream:
                     assert await is_reset(stream)
-            client.broken = None
+            world.network.broken.clear()
             async with await world.dial(client, app) as stream:
                 assert await is_echoed(stream), "and the next connection is none the worse"
             await world.until(lambda: world.idle)
@@ -231,24 +234,34 @@ def test_a_connection_ended_while_it_is_dialled_for_costs_the_others_nothing(wor
     world.run(main)
 
 
-def test_a_request_that_a_dying_connection_never_took_is_tried_again_but_not_for_ever(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def asking_first(may: Callable[[HboneLink, TunnelRequest], bool]) -> Serve:
+    """Serves a pod's peers as ever, but asks ``may`` before each of their requests."""
+
+    def serve(pod: Pod, sock: socket.socket, client: SocketAddress) -> InboundHbone:
+        inbound = InboundHbone(pod, sock, client)
+        link = inbound._link
+        assert link is not None
+        real = link._on_request
+        assert real is not None
+        link._on_request = lambda request: real(request) if may(link, request) else None
+        return inbound
+
+    return serve
+
+
+def test_a_request_that_a_dying_connection_never_took_is_tried_again_but_not_for_ever(world: World) -> None:
     asked: list[str] = []
-    real = hbone.HboneLink.open_tunnel
-
-    def open_tunnel(self: hbone.HboneLink, authority: str, headers: dict[str, str], on_response: hbone.OnResponse) -> hbone.Tunnel | None:
-        asked.append(authority)
-        if len(asked) in failing:
-            world.reactor.call_soon(lambda: on_response(TunnelFailure("connection takes no more tunnels", retryable=True)))
-            return None
-        return real(self, authority, headers, on_response)
-
-    monkeypatch.setattr(hbone.HboneLink, "open_tunnel", open_tunnel)
     failing = {1, 3, 4, 5, 6}
 
+    def request(link: HboneLink, request: TunnelRequest) -> bool:
+        asked.append(request.authority)
+        if len(asked) not in failing:
+            return True
+        request._tunnel.reset(ErrorCode.REFUSED_STREAM)
+        return False
+
     async def main() -> None:
-        client, server = world.pod("client"), world.pod("server")
+        client, server = world.pod("client"), world.pod("server", inbound_hbone=asking_first(request))
         async with world.application(server) as app:
             async with await world.dial(client, app) as stream:
                 assert await is_echoed(stream)
@@ -278,22 +291,18 @@ def test_a_pod_that_leaves_new_connections_to_another_agent_keeps_the_old_ones_a
     world.run(main)
 
 
-def test_a_peer_that_dies_before_it_answers_costs_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = InboundHbone._request
-    asked: list[hbone.TunnelRequest] = []
+def test_a_peer_that_dies_before_it_answers_costs_nothing(world: World) -> None:
+    asked: list[TunnelRequest] = []
 
-    def request(self: InboundHbone, request: hbone.TunnelRequest) -> None:
+    def request(link: HboneLink, request: TunnelRequest) -> bool:
         asked.append(request)
-        if len(asked) == 2:
-            assert self._link is not None
-            self._link.abort("killed")
-        else:
-            real(self, request)
-
-    monkeypatch.setattr(InboundHbone, "_request", request)
+        if len(asked) != 2:
+            return True
+        link.abort("killed")
+        return False
 
     async def main() -> None:
-        client, server = world.pod("client"), world.pod("server")
+        client, server = world.pod("client"), world.pod("server", inbound_hbone=asking_first(request))
         async with world.application(server) as app:
             for _ in range(2):
                 async with await world.dial(client, app) as stream:
@@ -370,7 +379,7 @@ class Waypoint:
         named = Service("waypoint", "shop", WAYPOINT.hostname, ports=(ServicePort(15008, 15008),))
         fronted = replace(service_of(8080), waypoint=GatewayAddress(WAYPOINT))
         instance = Workload(
-            *("waypoint", "waypoint", "shop", (self.pod.ip,)),
+            *("waypoint", "waypoint", "shop", (ip_of(self.pod),)),
             service_account="waypoint",
             services={WAYPOINT: (PortMapping(15008, 15008),)},
             status=HealthStatus.HEALTHY if ready else HealthStatus.UNHEALTHY,
@@ -378,7 +387,7 @@ class Waypoint:
         self.world.change(Delta(workloads=(instance,), services=(named, fronted)))
 
     def start(self) -> None:
-        sock = socket.create_server((str(self.pod.ip), 15008))
+        sock = socket.create_server((str(ip_of(self.pod)), 15008))
         context = hbone_context(CA.issue(self.pod.identity()))
         reactor = self.world.reactor
 
@@ -476,17 +485,25 @@ def test_an_endpoint_that_proves_another_identity_sends_nobody_elsewhere(world: 
     world.run(main)
 
 
-def test_a_step_that_raises_costs_its_connection_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object, **kwargs: object) -> None:
+class UnusableSocket(socket.socket):
+    def fileno(self) -> int:
         raise MemoryError
 
+
+def test_a_step_that_raises_costs_its_connection_alone(world: World) -> None:
     async def main() -> None:
         client, server = world.pod("client"), world.pod("server")
         async with world.application(server) as app:
-            with monkeypatch.context() as patch:
-                patch.setattr("ztunnel_py.mover.outbound.relay_tunnel", broken)
-                async with await world.dial(client, app) as stream:
-                    assert await is_reset(stream)
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                stream = await trio.open_tcp_stream(*listener.getsockname())
+                accepted, address = listener.accept()
+            sock = UnusableSocket(fileno=accepted.detach())
+            sock.setblocking(False)
+            world.destinations.append(app)
+            Outbound(client, sock, socket_address(address))
+            del sock
+            async with stream:
+                assert await is_reset(stream)
             await world.until(lambda: world.idle)
             async with await world.dial(client, app) as stream:
                 assert await is_echoed(stream)
