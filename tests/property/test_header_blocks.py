@@ -1,9 +1,7 @@
 """HPACK, ours against the library's, and the fields that may come out of it."""
 
 from collections.abc import Callable
-from copy import deepcopy
 
-import pytest
 from hpack import Decoder, Encoder
 from hpack.exceptions import HPACKError
 from hypothesis import given, settings
@@ -141,23 +139,28 @@ def test_what_is_known_of_blocks_means_what_reading_them_anew_gives(blocks: list
     ]
     for kept, anew in ways:
         quick, slow = HeaderReader(most), HeaderReader(most)
+        taken: list[bytes] = []
         for block in [*_INSERTING[:2], *blocks]:  # so that there is something to refer to
-            before = deepcopy((quick, slow))
             expected = outcome(anew, slow, block)
             assert outcome(kept, quick, block) == expected
             if isinstance(expected, tuple) and expected[0] is RemoteProtocolError:
-                quick, slow = before  # the table is lost; go on as if that block had not come
+                quick, slow = HeaderReader(most), HeaderReader(most)  # the table is lost; go on as if that block had not come
+                for earlier in taken:
+                    outcome(kept, quick, earlier)
+                    outcome(anew, slow, earlier)
+            else:
+                taken.append(block)
 
 
-def test_requests_that_differ_in_their_last_fields_only_are_read_from_what_is_known_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_differ_in_their_last_fields_only_are_read_from_what_is_known_of_the_others() -> None:
     writer, reader = HeaderWriter(), HeaderReader(65536)
     headers = {"baggage": "a=b", "forwarded": 'for="10.0.0.1:1"', "traceparent": "00-1"}
     for number in range(4):
         headers["forwarded"] = f'for="10.0.0.1:{number}"'
         assert reader.read_request(writer.request("10.0.0.1:80", headers)) == ("CONNECT", "10.0.0.1:80", headers)
-    assert len(reader._heads) == 1
-    monkeypatch.setattr(HeaderReader, "read", None)  # not asked any more
-    assert reader.read_request(writer.request("10.0.0.1:80", headers)) == ("CONNECT", "10.0.0.1:80", headers)
+    (known,) = reader._heads
+    reader._heads[known] = reader._heads[known]._replace(method="KNOWN")  # so that it shows where the method comes from
+    assert reader.read_request(writer.request("10.0.0.1:80", headers)) == ("KNOWN", "10.0.0.1:80", headers)
 
 
 @given(
