@@ -265,30 +265,54 @@ def _admit(
     """Enter the connection, then ask policy: in this order no change of policy can slip between."""
     living.facts = facts
     pod.plane.ledger.open(living)
+    _Asking(pod, living, workload, facts, judge, permitted, denied).ask()
 
-    deadline: float | None = None
 
-    def ask() -> None:
-        nonlocal deadline
+class _Asking:
+    """Policy is asked for a connection, and again while it is undecided. No function within `_admit`: one that names itself is a cycle,
+    and every connection would leave one to the garbage collector."""
+
+    __slots__ = ("_deadline", "_denied", "_facts", "_judge", "_living", "_permitted", "_pod", "_workload")
+
+    def __init__(
+        self,
+        pod: Pod,
+        living: Living,
+        workload: Workload,
+        facts: Connection,
+        judge: Callable[[Workload, Connection], Judgement],
+        permitted: Callable[[Permit], None],
+        denied: Callable[[str], None],
+    ) -> None:
+        self._pod = pod
+        self._living = living
+        self._workload = workload
+        self._facts = facts
+        self._judge = judge
+        self._permitted = permitted
+        self._denied = denied
+        self._deadline: float | None = None
+
+    def ask(self) -> None:
+        living = self._living
         if living.ended_by is not None:
             return
-        applied, verdict = judge(pod.find_workload() or workload, facts)
+        applied, verdict = self._judge(self._pod.find_workload() or self._workload, self._facts)
         if is_undecided(applied, verdict):
-            now = pod.plane.reactor.now()
-            deadline = now + POLICY_GRACE_SECONDS if deadline is None else deadline
-            if now < deadline:
-                pod.plane.policies_awaited.wait(None, deadline - now, ask, ask)
+            now = self._pod.plane.reactor.now()
+            if self._deadline is None:
+                self._deadline = now + POLICY_GRACE_SECONDS
+            if now < self._deadline:
+                self._pod.plane.policies_awaited.wait(None, self._deadline - now, self.ask, self.ask)
                 return
         living.applied, living.verdict = applied, verdict
         for dry_run in verdict.dry_run:
             _log.info("dry-run", src=str(living.client), dst=str(living.destination), verdict=str(dry_run))
         match verdict:
             case Permit():
-                permitted(verdict)
+                self._permitted(verdict)
             case Denial():
-                denied(verdict.because)
-
-    ask()
+                self._denied(verdict.because)
 
 
 def _judge(pod: Pod, workload: Workload, facts: Connection) -> Judgement:
