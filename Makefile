@@ -12,6 +12,9 @@ SLOWEST_FIRST := tests/netns tests/interop tests/property tests/wire tests/unit
 
 # The same tree with its data path compiled (setup.py): beside the sources, which it would otherwise hide from whoever edits them.
 COMPILED    := build/compiled
+OF_COMPILED := tests/netns/test_agent.py tests/netns/test_lab_mesh.py tests/netns/test_waypoint_traffic.py tests/netns/test_hostile.py \
+    tests/netns/test_waypoint_hostile.py tests/netns/mesh tests/netns/ztunnel_py tests/interop/test_envoy_hbone.py tests/property tests/wire \
+    tests/unit/deploy tests/unit/mesh tests/unit/waypoint_py tests/unit/ztunnel_py
 IN_COMPILED := cd $(COMPILED) && PYTHONPATH="$$PWD" $(abspath $(BIN))/python
 
 # Two clusters side by side, each worker's its own; with CLUSTER=dev the one that `make cluster` keeps up, and one after the other.
@@ -36,15 +39,16 @@ system:
 test: $(STAMP) system  ## everything but the real cluster: unit, property, wire, network namespaces, foreign peers
 	@$(BIN)/python -m pytest $(IN_PARALLEL) $(SLOWEST_FIRST)
 
-compiled: $(STAMP)  ## the data path compiled to C, in build/compiled (two minutes); needs a C compiler and Python's headers
+compiled: $(STAMP) system  ## the data path compiled to C, in build/compiled (two minutes); needs a C compiler and Python's headers
 	@mkdir -p $(COMPILED)/build
-	@find $(COMPILED) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	@find $(COMPILED) -mindepth 1 -maxdepth 1 ! -name build ! -name .pytest_cache -exec rm -rf {} +
 	@git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - | tar -x -C $(COMPILED)
 	@echo "==> compiling the data path"
-	@cd $(COMPILED) && AMBIENT_MESH_COMPILED=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace -j 2 >build/log 2>&1 || { cat build/log; exit 1; }
+	@cd $(COMPILED) && AMBIENT_MESH_COMPILED=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace -j 2 >build/log 2>&1 \
+		|| { cat build/log; echo "==> the data path could not be compiled"; exit 1; }
 
-test-compiled: compiled system  ## the tests of what is compiled, on the compiled code
-	@$(IN_COMPILED) -m pytest $(IN_PARALLEL) $(OF_COMPILED)
+test-compiled: compiled  ## the tests of what is compiled, on the compiled code
+	@$(IN_COMPILED) -m pytest $(IN_PARALLEL) $(AGAIN) $(OF_COMPILED)
 
 test-cluster: $(STAMP) system  ## a real Kubernetes, built once (ten minutes), as two clusters of two nodes; needs root and Go
 	@$(BIN)/python -m tests.cluster.harness check
@@ -67,7 +71,7 @@ lint: $(STAMP)  ## ruff, mypy --strict, import contracts
 	@$(BIN)/lint-imports
 
 # What users run is compiled, so that is what is measured; INTERPRETED=1 measures the same without.
-bench: $(STAMP) system $(if $(INTERPRETED),,compiled)  ## what the data path and its state cost, beside Envoy; ONLY=figure measures one
+bench: $(STAMP) $(if $(INTERPRETED),system,compiled)  ## what the data path and its state cost, beside Envoy; ONLY=figure measures one
 ifdef INTERPRETED
 	@$(BIN)/python -m benches $(ONLY)
 else
