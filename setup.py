@@ -15,7 +15,7 @@ from setuptools import setup
 
 COMPILED = [
     *("mesh/wire/frames.py", "mesh/wire/headers.py", "mesh/wire/settings.py", "mesh/wire/authority.py"),
-    *("mesh/wire/baggage.py", "mesh/wire/forwarded.py", "mesh/wire/traceparent.py", "mesh/wire/dns.py"),
+    *("mesh/wire/baggage.py", "mesh/wire/forwarded.py", "mesh/wire/traceparent.py"),
     *("mesh/wire/hbone/client.py", "mesh/wire/hbone/connection.py", "mesh/wire/hbone/patience.py"),
     *("mesh/wire/hbone/server.py", "mesh/wire/hbone/streams.py"),
     *("mesh/authz/evaluate.py", "mesh/authz/match.py"),
@@ -23,7 +23,7 @@ COMPILED = [
     *("mesh/reactor/loop.py", "mesh/reactor/tcp.py", "mesh/reactor/pipes.py", "mesh/reactor/relay.py", "mesh/reactor/tls.py"),
     *("mesh/reactor/hbone.py", "mesh/reactor/pool.py", "mesh/telemetry/access.py"),
     *("ztunnel_py/mover/inbound.py", "ztunnel_py/mover/outbound.py", "ztunnel_py/mover/pod.py", "ztunnel_py/mover/ledger.py"),
-    *("ztunnel_py/mover/waiting.py", "ztunnel_py/mover/missed.py", "ztunnel_py/mover/plane.py", "ztunnel_py/mover/dns.py"),
+    *("ztunnel_py/mover/waiting.py", "ztunnel_py/mover/missed.py", "ztunnel_py/mover/plane.py"),
     *("waypoint_py/http/message.py", "waypoint_py/http/headers.py", "waypoint_py/http/path.py", "waypoint_py/http/blocks.py"),
     *("waypoint_py/http/h1.py", "waypoint_py/http/h2.py"),
 ]

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, TypeAlias
 
 import trio
 
@@ -58,6 +58,9 @@ _READ: Final = 1 << 16
 _Protocol = Literal["udp", "tcp"]
 
 _log = log.get_logger("dns")
+_Peer: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
+"""As ``recvfrom`` gives it: IPv6 with flow label and zone."""
+
 _scratch = memoryview(bytearray(_READ))
 
 
@@ -212,7 +215,7 @@ class NameServer:
             except Exception as exc:
                 self.reactor.report(exc, f"look-up from {peer}")
 
-    def _on_datagram(self, sock: socket.socket, local: SocketAddress, data: bytes, peer: tuple[str, int]) -> None:
+    def _on_datagram(self, sock: socket.socket, local: SocketAddress, data: bytes, peer: _Peer) -> None:
         repeated = self._repeated.get(data[2:])
         if repeated is not None and self._generation == self.pod.plane.state.generation and not log.wants("dns", "debug"):
             rest, series = repeated
@@ -445,7 +448,7 @@ class _Datagram:
 
     protocol: _Protocol = "udp"
 
-    def __init__(self, server: NameServer, sock: socket.socket, local: SocketAddress, peer: tuple[str, int]) -> None:
+    def __init__(self, server: NameServer, sock: socket.socket, local: SocketAddress, peer: _Peer) -> None:
         self._server = server
         self._sock = sock
         self._local = local
@@ -798,7 +801,7 @@ def _servers(server: NameServer, original: SocketAddress | None) -> Sequence[Soc
     return found
 
 
-def _send_datagram(sock: socket.socket, answer: bytes, peer: tuple[str, int]) -> None:
+def _send_datagram(sock: socket.socket, answer: bytes, peer: _Peer) -> None:
     try:
         sock.sendto(answer, peer)
     except OSError:
