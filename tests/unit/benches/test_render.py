@@ -16,7 +16,9 @@ from benches.rows import ENVOY, OURS, OURS_TWO, InvalidRows, Record, Row
 from benches.table import cells, markdown_table, number, text_table
 
 REPOSITORY = Path(__file__).parents[3]
-RAN_ON = Machine("2026-01-01T00:00+00:00", "abc", "a CPU", 2, 8, 0.5, "6.1", "3.11.2", "built somehow", "OpenSSL 4.0", "1.40", "")
+RAN_ON = Machine(
+    "2026-01-01T00:00+00:00", "abc", "a CPU", 2, 8, 0.5, "6.1", "3.11.2", "built somehow", "compiled", "OpenSSL 4.0", "1.40", ""
+)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
