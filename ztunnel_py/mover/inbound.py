@@ -137,7 +137,7 @@ class _InboundTunnel:
         living = self._living
         living.target, living.target_identity = workload, workload.identity
         living.source, living.service = admission.source, admission.service
-        _admit(self._pod, living, workload, admission.facts, self._judge, self._dial, self._deny)
+        _Entrance(self._pod, living, workload, admission.facts, self._judge, self._dial, self._deny).pass_through()
 
     def _judge(self, workload: Workload, facts: Connection) -> Judgement:
         if self._admitted is not None and self._admitted[0] == self._plane.state.version and self._admitted[1] is workload:
@@ -220,7 +220,7 @@ class InboundPlaintext:
         living.source = self._plane.state.find_workload_of_peer(living.client.ip, workload.network, None)
         living.service = self._plane.state.find_destination_service(workload, self._target.port, None)
         facts = Connection(living.client.ip, None, self._target)
-        _admit(self._pod, living, workload, facts, partial(_judge, self._pod), self._dial, self._deny)
+        _Entrance(self._pod, living, workload, facts, partial(_judge, self._pod), self._dial, self._deny).pass_through()
 
     def _dial(self, permit: Permit) -> None:
         self._pending = _dial_application(self._pod, permit, self._plane.ledger.guarded(self._living, self._dialled))
@@ -253,24 +253,9 @@ class InboundPlaintext:
         self._plane.ledger.refuse(self._living, because)
 
 
-def _admit(
-    pod: Pod,
-    living: Living,
-    workload: Workload,
-    facts: Connection,
-    judge: Callable[[Workload, Connection], Judgement],
-    permitted: Callable[[Permit], None],
-    denied: Callable[[str], None],
-) -> None:
-    """Enter the connection, then ask policy: in this order no change of policy can slip between."""
-    living.facts = facts
-    pod.plane.ledger.open(living)
-    _Asking(pod, living, workload, facts, judge, permitted, denied).ask()
-
-
-class _Asking:
-    """Policy is asked for a connection, and again while it is undecided. No function within `_admit`: one that names itself is a cycle,
-    and every connection would leave one to the garbage collector."""
+class _Entrance:
+    """A connection is entered, then policy is asked, and again while it is undecided. No function within another: one that names itself is
+    a cycle, and every connection would leave one to the garbage collector."""
 
     __slots__ = ("_deadline", "_denied", "_facts", "_judge", "_living", "_permitted", "_pod", "_workload")
 
@@ -293,7 +278,13 @@ class _Asking:
         self._denied = denied
         self._deadline: float | None = None
 
-    def ask(self) -> None:
+    def pass_through(self) -> None:
+        """Enter, then ask: in this order no change of policy can slip between."""
+        self._living.facts = self._facts
+        self._pod.plane.ledger.open(self._living)
+        self._ask()
+
+    def _ask(self) -> None:
         living = self._living
         if living.ended_by is not None:
             return
@@ -303,7 +294,7 @@ class _Asking:
             if self._deadline is None:
                 self._deadline = now + POLICY_GRACE_SECONDS
             if now < self._deadline:
-                self._pod.plane.policies_awaited.wait(None, self._deadline - now, self.ask, self.ask)
+                self._pod.plane.policies_awaited.wait(None, self._deadline - now, self._ask, self._ask)
                 return
         living.applied, living.verdict = applied, verdict
         for dry_run in verdict.dry_run:
