@@ -27,7 +27,7 @@ COMPILED = [
     *("waypoint_py/http/message.py", "waypoint_py/http/headers.py", "waypoint_py/http/path.py", "waypoint_py/http/blocks.py"),
     *("waypoint_py/http/h1.py", "waypoint_py/http/h2.py"),
 ]
-"""What runs for every message, connection or request, and imports what it needs at its top level."""
+"""What an agent runs for every message and connection, and a waypoint's codecs."""
 
 
 def _extensions() -> list[object]:

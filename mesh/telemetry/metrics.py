@@ -454,7 +454,7 @@ def _tcp_family(name: str, help: str, samples: Iterable[tuple[tuple[str, ...], i
 
 
 _DNS_LABELS: Final = ("request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision")
-_DNS_SECONDS = (0.0005, 0.001, 0.01, 0.1, 1.0, 5.0)
+_DNS_SECONDS: Final = (0.0005, 0.001, 0.01, 0.1, 1.0, 5.0)
 
 
 class DnsMetrics:

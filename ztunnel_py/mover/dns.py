@@ -35,16 +35,15 @@ from ztunnel_py.mover.pod import Dialling, Pod
 
 TTL: Final = 30
 """Seconds, as ztunnel."""
-# The next five are not Final: tests lower them, and compiled code has a Final's value built in.
-LOOKUP_SECONDS = 5.0
+LOOKUP_SECONDS: Final = 5.0
 """How long other servers have for an answer, all together; the default of resolvers, so that nobody who asked still waits after it."""
-TCP_IDLE_SECONDS = 5.0
+TCP_IDLE_SECONDS: Final = 5.0
 """As ztunnel's: how long a TCP client may be silent, or leave its answers unread."""
-MOST_LOOKUPS = 512
+MOST_LOOKUPS: Final = 512
 """Look-ups of one pod that may wait for something at once; each holds a socket. More are answered with a failure."""
-MOST_OF_ALL = 4096
+MOST_OF_ALL: Final = 4096
 """Look-ups and TCP clients of all pods of a mover: pods without servers must not take the descriptors of the others' connections."""
-MOST_CLIENTS = 128
+MOST_CLIENTS: Final = 128
 """TCP clients of one pod at once."""
 MOST_PIPELINED: Final = 32
 """Look-ups of one TCP client that may be under way; the next are read when one of them has ended."""
