@@ -17,10 +17,14 @@ OF_COMPILED := tests/netns/test_agent.py tests/netns/test_lab_mesh.py tests/netn
     tests/unit/deploy tests/unit/mesh tests/unit/waypoint_py tests/unit/ztunnel_py
 IN_COMPILED := cd $(COMPILED) && PYTHONPATH="$$PWD" $(abspath $(BIN))/python
 
+# The image has AWS-LC under TLS; where there is a Rust toolchain, what is compiled has it too, else, or with TLS=openssl, the package index's OpenSSL.
+AWS_LC := build/aws-lc
+TLS    ?= $(if $(shell command -v cargo 2>/dev/null),aws-lc,openssl)
+
 # Two clusters side by side, each worker's its own; with CLUSTER=dev the one that `make cluster` keeps up, and one after the other.
 ON_CLUSTERS := $(if $(CLUSTER),,-n 2 --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help test compiled test-compiled demo lint bench proto crds constraints clean system cluster cluster-down test-cluster
+.PHONY: help test aws-lc compiled test-compiled demo lint bench proto crds constraints clean system cluster cluster-down test-cluster
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,13 +43,19 @@ system:
 test: $(STAMP) system  ## everything but the real cluster: unit, property, wire, network namespaces, foreign peers
 	@$(BIN)/python -m pytest $(IN_PARALLEL) $(SLOWEST_FIRST)
 
-compiled: $(STAMP) system  ## the data path compiled to C, in build/compiled (two minutes); needs a C compiler and Python's headers
+aws-lc: system  ## the package cryptography with AWS-LC inside, in build/aws-lc (once; three minutes); needs Rust
+	@ls $(AWS_LC)/wheel/*.whl >/dev/null 2>&1 || echo "==> building AWS-LC (once; about three minutes)"
+	@PYTHON=$(PYTHON) sh deploy/images/aws-lc/build.sh $(AWS_LC)
+
+compiled: $(STAMP) system $(filter aws-lc,$(TLS))  ## the tree as it ships, in build/compiled (two minutes); needs a C compiler, and Rust for AWS-LC
 	@mkdir -p $(COMPILED)/build
 	@find $(COMPILED) -mindepth 1 -maxdepth 1 ! -name build ! -name .pytest_cache -exec rm -rf {} +
 	@git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - | tar -x -C $(COMPILED)
 	@echo "==> compiling the data path"
 	@cd $(COMPILED) && AMBIENT_MESH_COMPILED=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace -j 2 >build/log 2>&1 \
 		|| { cat build/log; echo "==> the data path could not be compiled"; exit 1; }
+	@$(if $(filter aws-lc,$(TLS)),$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(COMPILED) $(AWS_LC)/wheel/*.whl,\
+		echo "==> with the package index's OpenSSL, not AWS-LC (no cargo here, or TLS=openssl)")
 
 test-compiled: compiled  ## the tests of what is compiled, on the compiled code
 	@$(IN_COMPILED) -m pytest $(IN_PARALLEL) $(AGAIN) $(OF_COMPILED)

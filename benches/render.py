@@ -104,7 +104,7 @@ def _machine(ran_on: machine.Machine) -> str:
         ("kernel", f"Linux {ran_on.kernel}"),
         ("Python", f"{ran_on.python}, {ran_on.python_build}"),
         ("data path", ran_on.data_path),
-        ("TLS", ran_on.openssl),
+        ("TLS", ran_on.tls),
         ("Envoy", ran_on.envoy),
         *([("ztunnel", ran_on.ztunnel)] if ran_on.ztunnel else []),
     ]

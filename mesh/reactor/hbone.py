@@ -402,11 +402,6 @@ class HboneLink:
                 return None
         return self._local_address
 
-    @property
-    def tls_parameters(self) -> tuple[str | None, str | None]:
-        """Cipher suite and key exchange group, by OpenSSL's names."""
-        return self._engine.parameters
-
     # --- what the owner does
 
     def open_tunnel(self, authority: str, headers: Mapping[str, str], on_response: OnResponse) -> Tunnel:

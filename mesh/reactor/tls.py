@@ -1,6 +1,7 @@
 """TLS without sockets: pyOpenSSL's contexts and handshakes, and OpenSSL's record calls made on our own buffers.
 
-This is the one module that calls OpenSSL through the cffi binding `cryptography` ships. pyOpenSSL's own ``send`` and ``recv_into``
+OpenSSL here is whatever library `cryptography` was built with: OpenSSL as the package index has it, AWS-LC in the image (`LIBRARY`).
+This is the one module that calls it through the cffi binding `cryptography` ships. pyOpenSSL's own ``send`` and ``recv_into``
 copy every byte once more, Python's ``ssl`` uses the system's OpenSSL, which here lacks VAES: both cost half as much again per
 byte. `tls_engine` checks that the binding has the calls and otherwise returns the engine that uses public methods only.
 
@@ -40,6 +41,9 @@ _BINDING_NAMES = (
     *("SSL_do_handshake", "SSL_read", "SSL_write", "SSL_get_error", "SSL_set_bio"),
     *("BIO_new", "BIO_new_mem_buf", "BIO_s_mem", "BIO_read", "BIO_write", "BIO_get_mem_data"),
 )
+
+LIBRARY: Final = " ".join(SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode("ascii", "replace").split()[:2])
+"""Name and version of what does the cryptography of this process."""
 
 VerifyPeer = Callable[[bytes], str | None]
 
@@ -221,15 +225,15 @@ class TlsEngine:
         return bytes(self._connection.get_alpn_proto_negotiated())
 
     @property
-    def parameters(self) -> tuple[str | None, str | None]:
-        """Cipher suite and key exchange group, by OpenSSL's names."""
-        return self._connection.get_cipher_name(), self._connection.get_group_name()
+    def cipher_suite(self) -> str | None:
+        """What was agreed, by its name in RFC 8446 section B.4."""
+        name: str | None = self._connection.get_cipher_name()
+        return name
 
     def _failure(self, error: Exception) -> TlsError:
         if self.refusal is not None:
             return TlsError(self.refusal)
-        reasons = [entry[-1] for entry in error.args[0]] if error.args and isinstance(error.args[0], list) else []
-        reason = reasons[0] if reasons else "connection closed within the handshake" if not self.established else "connection truncated"
+        reason = _reason_of(error) or ("connection truncated" if self.established else "connection closed within the handshake")
         if reason == "peer did not return a certificate":
             return TlsError("no client certificate")
         if "alert" in reason:
@@ -356,6 +360,16 @@ class BindingEngine(TlsEngine):
         except SSL.Error as exc:
             return self._failure(exc)
         return TlsError("OpenSSL failed without a reason")
+
+
+def _reason_of(error: Exception) -> str | None:
+    """What TLS itself says went wrong, or else what was first said of it."""
+    queue: list[tuple[str, str, str]] = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    reasons = [reason for library, _, reason in queue if library.startswith("SSL")] or [reason for _, _, reason in queue]
+    if not reasons:
+        return None
+    # AWS-LC has names for what OpenSSL says in words: PEER_DID_NOT_RETURN_A_CERTIFICATE.
+    return reasons[0].replace("_", " ").lower() if reasons[0].isupper() else reasons[0]
 
 
 def _verify_error(code: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +35,8 @@ _CONTEXT: Final = (
 _KEPT_FOR: Final = 24 * 3600.0
 """Seconds after which images of older code are dropped from the cache."""
 _PYTHON_VERSION: Final = "3.11"
+_LIBC: Final = (2, 36)
+"""Of the base, Debian 12."""
 _ARCHIVE: Final = "image.tar"
 _PLUGIN: Final = "ambient-mesh-cni"
 
@@ -43,7 +47,8 @@ export CONTAINERS_REGISTRIES_CONF=/run/registries.conf STORAGE_DRIVER=overlay
 buildah inspect --type image "$1" >/dev/null 2>&1 || buildah pull --signature-policy /run/policy.json docker-archive:/base/image.tar
 for stage in "--target build -t $2-build" "-t $2"; do  # the first has a name too, or pruning would take what the next build reuses
     buildah bud --isolation chroot --layers --pull-never --signature-policy /run/policy.json \
-        --build-arg BASE="$1" --build-arg COMPILER="$1" --build-arg GO="$1" $stage -f /context/deploy/images/Containerfile /context
+        --build-arg BASE="$1" --build-arg COMPILER="$1" --build-arg GO="$1" \
+        --build-arg RUST="$1" --build-arg TLS="$3" $stage -f /context/deploy/images/Containerfile /context
 done
 buildah push --signature-policy /run/policy.json "$2" docker-archive:/result/image.tar:"$2"
 buildah rmi --prune >/dev/null 2>&1 || true  # what another build uses at this moment goes next time
@@ -87,16 +92,17 @@ def build_project_image(parts: Parts) -> Path:
     base = _base(parts)
     files = sorted(_context_files())
     contents = (f"{name}\0".encode() + _content(name) for name in files)
-    target = _images() / f"project-{digest_of([base.parent.name.encode(), *contents])}"
+    tls = "aws-lc" if (aws_lc := _aws_lc()) is not None else "openssl"
+    target = _images() / f"project-{digest_of([base.parent.name.encode(), tls.encode(), *contents])}"
     with building(target) as directory:
         if directory is not None:
             tell("the project's image, by buildah from deploy/images/Containerfile")
             context = directory / "context"
-            _lay_out_context(context, files)
+            _lay_out_context(context, files, aws_lc)
             storage = cache_directory() / f"buildah-{base.parent.name}"  # it takes a base that it has by name for the same
             storage.mkdir(exist_ok=True)
             binds = ((storage, "/var/lib/containers/storage"), (context, "/context"), (base.parent, "/base"), (directory, "/result"))
-            _run(parts, directory, _BUILD, (PYTHON, PROJECT), binds)
+            _run(parts, directory, _BUILD, (PYTHON, PROJECT, tls), binds)
             shutil.rmtree(context)
     return target / _ARCHIVE
 
@@ -144,13 +150,14 @@ def _content(name: Path) -> bytes:
     return os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes()
 
 
-def _lay_out_context(context: Path, files: Sequence[Path]) -> None:
+def _lay_out_context(context: Path, files: Sequence[Path], aws_lc: Path | None) -> None:
     for name in files:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(_REPOSITORY / name, context / name, follow_symlinks=False)
     for wheel in _wheels().glob("*.whl"):
         shutil.copy(wheel, context / "deploy/images/wheels" / wheel.name)
-    shutil.copy(_plugin(), context / "deploy/images/prebuilt" / _PLUGIN)
+    for prebuilt in (_plugin(), *((aws_lc,) if aws_lc is not None else ())):
+        shutil.copy(prebuilt, context / "deploy/images/prebuilt" / prebuilt.name)
     # buildah takes a step from its cache when what is copied is the same, times included.
     for path in (context, *context.rglob("*")):
         os.utime(path, (0, 0), follow_symlinks=False)
@@ -193,6 +200,26 @@ def _plugin() -> Path:
             if done.returncode != 0:
                 raise ClusterError(f"go build of deploy/cni: {done.stderr.strip()}")
     return target / _PLUGIN
+
+
+def _aws_lc() -> Path | None:
+    """The package cryptography with AWS-LC inside, built by this machine's Rust for the image's older or equal C library; None where that
+    is not to be had. Raises ClusterError."""
+    libc = tuple(map(int, re.findall(r"\d+", platform.libc_ver()[1])))
+    if shutil.which("cargo") is None or not (0,) < libc <= _LIBC:
+        tell("the image has the package index's OpenSSL: AWS-LC is built where there are Rust and a C library no newer than Debian 12's")
+        return None
+    build = _REPOSITORY / "deploy/images/aws-lc"
+    files = (*sorted(build.iterdir()), _REPOSITORY / "constraints.txt")
+    target = cache_directory() / f"aws-lc-{digest_of(path.read_bytes() for path in files)}"
+    with building(target) as directory:
+        if directory is not None:
+            tell("AWS-LC (once, about three minutes)")
+            command = ["sh", str(build / "build.sh"), str(directory)]
+            done = subprocess.run(command, cwd=_REPOSITORY, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise ClusterError(f"building AWS-LC: {done.stderr.strip()}")
+    return next((target / "wheel").glob("*.whl"))
 
 
 def _seed(parts: Parts, kind: str, start: Path | None, archives: Sequence[Path]) -> Path:
