@@ -21,7 +21,7 @@ COMPILED = [
     *("mesh/authz/evaluate.py", "mesh/authz/match.py"),
     *("mesh/state/memo.py", "mesh/state/inbound.py", "mesh/state/resolve.py", "mesh/state/balance.py"),
     *("mesh/reactor/loop.py", "mesh/reactor/tcp.py", "mesh/reactor/pipes.py", "mesh/reactor/relay.py", "mesh/reactor/tls.py"),
-    *("mesh/reactor/hbone.py", "mesh/reactor/pool.py", "mesh/telemetry/access.py"),
+    *("mesh/reactor/hbone.py", "mesh/reactor/pool.py", "mesh/reactor/sharing.py", "mesh/telemetry/access.py"),
     *("ztunnel_py/mover/inbound.py", "ztunnel_py/mover/outbound.py", "ztunnel_py/mover/pod.py", "ztunnel_py/mover/ledger.py"),
     *("ztunnel_py/mover/waiting.py", "ztunnel_py/mover/missed.py", "ztunnel_py/mover/plane.py"),
     *("waypoint_py/http/message.py", "waypoint_py/http/headers.py", "waypoint_py/http/path.py", "waypoint_py/http/blocks.py"),

@@ -6,6 +6,7 @@ Tables go to standard output, rows to ``bench.json`` as figures are done, and wh
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from functools import partial
 from typing import Final
 
 from benches import http2, machine, relay, render, routes, wire
-from benches.figures import bulk, connections, dns, handshakes, idle, passthrough, pods, round_trip, state, waypoint
+from benches.figures import bulk, connections, dns, handshakes, idle, movers, passthrough, pods, round_trip, state, waypoint
 from benches.rows import InvalidRows, Row, dump
 from benches.stage import Broken, Say
 from benches.table import text_table
@@ -21,7 +22,8 @@ from benches.table import text_table
 Measure = Callable[[Say], list[Row]]
 
 FIGURES: Final[Mapping[str, Measure]] = {
-    module.FIGURE: module.measure for module in (bulk, connections, round_trip, passthrough, handshakes, idle, state, pods, dns, waypoint)
+    module.FIGURE: module.measure
+    for module in (bulk, connections, movers, round_trip, passthrough, handshakes, idle, state, pods, dns, waypoint)
 }
 PARTS: Final[Mapping[str, Measure]] = {part.FIGURE: part.measure for part in (relay, wire, http2, routes)}
 """Of the data path and of configuration; run by name only."""
@@ -33,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="FIGURE", choices=[*names, []], help=f"one of: {', '.join(names)}")
     chosen = parser.parse_args().names
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was set up is taken down, as after Ctrl-C
     try:
         if chosen == ["render"]:
             render.render()
@@ -66,6 +69,8 @@ def _measure(figures: Mapping[str, Measure]) -> None:
             broken.append(f"{name}: {exc}")
             say(f"BROKEN {broken[-1]}")
             continue
+        if not of_figure:
+            continue  # it has said why
         rows += of_figure
         render.ROWS.write_text(dump(rows))
         print(f"\n{name}\n{text_table(of_figure)}\n", flush=True)

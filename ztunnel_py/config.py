@@ -195,6 +195,11 @@ class AgentConfig(ControlPlaneConfig):
         """How many movers the brain starts."""
         return max(1, self.movers - self.spare_mover)
 
+    @property
+    def mover_names(self) -> tuple[str, ...]:
+        """Of all movers: those that the brain starts are called by numbers."""
+        return (*((SPARE,) if self.spare_mover else ()), *map(str, range(self.own_movers)))
+
 
 def read_config(environ: Mapping[str, str] = os.environ) -> AgentConfig:
     """Raises mesh.runtime.env.InvalidEnvironment, naming every mistake."""

@@ -136,11 +136,16 @@ class TunnelPool(Generic[L]):
         self._sweep_later()
 
     def _find_room(self, shelf: _Shelf[L]) -> L | None:
-        """The first connection that takes a tunnel more. Full ones stand aside until they say that there may be room. Of those that carry
-        nothing and may not, one is kept, as the peer may allow it yet: one that never does would have one more with each tunnel."""
+        """The oldest connection if it takes a tunnel more, else the first that does. Full ones stand aside until they say that there may be
+        room. Of those that carry nothing and may not, one is kept, as the peer may allow it yet: one that never does would have one more
+        with each tunnel."""
         full: list[L] = []
         idle: list[L] = []
         found = None
+        # A peer gives the first connection of each of our movers to another of its own; which of several came to have room first is chance.
+        oldest = next(iter(shelf.links), None)
+        if oldest is not None and oldest in shelf.roomy and oldest.active < self._max_streams and oldest.usable:
+            return oldest
         for link in shelf.roomy:
             if link.active < self._max_streams and link.usable:
                 found = link

@@ -14,9 +14,13 @@ from typing import TypeAlias
 from mesh.linux.sockets import set_connection_options
 from mesh.model.address import IpAddress, SocketAddress, ip_text, parse_ip
 from mesh.reactor.loop import Reactor, Timer
+from mesh.reactor.sharing import Share
 
 ACCEPT_BATCH = 32
 """Connections taken from one listener per wake-up, so that a burst does not hold up the living ones."""
+
+LOOK_AGAIN = 0.0005
+"""Seconds from letting others go first to the next look at what they left."""
 
 ACCEPT_PAUSE = 0.1
 """Seconds without accepting after the process ran out of descriptors or memory: the queue waits in the kernel, nothing spins."""
@@ -52,15 +56,18 @@ def reset(sock: socket.socket) -> None:
 class Listener:
     """A listening socket at work. `close` stops accepting and leaves the socket itself to its owner."""
 
-    __slots__ = ("_abandoned", "_batch", "_family", "_fd", "_on_accept", "_pause", "_reactor", "_sock")
+    __slots__ = ("_abandoned", "_aside", "_batch", "_family", "_fd", "_on_accept", "_pause", "_reactor", "_share", "_sock")
 
-    def __init__(self, reactor: Reactor, sock: socket.socket, on_accept: OnAccept) -> None:
+    def __init__(self, reactor: Reactor, sock: socket.socket, on_accept: OnAccept, share: Share | None) -> None:
         self._reactor = reactor
         self._sock = sock
         self._fd = sock.fileno()
         self._family = int(sock.family)
         self._on_accept = on_accept
         self._pause: Timer | None = None
+        self._aside: Timer | None = None
+        """While others go first."""
+        self._share = share
         self._abandoned = False
         self._batch = 1
         self._resume()
@@ -76,46 +83,65 @@ class Listener:
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        self._reactor.remove(self._fd)
+        self._leave()
 
     def finish(self) -> None:
         """Take what waits in the queue, then accept no more: of several processes that share the listener, the others may not have been
         woken for it. Out of the loop first: whatever comes later wakes one of them."""
-        self._reactor.remove(self._fd)
-        while not self._abandoned and self._pause is None:
-            self._batch = ACCEPT_BATCH
-            self._on_readable(select.EPOLLIN)
-            if self._batch < ACCEPT_BATCH:
-                break
+        self._leave()
+        while not self._abandoned and self._pause is None and self._take(ACCEPT_BATCH):
+            pass
         self.close()
 
     def look_again(self) -> None:
         """Another process that shared the listener is dead, and may have been the one that was woken for a connection that waits."""
         if self._pause is None and not self._abandoned:
-            self._reactor.remove(self._fd)
+            self._leave()
             self._resume()  # the kernel looks at the queue when a listener enters an epoll set
 
+    def _leave(self) -> None:
+        self._reactor.remove(self._fd)
+        if self._aside is not None:
+            self._aside.cancel()
+            self._aside = None
+
     def _resume(self) -> None:
-        self._pause = None
+        self._pause = self._aside = None
         # Level-triggered: what a bounded batch left over announces itself again. Exclusive: of several processes that share the
         # listener one wakes per connection.
         self._reactor.add(self._fd, select.EPOLLIN | select.EPOLLEXCLUSIVE, self._on_readable)
 
     def _on_readable(self, _events: int) -> None:
         # As many as waited last time, and twice that if there were more: one more accept than needed costs as much as a wake-up.
-        for taken in range(self._batch):
+        if self._share is None:
+            self._take(self._batch)
+            return
+        now = self._reactor.now()
+        most = self._share.allowance(now, self._batch)
+        if not most:
+            self._reactor.remove(self._fd)
+            self._aside = self._reactor.call_later(LOOK_AGAIN, self._resume)
+            return
+        self._take(most)
+        if self._share.took(now) and not self._abandoned and self._pause is None:
+            self._reactor.remove(self._fd)
+            self._resume()  # at the end of the kernel's queue
+
+    def _take(self, most: int) -> bool:
+        """Accept so many at most; whether that many were there, and there may be more."""
+        for taken in range(most):
             try:
                 # What socket.accept() wraps, which makes enums of family and type each time.
                 fd, name = self._sock._accept()  # type: ignore[attr-defined]  # not in typeshed
             except (BlockingIOError, InterruptedError):
                 self._batch = max(1, taken)
-                return
+                return False
             except OSError as exc:
                 if exc.errno in _EXHAUSTED:
                     self._reactor.remove(self._fd)
                     self._pause = self._reactor.call_later(ACCEPT_PAUSE, self._resume)
                     self._reactor.exhausted(exc)
-                    return
+                    return False
                 if exc.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
                     self.close()
                     raise
@@ -128,18 +154,20 @@ class Listener:
                 self._reactor.report(mistake, f"accepted from {name}")
                 reset(sock)
             if self._abandoned:
-                return
-        self._batch = min(2 * self._batch, ACCEPT_BATCH)
+                return False
+        self._batch = min(2 * most, ACCEPT_BATCH)
+        return True
 
 
-def listen_on(reactor: Reactor, listening_socket: socket.socket, on_accept: OnAccept) -> Listener:
+def listen_on(reactor: Reactor, listening_socket: socket.socket, on_accept: OnAccept, share: Share | None = None) -> Listener:
     """Hand every connection of a bound, listening socket to ``on_accept(socket, peer)``: non-blocking, with the options of connections.
 
-    The socket may be shared with other processes. If ``on_accept`` raises, that connection is reset and the error reported.
+    The socket may be shared with other processes, which have what they can take, or by ``share`` as many as this one. If ``on_accept``
+    raises, that connection is reset and the error reported.
     """
     listening_socket.setblocking(False)
     set_connection_options(listening_socket)  # inherited by what is accepted
-    return Listener(reactor, listening_socket, on_accept)
+    return Listener(reactor, listening_socket, on_accept, share)
 
 
 class Pending:

@@ -48,6 +48,7 @@ from ztunnel_py.mover.outbound import Outbound
 from ztunnel_py.mover.plane import POLICY_GRACE_SECONDS, Plane
 from ztunnel_py.mover.pod import Pod, PodSockets
 from ztunnel_py.mover.report import describe_living
+from ztunnel_py.mover.shares import Shares, join_shares
 from ztunnel_py.mover.waiting import WaitingRoom
 from ztunnel_py.supervisor import LIFELINE
 
@@ -104,6 +105,7 @@ class Mover:
             home=open_own_netns(),
             rng=random.Random(),
             pool=PoolLimits(config.pool_max_streams, config.pool_unused_release),
+            shares=_join_shares(name, config),
         )
         self._plane.ledger.on_count = self._count_changed
         self._names = NameService(
@@ -204,6 +206,8 @@ class Mover:
         self._tell(messages.CertificateWanted(str(identity)))
 
     def _count_changed(self, pod: str, living: int) -> None:
+        if self._plane.shares is not None:
+            self._plane.shares.connections.set(self._plane.ledger.total)
         served = self._pods.get(pod)
         if served is not None and served.releasing:
             self._tell(messages.PodConnections(pod, living + served.lookups))
@@ -406,3 +410,15 @@ class Mover:
     def _look_again(self) -> None:
         for pod in self._pods.values():
             pod.look_again()
+
+
+def _join_shares(name: str, config: AgentConfig) -> Shares | None:
+    """With the other movers of the agent, if it has any. Without the file each takes what it can."""
+    names = config.mover_names
+    if len(names) < 2 or name not in names:
+        return None
+    try:
+        return join_shares(config.own_dir / "shares", len(names), names.index(name))
+    except OSError as exc:
+        _log.warning("shares.not_joined", error=str(exc), because="connections are not divided evenly among movers")
+        return None

@@ -75,6 +75,8 @@ class InboundHbone:
         )
         self._link = link
         self._pod.links.add(link)
+        if self._pod.plane.shares is not None:
+            self._pod.plane.shares.links.change(1)
 
     def judge(self, workload: Workload, request: TunnelRequest) -> Admission | InboundRefusal:
         """All that is to be decided about a request; made anew when anything in the mesh has changed."""
@@ -95,6 +97,8 @@ class InboundHbone:
     def _closed(self, because: str | None) -> None:
         if self._link is not None:
             self._pod.links.discard(self._link)
+            if self._pod.plane.shares is not None:
+                self._pod.plane.shares.links.change(-1)
         if because is not None and because != self.told and (self.peer is None or because.startswith(PROTOCOL_ERROR)):
             self.refuse(because)
 

@@ -105,6 +105,8 @@ class Ledger:
         self._known_ends: dict[tuple[object, ...], _Ends] = {}
         """By direction, identities and the ids of workloads and service."""
         self._empty = trio.Event()
+        self.total = 0
+        """How many connections live, of all pods."""
         self.on_count: Callable[[str, int], None] = lambda pod, living: None
         """Told the number of a pod's living connections whenever it changes."""
 
@@ -117,6 +119,7 @@ class Ledger:
         if of_pod is None:
             of_pod = self._living[living.pod] = set()
         of_pod.add(living)
+        self.total += 1
         self.on_count(living.pod, len(of_pod))
         if self._log.wants("debug"):
             self._log.write(self._record(living, AccessEvent.OPENED, None, None))
@@ -127,6 +130,7 @@ class Ledger:
         if of_pod is None or living not in of_pod or ends is None:
             return
         of_pod.remove(living)
+        self.total -= 1
         living.stop = None  # whoever it belongs to is free to go without the garbage collector
         failure = living.ended_by or failure or (Failure(result.error) if result is not None and result.error else None)
         self._count_bytes(living, result)

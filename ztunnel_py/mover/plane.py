@@ -12,6 +12,7 @@ from mesh.state.store import MeshState
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.ledger import Ledger
 from ztunnel_py.mover.missed import MissedWaypoints
+from ztunnel_py.mover.shares import Shares
 from ztunnel_py.mover.waiting import WaitingRoom
 
 POLICY_GRACE_SECONDS = 0.5
@@ -39,6 +40,8 @@ class Plane:
     rng: random.Random
     pool: PoolLimits
     """Of each pod's tunnels."""
+    shares: Shares | None = None
+    """With the movers that accept on the same listeners, if there are others."""
     missed: MissedWaypoints = field(default_factory=MissedWaypoints)
     routes: RouteMemo = field(init=False)
 

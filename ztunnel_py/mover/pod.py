@@ -22,6 +22,7 @@ from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink
 from mesh.reactor.loop import Timer
 from mesh.reactor.pool import OnLink, PoolKey, TunnelPool, dial_error, open_link
+from mesh.reactor.sharing import Share
 from mesh.reactor.tcp import Listener, Pending, connect, listen_on
 from mesh.tls.peer import verify_server
 from mesh.wire.baggage import baggage_of
@@ -37,6 +38,9 @@ AHEAD_SECONDS = 10.0
 """How long sockets that nobody needed are kept."""
 WORKLOAD_SECONDS = 5.0
 """How long a connection waits for its own pod's workload to arrive over xDS (ztunnel O1)."""
+LINKS_AHEAD = 1
+CONNECTIONS_AHEAD = 2
+"""So many more than the other movers one may have in a burst."""
 _POOL_KEYS_KEPT = 256
 
 T = TypeVar("T")
@@ -193,11 +197,19 @@ class Pod:
         ):
             # The descriptor stays in `sockets`: a new brain asks for it.
             listening = socket.socket(fileno=os.dup(fd))
-            self._listening.append((listening, listen_on(self.plane.reactor, listening, self._serving(serve))))
+            share = self._share_of(serve is inbound_hbone)
+            self._listening.append((listening, listen_on(self.plane.reactor, listening, self._serving(serve), share)))
 
         if dns is not None and sockets.dns:
             self._name_server = self._name_server or dns(self)
             self._name_server.listen(sockets.dns)
+
+    def _share_of(self, links: bool) -> Share | None:
+        """Of a listener for connections or, ``links``, for those of peers, of which each counts: whoever has one has all that it brings."""
+        shares = self.plane.shares
+        if shares is None:
+            return None
+        return Share(shares.links.lead, LINKS_AHEAD) if links else Share(shares.connections.lead, CONNECTIONS_AHEAD)
 
     @property
     def lookups(self) -> int:

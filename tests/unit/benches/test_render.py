@@ -83,8 +83,14 @@ def test_a_rate_must_be_at_least_its_mark() -> None:
 
 
 def test_two_movers_are_compared_with_one() -> None:
-    found = rows(("bulk", "up, 16 connections", "GB/s", OURS, 1.0), ("bulk", "up, 16 connections", "GB/s", OURS_TWO, 1.8))
-    assert "at least 1.70 times | 1.80 | yes |" in render.make_blocks(found, RAN_ON)["marks"]
+    up = rows(("movers", "up", "GB/s", OURS, 1.0), ("movers", "up", "GB/s", OURS_TWO, 1.8))
+    down = rows(("movers", "down", "GB/s", OURS, 1.0), ("movers", "down", "GB/s", OURS_TWO, 1.6))
+    assert "at least 1.70 times | 1.80 | yes |" in render.make_blocks(up, RAN_ON)["marks"]
+    assert "at least 1.70 times | 1.60 to 1.80 | no |" in render.make_blocks(up + down, RAN_ON)["marks"]
+
+
+def test_where_movers_could_not_be_limited_the_page_says_so() -> None:
+    assert "needs the CPU controller" in render.make_blocks(BULK, RAN_ON)["movers"]
 
 
 def test_growth_is_that_of_the_largest_over_the_smallest_mesh() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mesh.runtime.env import InvalidEnvironment
-from ztunnel_py.config import AgentConfig, read_config
+from ztunnel_py.brain.processes import slots
+from ztunnel_py.config import SPARE, AgentConfig, read_config
 
 NEEDED = {"NODE_NAME": "n1", "MESH_SOURCE": "/source", "MESH_STATUS_DIR": "/status"}
 
@@ -19,6 +20,13 @@ def test_look_ups_are_answered_and_captured_unless_told_otherwise() -> None:
     assert (config.dns_proxy, config.dns_capture, config.cluster_domain, config.preferred_namespace) == (True, True, "cluster.local", None)
     config = read(ISTIO_META_DNS_CAPTURE="false", AMBIENT_DNS_CAPTURE="false", PREFERED_SERVICE_NAMESPACE="infra")
     assert (config.dns_proxy, config.dns_capture, config.preferred_namespace) == (False, False, "infra")
+
+
+def test_every_mover_has_a_name_and_the_one_apart_the_first_place_however_many_there_are() -> None:
+    for movers, own in (("2", 1), ("4", 3)):
+        config = read(MOVERS=movers, SPARE_MOVER="true")
+        assert config.mover_names == (SPARE, *slots(own))
+    assert read(MOVERS="2").mover_names == tuple(slots(2))
 
 
 @pytest.mark.parametrize(("text", "domain"), [("cluster.local", "cluster.local"), ("Example.Test.", "example.test"), ("k8s", "k8s")])

@@ -165,6 +165,18 @@ def test_a_full_connection_that_closed_is_not_used_again_when_its_streams_end() 
     assert dials.got == [link]
 
 
+def test_the_oldest_connection_with_room_is_used_before_all_others() -> None:
+    dials = Dials(PoolLimits(max_streams=1, unused_release=300.0))
+    oldest, younger = Link(), Link()
+    for link in (oldest, younger):
+        dials.checkout(key())
+        dials.answer(link)
+    younger.end()
+    oldest.end()
+    dials.checkout(key())
+    assert dials.got == [oldest, younger, oldest]
+
+
 def test_full_connections_are_not_asked_again_for_every_tunnel() -> None:
     dials = Dials(PoolLimits(max_streams=1, unused_release=300.0))
     links = [Link() for _ in range(20)]

@@ -4,6 +4,7 @@ import resource
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.reactor import tcp
+from mesh.reactor.sharing import Share
 from mesh.reactor.tcp import connect, listen_on, sockaddr, socket_address
 from mesh.testing.proxies import ReactorThread, tcp_listener, wait_until
 
@@ -75,6 +77,63 @@ def test_two_processes_worth_of_reactors_share_a_listener() -> None:
             thread.call(server.close)
         for sock in accepted:
             sock.close()
+
+
+def test_connections_that_stay_are_divided_among_those_who_share_a_listener() -> None:
+    accepted: tuple[list[socket.socket], list[socket.socket]] = [], []
+    leads = [lambda: float(len(accepted[0]) - len(accepted[1])), lambda: float(len(accepted[1]) - len(accepted[0]))]
+    with ReactorThread() as one, ReactorThread() as two, tcp_listener() as listener, ExitStack() as stack:
+        servers = [
+            (thread, thread.call(lambda thread=thread, of=of, lead=lead: listen_on(thread.reactor, listener, of, Share(lead, 1))))
+            for thread, of, lead in zip((one, two), (_to(accepted[0]), _to(accepted[1])), leads, strict=True)
+        ]
+        for count in range(1, 21):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+            wait_until(lambda count=count: sum(map(len, accepted)) == count, "the connection")  # type: ignore[misc]  # of the loop's variable
+            assert abs(len(accepted[0]) - len(accepted[1])) <= 2
+        for thread, server in servers:
+            thread.call(server.close)
+        for sock in (*accepted[0], *accepted[1]):
+            sock.close()
+
+
+def test_who_lets_others_go_first_takes_what_nobody_took(thread: ReactorThread) -> None:
+    accepted: list[socket.socket] = []
+    with tcp_listener() as listener, ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+        server = thread.call(lambda: listen_on(thread.reactor, listener, _to(accepted), Share(lambda: float(len(accepted)), 1)))
+        wait_until(lambda: len(accepted) == 40, "all connections, though the others have none")
+        for sock in accepted:
+            sock.close()
+        thread.call(server.close)
+
+
+@pytest.mark.parametrize("ending", ["close", "finish"])
+def test_a_listener_may_end_while_others_go_first(thread: ReactorThread, ending: str) -> None:
+    accepted: list[socket.socket] = []
+    with tcp_listener() as listener, ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+
+        def end(server: tcp.Listener) -> None:
+            server._on_readable(select.EPOLLIN)
+            server._on_readable(select.EPOLLIN)
+            assert len(accepted) == 1
+            server.close() if ending == "close" else server.finish()
+
+        thread.call(lambda: end(listen_on(thread.reactor, listener, _to(accepted), Share(lambda: 9.0, 1))))
+        assert len(accepted) == (1 if ending == "close" else 3)
+        time.sleep(2 * tcp.LOOK_AGAIN)
+        thread.call(lambda: None)
+        assert thread.errors == []
+        assert len(accepted) == (1 if ending == "close" else 3)
+        for sock in accepted:
+            sock.close()
+
+
+def _to(accepted: list[socket.socket]) -> tcp.OnAccept:
+    return lambda sock, _peer: accepted.append(sock)
 
 
 def test_a_process_out_of_descriptors_pauses_accepting_and_resumes(thread: ReactorThread) -> None:

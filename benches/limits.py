@@ -1,0 +1,127 @@
+"""Processes limited to a part of a CPU each, by the kernel's CPU controller of cgroups (cgroups(7)), version 1 or 2.
+
+A limited process is as fast as if its CPU were slower, and the rest of the machine stays free for whoever loads it: so a machine with few
+CPUs can tell what a second process gives.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+PERIOD: Final = 10_000
+"""Microseconds in which a process has its part. Of a long one it would use its part at once and stand still for the rest, and who speaks to
+it would wait, with what it has of its own."""
+_NAME: Final = f"ambient-mesh-bench-{os.getpid()}"
+_PATIENCE: Final = 5.0
+_MOUNTINFO: Final = Path("/proc/self/mountinfo")
+_NOT_HERE: Final = "no CPU controller of cgroups can be had"
+
+
+class NoController(Exception):
+    """The kernel, or whoever runs us, gives us no CPU controller; the text says what was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Controller:
+    """A hierarchy of cgroups that has the CPU controller. ``own`` is the group that new ones are made in; ``v2``: the unified hierarchy."""
+
+    own: Path
+    v2: bool
+
+    def quota(self, share: float) -> dict[str, str]:
+        """What to write, by file, so that a group has ``share`` of one CPU."""
+        microseconds = round(PERIOD * share)
+        if self.v2:
+            return {"cpu.max": f"{microseconds} {PERIOD}"}
+        return {"cpu.cfs_period_us": str(PERIOD), "cpu.cfs_quota_us": str(microseconds)}
+
+
+def find_controller(mountinfo: str) -> Controller:
+    """From the text of /proc/self/mountinfo (proc(5)); where both versions are mounted, the controller is usually version 1's.
+
+    Raises NoController.
+    """
+    unified = None
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(" - ")
+        mounted_at, (kind, _, options) = Path(before.split()[4]), after.split(" ", 2)
+        if kind == "cgroup" and "cpu" in options.split(","):
+            return Controller(mounted_at, v2=False)
+        if kind == "cgroup2":
+            unified = mounted_at
+    if unified is None:
+        raise NoController(f"{_NOT_HERE}: none is mounted")
+    return Controller(unified, v2=True)
+
+
+@contextmanager
+def limited(pids: Iterable[int], share: float) -> Iterator[None]:
+    """Each of the processes has at most ``share`` of a CPU, in a group of its own. In the end they are back where they were, and the groups
+    are gone.
+
+    Raises NoController.
+    """
+    controller = find_controller(_MOUNTINFO.read_text())
+    delegated = False
+    made: list[tuple[Path, int, Path]] = []
+    try:
+        try:
+            delegated = controller.v2 and _delegate(controller.own)
+            for pid in pids:
+                home, group = _group_of(controller, pid), controller.own / f"{_NAME}-{pid}"
+                group.mkdir()
+                made.append((group, pid, home))
+                for file, text in controller.quota(share).items():
+                    (group / file).write_text(text)
+                (group / "cgroup.procs").write_text(str(pid))
+        except OSError as exc:
+            raise NoController(f"{_NOT_HERE}: {exc}") from exc
+        yield
+    finally:
+        for group, pid, home in made:
+            _remove(group, pid, home)
+        if delegated:
+            (controller.own / "cgroup.subtree_control").write_text("-cpu")
+
+
+def _delegate(group: Path) -> bool:
+    """Let groups within have the controller; whether they had not. Raises OSError where there is none, or processes are in the way."""
+    control = group / "cgroup.subtree_control"
+    if "cpu" in control.read_text().split():
+        return False
+    control.write_text("+cpu")
+    return True
+
+
+def _group_of(controller: Controller, pid: int) -> Path:
+    """Where the process is now. Raises OSError."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if (not controllers) if controller.v2 else ("cpu" in controllers.split(",")):
+            return controller.own / path.lstrip("/")
+    raise OSError(f"/proc/{pid}/cgroup does not name its group")
+
+
+def _remove(group: Path, pid: int, home: Path) -> None:
+    """A group can be removed when nobody is in it; a process that ends is for a moment longer than it can be seen."""
+    try:
+        (home / "cgroup.procs").write_text(str(pid))
+    except OSError:
+        pass  # it has ended
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            group.rmdir()
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
