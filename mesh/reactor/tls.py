@@ -325,7 +325,8 @@ class BindingEngine(TlsEngine):
     def write(self, size: int) -> None:
         ssl_write, ssl, plain, offset = _lib.SSL_write, self._ssl, self._plain_out, 0
         while offset < size:
-            put = ssl_write(ssl, plain + offset, min(_RECORD, size - offset))
+            # All records in one call, but for contexts that write one at a time (SSL_MODE_ENABLE_PARTIAL_WRITE).
+            put = ssl_write(ssl, plain + offset, size - offset)
             if put <= 0:
                 raise self._failed(put)
             offset += put

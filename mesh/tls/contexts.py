@@ -14,6 +14,8 @@ CIPHER_SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384"
 
 ALPN = b"h2"
 
+_MODE_ENABLE_PARTIAL_WRITE = 0x1
+"""SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets: return after each record. Into memory there is always room for all of them."""
 _MODE_NO_AUTO_CHAIN = 0x8
 """SSL_MODE_NO_AUTO_CHAIN: send the chain we were given, instead of building one with the root in it for every handshake."""
 
@@ -34,6 +36,7 @@ def hbone_context(bundle: CertificateBundle) -> SSL.Context:
     context.set_alpn_protos([ALPN])
     # Idle connections hold no record buffers: 16 KiB less each, for an allocation per wake-up.
     context.set_mode(SSL.MODE_RELEASE_BUFFERS | _MODE_NO_AUTO_CHAIN)
+    context.clear_mode(_MODE_ENABLE_PARTIAL_WRITE)
     leaf, *intermediates = (x509.load_pem_x509_certificate(pem) for pem in bundle.chain_pem)
     context.use_certificate(leaf)
     for intermediate in intermediates:
