@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import tomllib
@@ -91,6 +92,7 @@ def test_what_is_built_already_is_not_built_again_but_that_of_another_version_is
     assert build(environment, directory).returncode == 1
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("value", ["typo", "", "aws-lc openssl"])
 def test_make_refuses_another_library_than_the_two(value: str) -> None:
     rules = subprocess.run(["make", "-n", "compiled", f"TLS={value}"], cwd=ROOT, capture_output=True, text=True).stdout
