@@ -44,10 +44,10 @@ test: $(STAMP) system  ## everything but the real cluster: unit, property, wire,
 	@$(BIN)/python -m pytest $(IN_PARALLEL) $(SLOWEST_FIRST)
 
 aws-lc: system  ## the package cryptography with AWS-LC inside, in build/aws-lc (once; three minutes); needs Rust
-	@ls $(AWS_LC)/wheel/*.whl >/dev/null 2>&1 || echo "==> building AWS-LC (once; about three minutes)"
 	@PYTHON=$(PYTHON) sh deploy/images/aws-lc/build.sh $(AWS_LC)
 
 compiled: $(STAMP) system $(filter aws-lc,$(TLS))  ## the tree as it ships, in build/compiled (two minutes); needs a C compiler, and Rust for AWS-LC
+	@$(if $(filter-out 1,$(words $(filter aws-lc openssl,$(TLS)))),echo "TLS is aws-lc or openssl; it was '$(TLS)'" >&2; exit 1)
 	@mkdir -p $(COMPILED)/build
 	@find $(COMPILED) -mindepth 1 -maxdepth 1 ! -name build ! -name .pytest_cache -exec rm -rf {} +
 	@git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - | tar -x -C $(COMPILED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -29,10 +29,12 @@ class NoController(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Controller:
-    """A hierarchy of cgroups that has the CPU controller. ``own`` is the group that new ones are made in; ``v2``: the unified hierarchy."""
+    """A hierarchy of cgroups that has the CPU controller. ``own`` is the group that new ones are made in; ``v2``: the unified hierarchy.
+    ``root``: its name in /proc/PID/cgroup, which in a container is not always ``/``."""
 
     own: Path
     v2: bool
+    root: str = "/"
 
     def quota(self, share: float) -> dict[str, str]:
         """What to write, by file, so that a group has ``share`` of one CPU."""
@@ -50,14 +52,14 @@ def find_controller(mountinfo: str) -> Controller:
     unified = None
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
-        mounted_at, (kind, _, options) = Path(before.split()[4]), after.split(" ", 2)
+        (root, mounted_at), (kind, _, options) = before.split()[3:5], after.split(" ", 2)
         if kind == "cgroup" and "cpu" in options.split(","):
-            return Controller(mounted_at, v2=False)
+            return Controller(Path(mounted_at), False, root)
         if kind == "cgroup2":
-            unified = mounted_at
+            unified = Controller(Path(mounted_at), True, root)
     if unified is None:
         raise NoController(f"{_NOT_HERE}: none is mounted")
-    return Controller(unified, v2=True)
+    return unified
 
 
 @contextmanager
@@ -68,26 +70,20 @@ def limited(pids: Iterable[int], share: float) -> Iterator[None]:
     Raises NoController.
     """
     controller = find_controller(_MOUNTINFO.read_text())
-    delegated = False
-    made: list[tuple[Path, int, Path]] = []
-    try:
+    with ExitStack() as undo:
         try:
-            delegated = controller.v2 and _delegate(controller.own)
+            if controller.v2 and _delegate(controller.own):
+                undo.callback(_take_back, controller.own)
             for pid in pids:
                 home, group = _group_of(controller, pid), controller.own / f"{_NAME}-{pid}"
                 group.mkdir()
-                made.append((group, pid, home))
+                undo.callback(_remove, group, pid, home)
                 for file, text in controller.quota(share).items():
                     (group / file).write_text(text)
                 (group / "cgroup.procs").write_text(str(pid))
         except OSError as exc:
             raise NoController(f"{_NOT_HERE}: {exc}") from exc
         yield
-    finally:
-        for group, pid, home in made:
-            _remove(group, pid, home)
-        if delegated:
-            (controller.own / "cgroup.subtree_control").write_text("-cpu")
 
 
 def _delegate(group: Path) -> bool:
@@ -99,12 +95,21 @@ def _delegate(group: Path) -> bool:
     return True
 
 
+def _take_back(group: Path) -> None:
+    with suppress(OSError):  # others use it by now
+        (group / "cgroup.subtree_control").write_text("-cpu")
+
+
 def _group_of(controller: Controller, pid: int) -> Path:
-    """Where the process is now. Raises OSError."""
+    """Where the process is now. Raises OSError, also where it could not be put back."""
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if (not controllers) if controller.v2 else ("cpu" in controllers.split(",")):
-            return controller.own / path.lstrip("/")
+            below = os.path.relpath(path, controller.root)
+            home = controller.own / below
+            if below.startswith("..") or not (home / "cgroup.procs").exists():
+                raise OSError(f"{path}, where process {pid} is, cannot be seen from here")
+            return home
     raise OSError(f"/proc/{pid}/cgroup does not name its group")
 
 

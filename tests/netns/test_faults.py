@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -284,6 +285,56 @@ def test_a_mover_killed_amid_a_transfer_ends_it_with_a_reset(enrolled: Lab, clie
     assert "ConnectionResetError" in outcome, "a truncated answer must not look like a whole one"
     wait_until(lambda: len(lab.agent("n2", "mover")) == 2, "the movers are replaced")
     wait_until(lambda: is_mutual(lab, client, echo), "and serve")
+
+
+def test_a_mover_that_stands_still_costs_a_burst_no_connection(enrolled: Lab, client: Netns, echo: SocketAddress) -> None:
+    lab = enrolled
+    for stuck in lab.agent("n1", "mover"):
+        (alive,) = set(lab.agent("n1", "mover")) - {stuck}
+        kill(stuck, number=signal.SIGSTOP)
+        try:
+            with ExitStack() as stack, ThreadPoolExecutor(16) as threads:
+                for _ in range(4):
+                    socks = [stack.enter_context(sock) for sock in threads.map(lambda _: client.connect(echo), range(16))]
+                    assert all(threads.map(echoes, socks))
+                before = cpu_ticks(alive)
+                time.sleep(1)
+                assert cpu_ticks(alive) - before < os.sysconf("SC_CLK_TCK") / 4, "it looks again and again though nothing waits"
+        finally:
+            kill(stuck, number=signal.SIGCONT)
+        wait_until(lambda: sum(shared_counts(lab, "n1")[::2]) == 0, "none of them is still counted")
+    for _ in range(20):
+        assert is_mutual(lab, client, echo)
+
+
+def test_a_mover_killed_in_a_burst_costs_what_it_took_and_is_counted_anew(enrolled: Lab, client: Netns, echo: SocketAddress) -> None:
+    lab = enrolled
+
+    def attempt(_: int) -> bool:
+        try:
+            with client.connect(echo) as sock:
+                return echoes(sock)
+        except OSError:
+            return False
+
+    for killed in lab.agent("n1", "mover"):
+        with ThreadPoolExecutor(16) as threads:
+            served = [threads.submit(attempt, number) for number in range(400)]
+            wait_until(lambda: sum(future.done() for future in served) > 100, "a part of them is served")  # noqa: B023
+            kill(killed)
+            assert sum(future.result() for future in served) >= 400 - 16, "others than those that it had are lost"
+        wait_until(lambda: len(set(lab.agent("n1", "mover")) - {killed}) == 2, "it is replaced")  # noqa: B023
+        wait_until(lambda: sum(shared_counts(lab, "n1")[::2]) == 0, "what it had is forgotten")
+
+
+def shared_counts(lab: Lab, node: str) -> list[int]:
+    """Of each mover, how many connections and how many HBONE connections of peers the others think that it has."""
+    return list(memoryview((lab.home / f"run/{node}/ztunnel/shares").read_bytes()).cast("q"))
+
+
+def cpu_ticks(pid: int) -> int:
+    """User and system time (proc_pid_stat(5))."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]))
 
 
 def test_movers_killed_while_a_pod_drains_let_it_go(enrolled: Lab, client: Netns, echo: SocketAddress) -> None:

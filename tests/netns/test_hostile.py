@@ -12,7 +12,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -207,6 +207,31 @@ def test_a_handshake_that_stalls_is_cut_off(attacker: Attacker) -> None:
             except ConnectionError:
                 pass
             logged_once(attacker, "{}:{}".format(*sock.getsockname()), f"{what} within 10 s")
+
+
+def test_peers_that_fail_in_any_way_leave_the_counts_that_movers_share_as_they_were(attacker: Attacker) -> None:
+    lab, server = attacker.lab, attacker.server[0]
+    before = shared_counts(lab, "n2")
+    with ExitStack() as stack:
+        socks = [stack.enter_context(attacker.connect()) for _ in range(60)]
+        for number, sock in enumerate(socks):
+            if number % 3 == 1:
+                sock.sendall(b"\x16\x03\x01\xff\xff" + bytes(70000) if number % 2 else PREFACE)
+            elif number % 3 == 2:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    for bundle in (None, FakeCa().issue(CALLER)) * 5:
+        refused(lambda bundle=bundle: attacker.shake_hands(bundle))  # type: ignore[misc]  # of the loop's variable
+    for _ in range(5):
+        with attacker.link() as link:
+            link.send(link.connect(1, f"{server}:9"), link.connect(3, f"{server}:8080"), link.connect(5, "10.0.0.1:80"))
+            assert {link.status(1), link.status(3)} == {"503", "200"}
+            assert shared_counts(lab, "n2") != before
+    wait_until(lambda: shared_counts(lab, "n2") == before, f"all that ended is gone from {before}, not {shared_counts(lab, 'n2')}")
+
+
+def shared_counts(lab: Lab, node: str) -> list[int]:
+    """Of each mover, how many connections and how many HBONE connections of peers the others think that it has."""
+    return list(memoryview((lab.home / f"run/{node}/ztunnel/shares").read_bytes()).cast("q"))
 
 
 def test_old_versions_and_foreign_protocols_of_tls_are_refused(attacker: Attacker) -> None:

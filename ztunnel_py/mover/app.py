@@ -105,7 +105,6 @@ class Mover:
             home=open_own_netns(),
             rng=random.Random(),
             pool=PoolLimits(config.pool_max_streams, config.pool_unused_release),
-            shares=_join_shares(name, config),
         )
         self._plane.ledger.on_count = self._count_changed
         self._names = NameService(
@@ -159,6 +158,9 @@ class Mover:
         with sock:
             with unix_address(self._config.socket_path) as address:
                 await sock.connect(address)
+            if self._plane.shares is None and not self._pods:
+                # Not before: the brain makes the directory, and the mover that runs apart may be there first.
+                self._plane.shares = _join_shares(self._name, self._config)
             channel: Channel[messages.ToMover] = Channel(sock, messages.ToMover)
             send, receive = trio.open_memory_channel[tuple[messages.Message, tuple[int, ...]]](OUTGOING)
             try:

@@ -132,6 +132,35 @@ def test_a_listener_may_end_while_others_go_first(thread: ReactorThread, ending:
             sock.close()
 
 
+def test_a_shared_listener_outlives_who_fails_with_a_connection_and_descriptors_that_run_out(thread: ReactorThread) -> None:
+    accepted: list[socket.socket] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def take(sock: socket.socket, _peer: SocketAddress) -> None:
+        if len(accepted) == 2 and not thread.errors:
+            raise RuntimeError("bug")
+        accepted.append(sock)
+
+    with tcp_listener() as listener, ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 4, hard))
+        try:
+            server = thread.call(lambda: listen_on(thread.reactor, listener, take, Share(lambda: float(len(accepted)), 1)))
+            wait_until(lambda: server.paused, "accepting to pause")
+            thread.call(server.look_again)
+            assert server.paused
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        wait_until(lambda: len(accepted) == 19, "the others after the pause")
+        assert [str(error) for error in thread.errors] == ["bug"]
+        for sock in accepted:
+            sock.close()
+        thread.call(server.close)
+
+
 def _to(accepted: list[socket.socket]) -> tcp.OnAccept:
     return lambda sock, _peer: accepted.append(sock)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
+from OpenSSL import SSL
 
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.destination import TlsMode, UpstreamTls
+from mesh.reactor.tls import LIBRARY, TlsError, scratch, tls_engine
 from mesh.testing.ca import FakeCa
 from mesh.testing.serving import write_serving_certificate
 from waypoint_py.upstream.session import UpstreamProtocol
@@ -116,3 +122,56 @@ def test_a_key_that_is_not_the_certificates_is_not_used() -> None:
         with pytest.raises(UnusableTls, match="private key"):
             plan_tls(UpstreamTls(TlsMode.MUTUAL, certificate=certificate, key=key), HTTP1, "reviews.shop")
     plan_tls(UpstreamTls(TlsMode.MUTUAL, certificate=certificate, key=one.key_pem.decode()), HTTP1, "reviews.shop")
+
+
+OPENSSL_ONLY = not LIBRARY.startswith("AWS-LC")
+
+
+@pytest.mark.parametrize(
+    ("make_key", "version", "taken"),
+    [
+        (lambda: ec.generate_private_key(ec.SECP384R1()), SSL.TLS1_2_VERSION, True),
+        (lambda: rsa.generate_private_key(65537, 2048), SSL.TLS1_2_VERSION, True),
+        (lambda: ec.generate_private_key(ec.SECP521R1()), SSL.TLS1_2_VERSION, OPENSSL_ONLY),
+        (lambda: ec.generate_private_key(ec.SECP521R1()), SSL.TLS1_3_VERSION, True),
+        (ed25519.Ed25519PrivateKey.generate, SSL.TLS1_2_VERSION, OPENSSL_ONLY),
+        (ed25519.Ed25519PrivateKey.generate, SSL.TLS1_3_VERSION, OPENSSL_ONLY),
+    ],
+    ids=["P-384", "RSA", "P-521 in TLS 1.2", "P-521", "Ed25519 in TLS 1.2", "Ed25519"],
+)
+def test_on_aws_lc_servers_with_keys_of_ed25519_are_refused_and_of_p_521_in_tls_1_2(
+    make_key: Callable[[], ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey], version: int, taken: bool
+) -> None:
+    context, certificate = server_with(make_key(), version)
+    plan = plan_tls(UpstreamTls(TlsMode.SIMPLE, roots=certificate), HTTP1, "reviews.shop")
+    client = tls_engine(plan.context, server_side=False, verify_peer=plan.judge, server_name=plan.server_name)
+    server = tls_engine(context, server_side=True)
+    reason = ""
+    try:
+        client.handshake()
+        for source, sink in ((client, server), (server, client)) * 2:
+            size = source.take()
+            scratch().cipher_in[:size] = scratch().cipher_out[:size]
+            sink.feed(size)
+            if not sink.established:
+                sink.handshake()
+    except TlsError as exc:
+        reason = exc.reason
+    assert client.established == taken, reason
+    assert taken or reason in ("no common signature algorithms", "bad ecc cert")
+
+
+def server_with(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey, version: int) -> tuple[SSL.Context, str]:
+    """A server of one version of TLS, and its certificate: signed by itself, for reviews.shop."""
+    name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "reviews")]), datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(hours=1), now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("reviews.shop")]), critical=False)
+        .sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else SHA256())
+    )
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(version)
+    context.set_max_proto_version(version)
+    context.use_certificate(certificate)
+    context.use_privatekey(key)
+    return context, certificate.public_bytes(Encoding.PEM).decode()
