@@ -320,10 +320,10 @@ def test_a_mover_killed_in_a_burst_costs_what_it_took_and_is_counted_anew(enroll
     for killed in lab.agent("n1", "mover"):
         with ThreadPoolExecutor(16) as threads:
             served = [threads.submit(attempt, number) for number in range(400)]
-            wait_until(lambda: sum(future.done() for future in served) > 100, "a part of them is served")  # noqa: B023
+            wait_until(lambda: sum(future.done() for future in served) > 100, "a part of them is served")  # noqa: B023  # called before the loop goes on
             kill(killed)
             assert sum(future.result() for future in served) >= 400 - 16, "others than those that it had are lost"
-        wait_until(lambda: len(set(lab.agent("n1", "mover")) - {killed}) == 2, "it is replaced")  # noqa: B023
+        wait_until(lambda: len(set(lab.agent("n1", "mover")) - {killed}) == 2, "it is replaced")  # noqa: B023  # likewise
         wait_until(lambda: sum(shared_counts(lab, "n1")[::2]) == 0, "what it had is forgotten")
 
 
