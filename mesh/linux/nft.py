@@ -29,6 +29,7 @@ _NETWORK_HEADER: Final = 1
 _TRANSPORT_HEADER: Final = 2
 _META_MARK, _META_IIFNAME, _META_OIFNAME, _META_SKUID, _META_NFPROTO, _META_L4PROTO = 3, 6, 7, 10, 15, 16
 _CT_STATE, _CT_MARK, _CT_ZONE = 0, 3, 17
+_CT_DIRECTION_ORIGINAL: Final = 0
 _CMP_EQ, _CMP_NEQ = 0, 1
 _NF_DROP, _NF_ACCEPT, _NFT_JUMP, _NFT_GOTO, _NFT_RETURN = 0, 1, -3, -4, -5
 _NAT_SNAT, _NAT_DNAT = 0, 1
@@ -291,6 +292,18 @@ def set_ct_zone(zone: int) -> Statement:
     return Statement(
         f"ct zone set {zone}",
         (_immediate(_REGISTER, struct.pack("=H", zone)), Expression("ct", ((2, _be32(_CT_ZONE)), (4, _be32(_REGISTER))))),
+    )
+
+
+def set_ct_original_zone(zone: int) -> Statement:
+    """The same for the direction only in which the connection is opened: what comes back is looked for where all else is, and so neither
+    direction is taken for another connection between the same addresses and ports."""
+    return Statement(
+        f"ct original zone set {zone}",
+        (
+            _immediate(_REGISTER, struct.pack("=H", zone)),
+            Expression("ct", ((2, _be32(_CT_ZONE)), (3, bytes([_CT_DIRECTION_ORIGINAL])), (4, _be32(_REGISTER)))),
+        ),
     )
 
 

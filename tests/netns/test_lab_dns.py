@@ -196,7 +196,7 @@ def test_an_annotation_switches_a_pods_look_ups_while_it_runs(captured: Lab) -> 
     try:
         assert "15053" in rules()
         annotate("false")
-        wait_until(lambda: "15053" not in rules() and "istio-ambient-raw" not in rules(), "the rules for look-ups are gone")
+        wait_until(lambda: "15053" not in rules() and "ct zone set" not in rules(), "the rules for look-ups are gone")
         assert "15001" in rules()
         assert "status: NXDOMAIN" in dig(captured, "www.example.com"), "the cluster's server does not know it"
         assert captured.run("shop/client", "getent", "ahosts", "server").returncode == 0

@@ -1,11 +1,12 @@
 """What a pod's network namespace needs so that its TCP connections and its look-ups of names pass through the agent, as data. Pure.
 
-Tables, chains, order and marks are those of Istio's native nftables backend, with three differences, the first two so that enrolling and
-un-enrolling cost no living connection (docs/design/decisions/0004-capture-keeps-connections.md):
+Tables, chains, order and marks are those of Istio's native nftables backend, with four differences, all but the third so that no living
+connection is lost (docs/design/decisions/0004-capture-keeps-connections.md):
 
 - only the packet that opens a connection is redirected;
 - releasing a pod empties the nat chains first and removes them only when the last redirected connection has ended;
-- a connection that nat is not asked about, because conntrack takes it for an older one, is dropped.
+- a connection that nat is not asked about, because conntrack takes it for an older one, is dropped;
+- what the agent opens in the name of a client is tracked apart from what the client itself has opened.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from mesh.linux.nft import (
     redirect,
     saddr,
     set_ct_mark,
+    set_ct_original_zone,
     set_ct_zone,
     set_mark_from_ct,
     tcp_dport,
@@ -45,6 +47,9 @@ from mesh.linux.nft import (
     udp_sport,
 )
 from mesh.model.ports import (
+    AS_CLIENT_MARK,
+    AS_CLIENT_MASK,
+    AS_CLIENT_ZONE,
     DNS,
     DOMAIN,
     INBOUND_CONNECTION_MARK,
@@ -114,10 +119,10 @@ def plan_capture(pod: PodCapture) -> RedirectPlan:
         *(_own_addresses(version) for version in versions),
         *(_outbound(version) for version in versions),
     )
-    others = (_mangle(), _raw()) if pod.dns else (_mangle(),)
+    others = (_mangle(), _raw(dns=pod.dns))
     return RedirectPlan(
         tables=(_nat(inbound, outbound), *others, _filter(versions, bypass_inbound=pod.bypass_inbound)),
-        # The raw table stays as long as a look-up's translation may: without it the agent's could be taken for the application's.
+        # The raw table stays as long as what it keeps apart.
         releasing=(_nat((), ()), *others),
         families=(socket.AF_INET, socket.AF_INET6) if pod.ipv6 else (socket.AF_INET,),
     )
@@ -150,16 +155,27 @@ def _mangle() -> Table:
     )
 
 
-def _raw() -> Table:
-    """The agent's own look-ups are tracked in a zone of their own. An entry of the application's, which is redirected, outlives the
-    socket it was for; were the agent's next socket given that port, its look-up would be sent back to the agent."""
+def _raw(*, dns: bool) -> Table:
+    """Of what conntrack would take for one connection, what is the agent's has a zone of its own.
+
+    A connection to the application from its client's address has a port that is free in the pod, where nobody knows which ports the client
+    uses. Were it one from which the client holds a connection, conntrack would send the agent's SYN the way of that one, back to the agent,
+    and end both. With a zone in the direction of the agent's it is new, and its replies are told apart: the client's come from the port of
+    the agent. Of a client's connection that is not redirected, while a pod is released, nat changes the port if the application's kernel
+    could not tell the two apart.
+
+    A look-up of the application's, which is redirected, outlives in conntrack the socket it was for; were the agent's next socket given
+    that port, its look-up would be sent back to the agent."""
+    as_client = Rule(
+        (mark(AS_CLIENT_MARK, AS_CLIENT_MASK), counter(), set_ct_original_zone(AS_CLIENT_ZONE)), "connections in the name of clients"
+    )
     mine = Rule((udp_dport(DOMAIN), mark(PROXY_MARK, MARK_MASK), counter(), set_ct_zone(PROXY_DNS_ZONE)), "look-ups of the agent")
     answers = Rule((udp_sport(DOMAIN), mark(PROXY_MARK, MARK_MASK, negate=True), counter(), set_ct_zone(PROXY_DNS_ZONE)), "answers to them")
     return Table(
         RAW_TABLE,
         (
-            Chain("prerouting", (answers,), Hook(ChainType.FILTER, HookPoint.PREROUTING, _RAW)),
-            Chain("output", (mine,), Hook(ChainType.FILTER, HookPoint.OUTPUT, _RAW)),
+            Chain("prerouting", (answers,) if dns else (), Hook(ChainType.FILTER, HookPoint.PREROUTING, _RAW)),
+            Chain("output", (as_client, mine) if dns else (as_client,), Hook(ChainType.FILTER, HookPoint.OUTPUT, _RAW)),
         ),
     )
 

@@ -60,6 +60,7 @@ EVERYTHING = Table(
             Hook(ChainType.NAT, HookPoint.POSTROUTING, 100),
         ),
         Chain("output", (), Hook(ChainType.ROUTE, HookPoint.OUTPUT, -150)),
+        Chain("raw", (Rule((nft.set_ct_original_zone(2),)), Rule((nft.set_ct_zone(1),))), Hook(ChainType.FILTER, HookPoint.OUTPUT, -300)),
     ),
 )
 

@@ -28,7 +28,7 @@ from mesh.linux.sockets import (
     transparent_listener,
 )
 from mesh.model.address import SocketAddress
-from mesh.model.ports import DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
+from mesh.model.ports import AS_CLIENT_MARK, DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
 from mesh.reactor.tcp import reset, socket_address
 from mesh.testing.lab import wait_until
 from mesh.testing.netns import PATIENCE_SECONDS, EchoServer, Netns, echoes, namespaces, wire
@@ -106,7 +106,8 @@ class StandInProxy:
 
     def _dial(self, target: SocketAddress, client: SocketAddress, *, inbound: bool) -> socket.socket:
         family = socket.AF_INET6 if target.ip.version == 6 else socket.AF_INET
-        sock = make_upstream_socket(family, mark=PROXY_MARK, source=client.ip if inbound else None)
+        mark, source = (AS_CLIENT_MARK, client.ip) if inbound else (PROXY_MARK, None)
+        sock = make_upstream_socket(family, mark=mark, source=source)
         sock.settimeout(PATIENCE_SECONDS)
         sock.connect((str(target.ip), target.port))
         return sock
@@ -402,10 +403,81 @@ def test_a_released_pod_still_serves_peers_that_come_through_the_tunnel(world: W
 
 def dial_as(pod: object, client: object) -> socket.socket:
     family = socket.AF_INET6 if ":" in str(pod) else socket.AF_INET
-    sock = make_upstream_socket(family, mark=PROXY_MARK, source=ip_address(str(client)))
+    sock = make_upstream_socket(family, mark=AS_CLIENT_MARK, source=ip_address(str(client)))
     sock.settimeout(PATIENCE_SECONDS)
     sock.connect((str(pod), APP))
     return sock
+
+
+def let_agent_choose_only(pod: Netns, port: int) -> None:
+    """connect() prefers ports with the parity of the lowest; so that is the one it takes first."""
+    pod.output("sysctl", "-w", f"net.ipv4.ip_local_port_range={port} {port + 1}")
+
+
+def call_from(world: World, port: int, version: int) -> socket.socket:
+    """A client's connection to the application from a port of its choice."""
+    sock = world.peer.run(lambda: socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6))
+    sock.settimeout(PATIENCE_SECONDS)
+    sock.bind(("0.0.0.0" if version == 4 else "::", port))
+    sock.connect((str(POD_V4 if version == 4 else POD_V6), APP))
+    return sock
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_port_that_a_client_holds_a_connection_from_serves_the_agent_in_its_name(world: World, version: int) -> None:
+    """Without a zone of its own the agent's SYN goes the way of the client's connection, which ends, and nobody tells the client."""
+    with StandInProxy(world.pod) as proxy, closing([]) as held:
+        apply_capture(world.pod.fd, world.plan())
+        held.append(call_from(world, 40000, version))
+        assert echoes(held[0])
+        let_agent_choose_only(world.pod, 40000)
+        held.append(call_from(world, 50000, version))
+        assert [echoes(sock) for sock in (*held, *held)] == [True] * 4
+        assert world.app.clients[1] == SocketAddress(PEER_V4 if version == 4 else PEER_V6, 40000), "they had the same port"
+        assert len(proxy.went_to(INBOUND_PLAINTEXT)) == 2
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_port_that_the_agent_holds_a_connection_from_serves_the_client_itself(world: World, version: int) -> None:
+    """Its own zone again: else the client's SYN is dropped, as one of a connection past the agent."""
+    with StandInProxy(world.pod) as proxy, closing([]) as held:
+        apply_capture(world.pod.fd, world.plan())
+        let_agent_choose_only(world.pod, 40000)
+        held.append(call_from(world, 50000, version))
+        assert echoes(held[0])
+        assert world.app.clients[0].port == 40000
+        world.pod.output("sysctl", "-w", "net.ipv4.ip_local_port_range=45000 45001")
+        held.append(call_from(world, 40000, version))
+        assert [echoes(sock) for sock in (*held, *held)] == [True] * 4
+        assert len(proxy.went_to(INBOUND_PLAINTEXT)) == 2
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_while_a_pod_is_released_a_client_may_use_the_port_that_the_agent_holds(world: World, version: int) -> None:
+    """To the application's kernel both would be one connection; nat gives the later one another port there."""
+    plan = world.plan()
+    with StandInProxy(world.pod) as proxy, closing([]) as held:
+        apply_capture(world.pod.fd, plan)
+        let_agent_choose_only(world.pod, 40000)
+        held.append(call_from(world, 50000, version))
+        assert echoes(held[0])
+        begin_release(world.pod.fd, plan)
+        held.append(call_from(world, 40000, version))
+        assert [echoes(sock) for sock in (*held, *held)] == [True] * 4
+        assert len(proxy.went_to(INBOUND_PLAINTEXT)) == 1
+        assert len(set(world.app.clients)) == 2
+
+
+@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_connection_from_before_the_capture_keeps_its_port_to_itself(world: World, version: int, idle: bool) -> None:
+    with StandInProxy(world.pod), closing([call_from(world, 40000, version)]) as held:
+        apply_capture(world.pod.fd, world.plan())
+        assert idle or echoes(held[0])
+        let_agent_choose_only(world.pod, 40000)
+        held.append(call_from(world, 50000, version))
+        assert [echoes(sock) for sock in (*held, *held)] == [True] * 4
+        assert len(set(world.app.clients)) == 2
 
 
 def test_after_release_the_namespace_is_as_it_was(world: World) -> None:
@@ -746,7 +818,7 @@ def test_rules_for_look_ups_that_are_not_wanted_any_more_are_a_difference(world:
     apply_capture(world.pod.fd, world.plan(dns=True))
     assert verify_capture(world.pod.fd, world.plan(dns=True)) == []
     differences = verify_capture(world.pod.fd, world.plan())
-    assert "table istio-ambient-raw is not wanted" in differences
+    assert "table istio-ambient-raw: chain prerouting: 1 rules too many" in differences
     assert apply_capture(world.pod.fd, world.plan())
     assert verify_capture(world.pod.fd, world.plan()) == []
     world.pod.run(lambda: delete_tables([RAW_TABLE]))

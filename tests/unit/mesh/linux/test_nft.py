@@ -159,3 +159,13 @@ def test_a_zone_is_a_short_number_in_the_machines_byte_order() -> None:
         f"immediate 1=00000001 2=06000100{struct.pack('=H', 1).hex()}0000",
         "ct 2=00000011 4=00000001",
     ]
+
+
+def test_a_zone_of_one_direction_names_the_direction() -> None:
+    # [ immediate reg 1 0x00000002 ] [ ct set zone with reg 1 , dir original ]
+    statement = nft.set_ct_original_zone(2)
+    assert statement.text == "ct original zone set 2"
+    assert lines(statement) == [
+        f"immediate 1=00000001 2=06000100{struct.pack('=H', 2).hex()}0000",
+        "ct 2=00000011 3=00 4=00000001",
+    ]

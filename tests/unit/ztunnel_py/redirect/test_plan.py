@@ -54,18 +54,32 @@ redirect to :15001 comment "connections the application opens"
 	}}
 }}
 {MANGLE}"""
-RAW = """\
-table inet istio-ambient-raw {
-	chain prerouting {
+AS_CLIENT = """\
+		meta mark & 0x00001fff == 0x00001539 counter ct original zone set 2 comment "connections in the name of clients"
+"""
+RAW = f"""\
+table inet istio-ambient-raw {{
+	chain prerouting {{
+		type filter hook prerouting priority raw; policy accept;
+	}}
+
+	chain output {{
+		type filter hook output priority raw; policy accept;
+{AS_CLIENT}	}}
+}}
+"""
+RAW_WITH_DNS = f"""\
+table inet istio-ambient-raw {{
+	chain prerouting {{
 		type filter hook prerouting priority raw; policy accept;
 		udp sport 53 meta mark & 0x00000fff != 0x00000539 counter ct zone set 1 comment "answers to them"
-	}
+	}}
 
-	chain output {
+	chain output {{
 		type filter hook output priority raw; policy accept;
-		udp dport 53 meta mark & 0x00000fff == 0x00000539 counter ct zone set 1 comment "look-ups of the agent"
-	}
-}
+{AS_CLIENT}		udp dport 53 meta mark & 0x00000fff == 0x00000539 counter ct zone set 1 comment "look-ups of the agent"
+	}}
+}}
 """
 LOOKUPS_V4 = """\
 		oifname != "lo" meta mark & 0x00000fff != 0x00000539 udp dport 53 counter redirect to :15053 comment "names that the application \
@@ -88,7 +102,7 @@ table inet istio-ambient-nat {{
 
 def test_an_ipv4_pod_gets_istios_rules_with_a_test_for_new_connections() -> None:
     plan = plan_capture(PodCapture(ipv6=False))
-    assert render(plan.tables) == CAPTURED_V4 + FILTER_V4
+    assert render(plan.tables) == CAPTURED_V4 + RAW + FILTER_V4
     assert plan.families == (socket.AF_INET,)
 
 
@@ -115,25 +129,25 @@ def test_bypass_leaves_inbound_connections_alone_and_keeps_the_way_back() -> Non
 
 
 def test_releasing_keeps_empty_nat_chains_and_the_way_back() -> None:
-    assert render(plan_capture(PodCapture(ipv6=False)).releasing) == RELEASING
-    assert render(plan_capture(PodCapture(ipv6=True)).releasing) == RELEASING
+    assert render(plan_capture(PodCapture(ipv6=False)).releasing) == RELEASING + RAW
+    assert render(plan_capture(PodCapture(ipv6=True)).releasing) == RELEASING + RAW
 
 
 def test_look_ups_are_redirected_before_all_other_connections_and_tracked_apart_from_the_agents() -> None:
     plan = plan_capture(PodCapture(ipv6=False, dns=True))
     after = 'comment "replies to probes"\n'
-    assert render(plan.tables) == CAPTURED_V4.replace(after, after + LOOKUPS_V4) + RAW + FILTER_V4
+    assert render(plan.tables) == CAPTURED_V4.replace(after, after + LOOKUPS_V4) + RAW_WITH_DNS + FILTER_V4
 
 
 def test_look_ups_of_a_dual_stack_pod_are_redirected_in_both_families() -> None:
     text = render(plan_capture(PodCapture(ipv6=True, dns=True)).tables)
     assert text.count("redirect to :15053") == 3  # over UDP one rule is for both
     assert text.count("ip6 daddr != ::1 tcp dport 53 ") == 1
-    assert RAW in text
+    assert RAW_WITH_DNS in text
 
 
 def test_look_ups_under_way_are_told_apart_while_a_pod_is_released() -> None:
-    assert render(plan_capture(PodCapture(ipv6=True, dns=True)).releasing) == RELEASING + RAW
+    assert render(plan_capture(PodCapture(ipv6=True, dns=True)).releasing) == RELEASING + RAW_WITH_DNS
 
 
 def test_bypass_does_not_concern_look_ups() -> None:
