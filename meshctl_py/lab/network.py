@@ -296,10 +296,13 @@ def _forward() -> None:
 
 def _quiet() -> None:
     """No address detection delays, no source address filter: answers may take another way than the question when traffic is redirected.
+    No pacing: the host's congestion control may be BBR, whose timers cost twice what it costs to carry bytes through memory. Of those that
+    do not pace, Reno is there on every Linux and free for every namespace; on wires that lose nothing it does what Cubic does.
 
     Interfaces that are there already keep what was the default when they were made, so each is told. While the detection of its link-local
     address lasts, an interface asks for no neighbours (RFC 4862 5.4), and what is forwarded over it is unreachable for three seconds.
     """
+    _sysctl("net/ipv4/tcp_congestion_control", "reno")
     for scope in ("all", "default", *(name for _, name in socket.if_nameindex())):
         _sysctl(f"net/ipv4/conf/{scope}/rp_filter", "0")
         _sysctl(f"net/ipv6/conf/{scope}/accept_dad", "0")
