@@ -45,8 +45,6 @@ SERVICE: Final = "server.captured.svc.cluster.local"
 """A name that proxies answer for."""
 WARM_UP: Final = 200
 _PATIENCE: Final = 60.0
-_FORGOTTEN: Final = 11.0
-"""Seconds until conntrack has forgotten a connection that was reset (nf_conntrack_tcp_timeout_close is ten)."""
 _ESTABLISHED: Final = "01"
 _LOAD: Final = str(Path(load.__file__).resolve())
 _NAMESPACES: Final = {NO_PROXY: "plain", OURS: "captured", OURS_TWO: "captured", ENVOY: "envoy", ZTUNNEL: "ztunnel"}
@@ -168,7 +166,6 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
     agents = TUNNEL_EACH if tunnel_each else {}
     with ExitStack() as stack:
         made: dict[str, Subject] = {}
-        refused = 0.0
         lab = stack.enter_context(_two_nodes(say, [name for name in wanted if name != OURS_TWO], movers=1, agents=agents))
         outsider = pod_ip(lab, _NAMESPACES[NO_PROXY], "server")
         for name in wanted:
@@ -185,9 +182,7 @@ def subjects(say: Say, wanted: Collection[str], *, tunnel_each: bool = False) ->
             server = pod_ip(where, _NAMESPACES[name], "server")
             client, neighbour = (stack.enter_context(load_client(where, _NAMESPACES[name])) for _ in range(2))
             made[name] = subject = Subject(name, client, server, there, pids, neighbour=neighbour)
-            refused = max(refused, _warm(subject))
-        # The agent of the server would be given the port of a refused client for one of its own connections, and be refused as well.
-        time.sleep(max(refused + _FORGOTTEN - time.monotonic(), 0))
+            _warm(subject)
         yield tuple(made[name] for name in wanted)
 
 
@@ -364,11 +359,9 @@ def _wait_for_port(process: Popen, port: int, log: Path) -> int:
     return found[0]
 
 
-def _warm(subject: Subject) -> float:
-    """Pods are captured before everybody has heard that they are; until then policy refuses the client, which has no identity yet.
-    Returns when that was the last time, by the monotonic clock."""
+def _warm(subject: Subject) -> None:
+    """Pods are captured before everybody has heard that they are; until then policy refuses the client, which has no identity yet."""
     deadline = time.monotonic() + _PATIENCE
-    refused = 0.0
     while True:
         try:
             subject.do("connect", count=1, parallel=1)
@@ -376,12 +369,10 @@ def _warm(subject: Subject) -> float:
         except Broken:
             if time.monotonic() > deadline:
                 raise
-            refused = time.monotonic()
             time.sleep(0.05)
     for way in (subject, subject.beyond()):
         way.do("connect", count=WARM_UP, parallel=4)
         way.do("bulk", connections=2, up=10_000_000, down=10_000_000)
-    return refused
 
 
 def pod_ip(lab: Lab, namespace: str, name: str) -> str:

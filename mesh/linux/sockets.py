@@ -144,9 +144,8 @@ def _stream_socket(family: int) -> socket.socket:
     return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 
-def bind_foreign(sock: socket.socket, source: IpAddress, *, mark: int | None = None) -> None:
-    """Let a socket of the family of ``source`` connect from there (port 0), though that is another host's address; with another ``mark``
-    than it has, if one is given.
+def bind_foreign(sock: socket.socket, source: IpAddress) -> None:
+    """Let a socket of the family of ``source`` connect from there (port 0), though that is another host's address.
 
     Raises OSError: a connection that cannot bear its client's address is not made (ztunnel N5 warns and connects without it; policies of
     the application on addresses would then see the wrong one).
@@ -155,8 +154,6 @@ def bind_foreign(sock: socket.socket, source: IpAddress, *, mark: int | None = N
         sock.setsockopt(SOL_IPV6, IPV6_TRANSPARENT, 1)
     else:
         sock.setsockopt(SOL_IP, IP_TRANSPARENT, 1)
-    if mark is not None:
-        sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
     # The port is chosen by connect(), per destination: bind() would choose among 28 000 for all destinations together.
     sock.setsockopt(SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     sock.bind((ip_text(source), 0))

@@ -20,16 +20,17 @@ RECURSIVE: Final = frozenset({OUTBOUND, INBOUND_PLAINTEXT, INBOUND_HBONE})
 
 PROXY_MARK: Final = 0x539
 """SO_MARK of every socket the agent opens in a pod: its own traffic, never redirected."""
-AS_CLIENT_MARK: Final = 0x1539
-AS_CLIENT_MASK: Final = 0x1FFF
-"""SO_MARK of those that connect to the application from its client's address: `PROXY_MARK` and one bit more."""
+DIALLED_MARK: Final = 0x1539
+DIALLED_MASK: Final = 0x1FFF
+"""SO_MARK of those that it connects, `PROXY_MARK` and one bit more; what its listeners accept has not got that bit."""
 INBOUND_CONNECTION_MARK: Final = 0x111
 """Conntrack mark of connections the agent opened to the application, to route the replies back to its transparent socket."""
 MARK_MASK: Final = 0xFFF
 PROXY_DNS_ZONE: Final = 1
 """Conntrack zone of the agent's own look-ups, so that they never meet the entry of an application's that had the same port."""
-AS_CLIENT_ZONE: Final = 2
-"""Conntrack zone of connections from a client's address, in their own direction: the client itself may have one from the same port."""
+DIALLED_ZONE: Final = 2
+"""Conntrack zone of what the agent connects, in that direction: an application or a client may have a connection, or may just have had
+one, with the same addresses and ports."""
 INBOUND_ROUTE_TABLE: Final = 100
 INBOUND_RULE_PRIORITY: Final = 32764
 PROBE_SOURCE_V4: Final = "169.254.7.127"

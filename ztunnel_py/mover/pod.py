@@ -16,7 +16,7 @@ from mesh.linux.netns import entered
 from mesh.linux.sockets import bind_foreign, make_upstream_socket
 from mesh.model.address import IpAddress, SocketAddress
 from mesh.model.identity import SpiffeId
-from mesh.model.ports import AS_CLIENT_MARK, PROXY_MARK
+from mesh.model.ports import DIALLED_MARK
 from mesh.model.route import Tunnel
 from mesh.model.workload import Workload
 from mesh.reactor.hbone import HboneLink
@@ -249,7 +249,7 @@ class Pod:
         sock = ahead.pop()
         if source is not None and source != address.ip:
             try:
-                bind_foreign(sock, source, mark=AS_CLIENT_MARK)
+                bind_foreign(sock, source)
             except OSError:
                 sock.close()
                 raise
@@ -259,7 +259,7 @@ class Pod:
         """One socket at first, twice as many each time they were used up. Raises OSError if not even one can be made."""
         try:
             for _ in range(self._made_at_once):
-                ahead.append(make_upstream_socket(family, mark=PROXY_MARK))
+                ahead.append(make_upstream_socket(family, mark=DIALLED_MARK))
         except OSError:
             if not ahead:
                 raise

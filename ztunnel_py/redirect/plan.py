@@ -6,7 +6,7 @@ connection is lost (docs/design/decisions/0004-capture-keeps-connections.md):
 - only the packet that opens a connection is redirected;
 - releasing a pod empties the nat chains first and removes them only when the last redirected connection has ended;
 - a connection that nat is not asked about, because conntrack takes it for an older one, is dropped;
-- what the agent opens in the name of a client is tracked apart from what the client itself has opened.
+- what the agent connects is tracked apart from what applications and their clients do.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from mesh.linux.nft import (
     udp_sport,
 )
 from mesh.model.ports import (
-    AS_CLIENT_MARK,
-    AS_CLIENT_MASK,
-    AS_CLIENT_ZONE,
+    DIALLED_MARK,
+    DIALLED_MASK,
+    DIALLED_ZONE,
     DNS,
     DOMAIN,
     INBOUND_CONNECTION_MARK,
@@ -162,20 +162,18 @@ def _raw(*, dns: bool) -> Table:
     uses. Were it one from which the client holds a connection, conntrack would send the agent's SYN the way of that one, back to the agent,
     and end both. With a zone in the direction of the agent's it is new, and its replies are told apart: the client's come from the port of
     the agent. Of a client's connection that is not redirected, while a pod is released, nat changes the port if the application's kernel
-    could not tell the two apart.
+    could not tell the two apart. Nor does what the agent connected lead an application's connection past it that has its port soon after.
 
     A look-up of the application's, which is redirected, outlives in conntrack the socket it was for; were the agent's next socket given
     that port, its look-up would be sent back to the agent."""
-    as_client = Rule(
-        (mark(AS_CLIENT_MARK, AS_CLIENT_MASK), counter(), set_ct_original_zone(AS_CLIENT_ZONE)), "connections in the name of clients"
-    )
+    dialled = Rule((mark(DIALLED_MARK, DIALLED_MASK), counter(), set_ct_original_zone(DIALLED_ZONE)), "connections the agent opens")
     mine = Rule((udp_dport(DOMAIN), mark(PROXY_MARK, MARK_MASK), counter(), set_ct_zone(PROXY_DNS_ZONE)), "look-ups of the agent")
     answers = Rule((udp_sport(DOMAIN), mark(PROXY_MARK, MARK_MASK, negate=True), counter(), set_ct_zone(PROXY_DNS_ZONE)), "answers to them")
     return Table(
         RAW_TABLE,
         (
             Chain("prerouting", (answers,) if dns else (), Hook(ChainType.FILTER, HookPoint.PREROUTING, _RAW)),
-            Chain("output", (as_client, mine) if dns else (as_client,), Hook(ChainType.FILTER, HookPoint.OUTPUT, _RAW)),
+            Chain("output", (dialled, mine) if dns else (dialled,), Hook(ChainType.FILTER, HookPoint.OUTPUT, _RAW)),
         ),
     )
 
@@ -184,8 +182,8 @@ def _filter(versions: tuple[_IpVersion, ...], *, bypass_inbound: bool) -> Table:
     """Nothing opens a connection past the agent. conntrack takes a SYN for part of the connection that the same addresses and ports had
     before, when that one was ended by a reset of its server less than ten seconds ago (nf_conntrack_tcp_timeout_close) or still seems
     to live; nat is then not asked again, and the new connection goes the way of the old one: in plaintext and without a policy, if
-    that was one of the agent's own or from before the capture. Its SYN is dropped until conntrack has forgotten; the application's
-    kernel sends it again. A SYN that is sent again in the middle of a capture is still a new connection, and passes."""
+    that was one from before the capture. Its SYN is dropped until conntrack has forgotten; the application's kernel sends it again. A SYN
+    that is sent again in the middle of a capture is still a new connection, and passes."""
     inbound = () if bypass_inbound else tuple(_past_the_agent_inwards(version) for version in versions)
     return Table(
         FILTER_TABLE,

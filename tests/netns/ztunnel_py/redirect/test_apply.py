@@ -28,7 +28,7 @@ from mesh.linux.sockets import (
     transparent_listener,
 )
 from mesh.model.address import SocketAddress
-from mesh.model.ports import AS_CLIENT_MARK, DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
+from mesh.model.ports import DIALLED_MARK, DNS, INBOUND_HBONE, INBOUND_PLAINTEXT, OUTBOUND, PROXY_MARK
 from mesh.reactor.tcp import reset, socket_address
 from mesh.testing.lab import wait_until
 from mesh.testing.netns import PATIENCE_SECONDS, EchoServer, Netns, echoes, namespaces, wire
@@ -106,8 +106,7 @@ class StandInProxy:
 
     def _dial(self, target: SocketAddress, client: SocketAddress, *, inbound: bool) -> socket.socket:
         family = socket.AF_INET6 if target.ip.version == 6 else socket.AF_INET
-        mark, source = (AS_CLIENT_MARK, client.ip) if inbound else (PROXY_MARK, None)
-        sock = make_upstream_socket(family, mark=mark, source=source)
+        sock = make_upstream_socket(family, mark=DIALLED_MARK, source=client.ip if inbound else None)
         sock.settimeout(PATIENCE_SECONDS)
         sock.connect((str(target.ip), target.port))
         return sock
@@ -202,48 +201,71 @@ def test_outbound_connections_reach_the_proxy_which_learns_where_they_were_going
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_port_that_went_past_the_proxy_does_not_lead_past_it_again(world: World, version: int) -> None:
-    """A connection of the proxy's own, ended by a reset of its server: conntrack takes a SYN with its addresses and ports for its own."""
-    world.pod.output("sysctl", "-w", "net.netfilter.nf_conntrack_tcp_timeout_close=3")
+def test_a_port_that_the_proxy_just_had_leads_to_the_proxy_at_once(world: World, version: int) -> None:
+    """A connection of the proxy's own, ended by a reset of its server: were it not tracked apart, conntrack would take a SYN with its
+    addresses and ports for its own, and the dropping rule keep it for as long as that is remembered."""
+    world.pod.output("sysctl", "-w", "net.netfilter.nf_conntrack_tcp_timeout_close=120")
     with StandInProxy(world.pod) as proxy, world.peer.listen(7070) as resetting:
         apply_capture(world.pod.fd, world.plan())
         target = SocketAddress(PEER_V4 if version == 4 else PEER_V6, 7070)
-        family = socket.AF_INET if version == 4 else socket.AF_INET6
-        with world.pod.run(lambda: make_upstream_socket(family, mark=PROXY_MARK)) as own:
-            own.settimeout(PATIENCE_SECONDS)
-            own.connect((str(target.ip), target.port))
-            port = local_address(own).port
-            reset(resetting.accept()[0])
-            with pytest.raises(ConnectionResetError):
-                own.recv(1)
-        resetting.settimeout(0.5)
-        with world.pod.run(lambda: socket.socket(family)) as sock:
-            sock.settimeout(PATIENCE_SECONDS)
-            sock.bind(("0.0.0.0" if version == 4 else "::", port))
-            opening = threading.Thread(target=sock.connect, args=((str(target.ip), target.port),))
-            opening.start()
-            with pytest.raises(TimeoutError):
-                resetting.accept()
-            opening.join()
-            wait_until(lambda: proxy.went_to(OUTBOUND) == [target], "once conntrack has forgotten the other, it is the proxy's")
-            resetting.settimeout(PATIENCE_SECONDS)
+        port = lose_by_reset(world.pod, target, resetting, mark=DIALLED_MARK)
+        with dial_from(world.pod, target, port):
             resetting.accept()[0].close()
+            assert proxy.went_to(OUTBOUND) == [target]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_port_that_the_application_had_before_the_capture_does_not_lead_past_the_proxy(world: World, version: int) -> None:
+    world.pod.output("sysctl", "-w", "net.netfilter.nf_conntrack_tcp_timeout_close=3")
+    track(world.pod)
+    with StandInProxy(world.pod) as proxy, world.peer.listen(7070) as resetting:
+        target = SocketAddress(PEER_V4 if version == 4 else PEER_V6, 7070)
+        port = lose_by_reset(world.pod, target, resetting)
+        apply_capture(world.pod.fd, world.plan())
+        resetting.settimeout(0.5)
+        opening = threading.Thread(target=lambda: dial_from(world.pod, target, port).close())
+        opening.start()
+        with pytest.raises(TimeoutError):
+            resetting.accept()
+        wait_until(lambda: proxy.went_to(OUTBOUND) == [target], "once conntrack has forgotten the other, it is the proxy's")
+        opening.join()
+        resetting.settimeout(PATIENCE_SECONDS)
+        resetting.accept()[0].close()
+
+
+def track(netns: Netns) -> None:
+    """conntrack works in a namespace once a rule asks for it."""
+    rule = Rule((ct_state("new"), counter()))
+    netns.run(lambda: replace_tables((Table("tracking", (Chain("input", (rule,), Hook(ChainType.FILTER, HookPoint.INPUT, 0)),)),)))
+
+
+def lose_by_reset(netns: Netns, target: SocketAddress, resetting: socket.socket, *, mark: int | None = None) -> int:
+    """Connect, and be reset by the server; the port that the connection had."""
+    family = socket.AF_INET if target.ip.version == 4 else socket.AF_INET6
+    with netns.run(lambda: make_upstream_socket(family, mark=mark)) as sock:
+        sock.settimeout(PATIENCE_SECONDS)
+        sock.connect((str(target.ip), target.port))
+        port = local_address(sock).port
+        reset(resetting.accept()[0])
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    return port
+
+
+def dial_from(netns: Netns, target: SocketAddress, port: int) -> socket.socket:
+    """An application's connection from a port of its choice."""
+    sock = netns.run(lambda: socket.socket(socket.AF_INET if target.ip.version == 4 else socket.AF_INET6))
+    sock.settimeout(PATIENCE_SECONDS)
+    sock.bind(("0.0.0.0" if target.ip.version == 4 else "::", port))
+    sock.connect((str(target.ip), target.port))
+    return sock
 
 
 def test_a_client_from_before_the_capture_does_not_come_past_the_proxy_again(world: World) -> None:
     with world.pod.listen(7070) as resetting:
-        # conntrack works in a namespace once a rule asks for it.
-        world.pod.run(
-            lambda: replace_tables(
-                (Table("tracking", (Chain("input", (Rule((ct_state("new"), counter())),), Hook(ChainType.FILTER, HookPoint.INPUT, 0)),)),)
-            )
-        )
+        track(world.pod)
         target = SocketAddress(POD_V4, 7070)
-        with world.peer.connect(target) as sock:
-            port = local_address(sock).port
-            reset(resetting.accept()[0])
-            with pytest.raises(ConnectionResetError):
-                sock.recv(1)
+        port = lose_by_reset(world.peer, target, resetting)
         with StandInProxy(world.pod) as proxy:
             apply_capture(world.pod.fd, world.plan())
             resetting.settimeout(0.5)
@@ -403,7 +425,7 @@ def test_a_released_pod_still_serves_peers_that_come_through_the_tunnel(world: W
 
 def dial_as(pod: object, client: object) -> socket.socket:
     family = socket.AF_INET6 if ":" in str(pod) else socket.AF_INET
-    sock = make_upstream_socket(family, mark=AS_CLIENT_MARK, source=ip_address(str(client)))
+    sock = make_upstream_socket(family, mark=DIALLED_MARK, source=ip_address(str(client)))
     sock.settimeout(PATIENCE_SECONDS)
     sock.connect((str(pod), APP))
     return sock
@@ -416,11 +438,7 @@ def let_agent_choose_only(pod: Netns, port: int) -> None:
 
 def call_from(world: World, port: int, version: int) -> socket.socket:
     """A client's connection to the application from a port of its choice."""
-    sock = world.peer.run(lambda: socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6))
-    sock.settimeout(PATIENCE_SECONDS)
-    sock.bind(("0.0.0.0" if version == 4 else "::", port))
-    sock.connect((str(POD_V4 if version == 4 else POD_V6), APP))
-    return sock
+    return dial_from(world.peer, SocketAddress(POD_V4 if version == 4 else POD_V6, APP), port)
 
 
 @pytest.mark.parametrize("version", [4, 6])

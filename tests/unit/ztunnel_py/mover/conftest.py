@@ -106,7 +106,7 @@ class LoopbackSocket(socket.socket):
         return super().fileno()
 
 
-def bind_to(sock: socket.socket, source: IpAddress, *, mark: int) -> None:
+def bind_to(sock: socket.socket, source: IpAddress) -> None:
     sock.bind((str(source), 0))
 
 

@@ -181,7 +181,7 @@ def test_a_dial_that_no_socket_can_be_made_for_is_told_later_and_no_socket_is_le
 def test_an_address_that_cannot_be_bound_costs_one_socket_and_not_the_others(
     world: World, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(sock: socket.socket, source: object, *, mark: int) -> None:
+    def refuse(sock: socket.socket, source: object) -> None:
         raise OSError(errno.EADDRNOTAVAIL, "cannot assign requested address")
 
     async def main() -> None:

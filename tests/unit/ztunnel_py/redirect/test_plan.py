@@ -54,8 +54,8 @@ redirect to :15001 comment "connections the application opens"
 	}}
 }}
 {MANGLE}"""
-AS_CLIENT = """\
-		meta mark & 0x00001fff == 0x00001539 counter ct original zone set 2 comment "connections in the name of clients"
+DIALLED = """\
+		meta mark & 0x00001fff == 0x00001539 counter ct original zone set 2 comment "connections the agent opens"
 """
 RAW = f"""\
 table inet istio-ambient-raw {{
@@ -65,7 +65,7 @@ table inet istio-ambient-raw {{
 
 	chain output {{
 		type filter hook output priority raw; policy accept;
-{AS_CLIENT}	}}
+{DIALLED}	}}
 }}
 """
 RAW_WITH_DNS = f"""\
@@ -77,7 +77,7 @@ table inet istio-ambient-raw {{
 
 	chain output {{
 		type filter hook output priority raw; policy accept;
-{AS_CLIENT}		udp dport 53 meta mark & 0x00000fff == 0x00000539 counter ct zone set 1 comment "look-ups of the agent"
+{DIALLED}		udp dport 53 meta mark & 0x00000fff == 0x00000539 counter ct zone set 1 comment "look-ups of the agent"
 	}}
 }}
 """
