@@ -28,6 +28,7 @@ from mesh.runtime.clients import ads_client, authority
 from mesh.runtime.env import InvalidEnvironment
 from mesh.runtime.garbage import collect_seldom
 from mesh.runtime.http import BindError, Routes, open_listeners, serve_admin
+from mesh.runtime.hugepages import keep_in_huge_pages
 from mesh.runtime.outbound import Dialler as Outbound
 from mesh.runtime.outbound import OutboundError, Target
 from mesh.runtime.readiness import Readiness
@@ -236,6 +237,7 @@ class Waypoint:
             for routes, listeners in ports:
                 nursery.start_soon(serve_admin, routes, listeners)
             nursery.start_soon(self._watch_signals)
+            nursery.start_soon(keep_in_huge_pages)
             async with trio.open_nursery() as working:
                 await working.start(self._waits.run)
                 await working.start(self._keys.run)

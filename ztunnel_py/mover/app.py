@@ -24,6 +24,7 @@ from mesh.model.identity import SpiffeId
 from mesh.reactor.loop import Reactor, Timer
 from mesh.reactor.pool import PoolLimits
 from mesh.runtime.garbage import collect_seldom
+from mesh.runtime.hugepages import keep_in_huge_pages
 from mesh.state.names import Naming
 from mesh.state.store import Changes, MeshState
 from mesh.telemetry import log
@@ -129,6 +130,7 @@ class Mover:
             nursery.start_soon(self._watch_lifeline)
             nursery.start_soon(self._watch_term)
             nursery.start_soon(self._follow_brains)
+            nursery.start_soon(keep_in_huge_pages)
             if self._name == SPARE:
                 nursery.start_soon(self._watch_self)
             await self._stopping.wait()

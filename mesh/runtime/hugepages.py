@@ -1,0 +1,25 @@
+"""A data plane process keeps what it works on in huge pages."""
+
+from __future__ import annotations
+
+from itertools import chain, repeat
+from typing import Final
+
+import trio
+
+from mesh.linux.memory import gather_in_huge_pages
+
+_WHEN: Final = (2.0, 10.0, 60.0)
+"""Seconds from the start to the first time, and from then to the next ones: while what it knows of the mesh arrives."""
+_AGAIN: Final = 600.0
+
+
+async def keep_in_huge_pages() -> None:
+    """Gather the process's memory now and then, for as long as it runs.
+
+    Who waits for the network finds the processor's address translations replaced by those of others each time it wakes. The heap of Python
+    lies scattered over a thousand pages of 4 KiB; what that costs and what this gives: docs/design/data-path.md, "For every wake-up".
+    """
+    for pause in chain(_WHEN, repeat(_AGAIN)):
+        await trio.sleep(pause)
+        await trio.to_thread.run_sync(gather_in_huge_pages)
