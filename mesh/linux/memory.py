@@ -18,6 +18,9 @@ _TRANSPARENT: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _DENSE: Final = 0.75
 """Of a huge page's place, so much must be in use: the rest would be memory spent on nothing."""
 
+_PAUSE: Final = 0.005
+"""Seconds between two places, so that whoever needed memory meanwhile has a turn."""
+
 
 def return_free_memory() -> None:
     """Give it back to the kernel. Takes up to some ten milliseconds, in which other threads may run.
@@ -33,9 +36,9 @@ def gather_in_huge_pages() -> int:
     """Have the kernel move heap and other anonymous memory of this process into huge pages where it fills them; the bytes that are in
     some now.
 
-    Call it in a thread of its own: each 2 MiB that is moved takes some milliseconds, in which other threads run unless they need memory, and
-    as long a pause follows. Nothing is done where the machine's owner wants no transparent huge pages (``never``), and nothing comes of it
-    before Linux 6.1.
+    Call it in a thread of its own: each 2 MiB that is moved takes one to eight milliseconds, in which other threads run unless they need
+    memory, and a pause follows. Nothing is done where the machine's owner wants no transparent huge pages (``never``), and nothing
+    comes of it before Linux 6.1.
     """
     size = _huge_page_size()
     if not size:
@@ -44,11 +47,10 @@ def gather_in_huge_pages() -> int:
     for start, end in _anonymous_memory():
         first, last = -(-start // size) * size, end // size * size
         for page in _dense_places(_resident_pages(first, last - first), size // _PAGE):
-            began = time.monotonic()
             # It may be gone by now, or the kernel may have no such page to give: both cost nothing but the gain.
             if _libc.madvise(ctypes.c_void_p(first + page * _PAGE), ctypes.c_size_t(size), _MADV_COLLAPSE) == 0:
                 gathered += size
-            time.sleep(time.monotonic() - began)
+            time.sleep(_PAUSE)
     return gathered
 
 

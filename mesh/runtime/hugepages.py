@@ -22,4 +22,4 @@ async def keep_in_huge_pages() -> None:
     """
     for pause in chain(_WHEN, repeat(_AGAIN)):
         await trio.sleep(pause)
-        await trio.to_thread.run_sync(gather_in_huge_pages)
+        await trio.to_thread.run_sync(gather_in_huge_pages, abandon_on_cancel=True)  # whoever ends need not wait for it
