@@ -25,9 +25,17 @@ COMPILED = [
     *("ztunnel_py/mover/inbound.py", "ztunnel_py/mover/outbound.py", "ztunnel_py/mover/pod.py", "ztunnel_py/mover/ledger.py"),
     *("ztunnel_py/mover/waiting.py", "ztunnel_py/mover/missed.py", "ztunnel_py/mover/plane.py"),
     *("waypoint_py/http/message.py", "waypoint_py/http/headers.py", "waypoint_py/http/path.py", "waypoint_py/http/blocks.py"),
-    *("waypoint_py/http/h1.py", "waypoint_py/http/h2.py"),
+    *("waypoint_py/http/h1.py", "waypoint_py/http/h2.py", "waypoint_py/http/codec.py"),
+    *("waypoint_py/streams/base.py", "waypoint_py/streams/tcp.py", "waypoint_py/streams/tls.py", "waypoint_py/streams/tunnel.py"),
+    *("waypoint_py/downstream.py", "waypoint_py/exchange.py", "waypoint_py/attempt.py", "waypoint_py/body.py", "waypoint_py/grpc.py"),
+    *("waypoint_py/preparation.py", "waypoint_py/plane.py", "waypoint_py/context.py"),
+    *("waypoint_py/upstream/affinity.py", "waypoint_py/upstream/algorithms.py", "waypoint_py/upstream/balancer.py"),
+    *("waypoint_py/upstream/client.py", "waypoint_py/upstream/outlier.py"),
+    *("waypoint_py/upstream/pool.py", "waypoint_py/upstream/session.py"),
+    *("waypoint_py/routing/actions.py", "waypoint_py/routing/grpc.py", "waypoint_py/routing/headers.py"),
+    *("waypoint_py/routing/predicates.py", "waypoint_py/routing/retry.py", "waypoint_py/routing/timeouts.py"),
 ]
-"""What an agent runs for every message and connection, and a waypoint's codecs."""
+"""What an agent runs for every message and connection, and of a waypoint what every request passes."""
 
 
 def _extensions() -> list[object]:

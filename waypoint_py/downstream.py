@@ -33,7 +33,7 @@ from waypoint_py.stream import HIGH_WATER, ByteStream
 
 Ts = TypeVarTuple("Ts")
 
-HEAD_SECONDS: Final = 60.0
+HEAD_SECONDS = 60.0
 """For the head of a request that has begun to come (HTTP/1.1): a client that sends a byte now and then holds no connection for ever."""
 LINGER_SECONDS: Final = 5.0
 """Until a client that was told that we are done must have closed, or read more of what it was told before (Envoy: delayed close)."""
@@ -231,8 +231,8 @@ class HttpConnection:
                     self._crashed(exchange, exc)
             if not self._left:
                 self._yield()
-        except RemoteProtocolError as exc:
-            self._fail(exc.reason)
+        except RemoteProtocolError as broken:
+            self._fail(broken.reason)
         finally:
             self._handling = False
 

@@ -1,6 +1,6 @@
 """One HTTP request's life, from its head to its record: judged, routed, sent, tried again, answered; and exactly one record of it.
 
-The steps until it goes out are in `Exchange._STEPS`, in their order. A step that needs to wait parks the exchange, and only that goes
+The steps until it goes out are in `_STEPS`, in their order. A step that needs to wait parks the exchange, and only that goes
 into trio. From then on the exchange stands between two streams and moves what comes: the request's body through `RequestBody`, which
 keeps it as long as another try may follow, the response's as it comes.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
-
-import trio
 
 from mesh.model.l7.destination import TrafficPolicy
 from mesh.model.l7.routing import Destination
@@ -28,9 +26,10 @@ from waypoint_py.mirroring import MirrorCopy
 from waypoint_py.observer import RequestRecord
 from waypoint_py.plane import Load
 from waypoint_py.policy.authorize import Judgement
-from waypoint_py.policy.consult import Buffered, ResponseHeaders
+from waypoint_py.policy.consult import ResponseHeaders
 from waypoint_py.policy.facts import TokenFacts
 from waypoint_py.preparation import date_of, finish_response, prepare
+from waypoint_py.preview import BodyPreview
 from waypoint_py.routing.actions import Chosen, answer, change_reply, change_response, changed_request, choose
 from waypoint_py.routing.cors import allow_response, answer_preflight, find_allowed_origin
 from waypoint_py.routing.fault import draw_fault
@@ -67,10 +66,10 @@ class Exchange:
     """Driven by its client's connection, by its tries and by timers; each may be the one that ends it."""
 
     __slots__ = (
-        "_additions", "_affinity", "_arrived", "_attempt", "_body", "_buffering", "_chosen", "_claims", "_conn", "_counter",
-        "_destination", "_grpc_in", "_load", "_matched", "_mirrors", "_origin", "_out", "_over", "_parked", "_per_try",
-        "_plane", "_policy", "_port", "_response", "_response_complete", "_retry", "_retrying", "_settings", "_steps", "_stream",
-        "_timeouts", "_timer", "_total", "_trailers", "_upgraded", "_upstream_request", "record", "request",
+        "_additions", "_affinity", "_attempt", "_body", "_chosen", "_claims", "_conn", "_counter", "_destination", "_grpc_in",
+        "_load", "_matched", "_mirrors", "_origin", "_out", "_over", "_parked", "_per_try", "_plane", "_policy", "_port", "_preview",
+        "_response", "_response_complete", "_retry", "_retrying", "_settings", "_steps", "_stream", "_timeouts", "_timer", "_total",
+        "_trailers", "_upgraded", "_upstream_request", "record", "request",
     )  # fmt: skip
 
     def __init__(self, conn: HttpConnection, stream: int, request: Request | None, *, ended: bool) -> None:
@@ -88,12 +87,11 @@ class Exchange:
             self.record.request_complete = now
         self._grpc_in = MessageCounter() if self.record.is_grpc else None
         self._counter = MessageCounter() if self.record.is_grpc else None
-        self._steps = iter(self._STEPS)
+        self._steps = iter(_STEPS)
         """Those that are left."""
         self._over = False
         self._parked: Cancel | None = None
-        self._buffering = 0  # bytes that an authorizer still wants to see
-        self._arrived: trio.Event | None = None
+        self._preview: BodyPreview | None = None  # of the body, for an authorizer
         self._additions: ResponseHeaders | None = None
         self._timer: Timer | None = None  # of a delay, or a back-off
         self._total: Timer | None = None
@@ -141,18 +139,16 @@ class Exchange:
         for mirror in self._mirrors:
             mirror.push(data)
         self._body.push(data)
-        if self._buffering:
-            self._grant(len(data))
-        if self._arrived is not None:
-            self._arrived.set()
+        if self._preview is not None:
+            self._preview.came(len(data))
         if self._attempt is not None:
             self._pump_request()
 
     def body_ended(self, trailers: Headers) -> None:
         self.record.request_complete = self._plane.reactor.now()
         self._body.finish(trailers)
-        if self._arrived is not None:
-            self._arrived.set()
+        if self._preview is not None:
+            self._preview.came(0)
         for mirror in self._mirrors:
             mirror.finish(trailers)
         if not self._over:
@@ -189,28 +185,20 @@ class Exchange:
             self._plane.reactor.report(exc, "an exchange that had failed")
             self._finish(reset=ErrorCode.INTERNAL_ERROR)
 
-    async def buffer(self, limit: int) -> Buffered:
-        """The beginning of the body, for an authorizer (`waypoint_py.policy.ext_authz.BodySource`): until it ends or is longer."""
+    # --- what a preview of the body does
+
+    def ask_for_body(self) -> None:
+        """Say that it is wanted, if the client waits for that."""
         if self.request.expect_continue and not self._body.complete:
             # The application, whose 100 it would be, is asked only when this is over; the client might wait for it as long as we for the
             # client (RFC 9110 section 10.1.1 lets a proxy say it).
             self.request.expect_continue = False
             self._conn.send_informational(self._stream, 100, [])
-        self._buffering = limit
-        self._grant(self.record.bytes_received)
-        while not self._body.complete and self.record.bytes_received <= limit:
-            self._arrived = trio.Event()
-            await self._arrived.wait()
-        self._buffering = 0
-        data = b"".join(self._body.pieces())
-        return Buffered(data[:limit], self._body.complete and len(data) <= limit)
 
-    def _grant(self, size: int) -> None:
-        """Let the client send on though nothing has moved, so that what is to be buffered can come."""
-        granted = min(size, self._buffering)
-        self._buffering -= granted
-        self._body.grant(granted)
-        self._conn.consumed(self._stream, granted)
+    def let_come(self, size: int) -> None:
+        """Let the client send on though nothing has moved."""
+        self._body.grant(size)
+        self._conn.consumed(self._stream, size)
 
     # --- steps before the request goes out
 
@@ -273,8 +261,9 @@ class Exchange:
         if isinstance(found, Judgement):
             self.record.judged(found)
             return found.reply
-        body = None if self._body.empty else self
-        return self._plane.ext_authz.ask(found, self.request, facts, body, self._allowed)
+        if not self._body.empty:
+            self._preview = BodyPreview(self, self._body, self.record)
+        return self._plane.ext_authz.ask(found, self.request, facts, self._preview, self._allowed)
 
     def _allowed(self, additions: ResponseHeaders) -> None:
         self._additions = additions
@@ -362,8 +351,6 @@ class Exchange:
         self._mirror(outgoing, matched)
         self._send()
         return None
-
-    _STEPS: tuple[Callable[[Exchange], Verdict | _Wait], ...]
 
     def _mirror(self, outgoing: Request, matched: Matched) -> None:
         mirrors = matched.route.route.mirrors
@@ -754,6 +741,7 @@ class Exchange:
         if not self._body.complete:
             for mirror in self._mirrors:
                 mirror.cut_off()
+        self._preview = None  # which knows us
         self._body.clear()
         self._out.clear()
         record.ended = self._plane.reactor.now()
@@ -767,7 +755,7 @@ class Exchange:
         self._conn.forget(self._stream)
 
 
-Exchange._STEPS = (
+_STEPS: Final[tuple[Callable[[Exchange], Verdict | _Wait], ...]] = (
     Exchange._prepare,
     Exchange._find_port,
     Exchange._consult,

@@ -158,7 +158,7 @@ class Reactor:
         """Call ``fn()`` once, ``seconds`` from now."""
         timer = Timer(self, fn)
         self._timer_serial += 1
-        heapq.heappush(self._timers, (time.monotonic() + seconds, self._timer_serial, timer))
+        heapq.heappush(self._timers, (self.now() + seconds, self._timer_serial, timer))
         return timer
 
     def run_soon_threadsafe(self, fn: Callable[[], object]) -> None:
@@ -209,9 +209,9 @@ class Reactor:
 
     def _loop(self) -> outcome.Outcome[Any]:
         """Turn after turn until trio is done. Flat and on local names: it goes round once for every message that passes."""
-        poll, monotonic, registrations = self._epoll.poll, time.monotonic, self._registrations
+        poll, clock, registrations = self._epoll.poll, self.now, self._registrations
         timers, soon, last, guest_soon = self._timers, self._soon, self._last, self._guest_soon
-        now = monotonic()
+        now = clock()
         timeout: float | None
         while self._outcome is None:
             if soon or last or guest_soon:
@@ -236,7 +236,7 @@ class Reactor:
                         registration.callback(mask)
                     except Exception as exc:
                         self._callback_failed(fd, registration, exc)
-            now = monotonic()
+            now = clock()
             if timers and timers[0][0] <= now:
                 self._run_timers(now)
             if soon:

@@ -27,8 +27,7 @@ from mesh.state.store import Delta
 from mesh.testing.ca import FakeCa, trusting_context
 from mesh.testing.envoy import Config, free_address, hand_in, internal_cluster, running, server_config, with_internal_listeners
 from tests.interop.beside_envoy import DEFAULT, TYPE, Application, Http2Case, ask_http2, cluster, manager, request
-from tests.unit.waypoint_py.harness import CA, CLIENT, GATEWAY, HOST, VIP, WAYPOINT, World
-from waypoint_py.attempt import direct_endpoint
+from tests.unit.waypoint_py.harness import CA, CLIENT, GATEWAY, HOST, VIP, WAYPOINT, Led, World
 
 pytestmark = pytest.mark.interop
 
@@ -231,14 +230,11 @@ def compare(tmp_path: Path, main: Callable[[Both], Awaitable[None]]) -> None:
         world.run(run)
 
 
-def test_what_a_tunnel_may_be_asked_for_and_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_tunnel_may_be_asked_for_and_what_is_refused(tmp_path: Path) -> None:
     different: list[str] = []
 
     async def main(both: Both) -> None:
-        # No pod can be announced at an address of this machine; the dial is led to where the application is.
-        monkeypatch.setattr(
-            "waypoint_py.exchange.direct_endpoint", lambda facts: replace(direct_endpoint(facts), address=both.application.address)
-        )
+        both.world.plane.connections = Led(both.world.pool, both.application.address)
         context = trusting_context(CA.issue(CLIENT))
         for row in ROWS:
             found = await both.ask(context, row.fields)

@@ -294,10 +294,12 @@ def replace_prefix(path: bytes, match: PathMatch | None, replacement: bytes) -> 
     if match is None:
         return replacement + path.removeprefix(b"/")
     if match.kind is PathKind.PREFIX:
-        return replacement + path[len(match.value.encode()) :]
+        prefix = match.value.encode()
+        return replacement + path[len(prefix) :]
     if match.kind is not PathKind.SEGMENTS:
         return replacement
-    rest = path[len(segment_prefix(match.value)) :]
+    segments = segment_prefix(match.value)
+    rest = path[len(segments) :]
     start = replacement.removesuffix(b"/")
     if rest:
         return start + rest
@@ -331,8 +333,9 @@ def compile_substitution(text: str, groups: int) -> Substitution:
     raw = text.encode()
     at = 0
     for found in _ESCAPE.finditer(raw):
-        parts.append(raw[at : found.start()])
-        at = found.end()
+        start, end = found.span()
+        parts.append(raw[at:start])
+        at = end
         if found[1] == b"\\":
             parts.append(b"\\")
         elif not found[1].isdigit():

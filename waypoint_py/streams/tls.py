@@ -204,7 +204,8 @@ class TlsStream(Stream):
                 size = min(len(out), SEALED_AT_ONCE)
                 buffers.plain_out[:size] = memoryview(out)[:size]
                 del out[:size]
-                self._carrier.write(buffers.cipher_out[: engine.seal(size)])
+                sealed = engine.seal(size)  # not within the slice: compiled, it would seal twice
+                self._carrier.write(buffers.cipher_out[:sealed])
         except TlsError as exc:
             self._fail(f"tls error: {exc.reason}")
             return

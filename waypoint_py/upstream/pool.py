@@ -29,10 +29,10 @@ from waypoint_py.upstream.tls import server_name_of
 EXPECTED_STREAMS: Final = 100
 """Calls that wait for one HTTP/2 connection before a second is dialled: what servers commonly allow; they say so only once it stands."""
 
-REMEMBERED: Final = 4096
+REMEMBERED = 4096
 """Endpoints whose shelf is found without looking at what they are."""
 
-MOST_NAMES: Final = 64
+MOST_NAMES = 64
 """Shelves of one endpoint that differ by what clients say: beyond, one that nobody uses is emptied. A certificate may be good for any
 number of names, and who asks for each of them once would leave a connection behind with every request."""
 

@@ -50,6 +50,14 @@ def test_a_name_is_one_kind_of_exception_in_a_function_that_is_compiled(path: st
             assert [name for name, caught in kinds.items() if len(caught) > 1] == [], f"{path}: {function.name}"
 
 
+@pytest.mark.parametrize("path", _listed())
+def test_nothing_is_called_within_the_bounds_of_a_slice_that_is_compiled(path: str) -> None:
+    # Compiled, of anything but a list, a tuple, a str or bytes, it is called twice.
+    slices = [node for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.Slice)]
+    calls = [call for each in slices for call in ast.walk(each) if isinstance(call, ast.Call)]
+    assert [ast.unparse(call) for call in calls if ast.unparse(call.func) not in ("len", "min", "max")] == []
+
+
 def test_no_class_that_is_not_compiled_inherits_from_one_that_is() -> None:
     # Compiled, its first instance is a TypeError.
     compiled = {path.removesuffix(".py").replace("/", ".") for path in _listed()}

@@ -35,6 +35,7 @@ from mesh.testing.ca import FakeCa
 from mesh.tls.contexts import hbone_context
 from waypoint_py.admission import Ourselves
 from waypoint_py.app import make_client_codec
+from waypoint_py.context import Connection
 from waypoint_py.credentials import Credentials
 from waypoint_py.http.codec import BodyData, BodyEnd, GoingAway
 from waypoint_py.http.h2 import Http2Client
@@ -46,11 +47,21 @@ from waypoint_py.policy.ext_authz import ExtAuthz
 from waypoint_py.policy.jwks import Authenticator, KeyStore
 from waypoint_py.reach import reach
 from waypoint_py.store import Store
+from waypoint_py.stream import ByteStream
 from waypoint_py.streams.tunnel import TunnelStream
 from waypoint_py.upstream.announce import announce
 from waypoint_py.upstream.balancer import Balancer
 from waypoint_py.upstream.dial import Dialler
 from waypoint_py.upstream.pool import Pool
+from waypoint_py.upstream.session import (
+    Cancel,
+    Connections,
+    Endpoint,
+    ResponseSink,
+    UpstreamFailure,
+    UpstreamProtocol,
+    UpstreamStream,
+)
 from waypoint_py.waiting import NurseryWaits, TaskStream
 
 CA = FakeCa()
@@ -113,6 +124,38 @@ class Log:
 
     def refused(self, record: RefusalRecord) -> None:
         self.refusals.append(record)
+
+
+class Led:
+    """`Connections` that all go to one address: no pod can be announced at one of this machine."""
+
+    def __init__(self, connections: Connections, address: SocketAddress) -> None:
+        self._connections = connections
+        self._address = address
+
+    def request(
+        self,
+        endpoint: Endpoint,
+        protocol: UpstreamProtocol,
+        request: Request,
+        ended: bool,
+        sink: ResponseSink,
+        on_open: Callable[[UpstreamStream], None],
+        *,
+        client: Connection | None = None,
+    ) -> Cancel:
+        led = replace(endpoint, address=self._address)
+        return self._connections.request(led, protocol, request, ended, sink, on_open, client=client)
+
+    def connect(
+        self,
+        endpoint: Endpoint,
+        on_open: Callable[[ByteStream | UpstreamFailure], None],
+        *,
+        client: Connection | None = None,
+        host: str = "",
+    ) -> Cancel:
+        return self._connections.connect(replace(endpoint, address=self._address), on_open, client=client, host=host)
 
 
 class World:

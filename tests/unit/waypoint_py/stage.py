@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from mesh.model.l7.routing import Destination, Fault, Forward, Mirror, Origin, R
 from mesh.model.l7.waypoint import Assigned, PortConfig, Protocol, ServiceConfig, WaypointSettings
 from mesh.model.service import Service, ServicePort
 from mesh.model.workload import PortMapping, Workload
+from mesh.reactor.loop import Reactor, Timer
 from mesh.state.store import Delta, MeshState
 from waypoint_py.admission import Ourselves
 from waypoint_py.context import Connection
@@ -45,64 +44,54 @@ ROUTE = Route(
 )
 
 
-class Timer:
-    def __init__(self, fn: Callable[[], None]) -> None:
-        self.fn: Callable[[], None] | None = fn
-
-    @property
-    def active(self) -> bool:
-        return self.fn is not None
-
-    def cancel(self) -> None:
-        self.fn = None
-
-
 class Clockwork:
-    """A reactor without descriptors, moved by hand."""
+    """A reactor that waits for nothing, moved by hand. What a callback raises is the test's; ``errors``: what was reported."""
 
     def __init__(self) -> None:
         self.time = 0.0
-        self.turns = 0
-        self.soon: list[Callable[[], None]] = []
-        self.timers: list[tuple[float, int, Timer]] = []
-        self.serial = itertools.count()
         self.errors: list[BaseException] = []
+        self.reactor = Reactor(self._failed)
+        self.reactor.now = self.now
+        self.reactor.close()  # it needs no descriptors
+
+    def _failed(self, error: BaseException, where: str) -> None:
+        if where.startswith(("call ", "timer ")):
+            raise error
+        self.errors.append(error)
 
     def now(self) -> float:
         return self.time
 
-    def call_soon(self, fn: Callable[[], None], abort: object = None) -> None:
-        self.soon.append(fn)
-
-    def call_later(self, seconds: float, fn: Callable[[], None]) -> Timer:
-        timer = Timer(fn)
-        heapq.heappush(self.timers, (self.time + seconds, next(self.serial), timer))
-        return timer
-
-    def report(self, error: BaseException, where: str) -> None:
-        self.errors.append(error)
+    def step(self) -> None:
+        """The calls that are due now."""
+        self.reactor.turns += 1
+        self.reactor._run_calls(self.reactor._soon)
 
     def turn(self) -> None:
-        self.turns += 1
-        while self.soon:
-            self.soon.pop(0)()
+        """All calls, and what they call for."""
+        self.reactor.turns += 1
+        while self.reactor._soon:
+            self.reactor._run_calls(self.reactor._soon)
 
     def advance(self, seconds: float) -> None:
-        until = self.time + seconds
-        while self.timers and self.timers[0][0] <= until:
-            self.time, _, timer = heapq.heappop(self.timers)
-            fn, timer.fn = timer.fn, None
-            if fn is not None:
-                fn()
+        until, timers = self.time + seconds, self.reactor._timers
+        while timers and timers[0][0] <= until:
+            self.time = timers[0][0]
+            self.reactor._run_timers(self.time)
             self.turn()
         self.time = until
+
+    @property
+    def timers(self) -> list[Timer]:
+        """Those that are still to come."""
+        return [timer for _, _, timer in self.reactor._timers if timer.active]
 
 
 class Wire:
     """A byte stream whose peer reads when told."""
 
-    def __init__(self, clock: Clockwork) -> None:
-        self.clock = clock
+    def __init__(self, reactor: Reactor) -> None:
+        self.reactor = reactor
         self.sink: Sink | None = None
         self.out = bytearray()
         self.paused = False
@@ -134,7 +123,7 @@ class Wire:
     def close(self, reason: str | None) -> None:
         if not self.over:
             self.over = True
-            self.clock.call_soon(lambda: self.sink.closed(reason) if self.sink is not None else None)
+            self.reactor.call_soon(lambda: self.sink.closed(reason) if self.sink is not None else None)
 
     def pause(self) -> None:
         self.paused = True
@@ -277,7 +266,7 @@ class Stage:
         port = PortConfig(80, Protocol.AUTO, routes=(route,))
         store.apply(Delta(l7=(Assigned("shop/waypoint", ServiceConfig("shop", HOST, (port,))),)))
         self.plane = Plane(
-            reactor=self.clock,  # as much of one as is used
+            reactor=self.clock.reactor,
             state=state,
             store=store,
             connections=self.upstreams,
@@ -292,7 +281,7 @@ class Stage:
             wall=lambda: 1_700_000_000 + self.clock.time,
         )
         self.facts = Connection(SpiffeId("cluster.local", "shop", "client"), vip, vip, service, None, None)
-        self.wire = Wire(self.clock)
+        self.wire = Wire(self.clock.reactor)
         self.gone = 0
         codec = Http1Server(SERVER_OPTIONS) if serial else Http2Server(SERVER_OPTIONS, now=self.clock.now)
         self.connection = HttpConnection(self.plane, self.wire, codec, self.facts, serial=serial, on_gone=self._gone)
@@ -320,7 +309,7 @@ class Stage:
         assert not self.plane.loads._loads
         for cluster in self.plane.balancer._clusters.values():
             assert all(host.active == 0 for host in cluster.hosts.values())
-        assert not [timer for _, _, timer in self.clock.timers if timer.active]
+        assert not self.clock.timers
 
     # What an upstream may do
 

@@ -13,7 +13,7 @@ from mesh.model.l7.waypoint import PortConfig, Protocol, ServiceConfig, Waypoint
 from mesh.reactor.hbone import HboneLink, connect_hbone
 from mesh.testing.ca import FakeCa
 from mesh.tls.contexts import hbone_context
-from tests.unit.waypoint_py.harness import CA, CLIENT, GATEWAY, HOST, KEY, VIP, Echo, World, default_route
+from tests.unit.waypoint_py.harness import CA, CLIENT, GATEWAY, HOST, KEY, VIP, Echo, Led, World, default_route
 from waypoint_py.listener import open_sockets
 
 
@@ -334,7 +334,6 @@ def test_traffic_to_a_workload_is_judged_and_sent_to_it() -> None:
 
         from mesh.model.address import SocketAddress
         from mesh.state.store import Delta
-        from waypoint_py.attempt import direct_endpoint
 
         echo = Echo()
         async with world.application(echo) as address:
@@ -343,21 +342,13 @@ def test_traffic_to_a_workload_is_judged_and_sent_to_it() -> None:
             world.describe()
             world.state.apply(Delta(workloads=(pod,)))
 
-            def led(facts: object) -> object:
-                return replace(direct_endpoint(facts), address=address)
-
-            patch = pytest.MonkeyPatch()
-            patch.setattr("waypoint_py.exchange.direct_endpoint", led)
-            patch.setattr("waypoint_py.tcp.direct_endpoint", led)
-            try:
-                client = await world.client(target=str(SocketAddress(ip_address("10.1.0.1"), address.port)))
-                assert (await client.get("/")).status == 200
-                (record,) = world.log.requests
-                assert record.upstream_cluster == "encap"
-                assert record.connection.target == pod
-                assert record.connection.service is None
-            finally:
-                patch.undo()
+            world.plane.connections = Led(world.pool, address)
+            client = await world.client(target=str(SocketAddress(ip_address("10.1.0.1"), address.port)))
+            assert (await client.get("/")).status == 200
+            (record,) = world.log.requests
+            assert record.upstream_cluster == "encap"
+            assert record.connection.target == pod
+            assert record.connection.service is None
 
     world.run(main)
 

@@ -22,8 +22,8 @@ from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, ReactorThread, tcp_listener, wait_until
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.contexts import hbone_context
+from tests.unit.waypoint_py.stage import Wire
 from waypoint_py.stream import HIGH_WATER, ByteStream
-from waypoint_py.streams.base import Stream
 from waypoint_py.streams.tcp import TcpStream
 from waypoint_py.streams.tls import TlsStream
 from waypoint_py.streams.tunnel import TunnelStream
@@ -62,41 +62,14 @@ class Collector:
         wait_until(lambda: event in self.events, f"{event}; there were {self.events}")
 
 
-class Carrier(Stream):
-    """Its transport takes what the test has it take."""
-
-    @property
-    def local_address(self) -> SocketAddress | None:
-        return None
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._out += data
-        self._note_unsent()
-
-    def take(self, size: int) -> bytes:
-        taken = bytes(self._out[:size])
-        del self._out[:size]
-        self._drained()
-        return taken
-
-    def end(self) -> None:
-        pass
-
-    def abort(self, reason: str) -> None:
-        self._finish_by_abort(reason)
-
-    def _passed_on(self, size: int) -> None:
-        pass
-
-
 @contextmanager
-def tls_that_stands() -> Iterator[tuple[ReactorThread, Carrier, TlsStream]]:
+def tls_that_stands() -> Iterator[tuple[ReactorThread, Wire, TlsStream]]:
     """TLS over a carrier with nothing in it."""
     with ReactorThread() as thread:
         reactor, outcomes = thread.reactor, list[str | None]()
 
-        def start() -> tuple[Carrier, TlsStream, Carrier]:
-            near, far = Carrier(reactor), Carrier(reactor)
+        def start() -> tuple[Wire, TlsStream, Wire]:
+            near, far = Wire(reactor), Wire(reactor)
             TlsStream(reactor, far, tls_server_context(BUNDLE), outcomes.append, server_side=True)
             return near, TlsStream(reactor, near, tls_client_context(BUNDLE), outcomes.append), far
 
@@ -104,8 +77,8 @@ def tls_that_stands() -> Iterator[tuple[ReactorThread, Carrier, TlsStream]]:
 
         def carry() -> bool:
             for source, target in ((near, far), (far, near)):
-                assert target._sink is not None
-                target._sink.data(memoryview(source.take(source.unsent)))
+                assert target.sink is not None
+                target.sink.data(memoryview(source.read(source.unsent)))
             return len(outcomes) == 2 and not near.unsent and not far.unsent
 
         wait_until(lambda: thread.call(carry), "TLS to stand")

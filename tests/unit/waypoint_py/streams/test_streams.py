@@ -17,9 +17,9 @@ from typing import cast
 import pytest
 
 from mesh.testing.proxies import ReactorThread, open_descriptors, read_all, wait_until
+from tests.unit.waypoint_py.stage import Wire
 from tests.unit.waypoint_py.streams.conftest import (
     BUNDLE,
-    Carrier,
     Collector,
     Line,
     Pipe,
@@ -414,13 +414,13 @@ def test_streams_joined_by_a_pipe_pass_everything_on(open_line: Callable[[str], 
 
 
 @pytest.fixture
-def carried() -> Iterator[tuple[ReactorThread, Carrier, TlsStream]]:
+def carried() -> Iterator[tuple[ReactorThread, Wire, TlsStream]]:
     with tls_that_stands() as found:
         yield found
 
 
 def test_room_is_told_after_plaintext_that_was_written_as_the_carrier_drained(
-    carried: tuple[ReactorThread, Carrier, TlsStream],
+    carried: tuple[ReactorThread, Wire, TlsStream],
 ) -> None:
     """The carrier has room while as much waits to be sealed: who looks then finds none, and nobody would speak of it again."""
     thread, carrier, stream = carried
@@ -432,7 +432,7 @@ def test_room_is_told_after_plaintext_that_was_written_as_the_carrier_drained(
     def write_while_it_drains() -> None:
         assert carrier.unsent > HIGH_WATER, "sealed, and the carrier's"
         stream.write(bytes(2 * LOW_WATER))
-        carrier.take(carrier.unsent - LOW_WATER + 1)
+        carrier.read(carrier.unsent - LOW_WATER + 1)
         assert unsent == [], "what waits to be sealed is not gone"
 
     thread.call(write_while_it_drains)
@@ -442,12 +442,12 @@ def test_room_is_told_after_plaintext_that_was_written_as_the_carrier_drained(
     assert thread.call(lambda: carrier.unsent) == unsent[0], "all was sealed"
 
 
-def test_a_proxy_goes_on_when_tls_has_room_again_above_the_low_mark(carried: tuple[ReactorThread, Carrier, TlsStream]) -> None:
+def test_a_proxy_goes_on_when_tls_has_room_again_above_the_low_mark(carried: tuple[ReactorThread, Wire, TlsStream]) -> None:
     """The carrier was never above its mark, only both together: it will not speak of what it sends."""
     thread, carrier, stream = carried
 
-    def begin() -> tuple[Carrier, _Side]:
-        source = Carrier(thread.reactor)
+    def begin() -> tuple[Wire, _Side]:
+        source = Wire(thread.reactor)
         proxy = cast(TcpProxy, SimpleNamespace(moved=lambda _side, _size: None))
         down, up = _Side(proxy, source), _Side(proxy, stream)
         down.connect(up)
@@ -461,11 +461,11 @@ def test_a_proxy_goes_on_when_tls_has_room_again_above_the_low_mark(carried: tup
     def fill() -> None:
         assert carrier.unsent > HIGH_WATER - 2 * LOW_WATER, "sealed, and the carrier's"
         down.data(memoryview(bytes(2 * LOW_WATER + 1)))
-        assert source._paused
-        carrier.take(LOW_WATER)
+        assert source.paused
+        carrier.read(LOW_WATER)
 
     thread.call(fill)
-    wait_until(lambda: not thread.call(lambda: source._paused), "the source to go on")
+    wait_until(lambda: not thread.call(lambda: source.paused), "the source to go on")
     assert LOW_WATER < thread.call(lambda: carrier.unsent) <= HIGH_WATER
 
 

@@ -35,8 +35,8 @@ class _Server:
 
     def __init__(self) -> None:
         self.clock = Clockwork()
-        self.wire = Wire(self.clock)
-        self.session = HttpSession(self.clock, self.wire, Http2Client(now=self.clock.now), _Owner())
+        self.wire = Wire(self.clock.reactor)
+        self.session = HttpSession(self.clock.reactor, self.wire, Http2Client(now=self.clock.now), _Owner())
         self.session.data(memoryview(SETTINGS))
 
     def ping(self) -> None:

@@ -452,7 +452,7 @@ def test_a_request_whose_record_has_left_is_not_begun_anew_for_the_length_of_lat
             return call
 
         def leave() -> None:
-            assert carrier.take(carrier.unsent)
+            assert carrier.read(carrier.unsent)
 
         def begin() -> HttpSession:
             session = HttpSession(thread.reactor, stream, Http2Client(now=thread.reactor.now), owner)
