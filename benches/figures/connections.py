@@ -10,7 +10,7 @@ from benches.stage import DATA_PATH, Say, Subject, subjects
 from benches.turns import Seen, Task, take_turns
 
 FIGURE: Final = "connections"
-ROUNDS: Final = 7
+ROUNDS: Final = 13
 COUNTS: Final[Mapping[int, int]] = {1: 400, 64: 1200}
 """Connections of one piece of work, by how many are under way at once: some half a second."""
 

@@ -10,7 +10,7 @@ from benches.stage import PROXIES, Broken, Say, Subject, subjects
 from benches.turns import Seen, Task, take_turns
 
 FIGURE: Final = "handshakes"
-ROUNDS: Final = 7
+ROUNDS: Final = 13
 COUNT: Final = 150
 UNUSED: Final = 0.5
 """Seconds after which a tunnel that carries nothing is gone: 100 ms is what proxies were told."""

@@ -39,7 +39,7 @@ from mesh.testing.envoy import command
 from meshctl_py.lab.client import Lab
 
 FIGURE: Final = "waypoint"
-ROUNDS: Final = 5
+ROUNDS: Final = 7
 SECONDS: Final = 1.0
 RATE: Final = 200
 PARALLEL: Final = (1, 16)

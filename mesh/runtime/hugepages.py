@@ -9,8 +9,8 @@ import trio
 
 from mesh.linux.memory import gather_in_huge_pages
 
-_WHEN: Final = (2.0, 10.0, 60.0)
-"""Seconds from the start to the first time, and from then to the next ones: while what it knows of the mesh arrives."""
+_WHEN: Final = (2.0, 60.0)
+"""Seconds from the start to the first time, when a small mesh is known, and from then to the next, when a large one is."""
 _AGAIN: Final = 600.0
 
 
