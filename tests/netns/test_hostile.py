@@ -553,7 +553,7 @@ def test_garbage_on_the_control_planes_port_ends_nothing(lab: Lab, caller: Attac
     istiod = [process for process in lab.status()["processes"] if process["name"] == "istiod"]
     address = "10.99.0.2"
     for garbage in GARBAGE:
-        with caller.connect(15012, address) as sock, suppress(ConnectionError):
+        with caller.connect(15012, address) as sock, suppress(OSError):
             sock.sendall(garbage)
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(65536):

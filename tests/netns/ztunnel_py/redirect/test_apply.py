@@ -486,12 +486,12 @@ def test_while_a_pod_is_released_a_client_may_use_the_port_that_the_agent_holds(
         assert len(set(world.app.clients)) == 2
 
 
-@pytest.mark.parametrize("idle", [False, True])
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_connection_from_before_the_capture_keeps_its_port_to_itself(world: World, version: int, idle: bool) -> None:
+def test_a_connection_from_before_the_capture_keeps_its_port_to_itself(world: World, version: int) -> None:
+    """Once anything was said in it since: until then conntrack does not know it."""
     with StandInProxy(world.pod), closing([call_from(world, 40000, version)]) as held:
         apply_capture(world.pod.fd, world.plan())
-        assert idle or echoes(held[0])
+        assert echoes(held[0])
         let_agent_choose_only(world.pod, 40000)
         held.append(call_from(world, 50000, version))
         assert [echoes(sock) for sock in (*held, *held)] == [True] * 4
