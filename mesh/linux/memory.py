@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -18,9 +17,6 @@ _TRANSPARENT: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _DENSE: Final = 0.75
 """Of a huge page's place, so much must be in use: the rest would be memory spent on nothing."""
 
-_PAUSE: Final = 0.005
-"""Seconds between two places, so that whoever needed memory meanwhile has a turn."""
-
 
 def return_free_memory() -> None:
     """Give it back to the kernel. Takes up to some ten milliseconds, in which other threads may run.
@@ -34,11 +30,10 @@ def return_free_memory() -> None:
 
 def gather_in_huge_pages() -> int:
     """Have the kernel move heap and other anonymous memory of this process into huge pages where it fills them; the bytes that are in
-    some now.
+    some now. Raises OSError where the process may not look at its own memory.
 
     Call it in a thread of its own: each 2 MiB that is moved takes one to eight milliseconds, in which other threads run unless they need
-    memory, and a pause follows. Nothing is done where the machine's owner wants no transparent huge pages (``never``), and nothing
-    comes of it before Linux 6.1.
+    memory. Nothing is done where the machine's owner wants no transparent huge pages (``never``), and nothing comes of it before Linux 6.1.
     """
     size = _huge_page_size()
     if not size:
@@ -50,7 +45,6 @@ def gather_in_huge_pages() -> int:
             # It may be gone by now, or the kernel may have no such page to give: both cost nothing but the gain.
             if _libc.madvise(ctypes.c_void_p(first + page * _PAGE), ctypes.c_size_t(size), _MADV_COLLAPSE) == 0:
                 gathered += size
-            time.sleep(_PAUSE)
     return gathered
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import chain, repeat
 from typing import Final
 
@@ -22,4 +23,5 @@ async def keep_in_huge_pages() -> None:
     """
     for pause in chain(_WHEN, repeat(_AGAIN)):
         await trio.sleep(pause)
-        await trio.to_thread.run_sync(gather_in_huge_pages, abandon_on_cancel=True)  # whoever ends need not wait for it
+        with suppress(OSError):  # costs the gain, never the process
+            await trio.to_thread.run_sync(gather_in_huge_pages, abandon_on_cancel=True)  # whoever ends need not wait for it
