@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,7 @@ _TRIM: Final[Callable[[int], int] | None] = getattr(_libc, "malloc_trim", None)
 """Of glibc; others give back by themselves or not at all."""
 _MADV_COLLAPSE: Final = 25
 """madvise(2), Linux 6.1."""
-_PAGE: Final = 4096
+_PAGE: Final = mmap.PAGESIZE
 _TRANSPARENT: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _DENSE: Final = 0.75
 """Of a huge page's place, so much must be in use: the rest would be memory spent on nothing."""
