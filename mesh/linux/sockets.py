@@ -144,8 +144,9 @@ def _stream_socket(family: int) -> socket.socket:
     return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 
-def bind_foreign(sock: socket.socket, source: IpAddress) -> None:
-    """Let a socket of the family of ``source`` connect from there (port 0), though that is another host's address.
+def bind_foreign(sock: socket.socket, source: IpAddress, port: int = 0) -> None:
+    """Let a socket of the family of ``source`` connect from there, though that is another host's address; from ``port`` (`LocalPorts`), or
+    from one of the kernel's choice if that is 0 or somebody else has it.
 
     Raises OSError: a connection that cannot bear its client's address is not made (ztunnel N5 warns and connects without it; policies of
     the application on addresses would then see the wrong one).
@@ -154,6 +155,16 @@ def bind_foreign(sock: socket.socket, source: IpAddress) -> None:
         sock.setsockopt(SOL_IPV6, IPV6_TRANSPARENT, 1)
     else:
         sock.setsockopt(SOL_IP, IP_TRANSPARENT, 1)
+    if port:
+        # That a connection from there to another port, or one in TIME_WAIT, has it is no hindrance; connect() knows whether it can be told
+        # from them.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((ip_text(source), port))
+            return
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
+                raise
     # The port is chosen by connect(), per destination: bind() would choose among 28 000 for all destinations together.
     sock.setsockopt(SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     sock.bind((ip_text(source), 0))

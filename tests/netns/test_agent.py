@@ -70,6 +70,18 @@ def _mutual(lab: Lab) -> bool:
     return len(lab.access("n1", "15008")) > before
 
 
+HURRY = """
+import socket, sys
+host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+for number in range(count):
+    with socket.create_connection((host, port), 10) as sock:
+        sock.sendall(b"%08d" % number)
+        assert sock.recv(8) == b"%08d" % number, number
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b"", number
+"""
+
+
 class Holder:
     """Connections held in a pod, with a message to and fro twenty times a second."""
 
@@ -214,6 +226,31 @@ def test_a_killed_mover_costs_its_own_connections_and_is_replaced(enrolled: Lab)
         wait_until(lambda: len(agent_processes(enrolled, "n1", "mover")) == 2, "the mover is replaced")
         assert enrolled.curl("shop/client", "http://server.shop/").returncode == 0
         assert kept.lost_within(0.5) == []
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_client_that_closes_its_connections_first_has_more_of_them_in_a_minute_than_the_server_has_ports(
+    enrolled: Lab, family: int
+) -> None:
+    with local_ports(enrolled, "shop/server", "40000 40199"):
+        kill_in(enrolled, "n2", *(movers := agent_processes(enrolled, "n2", "mover")))  # those that come look again
+        wait_until(lambda: len(set(agent_processes(enrolled, "n2", "mover")) - set(movers)) >= 2, "others have come")
+        wait_until(lambda: _mutual(enrolled), "they serve the pod")
+        address = next(ip for ip in enrolled.pod("shop/server")["ips"] if (":" in ip) == (family == 6))
+        done = enrolled.run("shop/client", "python3", "-c", HURRY, address, "7000", "250")
+        assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def local_ports(lab: Lab, where: str, local_range: str) -> Iterator[None]:
+    """What a pod may connect from. The probes of its readiness need some as well."""
+    path = "/proc/sys/net/ipv4/ip_local_port_range"
+    before = lab.run(where, "cat", path).stdout
+    assert lab.run(where, "sh", "-c", f"echo {local_range} > {path}").returncode == 0
+    try:
+        yield
+    finally:
+        lab.run(where, "sh", "-c", f"echo {before} > {path}")
 
 
 def test_an_allow_policy_lets_its_principal_in_and_resets_others(enrolled: Lab) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol, Self, TypeAlias, TypeVar
 from OpenSSL import SSL
 
 from mesh.linux.netns import entered
+from mesh.linux.ports import LocalPorts
 from mesh.linux.sockets import bind_foreign, make_upstream_socket
 from mesh.model.address import IpAddress, SocketAddress
 from mesh.model.identity import SpiffeId
@@ -92,13 +93,19 @@ class Dialling:
 
     __slots__ = ("_pending", "_sock")
 
-    def __init__(self, pending: Pending | Timer, sock: socket.socket | None = None) -> None:
+    def __init__(self, pending: Pending | Timer | None = None) -> None:
+        self._pending = pending
+        self._sock: socket.socket | None = None
+
+    def wait_for(self, pending: Pending | Timer, sock: socket.socket | None = None) -> None:
+        """What `cancel` ends from now on."""
         self._pending = pending
         self._sock = sock
 
     def cancel(self) -> None:
         """Give the connection up; nobody is called back."""
-        self._pending.cancel()
+        if self._pending is not None:
+            self._pending.cancel()
         if self._sock is not None:
             self._sock.close()
 
@@ -119,6 +126,8 @@ class Pod:
         self._ahead: dict[int, list[socket.socket]] = {socket.AF_INET: [], socket.AF_INET6: []}
         """Sockets for the next dials, by family."""
         self._made_at_once = 1
+        self._ports: LocalPorts | None = None
+        """The namespace's, to connect from as others; not looked up yet."""
         self._trimmer: Timer | None = None
         self._described: tuple[Workload, str] | None = None
         self._name_server: NameServing | None = None
@@ -226,30 +235,59 @@ class Pod:
         self, address: SocketAddress, on_done: Callable[[socket.socket | OSError], None], *, source: IpAddress | None = None
     ) -> Dialling:
         """Connect from the pod's namespace, as ``source`` if given (only where the application must see its client's address)."""
+        dialling = Dialling()
+        if source is None or source == address.ip:
+            self._dial(dialling, address, on_done, None, 0)
+        else:
+            self._dial(dialling, address, on_done, source, self._next_port())
+        return dialling
+
+    def _dial(
+        self,
+        dialling: Dialling,
+        address: SocketAddress,
+        on_done: Callable[[socket.socket | OSError], None],
+        source: IpAddress | None,
+        port: int,
+    ) -> None:
+        """``port``: of the client's address, 0 for one of the kernel's choice."""
         try:
-            sock = self._make_socket(address, source)
+            sock = self._make_socket(address, source, port)
         except OSError as exc:
             failure = exc  # told later, as every other: whoever dials has more to do first
-            return Dialling(self.plane.reactor.call_later(0, lambda: on_done(failure)))
+            dialling.wait_for(self.plane.reactor.call_later(0, lambda: on_done(failure)))
+            return
 
         def connected(error: OSError | None) -> None:
-            if error is not None:
-                sock.close()
-                on_done(error)
-            else:
+            if error is None:
                 on_done(sock)
+                return
+            sock.close()
+            if port and error.errno == errno.EADDRNOTAVAIL:  # a living connection to there has it
+                self._dial(dialling, address, on_done, source, 0)
+            else:
+                on_done(error)
 
-        return Dialling(connect(self.plane.reactor, sock, address, CONNECT_SECONDS, connected), sock)
+        dialling.wait_for(connect(self.plane.reactor, sock, address, CONNECT_SECONDS, connected), sock)
 
-    def _make_socket(self, address: SocketAddress, source: IpAddress | None) -> socket.socket:
+    def _next_port(self) -> int:
+        """To connect from in a client's name; 0 if the kernel is to choose."""
+        if self._ports is None:
+            try:
+                self._ports = self.inside(LocalPorts.here)
+            except OSError:
+                return 0
+        return self._ports.take()
+
+    def _make_socket(self, address: SocketAddress, source: IpAddress | None, port: int) -> socket.socket:
         family = socket.AF_INET6 if address.ip.version == 6 else socket.AF_INET
         ahead = self._ahead[family]
         if not ahead:
             self.inside(lambda: self._make_ahead(ahead, family))
         sock = ahead.pop()
-        if source is not None and source != address.ip:
+        if source is not None:
             try:
-                bind_foreign(sock, source)
+                bind_foreign(sock, source, port)
             except OSError:
                 sock.close()
                 raise

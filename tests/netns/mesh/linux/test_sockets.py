@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
@@ -14,6 +16,7 @@ from mesh.linux.nft import Chain, ChainType, Hook, HookPoint, Rule, Table
 from mesh.linux.nft_apply import replace_tables
 from mesh.linux.sockets import (
     SO_MARK,
+    bind_foreign,
     local_address,
     make_upstream_socket,
     original_destination,
@@ -114,6 +117,62 @@ def dial_from(source: IPv4Address | IPv6Address, port: int) -> socket.socket:
     sock.settimeout(15)
     sock.connect(("127.0.0.1", port))
     return sock
+
+
+@pytest.fixture(params=["10.5.5.5", "fd05::5"])
+def client(request: pytest.FixtureRequest) -> IPv4Address | IPv6Address:
+    return ip_address(request.param)
+
+
+def dial_from_port(client: IPv4Address | IPv6Address, local: int, port: int) -> socket.socket:
+    """To ``port`` of the loopback address, in the name of ``client`` and by ``local`` if that is to be had."""
+    family, target = (socket.AF_INET, "127.0.0.1") if client.version == 4 else (socket.AF_INET6, "::1")
+    sock = make_upstream_socket(family, mark=MARK)
+    sock.settimeout(15)
+    bind_foreign(sock, client, local)
+    sock.connect((target, port))
+    return sock
+
+
+@contextmanager
+def place_of(client: IPv4Address | IPv6Address) -> Iterator[Netns]:
+    """A namespace that takes what is meant for ``client`` for its own."""
+    with namespaces("a") as (a,):
+        a.output("ip", "address", "add", str(client), "dev", "lo", *(["nodad"] if client.version == 6 else []))
+        yield a
+
+
+def test_a_chosen_port_is_had_again_at_once_after_who_had_it_closed_first(client: IPv4Address | IPv6Address) -> None:
+    with place_of(client) as a, EchoServer(a.listen(1)):
+        for _ in range(5):
+            with a.run(lambda: dial_from_port(client, 40001, 1)) as sock:
+                assert local_address(sock) == SocketAddress(client, 40001)
+                assert echoes(sock)
+                sock.shutdown(socket.SHUT_WR)
+                assert sock.recv(1) == b""  # the server has closed too: TIME_WAIT
+
+
+def test_a_chosen_port_leads_to_several_destinations_and_once_to_each(client: IPv4Address | IPv6Address) -> None:
+    with (
+        place_of(client) as a,
+        EchoServer(a.listen(1)),
+        EchoServer(a.listen(2)),
+        a.run(lambda: dial_from_port(client, 40001, 1)) as sock,
+        a.run(lambda: dial_from_port(client, 40001, 2)) as other,
+    ):
+        assert local_address(sock) == local_address(other) == SocketAddress(client, 40001)
+        assert echoes(sock)
+        assert echoes(other)
+        with pytest.raises(OSError, match="Cannot assign requested address") as caught:
+            a.run(lambda: dial_from_port(client, 40001, 1))
+        assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+def test_where_somebody_listens_the_kernel_chooses_another_port(client: IPv4Address | IPv6Address) -> None:
+    with place_of(client) as a, EchoServer(a.listen(1)), a.listen(40001), a.run(lambda: dial_from_port(client, 40001, 1)) as sock:
+        assert local_address(sock).ip == client
+        assert local_address(sock).port != 40001
+        assert echoes(sock)
 
 
 def test_upstream_sockets_send_small_writes_at_once_and_notice_dead_peers() -> None:

@@ -106,7 +106,7 @@ class LoopbackSocket(socket.socket):
         return super().fileno()
 
 
-def bind_to(sock: socket.socket, source: IpAddress) -> None:
+def bind_to(sock: socket.socket, source: IpAddress, port: int) -> None:
     sock.bind((str(source), 0))
 
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mesh.linux.ports import LocalPorts
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.reactor.pool import PoolKey
+from mesh.reactor.tcp import socket_address
 from ztunnel_py.messages import PodInfo
 from ztunnel_py.mover import pod as pods
 from ztunnel_py.mover.inbound import InboundHbone, InboundPlaintext
@@ -42,7 +44,7 @@ class VisitedPod:
     def take(self, count: int, address: SocketAddress = V4) -> None:
         """The sockets of so many dials, used and closed."""
         for _ in range(count):
-            self.pod._make_socket(address, None).close()
+            self.pod._make_socket(address, None, 0).close()
 
     def ahead(self, family: int = socket.AF_INET) -> int:
         return len(self.pod._ahead[family])
@@ -181,7 +183,7 @@ def test_a_dial_that_no_socket_can_be_made_for_is_told_later_and_no_socket_is_le
 def test_an_address_that_cannot_be_bound_costs_one_socket_and_not_the_others(
     world: World, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(sock: socket.socket, source: object) -> None:
+    def refuse(sock: socket.socket, source: object, port: int) -> None:
         raise OSError(errno.EADDRNOTAVAIL, "cannot assign requested address")
 
     async def main() -> None:
@@ -190,7 +192,7 @@ def test_an_address_that_cannot_be_bound_costs_one_socket_and_not_the_others(
         visited.take(2)
         monkeypatch.setattr(pods, "bind_foreign", refuse)
         with pytest.raises(OSError, match="cannot assign"):
-            pod._make_socket(V4, parse_ip("192.0.2.1"))
+            pod._make_socket(V4, parse_ip("192.0.2.1"), 0)
         assert kernel.all_closed
         pod.close()
 
@@ -251,3 +253,31 @@ def test_a_pod_that_is_dropped_leaves_nothing_for_the_garbage_collector(world: W
         world.run(main)
     finally:
         gc.enable()
+
+
+def test_a_chosen_port_that_a_living_connection_has_is_left_to_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(sock: socket.socket, source: object, port: int) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((str(source), port))
+
+    async def main() -> None:
+        pod = VisitedPod(world).pod
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as probe:
+            probe.bind(("127.0.0.7", 0))
+            free = probe.getsockname()[1]
+            probe.close()
+            monkeypatch.setattr(pods.LocalPorts, "here", lambda: LocalPorts(range(free, free + 1), (), 0))
+            told: list[socket.socket | OSError] = []
+            for number in (1, 2):
+                pod.dial(socket_address(server.getsockname()), told.append, source=parse_ip("127.0.0.7"))
+                await world.until(lambda number=number: len(told) == number)
+            first, second = (sock for sock in told if isinstance(sock, socket.socket))
+            assert first.getsockname() == ("127.0.0.7", free)
+            assert second.getsockname()[0] == "127.0.0.7"
+            assert second.getsockname()[1] != free
+            first.close()
+            second.close()
+        pod.close()
+
+    monkeypatch.setattr(pods, "bind_foreign", bind)
+    world.run(main)
