@@ -1,4 +1,4 @@
-"""Local ports of a network namespace, taken in turn by whoever opens many connections in others' names.
+"""Local ports of a network namespace, taken in turn by whoever opens many connections for others.
 
 The kernel's own choice costs more the more ports are taken: connect() looks at one after the other, and a closed connection keeps its port
 for a minute (TIME_WAIT). Of a client that closes first, 38 us of CPU for each of 12 000 connections became 1.4 ms at 20 000, and at 28 000
@@ -44,7 +44,7 @@ class LocalPorts:
 
     @classmethod
     def here(cls) -> Self:
-        """Those of the calling thread's network namespace, begun anywhere, as others may open connections from it in the same names; none
+        """Those of the calling thread's network namespace, begun anywhere, as others may open connections for the same ends; none
         where the kernel does not tell. Raises OSError."""
         try:
             return cls.parse(_RANGE.read_text(), _RESERVED.read_text(), random.randrange(1 << 16))

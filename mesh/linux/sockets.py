@@ -155,19 +155,30 @@ def bind_foreign(sock: socket.socket, source: IpAddress, port: int = 0) -> None:
         sock.setsockopt(SOL_IPV6, IPV6_TRANSPARENT, 1)
     else:
         sock.setsockopt(SOL_IP, IP_TRANSPARENT, 1)
-    if port:
-        # That a connection from there to another port, or one in TIME_WAIT, has it is no hindrance; connect() knows whether it can be told
-        # from them.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((ip_text(source), port))
-            return
-        except OSError as exc:
-            if exc.errno != errno.EADDRINUSE:
-                raise
+    if port and _bind_shared(sock, ip_text(source), port):
+        return
     # The port is chosen by connect(), per destination: bind() would choose among 28 000 for all destinations together.
     sock.setsockopt(SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     sock.bind((ip_text(source), 0))
+
+
+def bind_port(sock: socket.socket, port: int) -> None:
+    """Let a socket connect from ``port`` (`LocalPorts`) of whatever address leads there, or, if somebody else has that, from one of the
+    kernel's choice. Raises OSError."""
+    _bind_shared(sock, "", port)
+
+
+def _bind_shared(sock: socket.socket, host: str, port: int) -> bool:
+    """Whether the port is to be had: that a connection to another place, or one in TIME_WAIT, has it as well is no hindrance, and connect()
+    will know whether it can be told from them. Raises OSError."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
 
 
 def _original_v4(sock: socket.socket) -> SocketAddress | None:

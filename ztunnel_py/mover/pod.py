@@ -14,7 +14,7 @@ from OpenSSL import SSL
 
 from mesh.linux.netns import entered
 from mesh.linux.ports import LocalPorts
-from mesh.linux.sockets import bind_foreign, make_upstream_socket
+from mesh.linux.sockets import bind_foreign, bind_port, make_upstream_socket
 from mesh.model.address import IpAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.ports import DIALLED_MARK
@@ -127,7 +127,7 @@ class Pod:
         """Sockets for the next dials, by family."""
         self._made_at_once = 1
         self._ports: LocalPorts | None = None
-        """The namespace's, to connect from as others; not looked up yet."""
+        """The namespace's, to connect from; not looked up yet."""
         self._trimmer: Timer | None = None
         self._described: tuple[Workload, str] | None = None
         self._name_server: NameServing | None = None
@@ -236,10 +236,7 @@ class Pod:
     ) -> Dialling:
         """Connect from the pod's namespace, as ``source`` if given (only where the application must see its client's address)."""
         dialling = Dialling()
-        if source is None or source == address.ip:
-            self._dial(dialling, address, on_done, None, 0)
-        else:
-            self._dial(dialling, address, on_done, source, self._next_port())
+        self._dial(dialling, address, on_done, source if source != address.ip else None, self._next_port())
         return dialling
 
     def _dial(
@@ -250,7 +247,7 @@ class Pod:
         source: IpAddress | None,
         port: int,
     ) -> None:
-        """``port``: of the client's address, 0 for one of the kernel's choice."""
+        """``port``: to connect from, 0 for one of the kernel's choice."""
         try:
             sock = self._make_socket(address, source, port)
         except OSError as exc:
@@ -271,7 +268,7 @@ class Pod:
         dialling.wait_for(connect(self.plane.reactor, sock, address, CONNECT_SECONDS, connected), sock)
 
     def _next_port(self) -> int:
-        """To connect from in a client's name; 0 if the kernel is to choose."""
+        """To connect from; 0 if the kernel is to choose."""
         if self._ports is None:
             try:
                 self._ports = self.inside(LocalPorts.here)
@@ -285,12 +282,14 @@ class Pod:
         if not ahead:
             self.inside(lambda: self._make_ahead(ahead, family))
         sock = ahead.pop()
-        if source is not None:
-            try:
+        try:
+            if source is not None:
                 bind_foreign(sock, source, port)
-            except OSError:
-                sock.close()
-                raise
+            elif port:
+                bind_port(sock, port)
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     def _make_ahead(self, ahead: list[socket.socket], family: int) -> None:

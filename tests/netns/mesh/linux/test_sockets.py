@@ -17,6 +17,7 @@ from mesh.linux.nft_apply import replace_tables
 from mesh.linux.sockets import (
     SO_MARK,
     bind_foreign,
+    bind_port,
     local_address,
     make_upstream_socket,
     original_destination,
@@ -173,6 +174,26 @@ def test_where_somebody_listens_the_kernel_chooses_another_port(client: IPv4Addr
         assert local_address(sock).ip == client
         assert local_address(sock).port != 40001
         assert echoes(sock)
+
+
+@pytest.mark.parametrize(("family", "target"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_chosen_port_of_ones_own_is_had_after_time_wait_and_left_to_who_listens(family: int, target: str) -> None:
+    def dial() -> socket.socket:
+        sock = make_upstream_socket(family, mark=MARK)
+        sock.settimeout(15)
+        bind_port(sock, 40001)
+        sock.connect((target, 1))
+        return sock
+
+    with namespaces("a") as (a,), EchoServer(a.listen(1)):
+        for _ in range(5):
+            with a.run(dial) as sock:
+                assert local_address(sock).port == 40001
+                sock.shutdown(socket.SHUT_WR)
+                assert sock.recv(1) == b""
+        with a.listen(40001), a.run(dial) as sock:
+            assert local_address(sock).port != 40001
+            assert echoes(sock)
 
 
 def test_upstream_sockets_send_small_writes_at_once_and_notice_dead_peers() -> None:
