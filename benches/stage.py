@@ -44,6 +44,9 @@ PORT: Final = 7100
 SERVICE: Final = "server.captured.svc.cluster.local"
 """A name that proxies answer for."""
 WARM_UP: Final = 200
+_TIME_WAITS: Final = 4096
+"""A pod remembers so many closed connections. With more than 14 000, Linux looks for a free port for longer than all else takes: whose turn
+it is would matter, not who it is."""
 _PATIENCE: Final = 60.0
 _ESTABLISHED: Final = "01"
 _LOAD: Final = str(Path(load.__file__).resolve())
@@ -281,12 +284,17 @@ def wait_until(condition: Callable[[], bool], what: str, patience: float = _PATI
 @contextmanager
 def _two_nodes(say: Say, wanted: Collection[str], *, movers: int, agents: Mapping[str, str]) -> Iterator[Lab]:
     namespaces = dict.fromkeys([*(_NAMESPACES[name] for name in wanted), _NAMESPACES[NO_PROXY]])
-    serve = [sys.executable, _LOAD, "serve", str(PORT)]
-    pods = [pod(name, "client", "n1", ["sleep", "infinity"]) + pod(name, "server", "n2", serve, port=PORT) for name in namespaces]
+    wait, serve = _forgetful(["sleep", "infinity"]), _forgetful([sys.executable, _LOAD, "serve", str(PORT)])
+    pods = [pod(name, "client", "n1", wait) + pod(name, "server", "n2", serve, port=PORT) for name in namespaces]
     made = [namespace(name, captured=name == _NAMESPACES[OURS]) for name in namespaces]
     objects = "".join([node("n1"), node("n2"), *made, _POLICY, *pods])
     with lab_of(say, {"cluster.yaml": objects}, name=f"{movers}-movers", movers=movers, agents=agents) as (lab, _):
         yield lab
+
+
+def _forgetful(run: list[str]) -> list[str]:
+    """The command of a pod that remembers few closed connections."""
+    return ["sh", "-c", f'echo {_TIME_WAITS} > /proc/sys/net/ipv4/tcp_max_tw_buckets && exec "$@"', "sh", *run]
 
 
 @contextmanager

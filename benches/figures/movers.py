@@ -18,14 +18,14 @@ from benches.stage import Say, Subject, subjects
 from benches.turns import Quantity, Seen, Task, take_turns
 
 FIGURE: Final = "movers"
-ROUNDS: Final = 5
+ROUNDS: Final = 7
 LIMIT: Final = 0.25
 """Of a CPU, for each mover: four of them leave one of two CPUs to the load."""
 CONNECTIONS: Final = 16
-BYTES: Final = 128_000_000
-"""Of one piece of work, all connections together: a second or two."""
+BYTES: Final = 512_000_000
+"""Of one piece of work, all connections together: one or two seconds, beside which it does not count how it begins."""
 PARALLEL: Final = 64
-SHORT: Final = 2400
+SHORT: Final = 6000
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
