@@ -115,6 +115,24 @@ def holding(lab: Lab, where: str, host: str, port: int = 7000, count: int = 10) 
         process.communicate()
 
 
+@contextmanager
+def local_ports(lab: Lab, where: str, local_range: str) -> Iterator[None]:
+    """What a pod may connect from. The probes of its readiness need some as well."""
+    path = "/proc/sys/net/ipv4/ip_local_port_range"
+
+    def set_to(wanted: str) -> str:
+        """What it was."""
+        done = lab.run(where, "sh", "-c", f"cat {path} && echo {wanted} > {path}")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    before = set_to(local_range)
+    try:
+        yield
+    finally:
+        assert set_to(before).split() == local_range.split()
+
+
 def agent_processes(lab: Lab, node: str, kind: str) -> list[int]:
     """Process ids, as the node's own /proc has them, of an agent's brain or movers."""
     pattern = f"ztunnel_py {kind}"
@@ -239,18 +257,6 @@ def test_a_client_that_closes_its_connections_first_has_more_of_them_in_a_minute
         address = next(ip for ip in enrolled.pod("shop/server")["ips"] if (":" in ip) == (family == 6))
         done = enrolled.run("shop/client", "python3", "-c", HURRY, address, "7000", "250")
         assert done.returncode == 0, done.stderr
-
-
-@contextmanager
-def local_ports(lab: Lab, where: str, local_range: str) -> Iterator[None]:
-    """What a pod may connect from. The probes of its readiness need some as well."""
-    path = "/proc/sys/net/ipv4/ip_local_port_range"
-    before = lab.run(where, "cat", path).stdout
-    assert lab.run(where, "sh", "-c", f"echo {local_range} > {path}").returncode == 0
-    try:
-        yield
-    finally:
-        lab.run(where, "sh", "-c", f"echo {before} > {path}")
 
 
 def test_an_allow_policy_lets_its_principal_in_and_resets_others(enrolled: Lab) -> None:
