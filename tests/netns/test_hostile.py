@@ -546,11 +546,8 @@ def test_garbage_on_the_agents_pages_ends_nothing(lab: Lab, caller: Attacker, po
     node = next(node for node in lab.status()["nodes"] if node["name"] == "n2")["ips"][0]
     brain = lab.agent("n2", "brain")
     for garbage in GARBAGE:
-        with caller.connect(port, node) as sock, suppress(ConnectionError):
-            sock.sendall(garbage)
-            sock.shutdown(socket.SHUT_WR)
-            while sock.recv(65536):
-                pass
+        with caller.connect(port, node) as sock:
+            send_all_and_hear(sock, garbage)
     with caller.connect(port, node) as sock:
         sock.sendall(b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         assert sock.recv(12) in (b"HTTP/1.1 200", b"HTTP/1.1 404")
