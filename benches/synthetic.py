@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from ipaddress import IPv4Address
+
+from msgspec.structs import replace
 
 from mesh.model.address import NamespacedHostname, NetworkAddress, SocketAddress
 from mesh.model.policy import Action, Clause, Exact, Match, Policy, Rule, Scope

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
+import msgspec
+
 
 def describe(value: object) -> Any:
-    """Dataclasses as objects, enums by name, addresses and names as text, mappings sorted by key."""
+    """Dataclasses and structs as objects, enums by name, addresses and names as text, mappings sorted by key."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, str | int | float | bool | None):
@@ -19,15 +21,18 @@ def describe(value: object) -> Any:
     if type(value).__str__ is not object.__str__:
         return str(value)  # addresses, CIDRs, SPIFFE IDs, service names: their text is what users know
     if dataclasses.is_dataclass(value):
-        return {
-            field.name: describe(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if getattr(value, field.name) != _default(field)
-        }
+        return _told((field.name, getattr(value, field.name), _default(field)) for field in dataclasses.fields(value))
+    if isinstance(value, msgspec.Struct):
+        return _told((field.name, getattr(value, field.name), _default(field)) for field in msgspec.structs.fields(value))
     if isinstance(value, tuple | list | frozenset):
         return [describe(item) for item in value]
     return str(value)
 
 
-def _default(field: dataclasses.Field[Any]) -> object:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+def _told(fields: Iterable[tuple[str, object, object]]) -> dict[str, Any]:
+    """Of fields, each with its value and its default, those that have another."""
+    return {name: describe(value) for name, value, default in fields if value != default}
+
+
+def _default(field: dataclasses.Field[Any] | msgspec.structs.FieldInfo) -> object:
+    return field.default_factory() if callable(field.default_factory) else field.default

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NamedTuple, Self, TypeAlias
 
+import msgspec
+
 IpAddress: TypeAlias = IPv4Address | IPv6Address
 Cidr: TypeAlias = IPv4Network | IPv6Network
 
@@ -99,9 +101,11 @@ class SocketAddress(NamedTuple):
         return f"[{ip}]:{self.port}" if ":" in ip else f"{ip}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkAddress:
-    """An IP within a network (``""`` is the default one). ``str()`` is Istio's xDS key, ``network/ip``."""
+class NetworkAddress(msgspec.Struct, frozen=True, cache_hash=True):
+    """An IP within a network (``""`` is the default one). ``str()`` is Istio's xDS key, ``network/ip``.
+
+    A key of many indices, as is a `NamespacedHostname`: hashed once, and compared, without a line of Python but for the IP's.
+    """
 
     network: str
     ip: IpAddress
@@ -110,8 +114,7 @@ class NetworkAddress:
         return f"{self.network}/{self.ip}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class NamespacedHostname:
+class NamespacedHostname(msgspec.Struct, frozen=True, order=True, cache_hash=True):
     """A service's name in the mesh. ``str()`` is Istio's xDS key, ``namespace/hostname``."""
 
     namespace: str

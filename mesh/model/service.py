@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+import msgspec
+
 from mesh.model.address import Cidr, GatewayAddress, NamespacedHostname, NetworkAddress
 
 
@@ -80,8 +82,7 @@ class CidrVip:
     cidr: Cidr
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
+class Service(msgspec.Struct, frozen=True):
     name: str
     namespace: str
     hostname: str

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+
+import msgspec
 
 from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname
 from mesh.model.identity import DEFAULT_TRUST_DOMAIN, SpiffeId
@@ -63,9 +65,12 @@ class PortMapping:
     target_port: int
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Field meanings: reference `istio.workload.Workload`; ``uid`` is the primary key, e.g. ``Kubernetes//Pod/ns/name``."""
+class Workload(msgspec.Struct, frozen=True):
+    """Field meanings: reference `istio.workload.Workload`; ``uid`` is the primary key, e.g. ``Kubernetes//Pod/ns/name``.
+
+    A struct, as is a `Service`: one is made of every endpoint of the mesh, and again whenever it changes, and a frozen dataclass sets each
+    of its fields by a call.
+    """
 
     uid: str
     name: str
@@ -91,7 +96,7 @@ class Workload:
     cluster_id: str = "Kubernetes"
     locality: Locality = Locality()
     network_mode: NetworkMode = NetworkMode.STANDARD
-    services: Mapping[NamespacedHostname, tuple[PortMapping, ...]] = field(default_factory=dict)
+    services: Mapping[NamespacedHostname, tuple[PortMapping, ...]] = msgspec.field(default_factory=dict)
     capacity: int = 1
 
     @property

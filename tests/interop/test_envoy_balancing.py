@@ -6,10 +6,10 @@ import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from mesh.model.address import NamespacedHostname, SocketAddress
 from mesh.model.l7.destination import Balance, DestinationConfig, LoadBalancer, Locality, OutlierDetection, TrafficPolicy

@@ -10,7 +10,7 @@ import re
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, SocketAddress
 from mesh.model.identity import SpiffeId

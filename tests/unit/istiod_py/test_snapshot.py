@@ -1,5 +1,7 @@
 from dataclasses import replace
 
+from msgspec import structs
+
 from istiod_py.snapshot import closed, diff
 from istiod_py.translate import Translation
 from mesh.model.policy import Action, Policy, Rule, Scope
@@ -18,7 +20,7 @@ def _translation(*workloads, services=(), policies=()):
 
 
 def test_only_what_is_new_different_or_gone_is_in_the_delta():
-    delta = diff(_translation(A, B, services=[SERVICE]), _translation(replace(A), replace(B, node="n1"), policies=[POLICY]))
+    delta = diff(_translation(A, B, services=[SERVICE]), _translation(structs.replace(A), structs.replace(B, node="n1"), policies=[POLICY]))
     assert [workload.node for workload in delta.workloads] == ["n1"]
     assert delta.services == ()
     assert delta.policies == (POLICY,)

@@ -18,6 +18,7 @@ import h2.events
 import h2.settings
 import h11
 import trio
+from msgspec import structs
 
 from mesh.linux.sockets import set_connection_options
 from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname, NetworkAddress, SocketAddress, parse_ip
@@ -275,7 +276,7 @@ class World:
             tunnel_protocol=TunnelProtocol.HBONE if hbone else TunnelProtocol.NONE,
             services={NamespacedHostname("shop", HOST): (PortMapping(80, address.port),)},
         )
-        return replace(made, **changes)
+        return structs.replace(made, **changes)
 
     def agent(self, ip: IpAddress) -> list[TunnelRequest]:
         """The node agent of the pod at this address: takes HBONE and hands it to the application. The requests that came."""

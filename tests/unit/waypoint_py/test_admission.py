@@ -7,6 +7,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
+from msgspec import structs
 
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, SocketAddress
 from mesh.model.service import Service, ServicePort, Visibility, WeightedWaypoint
@@ -29,12 +30,12 @@ def _service(name: str, *vips: str, waypoint: GatewayAddress | None = OURS, **ch
         ports=(ServicePort(80, 8080),),
         waypoint=waypoint,
     )
-    return replace(made, **changes)
+    return structs.replace(made, **changes)
 
 
 def _workload(name: str, ip: str, waypoint: GatewayAddress | None = None, **changes: object) -> Workload:
     made = Workload(f"Kubernetes//Pod/shop/{name}", name, "shop", (ip_address(ip),), waypoint=waypoint)
-    return replace(made, **changes)
+    return structs.replace(made, **changes)
 
 
 WEB = _service("web", "10.96.0.1", "fd00::96")

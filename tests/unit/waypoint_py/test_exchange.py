@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import re
-from dataclasses import replace
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, RouteMatch
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, PolicyAction, PolicyRule, Predicate

@@ -386,7 +386,7 @@ def test_a_policy_on_the_name_that_tls_asks_for_holds() -> None:
             await stream.send_all(data)
 
     async def main() -> None:
-        from dataclasses import replace
+        from msgspec.structs import replace
 
         async with world.application(echo) as address:
             world.describe(world.endpoint(address), protocol=Protocol.TCP)
@@ -429,7 +429,7 @@ def test_a_deny_of_a_name_in_tls_is_not_got_round_by_how_the_hello_is_cut(
             heard.append(data)
 
     async def main() -> None:
-        from dataclasses import replace
+        from msgspec.structs import replace
 
         async with world.application(application) as address:
             world.describe(world.endpoint(address), protocol=Protocol.TCP if declared else Protocol.AUTO)

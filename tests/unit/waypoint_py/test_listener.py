@@ -273,8 +273,9 @@ def test_what_is_told_of_a_connection_is_proved() -> None:
 
     async def main() -> None:
         async with world.application(Echo()) as address:
-            from dataclasses import replace
             from ipaddress import ip_address
+
+            from msgspec.structs import replace
 
             from mesh.state.store import Delta
 
@@ -329,8 +330,9 @@ def test_traffic_to_a_workload_is_judged_and_sent_to_it() -> None:
     world = World()
 
     async def main() -> None:
-        from dataclasses import replace
         from ipaddress import ip_address
+
+        from msgspec.structs import replace
 
         from mesh.model.address import SocketAddress
         from mesh.state.store import Delta

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from mesh.model.address import GatewayAddress, NetworkAddress, parse_ip
 from mesh.model.service import HealthPolicy, LoadBalancing, LoadBalancingMode, LoadBalancingScope, Service, ServicePort

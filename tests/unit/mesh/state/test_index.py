@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from mesh.model.address import parse_cidr, parse_ip
 from mesh.model.service import CidrVip, Service

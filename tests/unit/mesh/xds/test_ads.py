@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from msgspec import structs
 
 from mesh.model.address import NetworkAddress
 from mesh.model.policy import Action, Policy, Rule, Scope
@@ -38,7 +39,7 @@ CONFIRM_EVERY = 0.01
 
 
 def _workload(name: str, ip: str = "10.0.0.1", **changes: object) -> Workload:
-    return replace(Workload(f"c//Pod/ns/{name}", name, "ns", addresses=(ip_address(ip),)), **changes)
+    return structs.replace(Workload(f"c//Pod/ns/{name}", name, "ns", addresses=(ip_address(ip),)), **changes)
 
 
 SERVICE = Service("web", "ns", "web.ns.svc", addresses=(NetworkAddress("", ip_address("10.96.0.1")),))

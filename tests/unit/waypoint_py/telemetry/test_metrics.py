@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
+from msgspec.structs import replace
 
 from mesh.model.address import SocketAddress
 from mesh.telemetry.metrics import Number, Registry, render

@@ -3,11 +3,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from ipaddress import ip_address
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mesh.model.address import NamespacedHostname, NetworkAddress, SocketAddress
 from mesh.model.l7.destination import (

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
@@ -297,7 +298,7 @@ def test_an_agent_of_another_identity_is_not_trusted(world: World, application: 
 
 def test_a_service_may_vouch_for_another_identity(world: World, serve: Callable[..., Application], agent: Agent) -> None:
     endpoint = in_mesh(endpoint_at(serve(echo_bytes).address), SpiffeId("cluster.local", "shop", "moved"))
-    echoed(world, replace(endpoint, service=replace(SERVICE, subject_alt_names=(str(SERVER),))))
+    echoed(world, replace(endpoint, service=structs.replace(SERVICE, subject_alt_names=(str(SERVER),))))
 
 
 @pytest.mark.parametrize("flaw", ["unknown", "expired"])

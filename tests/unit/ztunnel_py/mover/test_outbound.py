@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import select
 import socket
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, SocketAddress, parse_ip
 from mesh.model.service import Service, ServicePort
