@@ -19,6 +19,7 @@ COMPILED = [
     *("mesh/wire/hbone/client.py", "mesh/wire/hbone/connection.py", "mesh/wire/hbone/patience.py"),
     *("mesh/wire/hbone/server.py", "mesh/wire/hbone/streams.py"),
     *("mesh/authz/evaluate.py", "mesh/authz/match.py"),
+    *("mesh/xds/decode.py", "mesh/state/store.py", "mesh/state/index.py"),
     *("mesh/state/memo.py", "mesh/state/inbound.py", "mesh/state/resolve.py", "mesh/state/balance.py"),
     *("mesh/reactor/loop.py", "mesh/reactor/tcp.py", "mesh/reactor/pipes.py", "mesh/reactor/relay.py", "mesh/reactor/tls.py"),
     *("mesh/reactor/hbone.py", "mesh/reactor/pool.py", "mesh/reactor/sharing.py", "mesh/telemetry/access.py"),

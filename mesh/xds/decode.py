@@ -2,6 +2,9 @@
 
 Rules: ztunnel's. Where ztunnel drops what it does not know of a policy (an ALLOW becomes wider, a DENY inert), the
 policy here becomes `Policy(unreadable=...)`: also for unknown fields and extensions, which may be conditions.
+
+Repeated fields are read as slices, ``[:]``, which protobuf makes a list of at once. Iterated over, they are asked for one after the other
+until an exception says that there are no more; and the items of a map, by a class written in Python.
 """
 
 from __future__ import annotations
@@ -115,7 +118,7 @@ def _decode_addresses(response: discovery.DeltaDiscoveryResponse) -> DecodedResp
     services: list[Service] = []
     versions: dict[str, str] = {}
     rejected: list[InvalidResource] = []
-    for resource in response.resources:
+    for resource in response.resources[:]:
         try:
             name = resource.name
             match decode_address(name, _body(resource, names.ADDRESS)):
@@ -128,7 +131,7 @@ def _decode_addresses(response: discovery.DeltaDiscoveryResponse) -> DecodedResp
             versions[name] = resource.version
         except InvalidResource as exc:
             rejected.append(exc)
-    removed = tuple(response.removed_resources)
+    removed = tuple(response.removed_resources[:])
     delta = Delta(workloads=tuple(workloads), services=tuple(services), removed_addresses=removed)
     return DecodedResponse(response.type_url, response.nonce, delta, versions, removed, tuple(rejected), response.more)
 
@@ -137,7 +140,7 @@ def _decode_policies(response: discovery.DeltaDiscoveryResponse) -> DecodedRespo
     policies: list[Policy] = []
     versions: dict[str, str] = {}
     rejected: list[InvalidResource] = []
-    for resource in response.resources:
+    for resource in response.resources[:]:
         try:
             policy = decode_policy(resource.name, _body(resource, names.AUTHORIZATION))
         except InvalidResource as exc:
@@ -147,7 +150,7 @@ def _decode_policies(response: discovery.DeltaDiscoveryResponse) -> DecodedRespo
         versions[resource.name] = "" if policy.unreadable else resource.version
         if policy.unreadable is not None:
             rejected.append(InvalidResource(resource.name, policy.unreadable))
-    removed = tuple(response.removed_resources)
+    removed = tuple(response.removed_resources[:])
     delta = Delta(policies=tuple(policies), removed_policies=removed)
     return DecodedResponse(response.type_url, response.nonce, delta, versions, removed, tuple(rejected), response.more)
 
@@ -157,7 +160,7 @@ def _decode_l7(response: discovery.DeltaDiscoveryResponse) -> DecodedResponse:
     assigned: list[Assigned] = []
     versions: dict[str, str] = {}
     rejected: list[InvalidResource] = []
-    for resource in response.resources:
+    for resource in response.resources[:]:
         try:
             decoded = decode_l7(type_url, resource.name, _body(resource, type_url))
         except UnreadableL7 as exc:
@@ -168,7 +171,7 @@ def _decode_l7(response: discovery.DeltaDiscoveryResponse) -> DecodedResponse:
         versions[resource.name] = "" if reason else resource.version
         if reason:
             rejected.append(InvalidResource(resource.name, reason))
-    removed = tuple(response.removed_resources)
+    removed = tuple(response.removed_resources[:])
     delta = Delta(l7=tuple(assigned), removed_l7=tuple((type_url, name) for name in removed))
     return DecodedResponse(type_url, response.nonce, delta, versions, removed, tuple(rejected), response.more)
 
@@ -193,8 +196,8 @@ def decode_address(name: str, body: bytes) -> Workload | Service:
         raise InvalidResource(name, "neither workload nor service")
     except DecodeError as exc:
         raise InvalidResource(name, f"not an Address: {exc}") from exc
-    except (InvalidAddress, _Unusable) as exc:
-        raise InvalidResource(name, str(exc)) from exc
+    except (InvalidAddress, _Unusable) as unusable:
+        raise InvalidResource(name, str(unusable)) from unusable
 
 
 class _Unusable(ValueError):
@@ -204,11 +207,12 @@ class _Unusable(ValueError):
 def _workload(message: wds.Workload) -> Workload:
     if not message.uid:
         raise _Unusable("a workload without uid")
+    services = message.services
     return Workload(
         uid=message.uid,
         name=message.name,
         namespace=intern(message.namespace),
-        addresses=tuple([ip_from_bytes(packed) for packed in message.addresses]),
+        addresses=tuple([ip_from_bytes(packed) for packed in message.addresses[:]]),
         network=intern(message.network),
         hostname=message.hostname,
         tunnel_protocol=_enum(TunnelProtocol, message.tunnel_protocol),
@@ -223,12 +227,12 @@ def _workload(message: wds.Workload) -> Workload:
         workload_name=intern(message.workload_name),
         native_tunnel=message.native_tunnel,
         application_tunnel=_tunnel(message.application_tunnel) if message.HasField("application_tunnel") else None,
-        authorization_policies=_shared(tuple(message.authorization_policies)),
+        authorization_policies=_shared(tuple(message.authorization_policies[:])),
         status=_enum(HealthStatus, message.status),
         cluster_id=intern(message.cluster_id or DEFAULT_CLUSTER),
         locality=_locality(message.locality) if message.HasField("locality") else _NOWHERE,
         network_mode=_enum(NetworkMode, message.network_mode),
-        services=_services(tuple([(key, _pairs(ports)) for key, ports in message.services.items()])),
+        services=_services(tuple([(key, _pairs(services[key])) for key in services])),
         capacity=message.capacity.value if message.HasField("capacity") else 1,
     )
 
@@ -238,7 +242,7 @@ _Pairs = tuple[tuple[int, int], ...]
 
 
 def _pairs(ports: wds.PortList) -> _Pairs:
-    return tuple([(each.service_port, each.target_port) for each in ports.ports])
+    return tuple([(each.service_port, each.target_port) for each in ports.ports[:]])
 
 
 @lru_cache(maxsize=65536)
@@ -378,8 +382,8 @@ def decode_policy(name: str, body: bytes) -> Policy:
         unreadable = Policy(short, namespace, Scope(message.scope), Action.DENY, dry_run=message.dry_run)
     try:
         return _policy(message)
-    except (_Unusable, InvalidAddress) as exc:
-        return _with_reason(unreadable, str(exc))
+    except (_Unusable, InvalidAddress) as unusable:
+        return _with_reason(unreadable, str(unusable))
 
 
 def _with_reason(policy: Policy, reason: str) -> Policy:
