@@ -126,12 +126,15 @@ class Http2Stream:
     async def send_message(self, payload: bytes, *, end: bool = False) -> None:
         """Waits for the peer's windows and for room in the output. Messages of concurrent callers do not mix."""
         header = message_header(len(payload))
+        small = len(payload) <= SMALL_MESSAGE
+        if small and not self._sending.locked() and self._connection.send_at_once(self, header + payload, end=end):
+            return
         try:
             self._sending.acquire_nowait()  # a turn of the loop cheaper than to acquire what is free
         except trio.WouldBlock:
             await self._sending.acquire()
         try:
-            if len(payload) <= SMALL_MESSAGE:
+            if small:
                 await self._connection.send_data(self, memoryview(header + payload), end=end)
             else:
                 await self._connection.send_data(self, memoryview(header), end=False)
@@ -320,12 +323,22 @@ class Http2Connection:
             raise RpcError(Status.INTERNAL, f"headers cannot be sent: {exc}") from exc
         self._sent(stream, end)
 
+    def send_at_once(self, stream: Http2Stream, data: bytes, *, end: bool) -> bool:
+        """Send this in one frame, if there is room for it. False: not a byte went.
+
+        No look at whether the caller was cancelled, which costs as much as the frame: who sends for ever waits in the end, for a window or
+        for room in the output.
+        """
+        if len(data) > self._room(stream):
+            return False
+        self._h2.send_data(stream.id, data, end_stream=end)
+        self._sent(stream, end, wake=self._direct is None)
+        self.send_queued()
+        return True
+
     async def send_data(self, stream: Http2Stream, data: memoryview, *, end: bool) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()  # who sends for ever waits in the end: for a window, or for room in the output
+        await trio.lowlevel.checkpoint_if_cancelled()
         while data:
-            stream._raise_failure()
-            if stream.closed_here:
-                raise RpcError(Status.CANCELLED, "the stream is closed")
             room = self._room(stream)
             if room <= 0:
                 self._wake_writer.unpark_all()
@@ -351,6 +364,10 @@ class Http2Connection:
             self._lose(f"connection lost: {_reason(exc)}")
 
     def _room(self, stream: Http2Stream) -> int:
+        """Bytes that may be sent now. Raises RpcError when none ever will."""
+        stream._raise_failure()
+        if stream.closed_here:
+            raise RpcError(Status.CANCELLED, "the stream is closed")
         try:
             window = self._h2.local_flow_control_window(stream.id)
         except h2.exceptions.H2Error as exc:

@@ -214,8 +214,9 @@ class _Session:
             await stream.send(self._encode(reply))
 
     async def _take(self, raw: bytes) -> Request:
-        decoded = await decode(raw, first=not self._machine.synced)
-        whole, was_synced = self._machine.is_whole(decoded.type_url), self._machine.synced
+        was_synced = self._machine.synced
+        decoded = await decode(raw, first=not was_synced)
+        whole = self._machine.is_whole(decoded.type_url)
         if decoded.type_url not in self._config.types:
             log.error("xds.unknown_type", type=decoded.type_url)
         else:
@@ -232,7 +233,7 @@ class _Session:
             errors=[str(bad) for bad in decoded.rejected],
             more=decoded.more,
         )
-        if self._machine.synced and not was_synced:
+        if not was_synced and self._machine.synced:
             self._on_state(AdsState(Phase.CONNECTED, True))
         return reply
 
@@ -262,13 +263,14 @@ class _Session:
                     pass  # the stream ended: the next one begins with all names
 
     def _encode(self, request: Request, *, introduce: bool = False) -> bytes:
-        message = discovery.DeltaDiscoveryRequest(
-            type_url=request.type_url,
-            resource_names_subscribe=request.subscribe,
-            resource_names_unsubscribe=request.unsubscribe,
-            initial_resource_versions=request.initial_versions,
-            response_nonce=request.nonce,
-        )
+        message = discovery.DeltaDiscoveryRequest(type_url=request.type_url, response_nonce=request.nonce)
+        # Most are answers and have none of what follows, and protobuf takes longer for a field that is given nothing than for the rest.
+        if request.subscribe:
+            message.resource_names_subscribe[:] = request.subscribe
+        if request.unsubscribe:
+            message.resource_names_unsubscribe[:] = request.unsubscribe
+        if request.initial_versions:
+            message.initial_resource_versions.update(request.initial_versions)
         if request.error is not None:
             message.error_detail.message = request.error
         if introduce:

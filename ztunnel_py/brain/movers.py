@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, TypeAlias
@@ -75,7 +75,6 @@ class Mover:
     name: str
     pid: int
     channel: Channel[messages.FromMover]
-    _queue: trio.MemorySendChannel[_Posted]
     apart: bool = False
     """It runs beside the agent, perhaps in another container: its pid means nothing here, and it has a supervisor of its own."""
     ending: bool = False
@@ -83,6 +82,10 @@ class Mover:
     scrapes: dict[int, tuple[trio.Event, list[messages.Scraped]]] = field(default_factory=dict)
     pong: int = 0
     """The number of the last `Ping` that was answered."""
+    _unsent: deque[_Posted] = field(default_factory=deque)
+    """In order. What is being sent is the first of them until it has gone."""
+    _posted: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    _ended: bool = False
 
     @property
     def incarnation(self) -> str:
@@ -92,17 +95,13 @@ class Mover:
     def post(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
         """Send, in order, as soon as the mover reads. Descriptors are duplicated: the caller's stay its own. Raises OSError when there
         are none left to duplicate them."""
-        queued = self._queue.statistics()
-        if queued.current_buffer_used >= _MOST_UNREAD:
+        if self._ended or (not self._unsent and self._send_now(message, descriptors)):
+            return
+        if len(self._unsent) >= _MOST_UNREAD:
             self.kill("it reads nothing")
             return
-        if queued.tasks_waiting_receive and self._send_now(message, descriptors):
-            return
-        duplicates = _duplicate(descriptors)
-        try:
-            self._queue.send_nowait((message, duplicates))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            close_all(duplicates)  # it has just ended
+        self._unsent.append((message, _duplicate(descriptors)))
+        self._posted.unpark()
 
     def _send_now(self, message: messages.Message, descriptors: Sequence[int]) -> bool:
         """Most often it reads, and nothing is before this message: then no task has to be woken for it."""
@@ -110,10 +109,32 @@ class Mover:
             if not self.channel.send_now(message, descriptors):
                 return False
             if self.channel.unfinished:
-                self._queue.send_nowait((None, []))
+                self._unsent.append((None, []))
+                self._posted.unpark()
         except ChannelClosed:
             self.channel.close()  # whoever receives from it finds out
         return True
+
+    async def send_posted(self) -> None:
+        """Send what `post` could not at once, for as long as the mover is there. Raises ChannelClosed."""
+        while True:
+            while self._unsent:
+                message, descriptors = self._unsent[0]
+                try:
+                    if message is not None:
+                        await self.channel.send(message, descriptors)
+                    else:
+                        await self.channel.finish()
+                finally:
+                    self._unsent.popleft()
+                    close_all(descriptors)
+            await self._posted.park()
+
+    def end(self) -> None:
+        """It is told nothing any more."""
+        self._ended = True
+        while self._unsent:
+            close_all(self._unsent.popleft()[1])
 
     def kill(self, because: str) -> None:
         """It is stuck: its slot gets another, its connections are lost."""
@@ -230,7 +251,6 @@ class Movers:
         """One mover's connection, from its `Hello` to its end."""
         channel: Channel[messages.FromMover] = Channel(sock, messages.FromMover)
         mover: Mover | None = None
-        send, receive = trio.open_memory_channel[_Posted](inf)
         try:
             hello, _ = await channel.receive()
             if not isinstance(hello, messages.Hello):
@@ -241,14 +261,14 @@ class Movers:
                 for _ in range(hello.pods):
                     holding.append(await self._receive_holding(channel))
                 self._replace(hello.mover)
-                mover = self._living[hello.mover] = Mover(hello.mover, hello.pid, channel, send, apart=hello.mover in self._apart)
+                mover = self._living[hello.mover] = Mover(hello.mover, hello.pid, channel, apart=hello.mover in self._apart)
                 self._joined.setdefault(hello.mover, trio.Event()).set()
                 _log.info("mover.joined", mover=hello.mover, pid=hello.pid, pods=hello.pods)
                 taken = tuple(holding)
                 holding.clear()
                 self._follower.mover_joined(mover, taken)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send_queued, channel, receive)
+                nursery.start_soon(mover.send_posted)
                 nursery.start_soon(self._watch, mover)
                 while True:
                     message, descriptors = await channel.receive()
@@ -260,9 +280,8 @@ class Movers:
             _log.error("mover.not_met", error=str(exc.exceptions[0]))
         finally:
             channel.close()
-            send.close()
-            _discard(receive)
             if mover is not None:
+                mover.end()
                 self._leave(mover)
 
     def _is_surplus(self, hello: messages.Hello) -> bool:
@@ -311,16 +330,6 @@ class Movers:
             close_all(descriptors)
             raise ChannelClosed("expected Holding")
         return Holding(message.pod, tuple(descriptors))
-
-    async def _send_queued(self, channel: Channel[messages.FromMover], receive: trio.MemoryReceiveChannel[_Posted]) -> None:
-        async for message, descriptors in receive:
-            try:
-                if message is not None:
-                    await channel.send(message, descriptors)
-                else:
-                    await channel.finish()
-            finally:
-                close_all(descriptors)
 
     def _said(self, mover: Mover, message: messages.FromMover) -> None:
         if isinstance(message, messages.Pong):
@@ -420,16 +429,6 @@ def _duplicate(descriptors: Sequence[int]) -> list[int]:
         close_all(duplicates)
         raise
     return duplicates
-
-
-def _discard(queue: trio.MemoryReceiveChannel[_Posted]) -> None:
-    """Close the descriptors of messages that were never sent."""
-    while True:
-        try:
-            _, descriptors = queue.receive_nowait()
-        except (trio.WouldBlock, trio.EndOfChannel):
-            return
-        close_all(descriptors)
 
 
 async def _wait_ended(pid: int) -> None:
