@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -157,9 +158,15 @@ def test_logs_follow_a_process_as_it_writes(lab: Lab) -> None:
     command = [sys.executable, "-m", "meshctl_py", "lab", "logs", "--name", lab.name, "-f", "--tail", "0", "server", "-c", "web"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
         try:
-            assert following.stdout is not None
-            wait_until(lambda: get(lab).startswith("200"), "a request")
-            assert "GET / HTTP/1.1" in following.stdout.readline()
+            stdout = following.stdout
+            assert stdout is not None
+
+            def told() -> bool:
+                get(lab)  # again, since whoever follows may not have begun when the first was answered
+                return bool(select.select([stdout], [], [], 0)[0])
+
+            wait_until(told, "a line of a request")
+            assert "GET / HTTP/1.1" in stdout.readline()
         finally:
             following.kill()
 
