@@ -28,6 +28,8 @@ class ClientStream:
 
     def __init__(self, stream: Http2Stream) -> None:
         self._stream = stream
+        self._accepted = False
+        """The server's headers say that messages follow, or a status."""
 
     async def send(self, message: bytes) -> None:
         """Raises the RpcError the call ended with, if it is over."""
@@ -45,7 +47,9 @@ class ClientStream:
 
     async def receive(self) -> bytes | None:
         """The next message; None when the call ended with OK. Raises RpcError for every other status."""
-        _check_response(await self._stream.wait_headers())
+        if not self._accepted:
+            _check_response(await self._stream.wait_headers())
+            self._accepted = True
         message = await self._stream.receive_message()
         if message is None and (failure := self._end_status()):
             raise failure

@@ -138,7 +138,7 @@ class PodKeeper:
         self._config = config
         self._place = open_place(config)
         self._is_announced = is_announced
-        self._mesh_changed = trio.Event()
+        self._mesh_changed = trio.lowlevel.ParkingLot()
         self._annotating = trio.Lock()
         self._movers = movers
         self._certificates = certificates
@@ -278,8 +278,7 @@ class PodKeeper:
 
     def mesh_changed(self) -> None:
         """What ``is_announced`` says may be different now."""
-        self._mesh_changed.set()
-        self._mesh_changed = trio.Event()
+        self._mesh_changed.unpark_all()
 
     def identity_of(self, info: messages.PodInfo | PodFacts) -> SpiffeId:
         return SpiffeId(self._config.trust_domain, info.namespace, info.service_account)
@@ -615,7 +614,7 @@ class PodKeeper:
         nobody is told anything, and everybody goes on using it."""
         pod = self._held.get(uid)
         while pod is not None and pod.draining and self._held.get(uid) is pod and self._is_announced(pod.info):
-            await self._mesh_changed.wait()
+            await self._mesh_changed.park()
 
     def _stop_draining(self, uid: str) -> None:
         pod = self._held.get(uid)
