@@ -11,9 +11,9 @@ from benches.stage import DATA_PATH, Say, Subject, subjects
 from benches.turns import Quantity, Seen, Task, take_turns
 
 FIGURE: Final = "round-trip"
-ROUNDS: Final = 5
+ROUNDS: Final = 11
 RATE: Final = 500
-SECONDS: Final = 1.5
+SECONDS: Final = 1.0
 ALONE: Final = f"{RATE}/s on 1 connection"
 CROWDED: Final = f"{ALONE}, crowded"
 _UNTIL_CROWDED: Final = 0.3

@@ -60,8 +60,8 @@ FAIR_SHARE: Final = 64 * 1024
 """Bytes one tunnel may put into a send while others wait."""
 
 TUNNELS_AT_ONCE: Final = 32
-"""Reads of tunnels that go into a send; what more there are go with the next turn's. Where many speak at once, all of them in one send would
-have the peer wait for the last, and then us for its answers: one processor rests while the other works."""
+"""Reads of tunnels that go into a send; what more there are go with the next turn's. Where many speak at once, all of them in one send
+would have the peer wait for the last, and then us for its answers: one processor rests while the other works."""
 
 STORED_AT_MOST = 32 << 20
 """Bytes that wait in all tunnels of one link together before the connection's credit is held back: eight full stream windows. A peer may

@@ -3,7 +3,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -12,7 +12,16 @@ from OpenSSL import SSL
 
 from mesh.model.identity import SpiffeId
 from mesh.reactor import hbone, tls
-from mesh.reactor.hbone import RESPONSE_TIMEOUT, HboneLink, OnResponse, Tunnel, TunnelFailure, TunnelRequest, connect_hbone
+from mesh.reactor.hbone import (
+    RESPONSE_TIMEOUT,
+    TUNNELS_AT_ONCE,
+    HboneLink,
+    OnResponse,
+    Tunnel,
+    TunnelFailure,
+    TunnelRequest,
+    connect_hbone,
+)
 from mesh.reactor.loop import Timer
 from mesh.reactor.relay import RelayResult, TunnelRelay, relay_tunnel
 from mesh.reactor.tcp import reset as reset_tcp
@@ -685,6 +694,55 @@ def test_data_that_comes_before_the_relay_is_not_lost(asking: Asking, size: int)
         sender.join()
         wait_until(lambda: len(results) == 2, "both relays to finish")
     assert [result.error for result in results] == [None, None]
+
+
+class Speaker:
+    """Says one byte, and notes that it was asked for it."""
+
+    def __init__(self, number: int, asked: list[int | None]) -> None:
+        self.readable = True
+        self._number = number
+        self._asked = asked
+
+    def read_into(self, view: memoryview, most: int) -> int | None:
+        assert most >= 1
+        self._asked.append(self._number)
+        self.readable = False
+        view[:1] = b"x"
+        return 1
+
+    def read_into_many(self, views: list[memoryview]) -> int | None:
+        return self.read_into(views[0], 1)
+
+    def tunnel_data(self, chunks: Sequence[memoryview]) -> int:
+        raise AssertionError("nobody answers")
+
+    def tunnel_ended(self) -> None:
+        pass
+
+    def tunnel_reset(self, reason: str, code: int | None) -> None:
+        pass
+
+
+def test_a_send_takes_a_part_of_the_tunnels_that_speak_and_the_next_turns_the_rest(asking: Asking) -> None:
+    count = TUNNELS_AT_ONCE + 8
+    for number in range(count):
+        asking.ask()
+        asking.do(lambda number=number: asking.requests[number].accept({}))
+    wait_until(lambda: len(asking.answers) == count, "the answers")
+    asked: list[int | None] = []
+
+    def speak() -> None:
+        for number, tunnel in enumerate(asking.answers):
+            assert isinstance(tunnel, Tunnel)
+            tunnel.attach(Speaker(number, asked))
+            tunnel.want_write()
+        asking.thread.reactor.call_last(lambda: asked.append(None))  # after the send of the turn
+
+    asking.do(speak)
+    wait_until(lambda: len(asked) == count + 1, "all to be asked")
+    assert asked == [*range(TUNNELS_AT_ONCE), None, *range(TUNNELS_AT_ONCE, count)]
+    wait_until(lambda: all(request._tunnel._held == b"x" for request in asking.requests), "all to arrive")
 
 
 def test_the_streams_of_one_link_are_limited_by_the_peer(asking: Asking) -> None:
