@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -20,18 +20,12 @@ def describe(value: object) -> Any:
         return {str(key): describe(item) for key, item in sorted(value.items(), key=lambda entry: str(entry[0]))}
     if type(value).__str__ is not object.__str__:
         return str(value)  # addresses, CIDRs, SPIFFE IDs, service names: their text is what users know
-    if dataclasses.is_dataclass(value):
-        return _told((field.name, getattr(value, field.name), _default(field)) for field in dataclasses.fields(value))
-    if isinstance(value, msgspec.Struct):
-        return _told((field.name, getattr(value, field.name), _default(field)) for field in msgspec.structs.fields(value))
+    if dataclasses.is_dataclass(value) or isinstance(value, msgspec.Struct):
+        fields = msgspec.structs.fields(value) if isinstance(value, msgspec.Struct) else dataclasses.fields(value)
+        return {field.name: describe(getattr(value, field.name)) for field in fields if getattr(value, field.name) != _default(field)}
     if isinstance(value, tuple | list | frozenset):
         return [describe(item) for item in value]
     return str(value)
-
-
-def _told(fields: Iterable[tuple[str, object, object]]) -> dict[str, Any]:
-    """Of fields, each with its value and its default, those that have another."""
-    return {name: describe(value) for name, value, default in fields if value != default}
 
 
 def _default(field: dataclasses.Field[Any] | msgspec.structs.FieldInfo) -> object:

@@ -60,8 +60,8 @@ FAIR_SHARE: Final = 64 * 1024
 """Bytes one tunnel may put into a send while others wait."""
 
 TUNNELS_AT_ONCE: Final = 32
-"""Reads of tunnels that go into a send; what more there are go with the next turn's. Where many speak at once, all of them in one send
-would have the peer wait for the last, and then us for its answers: one processor rests while the other works."""
+"""Tunnels whose turn comes with one send; that of the others comes with the next. Where many speak at once, all of them in one send would
+have the peer wait for the last, and then us for its answers: one processor rests while the other works."""
 
 STORED_AT_MOST = 32 << 20
 """Bytes that wait in all tunnels of one link together before the connection's credit is held back: eight full stream windows. A peer may
@@ -852,15 +852,15 @@ class HboneLink:
         core, round_, out = self._core, self._round, self._plain_out
         largest = core.max_frame_size
         position = 0
-        reads = TUNNELS_AT_ONCE
+        left = TUNNELS_AT_ONCE
         while True:
             # Before each frame header whatever the core wants said earlier, as it demands.
             if core.outgoing or self._unsent_control:
                 position = self._fill_control(position)
             room = PLAIN_OUT_SIZE - position - _FRAME_HEADER
-            if not round_ or room < _SMALLEST_READ or not reads:
+            if not round_ or room < _SMALLEST_READ or not left:
                 return position
-            reads -= 1
+            left -= 1
             tunnel = round_.popleft()
             tunnel._in_round = False
             consumer = tunnel.consumer
