@@ -36,7 +36,7 @@ COMPILED = [
     *("waypoint_py/routing/actions.py", "waypoint_py/routing/grpc.py", "waypoint_py/routing/headers.py"),
     *("waypoint_py/routing/predicates.py", "waypoint_py/routing/retry.py", "waypoint_py/routing/timeouts.py"),
 ]
-"""What an agent runs for every message and connection, and of a waypoint what every request passes."""
+"""What an agent runs for every message, connection and change of the mesh, and of a waypoint what every request passes."""
 
 
 def _extensions() -> list[object]:
