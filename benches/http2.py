@@ -1,4 +1,4 @@
-"""CPU time of HTTP/2 in a waypoint, an exchange at either end: by `waypoint_py.http.h2`, and by the h2 library doing the same.
+"""CPU time of HTTP/2 in a waypoint, an exchange at either end: by `mesh.http.h2`, and by the h2 library doing the same.
 
 An exchange is a GET with the headers that requests have in a mesh, and 1 KiB of answer. Both subjects read the same bytes, a message at a
 time; an h2 client and an h2 server wrote them. The library's events become the waypoint's messages, or nobody could go on with them.
@@ -17,9 +17,9 @@ from h2.events import DataReceived, RequestReceived, ResponseReceived
 
 from benches.rows import OURS, Record, Row
 from benches.stage import Say
-from waypoint_py.http.codec import BodyData, RequestHead, ResponseHead
-from waypoint_py.http.h2 import Http2Client, Http2Server
-from waypoint_py.http.message import Headers, Request, Response, Version
+from mesh.http.codec import BodyData, RequestHead, ResponseHead
+from mesh.http.h2 import Http2Client, Http2Server
+from mesh.http.message import Headers, Request, Response, Version
 
 FIGURE: Final = "http2"
 ROUNDS: Final = 40
@@ -46,7 +46,7 @@ _ANSWER: Final = [
 def measure(say: Say) -> list[Row]:
     """For each end and both together: CPU time, and how many times ours is h2's. All in one run, the subjects in turns."""
     subjects: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
-        "waypoint_py.http.h2": (_our_server, _our_client),
+        "mesh.http.h2": (_our_server, _our_client),
         "h2 library": (lambda: _h2_server(checked=True), lambda: _h2_client(checked=True)),
         "h2 library, its validation off": (lambda: _h2_server(checked=False), lambda: _h2_client(checked=False)),
     }
@@ -56,7 +56,7 @@ def measure(say: Say) -> list[Row]:
         for name, (server, client) in subjects.items():
             times[name].append((server(), client()))
     record = Record(FIGURE)
-    ours = times["waypoint_py.http.h2"]
+    ours = times["mesh.http.h2"]
     for name, samples in times.items():
         for sample, mine in zip(samples, ours, strict=True):
             for end, took, base in zip(("server", "client", "both"), (*sample, sum(sample)), (*mine, sum(mine)), strict=True):

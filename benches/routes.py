@@ -23,6 +23,7 @@ from benches.rows import OURS, Record, Row
 from benches.stage import Say
 from istiod_py.snapshot import diff
 from istiod_py.translate import Config, Translation, translate
+from mesh.http.message import Request
 from mesh.kube.objects import KubeObject
 from mesh.model.l7.matching import PathKind, PathMatch, RouteMatch
 from mesh.model.l7.routing import DirectResponse, Origin, Route
@@ -34,7 +35,6 @@ from mesh.xds.decode import decode_response
 from mesh.xds.l7 import L7_TYPES
 from mesh.xds.proto import discovery_pb2 as discovery
 from mesh.xds.server import PART_SIZE, Part, split
-from waypoint_py.http.message import Request
 from waypoint_py.routing.match import compile_routes
 from waypoint_py.store import Store
 

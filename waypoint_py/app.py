@@ -19,6 +19,9 @@ from typing import Final
 import trio
 from OpenSSL import SSL
 
+from mesh.http.codec import ClientCodec
+from mesh.http.h1 import Http1Client
+from mesh.http.h2 import Http2Client
 from mesh.model.address import parse_ip
 from mesh.model.l7.routing import Destination
 from mesh.model.l7.waypoint import WaypointSettings
@@ -47,9 +50,6 @@ from waypoint_py.admin import Admin
 from waypoint_py.admission import Ourselves
 from waypoint_py.config import WaypointConfig, read_config
 from waypoint_py.credentials import Credentials
-from waypoint_py.http.codec import ClientCodec
-from waypoint_py.http.h1 import Http1Client
-from waypoint_py.http.h2 import Http2Client
 from waypoint_py.listener import DRAINED, HboneListener, open_sockets
 from waypoint_py.observer import Local
 from waypoint_py.plane import Plane

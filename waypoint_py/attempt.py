@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol as Shape
 
+from mesh.http.message import Headers, Request, Response, Version
 from mesh.model.address import SocketAddress
 from mesh.model.l7.destination import H2Upgrade, TrafficPolicy
 from mesh.model.l7.waypoint import Protocol
 from mesh.model.service import AppProtocol
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Headers, Request, Response, Version
 from waypoint_py.plane import Plane
 from waypoint_py.upstream.session import Cancel, Endpoint, UpstreamFailure, UpstreamProtocol, UpstreamStream
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from waypoint_py.http.message import Headers
+from mesh.http.message import Headers
 
 REPLAY_AT_MOST: Final = 1 << 20
 """Bytes of a body that are kept for another try (Envoy's bound). A larger body is sent all the same, but once."""

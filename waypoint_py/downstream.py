@@ -12,11 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, TypeVarTuple, assert_never
 
-from mesh.reactor.loop import Timer
-from mesh.wire.errors import ErrorCode, RemoteProtocolError
-from waypoint_py.context import Connection
-from waypoint_py.exchange import Exchange
-from waypoint_py.http.codec import (
+from mesh.http.codec import (
     BodyData,
     BodyEnd,
     Event,
@@ -27,7 +23,11 @@ from waypoint_py.http.codec import (
     ServerCodec,
     StreamReset,
 )
-from waypoint_py.http.message import Headers, Response
+from mesh.http.message import Headers, Response
+from mesh.reactor.loop import Timer
+from mesh.wire.errors import ErrorCode, RemoteProtocolError
+from waypoint_py.context import Connection
+from waypoint_py.exchange import Exchange
 from waypoint_py.plane import IDLE_SECONDS, Plane
 from waypoint_py.stream import HIGH_WATER, ByteStream
 

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from mesh.http.message import Headers, Message, Request, Response, Version
+from mesh.http.path import BadPath, normalise
 from mesh.model.l7.destination import TrafficPolicy
 from mesh.model.l7.routing import Destination
 from mesh.reactor.loop import Timer
@@ -20,8 +22,6 @@ from waypoint_py import replies
 from waypoint_py.attempt import Attempt, direct_endpoint, protocol_towards
 from waypoint_py.body import RequestBody
 from waypoint_py.grpc import MessageCounter
-from waypoint_py.http.message import Headers, Message, Request, Response, Version
-from waypoint_py.http.path import BadPath, normalise
 from waypoint_py.mirroring import MirrorCopy
 from waypoint_py.observer import RequestRecord
 from waypoint_py.plane import Load

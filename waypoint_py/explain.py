@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from mesh.http.message import Headers, Request
+from mesh.http.path import BadPath, normalise
 from mesh.model.address import InvalidAddress, NetworkAddress, SocketAddress
 from mesh.model.identity import InvalidSpiffeId, SpiffeId
 from mesh.model.l7.policy import AuthorizationPolicy, PolicyAction
@@ -20,8 +22,6 @@ from mesh.wire.authority import Authority, parse_authority
 from mesh.wire.errors import RemoteProtocolError
 from waypoint_py.admission import Ourselves, Refused, ToService, ToWorkload, admit
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Headers, Request
-from waypoint_py.http.path import BadPath, normalise
 from waypoint_py.policy.authorize import Consultation, Judge
 from waypoint_py.policy.facts import TokenFacts
 from waypoint_py.policy.tokens import Passed, Wanted

@@ -11,6 +11,9 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from mesh.http.h1 import Http1Server
+from mesh.http.h2 import Http2Server
+from mesh.http.options import ServerOptions
 from mesh.model.address import NetworkAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import TcpRoute
@@ -29,9 +32,6 @@ from waypoint_py.client_hello import HIDDEN, NotYet, ServerName, find_server_nam
 from waypoint_py.context import Connection
 from waypoint_py.credentials import Credentials
 from waypoint_py.downstream import HEAD_SECONDS, HttpConnection
-from waypoint_py.http.h1 import Http1Server
-from waypoint_py.http.h2 import Http2Server
-from waypoint_py.http.options import ServerOptions
 from waypoint_py.observer import RefusalRecord
 from waypoint_py.plane import Plane
 from waypoint_py.sniff import PREFACE, Carries, sniff

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
+from mesh.http.message import Headers, Request, Response
 from mesh.model.l7.routing import Destination
 from mesh.telemetry.log import get_logger
 from waypoint_py.attempt import Attempt, protocol_towards
 from waypoint_py.body import RequestBody
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.plane import Plane
 from waypoint_py.upstream.balancer import NoEndpoint, Wish
 from waypoint_py.upstream.session import UpstreamFailure

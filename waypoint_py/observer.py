@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias, cast
 
+from mesh.http.message import Headers, Request, Response, Version
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import Destination
 from mesh.telemetry.operators import Facts
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Headers, Request, Response, Version
 from waypoint_py.policy.authorize import DryRunVerdict, Judgement
 from waypoint_py.telemetry.context import SpanContext
 from waypoint_py.upstream.session import Endpoint, UpstreamProtocol

@@ -7,8 +7,8 @@ from email.utils import formatdate
 from functools import lru_cache
 from typing import Final
 
+from mesh.http.message import Request, Response
 from mesh.model.identity import SpiffeId
-from waypoint_py.http.message import Request, Response
 from waypoint_py.replies import SERVER
 
 REQUEST_ID: Final = b"x-request-id"

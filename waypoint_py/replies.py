@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from waypoint_py.http.message import Headers, Request, Response
+from mesh.http.message import Headers, Request, Response
 from waypoint_py.routing.grpc import trailers_only
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure
 from waypoint_py.verdict import Flag, LocalReply

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
-from waypoint_py.http.message import Headers
+from mesh.http.message import Headers
 
 
 class Flag(Enum):

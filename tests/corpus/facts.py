@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mesh.http.message import Headers, Request
 from mesh.model.address import SocketAddress
 from mesh.telemetry.operators import Facts
-from waypoint_py.http.message import Headers, Request
 from waypoint_py.routing.predicates import header_values
 
 

@@ -10,8 +10,8 @@ import trio
 from mesh.wire.errors import ErrorCode
 from mesh.wire.frames import PREFACE, FrameType
 from tests.interop.beside_envoy import DEFAULT, Application, cluster, envoy, manager
+from tests.unit.mesh.http.h2_peer import frames_of
 from tests.unit.waypoint_py.harness import World
-from tests.unit.waypoint_py.http.h2_peer import frames_of
 from tests.unit.waypoint_py.test_hostile_http2 import FLOODS, PING, SETTINGS
 
 pytestmark = pytest.mark.interop

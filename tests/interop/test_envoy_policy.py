@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from mesh.http.message import Request
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, Prefix, Present, Suffix, TextMatch
@@ -28,7 +29,6 @@ from mesh.model.l7.routing import Origin
 from mesh.testing.envoy import Config, free_address, http_config, http_filter, running
 from tests.corpus.tokens import KEYS, NOW, TokenCase, sign
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Request
 from waypoint_py.policy.authorize import Judge
 from waypoint_py.policy.tokens import Passed, Refused, TokenChecker
 from waypoint_py.verdict import LocalReply

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from mesh.http.message import Headers, Request, Response
 from mesh.model.address import SocketAddress
 from mesh.model.l7.matching import (
     Exact,
@@ -48,7 +49,6 @@ from mesh.model.l7.routing import (
 from mesh.telemetry.operators import DEFAULT_TEXT_FORMAT, InvalidFormat, compile_format, compile_header_value
 from mesh.testing.envoy import command, free_address, running
 from tests.corpus.facts import Known
-from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.routing.actions import Chosen, answer, change_reply, change_request, change_response, choose
 from waypoint_py.routing.cors import allow_response, answer_preflight, find_allowed_origin
 from waypoint_py.routing.match import compile_routes

@@ -18,13 +18,13 @@ import pytest
 import trio
 from google.protobuf.wrappers_pb2 import BoolValue
 
+from mesh.http.message import Headers, Request, Response
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.policy import ExtAuthzGrpc, ExtAuthzHttp
 from mesh.testing.envoy import Config, free_address, http_config, http_filter, running
 from mesh.xds.proto import ext_authz_pb2 as pb
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.policy.authorize import Consultation
 from waypoint_py.policy.consult import CHECK_METHOD, Buffered, ResponseHeaders
 from waypoint_py.policy.ext_authz import ExtAuthz, connect_plainly

@@ -31,7 +31,7 @@ from mesh.testing.netns import Netns
 from mesh.testing.waypoints import CLIENT, STRANGER, denial, running_shop, service
 from mesh.wire.frames import PREFACE
 from tests.netns.http2_by_hand import FRAMES, Link, frame
-from tests.unit.waypoint_py.http.test_smuggling import ACCEPTED, BODIES, CHUNKED, HEADS, SMUGGLED, get, post
+from tests.unit.mesh.http.test_smuggling import ACCEPTED, BODIES, CHUNKED, HEADS, SMUGGLED, get, post
 from tests.unit.waypoint_py.test_hostile_http2 import FLOODS, SETTINGS
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(os.geteuid() != 0, reason="entering a lab's namespaces from outside needs root")]

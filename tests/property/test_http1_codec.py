@@ -8,13 +8,13 @@ import h11
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mesh.http.codec import BodyData, BodyEnd, Event, RefusedHead, RequestHead, ResponseHead
+from mesh.http.h1 import Http1Client, Http1Server
+from mesh.http.headers import FRAMING, TOKEN
+from mesh.http.message import Headers, Request, Response
+from mesh.http.options import HeadLimits, ServerOptions
 from mesh.model.l7.waypoint import PathNormalization
-from tests.unit.waypoint_py.http.through import Through
-from waypoint_py.http.codec import BodyData, BodyEnd, Event, RefusedHead, RequestHead, ResponseHead
-from waypoint_py.http.h1 import Http1Client, Http1Server
-from waypoint_py.http.headers import FRAMING, TOKEN
-from waypoint_py.http.message import Headers, Request, Response
-from waypoint_py.http.options import HeadLimits, ServerOptions
+from tests.unit.mesh.http.through import Through
 
 LIMITS = HeadLimits(size=300, count=8)  # so that what is too much is found soon
 OPTIONS = ServerOptions(paths=PathNormalization.NONE, http10=True, default_host=b"d", limits=LIMITS)

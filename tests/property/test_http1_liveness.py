@@ -11,13 +11,13 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesh.http.message import Response
 from mesh.model.l7.matching import Exact
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, PolicyAction, PolicyRule, Predicate
 from mesh.model.l7.routing import Origin
 from mesh.model.l7.waypoint import Assigned
 from mesh.state.store import Delta
 from tests.unit.waypoint_py.stage import ROUTE, Call, Stage
-from waypoint_py.http.message import Response
 
 PLAIN = msgspec.structs.replace(ROUTE, fault=None, mirrors=(), retry=None, timeout=None)
 NO_PUT = AuthorizationPolicy(

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from mesh.http.codec import BodyData, BodyEnd, Event, RefusedHead, RequestHead, ResponseHead, StreamReset
+from mesh.http.h1 import Http1Client, Http1Server
+from mesh.http.h2 import CONNECTION_WINDOW, Http2Client, Http2Server
+from mesh.http.message import Headers, Response
+from mesh.http.options import ServerOptions
 from mesh.model.l7.waypoint import PathNormalization
 from mesh.testing.hbone import StoppedClock
 from mesh.wire.errors import LocalProtocolError, RemoteProtocolError
 from mesh.wire.frames import PREFACE, FrameType, frame_header, header_frames
 from tests.property.http2_frames import frames, mutated
-from tests.unit.waypoint_py.http.h2_peer import deliver, frames_of, plain, request
-from waypoint_py.http.codec import BodyData, BodyEnd, Event, RefusedHead, RequestHead, ResponseHead, StreamReset
-from waypoint_py.http.h1 import Http1Client, Http1Server
-from waypoint_py.http.h2 import CONNECTION_WINDOW, Http2Client, Http2Server
-from waypoint_py.http.message import Headers, Response
-from waypoint_py.http.options import ServerOptions
+from tests.unit.mesh.http.h2_peer import deliver, frames_of, plain, request
 
 Codec = Http2Client | Http2Server
 New = Callable[[], Codec]

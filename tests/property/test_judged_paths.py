@@ -6,14 +6,14 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh.http.h1 import Http1Client
+from mesh.http.path import BadPath, normalise
 from mesh.model.l7.matching import PathKind, PathMatch
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, PolicyAction, PolicyRule, Predicate
 from mesh.model.l7.routing import Origin
 from mesh.model.l7.waypoint import Assigned, PathNormalization, WaypointSettings
 from mesh.state.store import Delta
 from tests.unit.waypoint_py.stage import ROUTE, Stage
-from waypoint_py.http.h1 import Http1Client
-from waypoint_py.http.path import BadPath, normalise
 
 PLAIN = msgspec.structs.replace(ROUTE, fault=None, mirrors=(), retry=None)
 NOT_ADMIN = AuthorizationPolicy(

@@ -9,13 +9,13 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh.http.message import Request
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, Prefix, Present, Suffix, TextMatch
 from mesh.model.l7.policy import Attribute, AuthorizationPolicy, PolicyAction, PolicyRule, Predicate
 from mesh.model.l7.routing import Origin
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Request
 from waypoint_py.policy.authorize import Judge
 from waypoint_py.policy.facts import TokenFacts
 from waypoint_py.policy.predicates import HTTP_ONLY

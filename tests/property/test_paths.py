@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mesh.http.path import BadPath, normalise
 from mesh.model.l7.waypoint import PathNormalization
-from waypoint_py.http.path import BadPath, normalise
 
 MODES = list(PathNormalization)
 MERGING = [PathNormalization.MERGE_SLASHES, PathNormalization.DECODE_AND_MERGE_SLASHES]

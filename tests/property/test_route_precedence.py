@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from istiod_py.translate.l7.known import L7Port, L7Service, know
 from istiod_py.translate.l7.routing import RouteMemory, Routing
 from istiod_py.translate.l7.sources import RouteSources, Sourced
+from mesh.http.message import Request
 from mesh.kube.gatewayapi.filters import Filters
 from mesh.kube.gatewayapi.references import BackendRef, ParentRef
 from mesh.kube.gatewayapi.routes import RequestRoute, RequestRule, RuleBackend
@@ -21,7 +22,6 @@ from mesh.kube.virtualservice import HttpMatch, HttpRule, VirtualService
 from mesh.model.l7.matching import Exact, HeaderMatch, PathKind, PathMatch, Prefix, QueryMatch, Regex, RouteMatch
 from mesh.model.l7.waypoint import Protocol
 from tests.unit.istiod_py.translate.l7.world import find_told
-from waypoint_py.http.message import Request
 
 HOSTNAME = "s.shop.svc.cluster.local"
 SERVICE = L7Service("shop", HOSTNAME, (L7Port(80, "http", Protocol.HTTP),), "Service", "s")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesh.http.message import Request, Response
 from mesh.model.l7.matching import (
     Exact,
     HeaderMatch,
@@ -26,7 +27,6 @@ from mesh.model.l7.matching import (
 from mesh.model.l7.routing import DirectResponse, Origin, Redirect, Retry, Rewrite, Route
 from mesh.telemetry.operators import InvalidFormat, compile_format, compile_header_value
 from tests.corpus.facts import Known, asked
-from waypoint_py.http.message import Request, Response
 from waypoint_py.routing.actions import compile_rewrite, location, replace_prefix
 from waypoint_py.routing.match import compile_routes
 from waypoint_py.routing.predicates import Seen, compile_path, parse_query, required_prefix

@@ -16,6 +16,7 @@ from istiod_py.translate.l7.routing import RouteMemory, Routing
 from istiod_py.translate.l7.sources import RouteSources, Sourced
 from istiod_py.translate.l7.tables import Joined, RoutesTold, cut_tables, join_small, join_uses
 from istiod_py.translate.l7.units import RouteUnit
+from mesh.http.message import Request
 from mesh.kube.objects import KubeObject, Layer, Origin
 from mesh.kube.routeactions import Target, WeightedTarget
 from mesh.kube.virtualservice import HttpMatch, HttpRule, VirtualService
@@ -24,7 +25,6 @@ from mesh.model.l7.routing import DirectResponse, Forward, Route
 from mesh.model.l7.routing import Origin as Made
 from mesh.model.l7.waypoint import Protocol
 from tests.unit.istiod_py.translate.l7.world import REVIEWS, V1, V2, WAYPOINT, World, document, find_told
-from waypoint_py.http.message import Request
 
 PORTS = (80, 81, 82)
 SUFFIX = "shop.svc.cluster.local"

@@ -10,10 +10,10 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mesh.http.message import Headers, Request
 from mesh.model.l7.policy import JwtHeader, JwtRule, RequestAuthentication
 from mesh.model.l7.routing import Origin
 from tests.corpus.tokens import EC_KEY, ED_KEY, KEYS, NOW, jwk, key_set, sign
-from waypoint_py.http.message import Headers, Request
 from waypoint_py.policy.keys import InvalidKeySet, KeySet
 from waypoint_py.policy.tokens import KeysFailed, Passed, Refused, Token, TokenChecker, parse_token
 

@@ -8,7 +8,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from waypoint_py.http.message import Headers
+from mesh.http.message import Headers
 from waypoint_py.telemetry.context import Incoming, decide, read_context, write_context
 
 NAMES = [

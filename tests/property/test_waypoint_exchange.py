@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesh.http.codec import BodyData
+from mesh.http.h2 import Http2Client
+from mesh.http.message import Request, Response, Version
 from mesh.model.l7.waypoint import Assigned, PortConfig, Protocol, ServiceConfig
 from mesh.state.store import Delta
 from tests.unit.waypoint_py.stage import HOST, ROUTE, Stage
-from waypoint_py.http.codec import BodyData
-from waypoint_py.http.h2 import Http2Client
-from waypoint_py.http.message import Request, Response, Version
 
 H1_PIECES = (
     b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n",

@@ -7,9 +7,9 @@ from hpack import Decoder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh.http.blocks import BlockWriter
+from mesh.http.message import Headers
 from mesh.wire.errors import LocalProtocolError
-from waypoint_py.http.blocks import BlockWriter
-from waypoint_py.http.message import Headers
 
 VALUES = [b"", b"GET", b"/", b"1", b"2", b"x" * 400]
 PSEUDO = st.lists(st.tuples(st.sampled_from([b":method", b":path", b":status"]), st.sampled_from(VALUES)), max_size=3)

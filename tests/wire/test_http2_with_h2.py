@@ -12,14 +12,14 @@ from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes, Settings
 
+from mesh.http.codec import BodyEnd, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
+from mesh.http.h2 import CONNECTION_WINDOW, Http2Client, Http2Server
+from mesh.http.message import Request, Response, Version
+from mesh.http.options import HeadLimits, ServerOptions
 from mesh.testing.hbone import StoppedClock
 from mesh.wire.errors import ErrorCode, LocalProtocolError
 from mesh.wire.frames import MAX_STREAM_ID
-from tests.unit.waypoint_py.http.h2_peer import body_of, deliver, frames_of, plain, request
-from waypoint_py.http.codec import BodyEnd, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
-from waypoint_py.http.h2 import CONNECTION_WINDOW, Http2Client, Http2Server
-from waypoint_py.http.message import Request, Response, Version
-from waypoint_py.http.options import HeadLimits, ServerOptions
+from tests.unit.mesh.http.h2_peer import body_of, deliver, frames_of, plain, request
 
 ANSWER = Response(200, [(b"content-type", b"text/plain")])
 E1 = TypeVar("E1")

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
+from mesh.http.message import Request
 from mesh.model.l7.policy import AuthorizationPolicy, ExtAuthzGrpc, ExtAuthzHttp, PolicyAction, PolicyRule
 from waypoint_py.client_hello import ServerName
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Request
 from waypoint_py.policy.facts import Facts, TokenFacts, TrustsForwarded
 from waypoint_py.policy.predicates import Uncompilable
 from waypoint_py.policy.rules import Compiled, RuleGroup, compile_rule, without_http

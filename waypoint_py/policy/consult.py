@@ -14,12 +14,12 @@ from urllib.parse import quote, quote_from_bytes, unquote_to_bytes
 
 from google.protobuf.message import DecodeError
 
+from mesh.http.message import Headers, Request, Response
 from mesh.model.address import SocketAddress
 from mesh.model.l7.policy import ExtAuthzGrpc, ExtAuthzHttp
 from mesh.runtime.outbound import Answer, Header
 from mesh.xds.proto import ext_authz_pb2 as pb
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Headers, Request, Response
 
 CHECK_METHOD: Final = "/envoy.service.auth.v3.Authorization/Check"
 PARTIAL_BODY: Final = b"x-envoy-auth-partial-body"

@@ -14,13 +14,13 @@ from typing import Final, Protocol, TypeAlias
 import h11
 import trio
 
+from mesh.http.message import Request
 from mesh.model.l7.policy import ExtAuthzGrpc, ExtAuthzHttp
 from mesh.rpc import Channel, Limits, RpcError, open_channel_on
 from mesh.rpc.client import CLIENT_LIMITS
 from mesh.runtime.outbound import Answer, HttpConnection, OutboundError
 from mesh.telemetry.log import get_logger
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Request
 from waypoint_py.policy.authorize import Consultation
 from waypoint_py.policy.consult import (
     CHECK_METHOD,

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from mesh.http.message import Request
 from mesh.model.address import InvalidAddress, IpAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from waypoint_py.client_hello import ServerName
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Request
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 TrustsForwarded: TypeAlias = Callable[[SpiffeId], bool]

@@ -14,11 +14,11 @@ from typing import Final, TypeAlias
 
 import trio
 
+from mesh.http.message import Request
 from mesh.model.l7.policy import JwtRule
 from mesh.runtime.outbound import Dial, OutboundError
 from mesh.runtime.outbound import fetch as fetch_url
 from mesh.telemetry.log import get_logger
-from waypoint_py.http.message import Request
 from waypoint_py.policy.facts import TokenFacts
 from waypoint_py.policy.keys import MAX_KEY_SET, InvalidKeySet, KeySet
 from waypoint_py.policy.tokens import KeysFailed, Passed, Refused, TokenChecker, Wanted

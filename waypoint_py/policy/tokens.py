@@ -19,8 +19,8 @@ from weakref import ref
 
 import msgspec
 
+from mesh.http.message import Headers, Request
 from mesh.model.l7.policy import JwtHeader, JwtRule, RequestAuthentication
-from waypoint_py.http.message import Headers, Request
 from waypoint_py.policy.facts import Json, TokenFacts
 from waypoint_py.policy.keys import ALGORITHMS, InvalidKeySet, KeySet
 from waypoint_py.verdict import LocalReply

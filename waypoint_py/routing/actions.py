@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Final, NamedTuple, TypeAlias, assert_never
 
+from mesh.http.message import Headers, Message, Request
 from mesh.model.l7.matching import PathKind, PathMatch
 from mesh.model.l7.routing import DirectResponse, Forward, Redirect, Rewrite, Route, WeightedDestination
 from mesh.telemetry.operators import Facts
-from waypoint_py.http.message import Headers, Message, Request
 from waypoint_py.routing.cors import CompiledCors, compile_cors
 from waypoint_py.routing.headers import NO_CHANGES, CompiledChanges, compile_changes
 from waypoint_py.routing.predicates import compile_regex, segment_prefix

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from mesh.http.message import Headers, Message, Request
 from mesh.model.l7.routing import Cors
-from waypoint_py.http.message import Headers, Message, Request
 from waypoint_py.routing.predicates import Test, compile_text
 from waypoint_py.verdict import LocalReply
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from mesh.http.message import Headers, Message, Response
 from mesh.wire.grpc import Status, decode_status_message, encode_status_message, parse_status, status_from_http
-from waypoint_py.http.message import Headers, Message, Response
 from waypoint_py.verdict import LocalReply
 
 GRPC_STATUS: Final = b"grpc-status"

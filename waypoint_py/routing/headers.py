@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from mesh.http.message import Message
 from mesh.model.l7.routing import HeaderChanges
 from mesh.telemetry.operators import Facts, Format, InvalidFormat, compile_header_value
-from waypoint_py.http.message import Message
 
 _UNTOUCHED: Final = frozenset(
     (

@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from heapq import merge
 from typing import Final, NamedTuple
 
+from mesh.http.message import Request
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, RouteMatch
 from mesh.model.l7.routing import Precedence, Route, precedence
-from waypoint_py.http.message import Request
 from waypoint_py.routing.actions import CompiledRoute, compile_route, split_port
 from waypoint_py.routing.predicates import CompiledMatch, Seen, compile_match, describe, required_prefix, segment_prefix
 from waypoint_py.steps import Steps, finish

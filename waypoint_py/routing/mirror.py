@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
+from mesh.http.message import Request
 from mesh.model.l7.routing import Mirror
-from waypoint_py.http.message import Request
 
 SUFFIX = b"-shadow"
 

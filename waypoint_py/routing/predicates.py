@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import re2
 
+from mesh.http.message import Request
 from mesh.model.l7.matching import (
     MAX_REGEX,
     Exact,
@@ -27,7 +28,6 @@ from mesh.model.l7.matching import (
     Suffix,
     TextMatch,
 )
-from waypoint_py.http.message import Request
 
 Test: TypeAlias = Callable[[bytes], bool]
 

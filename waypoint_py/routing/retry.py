@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, NamedTuple, TypeAlias
 
+from mesh.http.message import Request, Response
 from mesh.model.l7.destination import RetryBudget
 from mesh.model.l7.routing import Retry
 from mesh.wire.grpc import Status
-from waypoint_py.http.message import Request, Response
 from waypoint_py.routing.grpc import find_status
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure
 from waypoint_py.verdict import Flag

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from mesh.http.message import Request
 from mesh.model.l7.routing import Route
 from mesh.wire.errors import RemoteProtocolError
 from mesh.wire.grpc import encode_timeout, parse_timeout
-from waypoint_py.http.message import Request
 
 EXPECTED: Final = b"x-envoy-expected-rq-timeout-ms"
 GRPC_TIMEOUT: Final = b"grpc-timeout"

@@ -11,7 +11,7 @@ import random
 import re
 from typing import Final, NamedTuple
 
-from waypoint_py.http.message import Headers
+from mesh.http.message import Headers
 
 TRACEPARENT: Final = b"traceparent"
 TRACESTATE: Final = b"tracestate"

@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
+from mesh.http.message import Request
 from mesh.model.address import SocketAddress, ip_text
 from mesh.model.l7.destination import ConsistentHash, HashCookie, HashHeader, HashQuery, HashSource
-from waypoint_py.http.message import Request
 from waypoint_py.upstream.algorithms import hash_text
 
 

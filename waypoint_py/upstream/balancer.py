@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from mesh.http.message import Request
 from mesh.model.address import IpAddress, NamespacedHostname, SocketAddress
 from mesh.model.l7.destination import DestinationConfig, TrafficPolicy
 from mesh.model.l7.routing import Destination
@@ -21,7 +22,6 @@ from mesh.model.workload import Workload
 from mesh.state.balance import PickList, Wanted, takes_connections, target_port
 from mesh.state.resolve import choose_ip
 from mesh.state.store import MeshState
-from waypoint_py.http.message import Request
 from waypoint_py.upstream.affinity import NO_AFFINITY, Affinity, find_affinity
 from waypoint_py.upstream.algorithms import Algorithm, Host, make_algorithm
 from waypoint_py.upstream.levels import Labels, Level, arrange, capacity, share_out

@@ -11,12 +11,12 @@ from enum import Enum
 from itertools import count
 from typing import Final, Protocol
 
+from mesh.http.codec import BodyData, BodyEnd, ClientCodec, Event, GoingAway, ResponseHead, StreamReset
+from mesh.http.message import Headers, Request, Response
 from mesh.model.address import SocketAddress
 from mesh.model.l7.destination import ConnectionPool
 from mesh.reactor.loop import Reactor, Timer
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
-from waypoint_py.http.codec import BodyData, BodyEnd, ClientCodec, Event, GoingAway, ResponseHead, StreamReset
-from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.stream import HIGH_WATER, ByteStream
 from waypoint_py.upstream.session import FailureKind, ResponseSink, UpstreamFailure, UpstreamStream
 

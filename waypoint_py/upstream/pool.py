@@ -12,13 +12,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Final, NamedTuple, TypeAlias
 
+from mesh.http.codec import ClientCodec
+from mesh.http.message import Request
 from mesh.model.address import SocketAddress
 from mesh.model.l7.destination import ConnectionPool, UpstreamTls
 from mesh.model.l7.routing import Destination
 from mesh.reactor.loop import Reactor, Timer
 from waypoint_py.context import Connection
-from waypoint_py.http.codec import ClientCodec
-from waypoint_py.http.message import Request
 from waypoint_py.stream import ByteStream
 from waypoint_py.streams.base import Stream
 from waypoint_py.upstream.client import Call, HttpSession, Place

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from mesh.http.message import Headers, Request, Response
 from mesh.model.address import SocketAddress
 from mesh.model.l7.destination import TrafficPolicy
 from mesh.model.l7.routing import Destination
 from mesh.model.service import Service
 from mesh.model.workload import Workload
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.stream import ByteStream
 from waypoint_py.upstream.algorithms import Host
 

@@ -20,6 +20,9 @@ import h11
 import trio
 from msgspec import structs
 
+from mesh.http.codec import BodyData, BodyEnd, GoingAway
+from mesh.http.h2 import Http2Client
+from mesh.http.message import Request, Version
 from mesh.linux.sockets import set_connection_options
 from mesh.model.address import GatewayAddress, IpAddress, NamespacedHostname, NetworkAddress, SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
@@ -38,9 +41,6 @@ from waypoint_py.admission import Ourselves
 from waypoint_py.app import make_client_codec
 from waypoint_py.context import Connection
 from waypoint_py.credentials import Credentials
-from waypoint_py.http.codec import BodyData, BodyEnd, GoingAway
-from waypoint_py.http.h2 import Http2Client
-from waypoint_py.http.message import Request, Version
 from waypoint_py.listener import HboneListener
 from waypoint_py.observer import ConnectionRecord, Local, RefusalRecord, RequestRecord
 from waypoint_py.plane import Plane

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
 
+from mesh.http.h1 import Http1Server
+from mesh.http.h2 import Http2Server
+from mesh.http.message import Request, Response
 from mesh.model.address import GatewayAddress, NamespacedHostname, NetworkAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import Destination, Fault, Forward, Mirror, Origin, Retry, Route, WeightedDestination
@@ -19,9 +22,6 @@ from mesh.state.store import Delta, MeshState
 from waypoint_py.admission import Ourselves
 from waypoint_py.context import Connection
 from waypoint_py.downstream import HttpConnection
-from waypoint_py.http.h1 import Http1Server
-from waypoint_py.http.h2 import Http2Server
-from waypoint_py.http.message import Request, Response
 from waypoint_py.listener import SERVER_OPTIONS
 from waypoint_py.observer import ConnectionRecord, Local, RefusalRecord, RequestRecord
 from waypoint_py.plane import Plane

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from mesh.http.h1 import DISCARDED, HELD, UNCONSUMED, Http1Server
+from mesh.http.message import Response
 from mesh.model.l7.routing import Fault
 from mesh.wire.frames import PREFACE, FrameType, frame_header
-from tests.unit.waypoint_py.http.h2_peer import GET as H2_GET
-from tests.unit.waypoint_py.http.h2_peer import Peer
+from tests.unit.mesh.http.h2_peer import GET as H2_GET
+from tests.unit.mesh.http.h2_peer import Peer
 from tests.unit.waypoint_py.stage import ROUTE, Call, Stage
 from waypoint_py.downstream import HEAD_SECONDS, LINGER_SECONDS, REQUESTS_A_TURN, HttpConnection
-from waypoint_py.http.h1 import DISCARDED, HELD, UNCONSUMED, Http1Server
-from waypoint_py.http.message import Response
 from waypoint_py.listener import SERVER_OPTIONS
 from waypoint_py.stream import HIGH_WATER
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure

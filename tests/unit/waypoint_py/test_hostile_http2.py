@@ -10,18 +10,18 @@ import msgspec
 import pytest
 import trio
 
+from mesh.http.codec import RequestHead
+from mesh.http.h2 import Http2Server
+from mesh.http.message import Response
 from mesh.model.l7.waypoint import Protocol
 from mesh.testing.hbone import StoppedClock
 from mesh.wire.errors import ErrorCode, RemoteProtocolError
 from mesh.wire.frames import PREFACE, FrameType, frame_header, rst_stream_frame, window_update_frame
 from tests.property.test_waypoint_exchange import ROUTE, Stage
+from tests.unit.mesh.http.h2_peer import GET, POST, Peer, frames_of
+from tests.unit.mesh.http.test_h2_floods import bomb
 from tests.unit.waypoint_py.harness import Echo, World
-from tests.unit.waypoint_py.http.h2_peer import GET, POST, Peer, frames_of
-from tests.unit.waypoint_py.http.test_h2_floods import bomb
 from waypoint_py.downstream import TOO_MUCH_UNSENT
-from waypoint_py.http.codec import RequestHead
-from waypoint_py.http.h2 import Http2Server
-from waypoint_py.http.message import Response
 from waypoint_py.stream import HIGH_WATER
 
 SETTINGS = frame_header(0, FrameType.SETTINGS, 0, 0)

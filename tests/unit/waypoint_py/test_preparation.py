@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import uuid
 
+from mesh.http.message import Headers, Request, Response
 from mesh.model.identity import SpiffeId
-from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.preparation import CONTROLS, date_of, finish_response, new_request_id, prepare
 
 PEER = SpiffeId("cluster.local", "shop", "client")

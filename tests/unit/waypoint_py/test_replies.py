@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mesh.http.message import Request
 from waypoint_py import replies
-from waypoint_py.http.message import Request
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure
 from waypoint_py.verdict import Flag, LocalReply
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import trio
 
+from mesh.http.message import Request
 from mesh.model.l7.destination import DestinationConfig, TrafficPolicy
 from mesh.model.l7.matching import PathKind, PathMatch, RouteMatch
 from mesh.model.l7.policy import AuthorizationPolicy, PolicyAction, PolicyRule, RequestAuthentication
@@ -14,7 +15,6 @@ from mesh.state.store import Delta
 from mesh.xds.decode import decode_response
 from mesh.xds.l7 import ROUTE_TABLE, resource_name, type_url_of
 from mesh.xds.proto import discovery_pb2 as discovery
-from waypoint_py.http.message import Request
 from waypoint_py.steps import finish
 from waypoint_py.store import ServiceCompiler, Store, speaks_http
 from waypoint_py.turns import finish_in_turns

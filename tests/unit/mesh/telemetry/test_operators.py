@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from mesh.http.message import Request
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.telemetry.operators import (
     DEFAULT_JSON_FORMAT,
@@ -15,7 +16,6 @@ from mesh.telemetry.operators import (
     compile_header_value,
 )
 from tests.corpus.facts import Known, asked
-from waypoint_py.http.message import Request
 from waypoint_py.verdict import Flag
 
 MOMENT = 1795921281.810465

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mesh.http.message import Headers, Request
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.matching import Exact, PathKind, PathMatch, Prefix, Present, Regex, Suffix, TextMatch
@@ -13,7 +14,6 @@ from mesh.model.l7.policy import Attribute, AuthorizationPolicy, ExtAuthzGrpc, E
 from mesh.model.l7.routing import Origin
 from waypoint_py.client_hello import HIDDEN, ServerName
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Headers, Request
 from waypoint_py.policy.authorize import Consultation, Judge, Judgement, Judges
 from waypoint_py.policy.facts import TokenFacts
 

@@ -7,13 +7,13 @@ from google.protobuf.wrappers_pb2 import BoolValue
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh.http.message import Request, Response
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.policy import ExtAuthzGrpc, ExtAuthzHttp
 from mesh.runtime.outbound import Answer, Header
 from mesh.xds.proto import ext_authz_pb2 as pb
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Request, Response
 from waypoint_py.policy.consult import (
     MAX_BODY,
     MAX_MUTATIONS,

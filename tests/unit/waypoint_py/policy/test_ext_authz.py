@@ -11,13 +11,13 @@ import pytest
 import trio
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
+from mesh.http.message import Request, Response
 from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.policy import ExtAuthzGrpc, ExtAuthzHttp
 from mesh.rpc import Call, Handler, RpcError, Status, Unary, serve_connection
 from mesh.xds.proto import ext_authz_pb2 as pb
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Request, Response
 from waypoint_py.policy.authorize import Consultation
 from waypoint_py.policy.consult import CHECK_METHOD, Buffered, ResponseHeaders
 from waypoint_py.policy.ext_authz import BodySource, ExtAuthz, Unreachable, connect_plainly

@@ -11,11 +11,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from mesh.http.message import Request
 from mesh.model.l7.policy import JwtRule, RequestAuthentication
 from mesh.model.l7.routing import Origin
 from mesh.runtime.outbound import Dialler, OutboundError, permit_any
 from tests.corpus.tokens import KEYS, NOW, OTHER_RSA_KEY, RSA_KEY, bearer, jwk, key_set, sign
-from waypoint_py.http.message import Request
 from waypoint_py.policy.facts import TokenFacts
 from waypoint_py.policy.jwks import MAX_SETS, REFRESH, UNKNOWN_KID, Authenticator, KeyStore, fetch_through
 from waypoint_py.policy.keys import KeySet

@@ -9,6 +9,7 @@ from weakref import ref
 
 import pytest
 
+from mesh.http.message import Request
 from mesh.model.l7.policy import JwtHeader, JwtRule, RequestAuthentication
 from mesh.model.l7.routing import Origin
 from tests.corpus.tokens import (
@@ -26,7 +27,6 @@ from tests.corpus.tokens import (
     key_set,
     sign,
 )
-from waypoint_py.http.message import Request
 from waypoint_py.policy.keys import MAX_KEYS, InvalidKeySet, KeySet
 from waypoint_py.policy.tokens import (
     FETCH_FAILED,

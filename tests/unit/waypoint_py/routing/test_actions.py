@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
+from mesh.http.message import Request, Response
 from mesh.model.l7.matching import PathKind, PathMatch
 from mesh.model.l7.routing import Destination, Forward, HeaderChanges, Origin, Rewrite, Route, WeightedDestination
 from tests.corpus.facts import Known, asked
-from waypoint_py.http.message import Request, Response
 from waypoint_py.routing.actions import (
     Chosen,
     CompiledRoute,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from mesh.http.message import Response
 from mesh.model.l7.matching import Exact, Prefix, Regex
 from mesh.model.l7.routing import Cors
 from tests.corpus.facts import asked
-from waypoint_py.http.message import Response
 from waypoint_py.routing.cors import CompiledCors, allow_response, answer_preflight, compile_cors, find_allowed_origin
 
 POLICY = Cors(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mesh.http.message import Request
 from mesh.model.l7.matching import (
     Exact,
     HeaderMatch,
@@ -19,7 +20,6 @@ from mesh.model.l7.matching import (
 )
 from mesh.model.l7.routing import DirectResponse, Origin, Route
 from tests.corpus.facts import asked
-from waypoint_py.http.message import Request
 from waypoint_py.routing.actions import answer
 from waypoint_py.routing.match import PortRoutes, RouteList, compile_routes, compile_table, list_tables
 from waypoint_py.steps import finish

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from mesh.http.message import Response
 from mesh.model.l7.destination import RetryBudget
 from mesh.model.l7.routing import Retry
 from tests.corpus.facts import asked
-from waypoint_py.http.message import Response
 from waypoint_py.routing.retry import CONDITIONS, Again, Decision, Enough, RetryState, Room
 from waypoint_py.upstream.session import FailureKind, UpstreamFailure
 from waypoint_py.verdict import Flag

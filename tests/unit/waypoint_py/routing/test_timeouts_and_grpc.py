@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from mesh.http.message import Request, Response
 from mesh.model.l7.routing import DirectResponse, Origin, Retry, Route
 from mesh.wire.grpc import Status
 from tests.corpus.facts import asked
-from waypoint_py.http.message import Request, Response
 from waypoint_py.routing.grpc import find_message, find_status, http_from_status, reply_status, trailers_only
 from waypoint_py.routing.timeouts import Timeouts, expected, find_timeouts, told_upstream
 from waypoint_py.verdict import LocalReply

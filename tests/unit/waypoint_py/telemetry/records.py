@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 
+from mesh.http.message import Request, Response
 from mesh.model.address import NetworkAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.destination import TrafficPolicy
@@ -13,7 +14,6 @@ from mesh.model.l7.routing import Destination
 from mesh.model.service import Service
 from mesh.model.workload import Locality, Workload
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Request, Response
 from waypoint_py.observer import ConnectionRecord, Local, RequestRecord
 from waypoint_py.upstream.session import Endpoint, UpstreamProtocol
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from mesh.http.message import Response, Version
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.routing import Destination
@@ -21,7 +22,6 @@ from mesh.model.l7.waypoint import AccessLogging
 from mesh.telemetry.operators import DEFAULT_JSON_FORMAT, METADATA, Facts
 from mesh.telemetry.output import LogOutput
 from tests.unit.waypoint_py.telemetry.records import HOST, POD, connection, connection_record, endpoint, request_record
-from waypoint_py.http.message import Response, Version
 from waypoint_py.observer import RefusalRecord, RequestRecord
 from waypoint_py.policy.authorize import DryRunVerdict, Judgement
 from waypoint_py.telemetry.access_log import AccessLog, compile_lines

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from waypoint_py.http.message import Headers
+from mesh.http.message import Headers
 from waypoint_py.telemetry.context import NOTHING, Decision, Incoming, decide, read_context, write_context
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"

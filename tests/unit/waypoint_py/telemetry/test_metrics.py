@@ -7,11 +7,11 @@ from ipaddress import ip_address
 import pytest
 from msgspec.structs import replace
 
+from mesh.http.message import Headers
 from mesh.model.address import SocketAddress
 from mesh.telemetry.metrics import Number, Registry, render
 from tests.unit.waypoint_py.telemetry.records import CALLER, HOST, POD, connection, connection_record, endpoint, request_record
 from waypoint_py.context import REMEMBERED
-from waypoint_py.http.message import Headers
 from waypoint_py.observer import RefusalRecord, RequestRecord
 from waypoint_py.policy.authorize import DryRunVerdict, Judgement
 from waypoint_py.telemetry import metrics

@@ -16,6 +16,8 @@ from ipaddress import ip_address
 import pytest
 from OpenSSL import SSL
 
+from mesh.http.codec import BodyData, BodyEnd, Event, GoingAway, ResponseHead, StreamReset
+from mesh.http.message import Headers, Request, Response
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.destination import ConnectionPool, TrafficPolicy
@@ -30,8 +32,6 @@ from mesh.testing.proxies import ReactorThread, tcp_listener, wait_until
 from mesh.tls.bundle import CertificateBundle
 from mesh.tls.contexts import hbone_context
 from mesh.wire.errors import RemoteProtocolError
-from waypoint_py.http.codec import BodyData, BodyEnd, Event, GoingAway, ResponseHead, StreamReset
-from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.upstream.announce import announce
 from waypoint_py.upstream.dial import Dialler
 from waypoint_py.upstream.pool import Pool

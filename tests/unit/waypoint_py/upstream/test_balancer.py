@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from mesh.http.message import Request
 from mesh.model.address import NamespacedHostname, NetworkAddress, SocketAddress
 from mesh.model.l7.destination import (
     Balance,
@@ -30,7 +31,6 @@ from mesh.model.service import Service, ServicePort
 from mesh.model.workload import HealthStatus, PortMapping, Workload
 from mesh.model.workload import Locality as Place
 from mesh.state.store import Delta, MeshState
-from waypoint_py.http.message import Request
 from waypoint_py.upstream.balancer import Balancer, NoEndpoint, Wish
 from waypoint_py.upstream.levels import share_out
 from waypoint_py.upstream.outlier import LocalOutcome

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from mesh.http.h2 import Http2Client
 from mesh.model.l7.destination import ConnectionPool
 from mesh.wire.frames import FrameType, frame_header
 from tests.unit.waypoint_py.stage import Clockwork, Wire
-from waypoint_py.http.h2 import Http2Client
 from waypoint_py.upstream.client import UNREAD_ANSWERS, Call, HttpSession
 
 SETTINGS = frame_header(0, FrameType.SETTINGS, 0, 0)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
+from mesh.http.message import Request
 from mesh.model.address import SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.l7.destination import ConnectionPool, Keepalive, TlsMode, TrafficPolicy, UpstreamTls
@@ -42,7 +43,6 @@ from tests.unit.waypoint_py.upstream.conftest import (
     settle,
 )
 from waypoint_py.context import Connection
-from waypoint_py.http.message import Request
 from waypoint_py.stream import ByteStream
 from waypoint_py.upstream import pool
 from waypoint_py.upstream.announce import announce

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 
+from mesh.http.h1 import Http1Client
+from mesh.http.message import Headers, Request, Response
 from mesh.testing.proxies import wait_until
 from tests.unit.waypoint_py.upstream.conftest import Agent, Answer, Application, ServerEnd, World, endpoint_at, in_mesh, settle
-from waypoint_py.http.h1 import Http1Client
-from waypoint_py.http.message import Headers, Request, Response
 from waypoint_py.upstream.session import Endpoint, FailureKind, UpstreamProtocol, UpstreamStream
 
 

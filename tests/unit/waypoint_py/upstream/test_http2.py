@@ -14,10 +14,10 @@ import h2.events
 import h2.settings
 import pytest
 
+from mesh.http.h2 import Http2Client
+from mesh.http.message import Headers, Request
 from mesh.testing.proxies import wait_until
 from tests.unit.waypoint_py.upstream.conftest import Agent, Answer, Application, ServerEnd, World, endpoint_at, in_mesh, limited
-from waypoint_py.http.h2 import Http2Client
-from waypoint_py.http.message import Headers, Request
 from waypoint_py.upstream.session import Endpoint, FailureKind, UpstreamProtocol, UpstreamStream
 
 HTTP2 = UpstreamProtocol.HTTP2

@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import pytest
 
+from mesh.http.h2 import Http2Client
+from mesh.http.message import Request
 from mesh.model.l7.destination import ConnectionPool, TlsMode, TrafficPolicy, UpstreamTls
 from mesh.model.l7.routing import Destination
 from mesh.testing.proxies import open_descriptors, wait_until
@@ -28,8 +30,6 @@ from tests.unit.waypoint_py.upstream.conftest import (
     serve_echo,
     settle,
 )
-from waypoint_py.http.h2 import Http2Client
-from waypoint_py.http.message import Request
 from waypoint_py.stream import ByteStream
 from waypoint_py.streams.tunnel import TunnelStream
 from waypoint_py.upstream import pool

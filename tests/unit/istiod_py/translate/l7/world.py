@@ -15,13 +15,13 @@ from istiod_py.translate.l7.routing import DEFAULT_RETRY, RouteMemory, Routing
 from istiod_py.translate.l7.sources import RouteDefaults, RouteSources, Sourced
 from istiod_py.translate.l7.tables import RoutesTold
 from istiod_py.translate.l7.virtual_services import matches_every_request
+from mesh.http.message import Request
 from mesh.kube.gatewayapi.routes import read_grpc_route, read_http_route, read_tcp_route, read_tls_route
 from mesh.kube.objects import ObjectKey
 from mesh.kube.virtualservice import read_virtual_service
 from mesh.model.l7.routing import Forward, Retry, Route, TcpRoute
 from mesh.model.l7.waypoint import Protocol
 from mesh.testing.objects import objects_from_yaml
-from waypoint_py.http.message import Request
 from waypoint_py.routing.match import Matched
 from waypoint_py.steps import finish
 from waypoint_py.store import ServiceCompiler

@@ -8,13 +8,13 @@ from dataclasses import replace
 import hyperframe.frame
 from hpack import Decoder, Encoder
 
+from mesh.http.codec import BodyData, Event, RequestHead
+from mesh.http.h2 import Http2Client, Http2Server
+from mesh.http.message import Request, Response
+from mesh.http.options import ServerOptions
 from mesh.testing.hbone import StoppedClock
 from mesh.wire.errors import RemoteProtocolError
 from mesh.wire.frames import PREFACE, FrameType, frame_header, header_frames
-from waypoint_py.http.codec import BodyData, Event, RequestHead
-from waypoint_py.http.h2 import Http2Client, Http2Server
-from waypoint_py.http.message import Request, Response
-from waypoint_py.http.options import ServerOptions
 
 DEFAULTS = ServerOptions()
 Fields = Sequence[tuple[bytes | str, bytes | str]]

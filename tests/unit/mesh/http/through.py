@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from waypoint_py.http.codec import BodyData, BodyEnd, Event, RefusedHead, RequestHead, StreamReset
-from waypoint_py.http.h1 import Http1Client, Http1Server
-from waypoint_py.http.message import Headers, Response
-from waypoint_py.http.options import ServerOptions
+from mesh.http.codec import BodyData, BodyEnd, Event, RefusedHead, RequestHead, StreamReset
+from mesh.http.h1 import Http1Client, Http1Server
+from mesh.http.message import Headers, Response
+from mesh.http.options import ServerOptions
 from waypoint_py.listener import SERVER_OPTIONS
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"

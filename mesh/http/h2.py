@@ -22,6 +22,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from struct import Struct
 from typing import Final, Generic, NamedTuple, TypeVar
 
+from mesh.http.blocks import BlockWriter
+from mesh.http.codec import BodyData, BodyEnd, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
+from mesh.http.headers import (
+    FIELD_TEXT,
+    FRAMING,
+    LOWER_TOKEN,
+    SPACE,
+    TAB,
+    TOKEN,
+    BadHead,
+    check_authority,
+    clean_trailers,
+    read_length,
+)
+from mesh.http.message import Headers, Request, Response, Version
+from mesh.http.options import HeadLimits, ServerOptions
+from mesh.http.path import BadPath, normalise
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.frames import (
     ACK,
@@ -43,23 +60,6 @@ from mesh.wire.hbone import patience
 from mesh.wire.hbone.streams import Direction, Stream
 from mesh.wire.headers import REMEMBERED_BLOCKS, Fields, HeaderReader, MalformedHeaders
 from mesh.wire.settings import SETTINGS_ACK, PeerSettings, SettingCode, opening
-from waypoint_py.http.blocks import BlockWriter
-from waypoint_py.http.codec import BodyData, BodyEnd, Event, GoingAway, RefusedHead, RequestHead, ResponseHead, StreamReset
-from waypoint_py.http.headers import (
-    FIELD_TEXT,
-    FRAMING,
-    LOWER_TOKEN,
-    SPACE,
-    TAB,
-    TOKEN,
-    BadHead,
-    check_authority,
-    clean_trailers,
-    read_length,
-)
-from waypoint_py.http.message import Headers, Request, Response, Version
-from waypoint_py.http.options import HeadLimits, ServerOptions
-from waypoint_py.http.path import BadPath, normalise
 
 CONNECTION_WINDOW: Final = 4 << 20
 _LOW_WINDOW: Final = CONNECTION_WINDOW // 2

@@ -12,10 +12,10 @@ from typing import Final, cast
 
 from hpack.table import HeaderTable
 
+from mesh.http.headers import FIELD_TEXT, LOWER_TOKEN
+from mesh.http.message import Headers
 from mesh.wire.errors import LocalProtocolError
 from mesh.wire.headers import write_integer, write_string
-from waypoint_py.http.headers import FIELD_TEXT, LOWER_TOKEN
-from waypoint_py.http.message import Headers
 
 MAX_TABLE_SIZE: Final = 4096
 """HTTP/2's default. A peer may allow more; a hundred entries are enough."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from mesh.http.codec import BodyData, BodyEnd, ResponseHead, StreamReset
+from mesh.http.h1 import MAX_INFORMATIONAL, Http1Client
+from mesh.http.message import Request
 from mesh.wire.errors import ErrorCode
-from waypoint_py.http.codec import BodyData, BodyEnd, ResponseHead, StreamReset
-from waypoint_py.http.h1 import MAX_INFORMATIONAL, Http1Client
-from waypoint_py.http.message import Request
 
 FAKE = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfake"
 

@@ -11,6 +11,10 @@ from itertools import count
 
 import pytest
 
+from mesh.http.codec import RefusedHead, RequestHead, ResponseHead
+from mesh.http.h2 import MAX_BLOCK, MAX_COURTESY, MIN_STREAMS_TO_JUDGE, Http2Client
+from mesh.http.message import Response
+from mesh.http.options import ServerOptions
 from mesh.testing.hbone import StoppedClock
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.frames import (
@@ -26,11 +30,7 @@ from mesh.wire.frames import (
     window_update_frame,
 )
 from mesh.wire.hbone.patience import CAPACITY, REFILL_PER_SECOND
-from tests.unit.waypoint_py.http.h2_peer import GET, POST, Peer, request
-from waypoint_py.http.codec import RefusedHead, RequestHead, ResponseHead
-from waypoint_py.http.h2 import MAX_BLOCK, MAX_COURTESY, MIN_STREAMS_TO_JUDGE, Http2Client
-from waypoint_py.http.message import Response
-from waypoint_py.http.options import ServerOptions
+from tests.unit.mesh.http.h2_peer import GET, POST, Peer, request
 
 CALM = ErrorCode.ENHANCE_YOUR_CALM
 ROOM = 512 * 1024

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.waypoint_py.http.through import Through
-from waypoint_py.http.h1 import MAX_CHUNK_LINE
-from waypoint_py.http.options import ServerOptions
+from mesh.http.h1 import MAX_CHUNK_LINE
+from mesh.http.options import ServerOptions
+from tests.unit.mesh.http.through import Through
 
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
 

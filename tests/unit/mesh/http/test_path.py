@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mesh.http.path import BadPath, normalise
 from mesh.model.l7.waypoint import PathNormalization
-from waypoint_py.http.path import BadPath, normalise
 
 NONE, BASE = PathNormalization.NONE, PathNormalization.BASE
 MERGE, DECODE = PathNormalization.MERGE_SLASHES, PathNormalization.DECODE_AND_MERGE_SLASHES

@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from mesh.http.codec import BodyEnd, ClientCodec, RefusedHead, RequestHead, ResponseHead, StreamReset
+from mesh.http.h1 import Http1Client
+from mesh.http.h2 import Http2Client, Http2Server
+from mesh.http.message import Request, Response
 from mesh.testing.hbone import StoppedClock
 from mesh.wire.errors import ErrorCode, LocalProtocolError
 from mesh.wire.frames import (
@@ -23,11 +27,7 @@ from mesh.wire.frames import (
     rst_stream_frame,
     window_update_frame,
 )
-from tests.unit.waypoint_py.http.h2_peer import GET, POST, Fields, Peer, request
-from waypoint_py.http.codec import BodyEnd, ClientCodec, RefusedHead, RequestHead, ResponseHead, StreamReset
-from waypoint_py.http.h1 import Http1Client
-from waypoint_py.http.h2 import Http2Client, Http2Server
-from waypoint_py.http.message import Request, Response
+from tests.unit.mesh.http.h2_peer import GET, POST, Fields, Peer, request
 
 PROTOCOL, FLOW, SIZE = ErrorCode.PROTOCOL_ERROR, ErrorCode.FLOW_CONTROL_ERROR, ErrorCode.FRAME_SIZE_ERROR
 CLOSED, COMPRESSION, CALM = ErrorCode.STREAM_CLOSED, ErrorCode.COMPRESSION_ERROR, ErrorCode.ENHANCE_YOUR_CALM

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from waypoint_py.http.message import Headers, Request, Response
+from mesh.http.message import Headers, Request, Response
 
 
 @dataclass(slots=True)

@@ -32,9 +32,8 @@ from http import HTTPStatus
 from operator import itemgetter
 from typing import Final, Generic, TypeVar
 
-from mesh.wire.errors import ErrorCode, LocalProtocolError
-from waypoint_py.http.codec import BodyData, BodyEnd, Event, RefusedHead, RequestHead, ResponseHead, StreamReset
-from waypoint_py.http.headers import (
+from mesh.http.codec import BodyData, BodyEnd, Event, RefusedHead, RequestHead, ResponseHead, StreamReset
+from mesh.http.headers import (
     FIELD_TEXT,
     FRAMING,
     LOWER_TOKEN,
@@ -47,9 +46,10 @@ from waypoint_py.http.headers import (
     read_connection,
     read_length,
 )
-from waypoint_py.http.message import Headers, Request, Response, Version
-from waypoint_py.http.options import HeadLimits, ServerOptions
-from waypoint_py.http.path import BadPath, normalise
+from mesh.http.message import Headers, Request, Response, Version
+from mesh.http.options import HeadLimits, ServerOptions
+from mesh.http.path import BadPath, normalise
+from mesh.wire.errors import ErrorCode, LocalProtocolError
 
 UNCONSUMED: Final = 256 * 1024
 """Bytes of a body handed out and not consumed above which no more should be read."""

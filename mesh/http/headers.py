@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final
 
-from waypoint_py.http.message import Headers
+from mesh.http.message import Headers
 
 
 class BadHead(Exception):
-    """A head that must not go on. It stays within `waypoint_py.http`: codecs make a `RefusedHead` or a `StreamReset` of it."""
+    """A head that must not go on. It stays within `mesh.http`: codecs make a `RefusedHead` or a `StreamReset` of it."""
 
     def __init__(self, reason: str, status: int = 400) -> None:
         super().__init__(reason)
