@@ -74,7 +74,10 @@ class StreamReset:
 
 @dataclass(slots=True)
 class GoingAway:
-    """The peer takes no new streams on this connection."""
+    """The peer takes no new streams on this connection. ``code`` as of HTTP/2, 0 where nothing is wrong, and the peer's ``why``."""
+
+    code: int = 0
+    why: str = ""
 
 
 Event: TypeAlias = RequestHead | RefusedHead | ResponseHead | BodyData | BodyEnd | StreamReset | GoingAway

@@ -2,7 +2,7 @@
 
 Theory of operation. Frames are cut, header blocks read and SETTINGS kept by what HBONE uses too (`mesh.wire.frames`, `mesh.wire.headers`,
 `mesh.wire.settings`); streams, windows, floods and the meaning of headers are here. Why all this, and not the h2 library, which the
-tests have as the other side: docs/design/decisions/0007-http2-in-waypoints.md.
+tests have as the other side: docs/design/decisions/0007-http2.md.
 
 - What breaks one stream resets that stream; `StreamReset` says why, also of streams that no `RequestHead` told of: pass over those. What
   breaks the connection is a RemoteProtocolError, with GOAWAY among the outgoing bytes; events of the same portion are lost with it.
@@ -81,6 +81,7 @@ MAX_COURTESY: Final = 10_000
 _REMEMBERED_RESETS: Final = 1024
 _CROSSING: Final = 4
 """Weightless frames on a stream that may have been sent before our reset was read: two informational responses, a head, and an end."""
+_LONGEST_WHY: Final = 200
 _OWN_PING: Final = b"\xffgoodbye"
 _OPEN, _SILENT, _ENDED = Direction.OPEN, Direction.SILENT, Direction.ENDED  # members of an enum are slower to find
 _DATA, _HEADERS = int(FrameType.DATA), int(FrameType.HEADERS)
@@ -356,10 +357,10 @@ class _Http2(ABC):
         else:
             self.pings = 0
 
-    def on_goaway(self, last_stream: int, code: int) -> None:
+    def on_goaway(self, last_stream: int, code: int, debug: bytes) -> None:
         self._patience.spend(patience.IGNORED_FRAME, "GOAWAY")
-        if not self._goaway_received:
-            self._events.append(GoingAway())
+        if code or not self._goaway_received:
+            self._events.append(GoingAway(code, debug[:_LONGEST_WHY].decode("utf-8", "replace")))
         self._goaway_received = True
 
     def on_ignored(self, kind: int) -> None:
@@ -671,7 +672,8 @@ class Http2Server(_Http2):
             server=True,
             limits=options.limits,
             stream_window=options.stream_window,
-            settings={SettingCode.MAX_CONCURRENT_STREAMS: options.max_streams, SettingCode.ENABLE_CONNECT_PROTOCOL: 1},
+            settings={SettingCode.MAX_CONCURRENT_STREAMS: options.max_streams}
+            | ({SettingCode.ENABLE_CONNECT_PROTOCOL: 1} if options.upgrades else {}),
         )
         self._options = options
         self._known_heads: _Remembered[_RequestFacts] = _Remembered(self._reader)
@@ -1058,9 +1060,9 @@ class Http2Client(_Http2):
     def _on_headers_of_no_stream(self, stream: int, fields: Fields, end: bool) -> None:
         self._on_frame_of_no_stream(stream, answer=ErrorCode.STREAM_CLOSED, weightless=True)
 
-    def on_goaway(self, last_stream: int, code: int) -> None:
+    def on_goaway(self, last_stream: int, code: int, debug: bytes) -> None:
         """RFC 9113 section 6.8: a later GOAWAY may only lower the last stream."""
-        super().on_goaway(last_stream, code)
+        super().on_goaway(last_stream, code, debug)
         self._last_served = min(last_stream, self._last_served)
         for stream in [stream for stream in self._streams if stream > self._last_served]:
             self._forget(self._streams[stream])

@@ -1,4 +1,4 @@
-"""gRPC on trio: h2 does HTTP/2, `mesh.wire.grpc` the framing. Unary and bidirectional calls, client and server.
+"""gRPC on trio: `mesh.http.h2` does HTTP/2, `mesh.wire.grpc` the framing. Unary and bidirectional calls, client and server.
 
 No maintained gRPC library runs on trio; grpcio is the oracle in tests.
 """

@@ -10,23 +10,24 @@ from typing import Final
 
 import trio
 
-from mesh.rpc.connection import Http2Connection, Http2Stream, Limits
+from mesh.http.message import Request, Response, Version
+from mesh.rpc.connection import ClientConnection, Limits, OutboundStream
 from mesh.rpc.errors import RpcError
-from mesh.rpc.metadata import Header, from_headers, to_headers
+from mesh.rpc.metadata import from_headers, to_headers
 from mesh.rpc.secured import SecuredStream
 from mesh.wire.grpc import Status, decode_status_message, encode_timeout, parse_status, status_from_http
 
 CONNECT_TIMEOUT: Final = 5.0
 HANDSHAKE_TIMEOUT: Final = 10.0
-CLIENT_LIMITS: Final = Limits(max_message=200 * 1024 * 1024, stream_window=1024 * 1024, connection_window=16 * 1024 * 1024)
+CLIENT_LIMITS: Final = Limits(max_message=200 * 1024 * 1024, stream_window=1024 * 1024)
 """The message limit is the node proxy's for xDS: a first response carries the whole mesh."""
-USER_AGENT: Final = "ambient-mesh"
+USER_AGENT: Final = b"ambient-mesh"
 
 
 class ClientStream:
     """One bidirectional call. Leaving its context cancels it when it is not over."""
 
-    def __init__(self, stream: Http2Stream) -> None:
+    def __init__(self, stream: OutboundStream) -> None:
         self._stream = stream
         self._accepted = False
         """The server's headers say that messages follow, or a status."""
@@ -48,7 +49,7 @@ class ClientStream:
     async def receive(self) -> bytes | None:
         """The next message; None when the call ended with OK. Raises RpcError for every other status."""
         if not self._accepted:
-            _check_response(await self._stream.wait_headers())
+            _check_response(await self._stream.wait_response())
             self._accepted = True
         message = await self._stream.receive_message()
         if message is None and (failure := self._end_status()):
@@ -57,12 +58,15 @@ class ClientStream:
 
     async def response_metadata(self) -> dict[str, str]:
         """The server's initial metadata; waits for them."""
-        return from_headers(await self._stream.wait_headers())
+        return from_headers((await self._stream.wait_response()).headers)
 
     @property
     def trailing_metadata(self) -> dict[str, str]:
         """Metadata of the end; those of the beginning when the server sent trailers only. Empty before the end."""
-        return from_headers(self._stream.trailers or self._stream.headers or ()) if self._stream.ended else {}
+        stream = self._stream
+        if not stream.ended or stream.response is None:
+            return {}
+        return from_headers(stream.trailers or stream.response.headers)
 
     def cancel(self) -> None:
         self._stream.reset()
@@ -77,24 +81,23 @@ class ClientStream:
         return None if status is Status.OK else RpcError(status, decode_status_message(end.get("grpc-message", "")))
 
 
-def _check_response(headers: list[Header]) -> None:
-    fields = dict(headers)
-    if "grpc-status" in fields:
+def _check_response(response: Response) -> None:
+    if response.first(b"grpc-status") is not None:
         return  # trailers only: the status says all
-    if (status := fields.get(":status", "")) != "200":
-        code = int(status) if status.isascii() and status.isdecimal() and len(status) == 3 else 0
-        raise RpcError(status_from_http(code), f"the server answered HTTP {status[:40]!r}")
-    if not fields.get("content-type", "").startswith("application/grpc"):
-        raise RpcError(Status.UNKNOWN, f"the server answered with content-type {fields.get('content-type')!r}")
+    if response.status != 200:
+        raise RpcError(status_from_http(response.status), f"the server answered HTTP {response.status}")
+    content_type = response.first(b"content-type")
+    if content_type is None or not content_type.startswith(b"application/grpc"):
+        raise RpcError(Status.UNKNOWN, f"the server answered with content-type {(content_type or b'').decode('utf-8', 'replace')!r}")
 
 
 class Channel:
     """Calls over one connection. Made by `open_channel`."""
 
-    def __init__(self, connection: Http2Connection, *, scheme: str, authority: str) -> None:
+    def __init__(self, connection: ClientConnection, *, scheme: str, authority: str) -> None:
         self._connection = connection
-        self._scheme = scheme
-        self._authority = authority
+        self._scheme = scheme.encode()
+        self._authority = authority.encode()
 
     @property
     def usable(self) -> bool:
@@ -138,7 +141,7 @@ class Channel:
     ) -> AsyncGenerator[ClientStream, None]:
         """A bidirectional call; with a ``timeout``, all of it must end within. Raises RpcError, DEADLINE_EXCEEDED out of the context."""
         with trio.CancelScope(deadline=trio.current_time() + timeout if timeout is not None else float("inf")) as scope:
-            stream = await self._connection.open_stream(self._request_headers(path, metadata or {}, timeout))
+            stream = await self._connection.open_stream(self._request(path, metadata or {}, timeout))
             try:
                 yield ClientStream(stream)
             finally:
@@ -146,12 +149,12 @@ class Channel:
         if scope.cancelled_caught:
             raise RpcError(Status.DEADLINE_EXCEEDED, f"no end within {timeout} s")
 
-    def _request_headers(self, path: str, metadata: Mapping[str, str], timeout: float | None) -> list[Header]:
-        headers = [(":method", "POST"), (":scheme", self._scheme), (":path", path), (":authority", self._authority), ("te", "trailers")]
+    def _request(self, path: str, metadata: Mapping[str, str], timeout: float | None) -> Request:
+        headers = [(b"te", b"trailers")]
         if timeout is not None:
-            headers.append(("grpc-timeout", encode_timeout(timeout)))
-        headers += [("content-type", "application/grpc"), ("user-agent", USER_AGENT)]
-        return headers + to_headers(metadata)
+            headers.append((b"grpc-timeout", encode_timeout(timeout).encode()))
+        headers += [(b"content-type", b"application/grpc"), (b"user-agent", USER_AGENT), *to_headers(metadata)]
+        return Request(b"POST", self._scheme, self._authority, path.encode(), headers, Version.HTTP_2)
 
 
 @asynccontextmanager
@@ -178,7 +181,7 @@ async def open_channel_on(
     transport: trio.abc.Stream, *, authority: str = "localhost", scheme: str = "http", limits: Limits = CLIENT_LIMITS
 ) -> AsyncGenerator[Channel, None]:
     """A Channel over a stream that is connected already; it is closed with the context."""
-    connection = Http2Connection(transport, client_side=True, limits=limits)
+    connection = ClientConnection(transport, limits=limits)
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         await nursery.start(connection.run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias, assert_never
@@ -12,11 +13,12 @@ from typing import Final, TypeAlias, assert_never
 import structlog
 import trio
 
-from mesh.rpc.connection import Http2Connection, Http2Stream, Limits
+from mesh.http.message import Headers, Response
+from mesh.rpc.connection import InboundStream, Limits, ServerConnection
 from mesh.rpc.errors import RpcError
-from mesh.rpc.metadata import Header, from_headers, to_headers
+from mesh.rpc.metadata import from_headers, to_headers
 from mesh.rpc.secured import SecuredStream
-from mesh.wire.errors import ErrorCode, RemoteProtocolError
+from mesh.wire.errors import RemoteProtocolError
 from mesh.wire.grpc import Status, encode_status_message, parse_timeout
 
 SERVER_LIMITS: Final = Limits(max_message=4 * 1024 * 1024)
@@ -47,7 +49,7 @@ class Call:
 class ServerStream:
     """A bidirectional call as its handler sees it."""
 
-    def __init__(self, stream: Http2Stream, call: Call) -> None:
+    def __init__(self, stream: InboundStream, call: Call) -> None:
         self.call = call
         self._stream = stream
         self._answered = False
@@ -64,21 +66,21 @@ class ServerStream:
     def send_metadata(self, metadata: Mapping[str, str]) -> None:
         """Initial metadata, before the first message; nothing once they are out."""
         if not self._answered:
-            self._stream.send_headers([*_RESPONSE, *to_headers(metadata)])
+            self._stream.respond(Response(200, [*_RESPONSE, *to_headers(metadata)]), ended=False)
             self._answered = True
 
     def finish(self, status: Status, message: str = "") -> None:
         """For the server: the status, as trailers or as the only headers."""
-        end: list[Header] = [] if self._answered else list(_RESPONSE)
-        end.append(("grpc-status", str(int(status))))
+        end: Headers = [(b"grpc-status", b"%d" % status)]
         if message:
-            end.append(("grpc-message", encode_status_message(message)[:1024]))
-        self._stream.send_headers(end, end=True)
-        if not self._stream.ended:
-            self._stream.reset(ErrorCode.NO_ERROR)  # RFC 9113 section 8.1: the answer is whole, send no more of the request
+            end.append((b"grpc-message", encode_status_message(message)[:1024].strip().encode()))
+        if self._answered:
+            self._stream.end(end)
+        else:
+            self._stream.respond(Response(200, [*_RESPONSE, *end]), ended=True)
 
 
-_RESPONSE: Final[tuple[Header, ...]] = ((":status", "200"), ("content-type", "application/grpc"))
+_RESPONSE: Final = ((b"content-type", b"application/grpc"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +176,10 @@ async def serve_connection(
     """Serve one client until it goes; when cancelled, its calls are cancelled and it is told by GOAWAY."""
     async with trio.open_nursery() as calls:
 
-        def start_call(stream: Http2Stream) -> None:
+        def start_call(stream: InboundStream) -> None:
             calls.start_soon(_serve_call, stream, handlers, peer)
 
-        connection = Http2Connection(transport, client_side=False, limits=limits, on_request=start_call)
+        connection = ServerConnection(transport, limits=limits, on_request=start_call)
         await connection.run()
         calls.cancel_scope.cancel()
 
@@ -190,13 +192,13 @@ class _NotGrpc(Exception):
         self.http_status = http_status
 
 
-async def _serve_call(stream: Http2Stream, handlers: Mapping[str, Handler], peer: Peer) -> None:
+async def _serve_call(stream: InboundStream, handlers: Mapping[str, Handler], peer: Peer) -> None:
     """One call from its headers to its status. Whatever its handler raises ends here."""
     try:
         call = _parse_call(stream, peer)
     except _NotGrpc as exc:
-        stream.send_headers([(":status", str(exc.http_status))], end=True)
-        stream.reset(ErrorCode.NO_ERROR)
+        with suppress(RpcError):  # the client has gone
+            stream.respond(Response(exc.http_status, []), ended=True)
         return
     handler = handlers.get(call.path)
     if handler is not None and handler.max_message is not None:
@@ -225,17 +227,18 @@ def _finish(served: ServerStream, status: Status, message: str) -> None:
         log.debug("rpc.status_unsent", peer=served.call.peer.address, error=str(exc))
 
 
-def _parse_call(stream: Http2Stream, peer: Peer) -> Call:
-    fields = dict(stream.headers or ())
-    if fields.get(":method") != "POST":
+def _parse_call(stream: InboundStream, peer: Peer) -> Call:
+    request = stream.request
+    if request.method != b"POST":
         raise _NotGrpc(405)
-    if not fields.get("content-type", "").startswith("application/grpc"):
+    if not (request.first(b"content-type") or b"").startswith(b"application/grpc"):
         raise _NotGrpc(415)
+    metadata = from_headers(request.headers)
     try:
-        timeout = parse_timeout(fields["grpc-timeout"]) if "grpc-timeout" in fields else math.inf
+        timeout = parse_timeout(metadata["grpc-timeout"]) if "grpc-timeout" in metadata else math.inf
     except RemoteProtocolError as exc:
         raise _NotGrpc(400) from exc
-    return Call(fields.get(":path", ""), from_headers(stream.headers or ()), peer, trio.current_time() + timeout)
+    return Call(request.path.decode("ascii", "replace"), metadata, peer, trio.current_time() + timeout)
 
 
 async def _dispatch(handler: Handler | None, served: ServerStream) -> None:

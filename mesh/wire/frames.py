@@ -116,7 +116,8 @@ class FrameSink(Protocol):
     def on_window_update(self, stream: int, increment: int) -> None:
         """``stream`` 0 is the connection. ``increment`` is 0 to 2^31-1; 0 is an error that the sink must raise."""
 
-    def on_goaway(self, last_stream: int, code: int) -> None: ...
+    def on_goaway(self, last_stream: int, code: int, debug: bytes) -> None:
+        """``debug``: the peer's own words."""
 
     def on_settings(self, flags: int, payload: bytes) -> None: ...
 
@@ -377,7 +378,7 @@ class FrameSplitter:
                 sink.on_window_update(self._stream, _U32.unpack(payload)[0] & MAX_WINDOW)
             case FrameType.GOAWAY:
                 last_stream, code = _U32_U32.unpack_from(payload)
-                sink.on_goaway(last_stream & MAX_STREAM_ID, code)
+                sink.on_goaway(last_stream & MAX_STREAM_ID, code, payload[8:])
             case FrameType.SETTINGS:
                 sink.on_settings(self._flags, payload)
             case FrameType.PING:

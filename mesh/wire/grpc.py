@@ -1,6 +1,6 @@
 """gRPC on the wire, without I/O: message framing, status, timeouts (grpc/doc/PROTOCOL-HTTP2.md).
 
-HTTP/2 itself is not here: h2 does it whole (`mesh.rpc`).
+HTTP/2 itself is not here, but in `mesh.http.h2`; `mesh.rpc` puts the two together.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MessageReader:
         self._wanted: int | None = None
         self._complete: deque[bytes] = deque()
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data: bytes | bytearray) -> None:
         """Take the next bytes. Raises RemoteProtocolError for a compressed message, MessageTooLarge for one beyond the limit."""
         self._partial += data
         position = 0

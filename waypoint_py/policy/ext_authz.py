@@ -44,9 +44,7 @@ MAX_IDLE: Final = 8
 MAX_AUTHORIZERS: Final = 64
 MAX_ANSWER: Final = 1 << 20
 """Bytes of a CheckResponse."""
-_LIMITS: Final = Limits(
-    max_message=MAX_ANSWER, stream_window=CLIENT_LIMITS.stream_window, connection_window=CLIENT_LIMITS.connection_window
-)
+_LIMITS: Final = Limits(max_message=MAX_ANSWER, stream_window=CLIENT_LIMITS.stream_window)
 
 Connect: TypeAlias = Callable[[str, str, int], Awaitable[trio.abc.Stream]]
 """A connection to a service by namespace, hostname and port. Raises Unreachable, OSError."""

@@ -62,7 +62,7 @@ class HboneClient(HboneConnection):
         self._send_headers(stream.id, self._writer.request(authority, headers), end=False)
         return stream.id
 
-    def on_goaway(self, last_stream: int, code: int) -> None:
+    def on_goaway(self, last_stream: int, code: int, debug: bytes) -> None:
         """RFC 9113 section 6.8: a later GOAWAY may only lower the last stream."""
         last_stream = min(last_stream, self._last_served)
         self._last_served = last_stream

@@ -345,7 +345,7 @@ class HboneConnection(ABC):
     def _on_ping_acknowledged(self, payload: bytes) -> None:
         self._events.append(PingAcknowledged(payload))
 
-    def on_goaway(self, last_stream: int, code: int) -> None:
+    def on_goaway(self, last_stream: int, code: int, debug: bytes) -> None:
         self._goaway_received = True
         self._events.append(GoingAway(last_stream, code))
 

@@ -13,12 +13,13 @@ import pytest
 import trio
 import trio.testing
 
+from mesh.http.message import Request
 from mesh.rpc import Bidi, Call, Channel, Handler, Limits, Peer, RpcError, ServerStream, Status, Unary, open_channel_on, serve_connection
-from mesh.rpc.connection import Http2Connection
+from mesh.rpc.connection import ClientConnection
+from mesh.wire.frames import FrameType, frame_header, goaway_frame, rst_stream_frame
 
 PATIENCE = 20.0
-SMALL = Limits(max_message=1024 * 1024, stream_window=65535, connection_window=128 * 1024)
-HEADERS = [(":method", "POST"), (":scheme", "http"), (":path", "/t/stream"), (":authority", "t")]
+SMALL = Limits(max_message=1024 * 1024, stream_window=65535)
 
 
 async def _echo(request: bytes, call: Call) -> bytes:
@@ -172,6 +173,25 @@ def test_a_status_that_comes_before_the_request_is_whole_is_the_call_s() -> None
     _run(main)
 
 
+def test_a_status_message_may_begin_and_end_with_blanks() -> None:
+    async def main() -> None:
+        async def refuse(request: bytes, call: Call) -> bytes:
+            raise RpcError(Status.NOT_FOUND, " 100 % of caf\xe9s\n ")
+
+        async def refuse_at_length(request: bytes, call: Call) -> bytes:
+            raise RpcError(Status.NOT_FOUND, "x" * 1023 + " x")
+
+        async with _connected({"/t/refuse": Unary(refuse), "/t/long": Unary(refuse_at_length)}) as (channel, _):
+            with pytest.raises(RpcError) as refused:
+                await channel.unary("/t/refuse", b"")
+            assert str(refused.value) == "NOT_FOUND: 100 % of caf\xe9s\n"
+            with pytest.raises(RpcError) as refused:
+                await channel.unary("/t/long", b"")
+            assert str(refused.value) == "NOT_FOUND: " + "x" * 1023
+
+    _run(main)
+
+
 def test_a_client_that_leaves_cancels_the_handler() -> None:
     async def main() -> None:
         started, cancelled = trio.Event(), trio.Event()
@@ -273,7 +293,7 @@ class _Sink(trio.abc.Stream):
         peer.increment_flow_control_window(1 << 30)
         self._said: bytes | None = peer.data_to_send()
 
-    def send_now(self, data: bytearray) -> bool:
+    def send_now(self, data: bytes) -> bool:
         return True
 
     async def flush(self) -> None:
@@ -299,14 +319,15 @@ def test_who_waits_for_room_goes_on_when_another_message_has_taken_along_what_wa
     """As one does that fails, or is cancelled, when it had filled the output: before the writer had its turn."""
 
     async def main() -> None:
+        request = Request(b"POST", b"http", b"t", b"/t/stream", [])
         with trio.fail_after(PATIENCE):
             async with trio.open_nursery() as nursery:
-                connection = Http2Connection(_Sink(), client_side=True, limits=SMALL)
+                connection = ClientConnection(_Sink(), limits=SMALL)
                 await nursery.start(connection.run)
                 await trio.testing.wait_all_tasks_blocked()  # the peer has said what it takes
                 full = False
                 while not full:  # until the one that waits had its turn before us
-                    filling, waiting = await connection.open_stream(HEADERS), await connection.open_stream(HEADERS)
+                    filling, waiting = await connection.open_stream(request), await connection.open_stream(request)
                     await trio.testing.wait_all_tasks_blocked()
                     while (room := connection._room(filling)) > 0:
                         await connection.send_data(filling, memoryview(bytes(room)), end=False)
@@ -318,6 +339,95 @@ def test_who_waits_for_room_goes_on_when_another_message_has_taken_along_what_wa
                 nursery.cancel_scope.cancel()
 
     _run(main, trio.testing.MockClock(autojump_threshold=0))
+
+
+# --- against a server's frames ---
+
+
+async def _call_answered_with(*wire: bytes) -> tuple[Channel, RpcError]:
+    """What becomes of a call whose server says this, piece by piece."""
+    near, far = trio.testing.memory_stream_pair()
+    failures: list[RpcError] = []
+
+    async def answer() -> None:
+        await trio.testing.wait_all_tasks_blocked()  # the call is out
+        for piece in (frame_header(0, FrameType.SETTINGS, 0, 0), *wire):
+            await far.send_all(piece)
+            await trio.testing.wait_all_tasks_blocked()
+        await far.send_eof()
+
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery, open_channel_on(near) as channel:
+            nursery.start_soon(answer)
+            try:
+                await channel.unary("/t/echo", b"")
+            except RpcError as exc:
+                failures.append(exc)
+            nursery.cancel_scope.cancel()
+    return channel, failures[0]
+
+
+@pytest.mark.parametrize(
+    ("wire", "failure"),
+    [
+        ([goaway_frame(1, 0xB, b"too_many_pings")], "UNAVAILABLE: received GOAWAY ENHANCE_YOUR_CALM: too_many_pings"),
+        ([goaway_frame(1, 0xFF)], "UNAVAILABLE: received GOAWAY code 255"),
+        ([goaway_frame(1, 0), goaway_frame(1, 2)], "UNAVAILABLE: received GOAWAY INTERNAL_ERROR"),
+        ([goaway_frame(0, 0)], "UNAVAILABLE: the server went away before the request (REFUSED_STREAM)"),
+        ([goaway_frame(1, 0)], "UNAVAILABLE: closed by the peer"),
+        ([rst_stream_frame(1, 8)], "CANCELLED: the peer reset the stream (CANCEL)"),
+        ([rst_stream_frame(1, 0x77)], "INTERNAL: the peer reset the stream (code 119)"),
+        ([b"HTTP/1.1 400 Bad Request\r\n"], "UNAVAILABLE: protocol error: frame of 4740180 bytes, over the 65536 agreed"),
+    ],
+)
+def test_what_ended_a_call_is_said(wire: list[bytes], failure: str) -> None:
+    async def main() -> None:
+        _, failed = await _call_answered_with(*wire)
+        assert str(failed) == failure
+
+    _run(main)
+
+
+async def _bare_server(stream: trio.abc.Stream) -> h2.connection.H2Connection:
+    """HTTP/2 by hand against our client, which has opened its first stream."""
+    server = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+    server.initiate_connection()
+    while not server.open_inbound_streams:
+        server.receive_data(bytes(await stream.receive_some()))
+    return server
+
+
+def test_a_call_that_the_server_had_taken_goes_on_after_goodbye() -> None:
+    async def main() -> None:
+        near, far = trio.testing.memory_stream_pair()
+        with trio.fail_after(PATIENCE):
+            async with open_channel_on(near) as channel, channel.stream("/t/stream") as call:
+                server = await _bare_server(far)
+                await far.send_all(server.data_to_send() + goaway_frame(1, 0))
+                await channel.wait_unusable()
+                with pytest.raises(RpcError, match="the peer is going away"):
+                    await channel.unary("/t/echo", b"")
+                server.send_headers(1, [(":status", "200"), ("content-type", "application/grpc")])
+                server.send_data(1, b"\0\0\0\0\2hi")
+                server.send_headers(1, [("grpc-status", "0")], end_stream=True)
+                await far.send_all(server.data_to_send())
+                assert [await call.receive(), await call.receive()] == [b"hi", None]
+
+    _run(main)
+
+
+def test_informational_responses_are_passed_over() -> None:
+    async def main() -> None:
+        near, far = trio.testing.memory_stream_pair()
+        with trio.fail_after(PATIENCE):
+            async with open_channel_on(near) as channel, channel.stream("/t/stream") as call:
+                server = await _bare_server(far)
+                server.send_headers(1, [(":status", "103"), ("link", "</x>")])
+                server.send_headers(1, [(":status", "200"), ("content-type", "application/grpc"), ("x-a", "1")])
+                await far.send_all(server.data_to_send())
+                assert (await call.response_metadata())["x-a"] == "1"
+
+    _run(main)
 
 
 # --- against a bare h2 peer ---
@@ -399,11 +509,29 @@ def test_a_client_that_resets_stream_after_stream_is_sent_away() -> None:
     _run(main)
 
 
-def test_a_header_list_beyond_the_limit_ends_the_connection() -> None:
+def test_a_header_list_beyond_the_limit_is_refused_and_one_beyond_reason_ends_the_connection() -> None:
     async def main() -> None:
         async with _bare_client() as client:
             client.h2.send_headers(1, _request(x_big="x" * 100_000))
+            answer = await client.wait_for(h2.events.ResponseReceived)
+            assert isinstance(answer, h2.events.ResponseReceived)
+            assert dict(answer.headers or ())[":status"] == "431"
+            client.h2.send_headers(3, _request(x_big="x" * 150_000))
             await client.wait_for(h2.events.ConnectionTerminated)
+
+    _run(main)
+
+
+def test_what_is_no_grpc_request_and_given_up_at_once_harms_no_other() -> None:
+    async def main() -> None:
+        async with _bare_client() as client:
+            client.h2.send_headers(1, [(":method", "GET"), *_request()[1:]])
+            client.h2.reset_stream(1)
+            client.h2.send_headers(3, _request())
+            client.h2.send_data(3, b"\0\0\0\0\0", end_stream=True)
+            trailers = await client.wait_for(h2.events.TrailersReceived)
+            assert isinstance(trailers, h2.events.TrailersReceived)
+            assert dict(trailers.headers or ())["grpc-status"] == "0"
 
     _run(main)
 

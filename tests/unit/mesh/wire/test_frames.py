@@ -44,8 +44,8 @@ class Recorder:
     def on_window_update(self, stream: int, increment: int) -> None:
         self.calls.append(("window", stream, increment))
 
-    def on_goaway(self, last_stream: int, code: int) -> None:
-        self.calls.append(("goaway", last_stream, code))
+    def on_goaway(self, last_stream: int, code: int, debug: bytes) -> None:
+        self.calls.append(("goaway", last_stream, code, debug))
 
     def on_settings(self, flags: int, payload: bytes) -> None:
         self.calls.append(("settings", flags, payload))
@@ -114,7 +114,7 @@ def test_headers_are_unwrapped_from_padding_and_priority() -> None:
 
 def test_small_frames_are_read() -> None:
     wire = rst_stream_frame(1, 8) + window_update_frame(0, 5) + window_update_frame(3, 2**31 - 1) + goaway_frame(7, 11, b"why")
-    assert split(wire) == [("reset", 1, 8), ("window", 0, 5), ("window", 3, 2**31 - 1), ("goaway", 7, 11)]
+    assert split(wire) == [("reset", 1, 8), ("window", 0, 5), ("window", 3, 2**31 - 1), ("goaway", 7, 11, b"why")]
     assert split(frame(FrameType.PING, ACK, 0, b"12345678")) == [("ping", ACK, b"12345678")]
     assert split(frame(FrameType.SETTINGS, 0, 0, bytes(12))) == [("settings", 0, bytes(12))]
 
