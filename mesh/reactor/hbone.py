@@ -484,7 +484,7 @@ class HboneLink:
     def _start(self) -> None:
         self._sock.setblocking(False)
         self._timer = self._reactor.call_later(HANDSHAKE_TIMEOUT, self._on_handshake_timeout)
-        self._reactor.add(self._fd, CONNECTION, self._on_event, self.abort)
+        self._reactor.add(self._fd, CONNECTION & ~OUT, self._on_event, self.abort)  # a new socket has room: no news
         if self._client is not None:
             self._shake_hands()
 
@@ -940,6 +940,7 @@ class HboneLink:
         if sent == size:
             return True
         self._backlog = memoryview(bytes(out[sent:size]))
+        self._reactor.modify(self._fd, CONNECTION)
         return False
 
     def _flush_backlog(self) -> bool:

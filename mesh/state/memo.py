@@ -1,7 +1,7 @@
 """Answers about connections, kept for the next one that is like it until anything in the mesh changes.
 
-Both memos give what asking anew would give, always: they hold answers of one `MeshState.version` and forget all of them at the next. Every
-effective change of a workload, service or policy makes a new version, so there is no rule to get wrong about what invalidates what. Both
+All memos give what asking anew would give, always: they hold answers of one `MeshState.version` and forget all of them at the next. Every
+effective change of a workload, service or policy makes a new version, so there is no rule to get wrong about what invalidates what. All
 are bounded, since peers and applications choose what they ask for.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mesh.authz.evaluate import AppliedPolicies, Connection, Denial, Permit, authorize
-from mesh.model.address import SocketAddress
+from mesh.model.address import IpAddress, SocketAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.route import Route
 from mesh.model.service import Service
@@ -26,6 +26,8 @@ ROUTES_KEPT: Final = 4096
 """By source and destination, of all pods of a node together."""
 ADMISSIONS_KEPT: Final = 64
 """Of one peer; it names the ports of a pod, and the hostnames by which applications reached them."""
+PEERS_KEPT: Final = 256
+"""Whose admissions outlive their connection, for the next one."""
 
 
 class RouteMemo:
@@ -84,10 +86,34 @@ class Admission:
     verdict: Permit | Denial
 
 
+class PeerMemo:
+    """An `AdmissionMemo` for each peer: most new connections are of one that was here before, when its last has been idle for long."""
+
+    def __init__(self, state: MeshState) -> None:
+        self._state = state
+        self._version = state.version
+        self._kept: dict[tuple[int, int, int], AdmissionMemo] = {}
+        """By the identity of the three things that make a peer, which the memo holds, as in `RouteMemo`."""
+
+    def of(self, client: IpAddress, identity: SpiffeId | None, local: IpAddress) -> AdmissionMemo:
+        """For the requests of who proved ``identity`` from ``client`` to our ``local``. Quick when they are the very objects of an earlier
+        call."""
+        if self._version != self._state.version:
+            self._version = self._state.version
+            self._kept.clear()
+        key = id(client), id(identity), id(local)
+        kept = self._kept.get(key)
+        if kept is None:
+            if len(self._kept) >= PEERS_KEPT:
+                self._kept.clear()
+            kept = self._kept[key] = AdmissionMemo(self._state, client, identity, local)
+        return kept
+
+
 class AdmissionMemo:
     """`resolve_inbound` and `authorize` for the requests of one peer: its address and identity are those of its connection."""
 
-    def __init__(self, state: MeshState, client: SocketAddress, identity: SpiffeId | None, local: SocketAddress) -> None:
+    def __init__(self, state: MeshState, client: IpAddress, identity: SpiffeId | None, local: IpAddress) -> None:
         self._state = state
         self._client = client
         self._identity = identity
@@ -111,14 +137,14 @@ class AdmissionMemo:
 
     def _judge(self, workload: Workload, authority: str, host: str | None) -> Admission | InboundRefusal:
         state = self._state
-        target = resolve_inbound(state, workload, authority, self._local.ip)
+        target = resolve_inbound(state, workload, authority, self._local)
         if isinstance(target, InboundRefusal):
             return target
-        facts = Connection(self._client.ip, self._identity, target.address)
+        facts = Connection(self._client, self._identity, target.address)
         applied = state.policies_for(workload)
         return Admission(
             target,
-            state.find_workload_of_peer(self._client.ip, workload.network, self._identity),
+            state.find_workload_of_peer(self._client, workload.network, self._identity),
             target.service or state.find_destination_service(workload, target.address.port, host),
             facts,
             applied,

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.authz.evaluate import Connection, authorize
-from mesh.model.address import IpAddress, SocketAddress
+from mesh.model.address import IpAddress
 from mesh.model.identity import SpiffeId
 from mesh.model.policy import Action, Clause, Exact, Match, Policy, Rule, Scope
 from mesh.state.inbound import InboundRefusal, resolve_inbound
-from mesh.state.memo import Admission, AdmissionMemo, RouteMemo
+from mesh.state.memo import PEERS_KEPT, Admission, AdmissionMemo, PeerMemo, RouteMemo
 from mesh.state.resolve import resolve
 from mesh.state.store import Delta, MeshState
 from mesh.wire.forwarded import parse_forwarded_host
@@ -51,34 +51,52 @@ def test_a_kept_route_is_the_one_that_resolving_anew_gives(steps: list[tuple[Del
         assert kept.getstate() == fresh.getstate()  # what is answered from memory threw no dice, and would not have
 
 
-@given(steps, st.sampled_from(IPS), st.sampled_from(FORWARDED), st.one_of(st.none(), st.just(CALLER)))
+@given(steps, st.sampled_from(IPS), st.sampled_from(FORWARDED), st.lists(st.booleans(), min_size=3, max_size=6))
 @settings(max_examples=80, deadline=None)
 def test_a_kept_admission_is_the_one_that_judging_anew_gives(
-    steps: list[tuple[Delta, bool]], local: IpAddress, forwarded: str, caller: SpiffeId | None
+    steps: list[tuple[Delta, bool]], local: IpAddress, forwarded: str, turns: list[bool]
 ) -> None:
+    """Of two peers: connections come by turns, some live on while the mesh changes."""
     state = MeshState("n1")
-    client, server = SocketAddress(IPS[1], 4000), SocketAddress(local, 15008)
-    memos: dict[str, AdmissionMemo] = {}
+    memo = PeerMemo(state)
+    living: dict[tuple[str, bool], AdmissionMemo] = {}
     for step in steps:
         take(state, step)
-        for workload, authority in [(workload, authority) for workload in state.workloads() for authority in AUTHORITIES] * 2:
-            answer = memos.setdefault(workload.uid, AdmissionMemo(state, client, caller, server)).judge(workload, authority, forwarded)
-            target = resolve_inbound(state, workload, authority, server.ip)
+        for workload, authority, known in [
+            (workload, authority, known) for workload in state.workloads() for authority in AUTHORITIES for known in turns
+        ]:
+            client, caller = (IPS[1], CALLER) if known else (IPS[2], None)
+            one = memo.of(client, caller, local)
+            answer = one.judge(workload, authority, forwarded)
+            assert living.setdefault((workload.uid, known), one).judge(workload, authority, forwarded) == answer
+            target = resolve_inbound(state, workload, authority, local)
             if isinstance(target, InboundRefusal):
                 assert answer == target
                 continue
-            facts = Connection(client.ip, caller, target.address)
+            facts = Connection(client, caller, target.address)
             applied = state.policies_for(workload)
             assert isinstance(answer, Admission)
             assert answer == Admission(
                 target,
-                state.find_workload_of_peer(client.ip, workload.network, caller),
+                state.find_workload_of_peer(client, workload.network, caller),
                 target.service or state.find_destination_service(workload, target.address.port, parse_forwarded_host(forwarded)),
                 facts,
                 applied,
                 authorize(applied, facts),
             )
             assert answer.applied is applied  # the ledger tells by identity whether a connection must be asked about again
+
+
+def test_a_peer_comes_back_to_what_was_decided_and_a_crowd_of_peers_is_not_kept() -> None:
+    memo = PeerMemo(MeshState("n1"))
+    first = memo.of(IPS[0], CALLER, IPS[1])
+    assert memo.of(IPS[0], CALLER, IPS[1]) is first
+    others = {id(memo.of(IPS[0], other, IPS[1])) for other in (None, SpiffeId("cluster.local", "default", "other"))}
+    others |= {id(memo.of(IPS[2], CALLER, IPS[1])), id(memo.of(IPS[0], CALLER, IPS[2])), id(first)}
+    assert len(others) == 5
+    for number in range(PEERS_KEPT):
+        memo.of(IPS[0], SpiffeId("cluster.local", "default", str(number)), IPS[1])
+    assert memo.of(IPS[0], CALLER, IPS[1]) is not first
 
 
 @given(steps)

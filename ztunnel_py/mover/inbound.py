@@ -81,7 +81,7 @@ class InboundHbone:
     def judge(self, workload: Workload, request: TunnelRequest) -> Admission | InboundRefusal:
         """All that is to be decided about a request; made anew when anything in the mesh has changed."""
         if self._admissions is None:
-            self._admissions = AdmissionMemo(self._pod.plane.state, self.client, self.peer, self.local)
+            self._admissions = self._pod.plane.admissions.of(self.client.ip, self.peer, self.local.ip)
         return self._admissions.judge(workload, request.authority, request.headers.get("forwarded", ""))
 
     def _request(self, request: TunnelRequest) -> None:

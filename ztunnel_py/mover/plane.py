@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mesh.reactor.loop import Reactor
 from mesh.reactor.pool import PoolLimits
-from mesh.state.memo import RouteMemo
+from mesh.state.memo import PeerMemo, RouteMemo
 from mesh.state.store import MeshState
 from ztunnel_py.mover.credentials import CredentialStore
 from ztunnel_py.mover.ledger import Ledger
@@ -44,6 +44,8 @@ class Plane:
     """With the movers that accept on the same listeners, if there are others."""
     missed: MissedWaypoints = field(default_factory=MissedWaypoints)
     routes: RouteMemo = field(init=False)
+    admissions: PeerMemo = field(init=False)
 
     def __post_init__(self) -> None:
         self.routes = RouteMemo(self.state)
+        self.admissions = PeerMemo(self.state)

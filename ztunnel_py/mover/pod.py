@@ -133,6 +133,7 @@ class Pod:
         self._name_server: NameServing | None = None
         self._pool_keys: dict[tuple[int, int, int], tuple[Tunnel, Workload, IpAddress, PoolKey]] = {}
         """By the ids of what the key is made of, which is held here so that no id gets another meaning."""
+        self._identity: SpiffeId | None = None
         self._known: tuple[int, Workload | None] = -1, None
         """The pod's workload at a version of the state."""
 
@@ -194,7 +195,9 @@ class Pod:
         """The pod's identity, also before its workload is known."""
         workload = self.find_workload()
         trust_domain = workload.trust_domain if workload is not None else self.plane.trust_domain
-        return SpiffeId(trust_domain, self.info.namespace, self.info.service_account)
+        if self._identity is None or self._identity.trust_domain != trust_domain:
+            self._identity = SpiffeId(trust_domain, self.info.namespace, self.info.service_account)
+        return self._identity
 
     def listen(self, *, outbound: Serve, inbound_plaintext: Serve, inbound_hbone: Serve, dns: ServeNames | None = None) -> None:
         """Accept on the three listeners: each connection becomes an object that serves it. Raises OSError; then `close` the pod."""
@@ -236,7 +239,9 @@ class Pod:
     ) -> Dialling:
         """Connect from the pod's namespace, as ``source`` if given (only where the application must see its client's address)."""
         dialling = Dialling()
-        self._dial(dialling, address, on_done, source if source != address.ip else None, self._next_port())
+        if source is not None and source == address.ip:  # not None to be compared with: `ipaddress` makes an exception of that
+            source = None
+        self._dial(dialling, address, on_done, source, self._next_port())
         return dialling
 
     def _dial(
