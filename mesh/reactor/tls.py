@@ -39,7 +39,9 @@ _OVERHEAD: Final = 22
 
 _BINDING_NAMES = (
     *("SSL_do_handshake", "SSL_read", "SSL_write", "SSL_get_error", "SSL_set_bio"),
-    *("BIO_new", "BIO_new_mem_buf", "BIO_s_mem", "BIO_read", "BIO_write", "BIO_get_mem_data"),
+    *("BIO_new", "BIO_new_mem_buf", "BIO_s_mem", "BIO_read", "BIO_write", "BIO_get_mem_data", "BIO_free"),
+    *("SSL_CTX_set_verify", "X509_STORE_CTX_get_error", "X509_STORE_CTX_get_error_depth", "X509_STORE_CTX_get_current_cert"),
+    "i2d_X509_bio",
 )
 
 LIBRARY: Final = " ".join(SSL.SSLeay_version(SSL.SSLEAY_VERSION).decode("ascii", "replace").split()[:2])
@@ -94,17 +96,53 @@ def inner_scratch() -> Scratch:
     return found
 
 
-def verify_chain(connection: Any, certificate: crypto.X509, error: int, depth: int, ok: int) -> bool:
-    """OpenSSL's verification callback for contexts whose connections are engines: notes the reason of a refusal."""
-    engine: TlsEngine | None = connection.get_app_data()
-    if engine is None:  # a connection of pyOpenSSL's own
-        return bool(ok)
+def verify_peers(context: SSL.Context, mode: int) -> None:
+    """Have OpenSSL verify the chains of peers (``mode`` as of `SSL.Context.set_verify`), and the engines of the context judge their
+    certificates."""
+    if BINDING is None:
+        context.set_verify(mode, _verify_by_pyopenssl)
+    else:
+        _lib.SSL_CTX_set_verify(context._context, mode, _VERIFY)
+
+
+def _verify_by_pyopenssl(_connection: SSL.Connection, certificate: crypto.X509, error: int, depth: int, ok: int) -> bool:
+    # Not by to_cryptography(), which would read it once more to write it once more.
+    return _verify(bool(ok), error, depth, lambda: crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate))
+
+
+def _verify_by_binding(ok: int, store: Any) -> int:
+    """The same without pyOpenSSL's objects for connection and certificate, of either of which there would be one for each certificate of a
+    chain."""
+    depth = _lib.X509_STORE_CTX_get_error_depth(store)
+    try:
+        return int(_verify(ok == 1, _lib.X509_STORE_CTX_get_error(store), depth, lambda: _current_certificate(store)))
+    except Exception as mistake:  # OpenSSL is between us and whoever can report it
+        _local.mistake = mistake
+        return 0
+
+
+def _current_certificate(store: Any) -> bytes:
+    bio = _lib.BIO_new(_lib.BIO_s_mem())
+    try:
+        if _lib.i2d_X509_bio(bio, _lib.X509_STORE_CTX_get_current_cert(store)) != 1:
+            raise TlsError("the peer's certificate cannot be written")
+        start = _ffi.new("char **")
+        size = _lib.BIO_get_mem_data(bio, start)
+        return bytes(_ffi.buffer(start[0], size))
+    finally:
+        _lib.BIO_free(bio)
+
+
+def _verify(ok: bool, error: int, depth: int, certificate: Callable[[], bytes]) -> bool:
+    """What OpenSSL asks about each certificate of a chain, when it has judged it: notes the reason of a refusal."""
+    engine: TlsEngine | None = getattr(_local, "shaking_hands", None)
+    if engine is None:  # no engine's connection, or none that shakes hands: nobody would judge
+        return False
     if not ok:
         engine.refusal = f"certificate verify failed: {_verify_error(error)}"
         return False
     if depth == 0:
-        # Not by to_cryptography(), which would read it once more to write it once more.
-        der = engine.peer_der = crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate)
+        der = engine.peer_der = certificate()
         engine.refusal = engine.verify_peer(der) if engine.verify_peer is not None else None
         return engine.refusal is None
     return True
@@ -129,7 +167,6 @@ class TlsEngine:
         buffers: Scratch | None = None,
     ) -> None:
         self._connection: Any = SSL.Connection(context, None)
-        self._connection.set_app_data(self)
         if server_name:
             self._connection.set_tlsext_host_name(server_name.encode("ascii"))
         if server_side:
@@ -141,7 +178,7 @@ class TlsEngine:
         """Judges the peer's verified certificate (DER) within the handshake; text refuses it."""
         self.refusal: str | None = None
         self.peer_der: bytes | None = None
-        """What `verify_chain` was shown; nobody's until the handshake is over."""
+        """What `_verify` was shown; nobody's until the handshake is over."""
         self.established = False
         self.peer_closed = False
         """The peer has sent close_notify: end of data, and not a truncation."""
@@ -152,12 +189,15 @@ class TlsEngine:
 
     def handshake(self) -> None:
         """Go on with the handshake; look at `established` afterwards. Raises TlsError."""
+        _local.shaking_hands = self
         try:
             self._connection.do_handshake()
         except SSL.WantReadError:
             return
         except SSL.Error as exc:
             raise self._failure(exc) from exc
+        finally:
+            _local.shaking_hands = None
         self.established = True
 
     def read(self) -> int:
@@ -231,6 +271,10 @@ class TlsEngine:
         return name
 
     def _failure(self, error: Exception) -> TlsError:
+        mistake: Exception | None = getattr(_local, "mistake", None)
+        if mistake is not None:
+            _local.mistake = None
+            raise mistake
         if self.refusal is not None:
             return TlsError(self.refusal)
         reason = _reason_of(error) or ("connection truncated" if self.established else "connection closed within the handshake")
@@ -279,7 +323,9 @@ class BindingEngine(TlsEngine):
 
     def handshake(self) -> None:
         # To wait for the peer is no exception here: pyOpenSSL raises one, and each end of a handshake waits at least once.
+        _local.shaking_hands = self  # of whom `_verify` is asked
         result = _lib.SSL_do_handshake(self._ssl)
+        _local.shaking_hands = None
         if result == 1:
             self.established = True
         elif _lib.SSL_get_error(self._ssl, result) != _WANT_READ:
@@ -398,6 +444,7 @@ if BINDING is not None:
     _lib, _ffi = BINDING
     _NULL = _ffi.NULL
     _WANT_READ, _ZERO_RETURN = _lib.SSL_ERROR_WANT_READ, _lib.SSL_ERROR_ZERO_RETURN
+    _VERIFY = _ffi.callback("int (*)(int, X509_STORE_CTX *)", _verify_by_binding, error=0)
 
 
 def tls_engine(

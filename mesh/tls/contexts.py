@@ -6,7 +6,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
 
-from mesh.reactor.tls import verify_chain
+from mesh.reactor.tls import verify_peers
 from mesh.tls.bundle import CertificateBundle
 
 CIPHER_SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384"
@@ -31,7 +31,7 @@ def hbone_context(bundle: CertificateBundle) -> SSL.Context:
     context.set_tls13_ciphersuites(CIPHER_SUITES)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | SSL.OP_NO_TICKET)
-    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, verify_chain)
+    verify_peers(context, SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
     context.set_alpn_select_callback(_select_alpn)
     context.set_alpn_protos([ALPN])
     # Idle connections hold no record buffers: 16 KiB less each, for an allocation per wake-up.

@@ -15,7 +15,7 @@ from OpenSSL import SSL, crypto
 
 from mesh.model.address import InvalidAddress, IpAddress, parse_ip
 from mesh.model.l7.destination import TlsMode, UpstreamTls
-from mesh.reactor.tls import verify_chain
+from mesh.reactor.tls import verify_peers
 from waypoint_py.upstream.session import UpstreamProtocol
 
 _MODE_NO_AUTO_CHAIN: Final = 0x8
@@ -126,7 +126,7 @@ def _context(tls: UpstreamTls, alpn: bytes | None) -> SSL.Context:
     if tls.skip_verify:
         context.set_verify(SSL.VERIFY_NONE, lambda *_: True)
     else:
-        context.set_verify(SSL.VERIFY_PEER, verify_chain)
+        verify_peers(context, SSL.VERIFY_PEER)
         _trust(context, tls.roots)
     if tls.mode is TlsMode.MUTUAL:
         _use_certificate(context, tls)

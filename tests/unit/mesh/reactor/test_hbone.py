@@ -98,6 +98,7 @@ class RawClient:
         self.sock.setblocking(True)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 10, 0))
         self.tls = SSL.Connection(context, self.sock)
+        self.tls.set_verify(context.get_verify_mode(), lambda _connection, _certificate, _error, _depth, ok: bool(ok))
         self.tls.set_connect_state()
         self.core = HboneClient(now=time.monotonic)
 

@@ -341,9 +341,26 @@ def test_a_verifier_that_raises_refuses(ca: FakeCa) -> None:
         raise RuntimeError("bug")
 
     client, server = pair(ca, judge_client=fail)
-    with pytest.raises((TlsError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="bug"):
         refusal(client, server)
     assert not server.established
+    shake_hands(*pair(ca))  # nobody else's refusal
+
+
+def test_nobody_is_let_in_whom_nobody_judges(ca: FakeCa) -> None:
+    """A connection that OpenSSL verifies while no engine shakes hands has no judge."""
+    client = SSL.Connection(hbone_context(ca.issue(CLIENT)))
+    client.set_connect_state()
+    _, server = pair(ca)
+    with pytest.raises(SSL.WantReadError):
+        client.do_handshake()
+    hello = client.bio_read(16384)
+    scratch().cipher_in[: len(hello)] = hello
+    server.feed(len(hello))
+    server.handshake()
+    client.bio_write(bytes(scratch().cipher_out[: server.take()]))
+    with pytest.raises(SSL.Error):
+        client.do_handshake()
 
 
 def test_a_client_that_offers_no_alpn_is_served_and_one_that_offers_another_is_not(ca: FakeCa) -> None:

@@ -17,7 +17,7 @@ from mesh.model.address import SocketAddress, parse_ip
 from mesh.model.identity import SpiffeId
 from mesh.reactor.hbone import HboneLink, Tunnel, TunnelFailure, TunnelRequest, connect_hbone, serve_hbone
 from mesh.reactor.tcp import listen_on, socket_address
-from mesh.reactor.tls import verify_chain
+from mesh.reactor.tls import verify_peers
 from mesh.testing.ca import FakeCa
 from mesh.testing.proxies import EgressProxy, IngressProxy, ReactorThread, tcp_listener, wait_until
 from mesh.tls.bundle import CertificateBundle
@@ -289,7 +289,7 @@ def tls_server_context(bundle: CertificateBundle) -> SSL.Context:
 def tls_client_context(bundle: CertificateBundle) -> SSL.Context:
     context = SSL.Context(SSL.TLS_METHOD)
     context.get_cert_store().add_cert(crypto.X509.from_cryptography(x509.load_pem_x509_certificate(bundle.roots_pem)))
-    context.set_verify(SSL.VERIFY_PEER, verify_chain)
+    verify_peers(context, SSL.VERIFY_PEER)
     return context
 
 
