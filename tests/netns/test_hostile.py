@@ -91,7 +91,8 @@ class Attacker:
 
     def records(self, name: str) -> list[str]:
         """What node n2's access log says of the connection from ``name``, this pod's end of it."""
-        return [line for line in self._log()[self._begun :].splitlines() if f"src.addr={name} " in line]
+        whole = self._log()[self._begun :].split("\n")[:-1]  # the last may be half written
+        return [line for line in whole if f"src.addr={name} " in line]
 
     def _log(self) -> str:
         return (self.lab.home / "logs/ztunnel-n2.log").read_text()
