@@ -902,6 +902,12 @@ class Http2Server(_Http2):
         self._write(goaway_frame(MAX_STREAM_ID, ErrorCode.NO_ERROR))
         self._write(frame_header(8, FrameType.PING, 0, 0) + _OWN_PING)
 
+    def give_up(self, code: int) -> None:
+        """For who closes at once: GOAWAY says which requests were taken, so that the others may go elsewhere."""
+        self._goaway_sent = True
+        self._last_accepted = self._highest_taken
+        self._write(goaway_frame(self._last_accepted, code))
+
     def _on_goodbye(self) -> None:
         if self._goaway_sent and self._last_accepted == MAX_STREAM_ID:
             self._last_accepted = self._highest_taken

@@ -32,6 +32,10 @@ SMALL_MESSAGE: Final = 16 * 1024 - HEADER_SIZE
 """A message up to this size goes out with its header in one frame: two frames are often two packets, and two turns of both ends' loops."""
 CLOSE_TIMEOUT: Final = 1.0
 """For what is queued at the end (the last trailers, GOAWAY) to go out."""
+RESET_BURST: Final = 200
+RESETS_PER_SECOND: Final = 20.0
+"""Calls a client may give up; more is the rapid-reset attack (CVE-2023-44487). The codec counts too, but in halves of all calls, as suits a
+gateway: here one call may cost a signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,8 +430,7 @@ class Http2Connection(ABC):
                     self._handle_end(stream)
             case StreamReset(stream_id, code, reason):
                 if stream := self._streams.get(stream_id):
-                    stream.fail(RpcError(status_from_reset(code), f"{reason} ({_code_name(code)})"))
-                    self._forget(stream_id)
+                    self._handle_reset(stream, RpcError(status_from_reset(code), f"{reason} ({_code_name(code)})"))
             case GoingAway(code, why):
                 self.going_away = True
                 if code:
@@ -443,6 +446,10 @@ class Http2Connection(ABC):
     def _handle_end(self, stream: Http2Stream) -> None:
         stream.ended = True
         stream.wake()
+
+    def _handle_reset(self, stream: Http2Stream, failure: RpcError) -> None:
+        stream.fail(failure)
+        self._forget(stream.id)
 
 
 class ClientConnection(Http2Connection):
@@ -468,6 +475,9 @@ class ClientConnection(Http2Connection):
             raise unsendable(exc) from exc
         self._streams[stream.id] = stream
         self._pump()
+        if not self._client.reusable:  # that was the last number: whoever holds us opens another connection
+            self.going_away = True
+            self._progress.unpark_all()
         return stream
 
     def _ended_here(self, stream: Http2Stream) -> None:
@@ -502,10 +512,12 @@ class ServerConnection(Http2Connection):
         self._server = Http2Server(options, now=trio.current_time)
         super().__init__(transport, self._server, limits)
         self._on_request = on_request
+        self._resets = RESET_BURST * 1.0
+        self._resets_at = trio.current_time()
 
     def close(self) -> None:
         if self.lost is None:
-            self._server.go_away()
+            self._server.give_up(ErrorCode.NO_ERROR)
         super().close()
 
     def respond(self, stream: InboundStream, response: Response, *, ended: bool) -> None:
@@ -523,6 +535,15 @@ class ServerConnection(Http2Connection):
         """The codec has reset what was still to come (RFC 9113 section 8.1)."""
         stream.closed_here = True
         self._forget(stream.id)
+
+    def _handle_reset(self, stream: Http2Stream, failure: RpcError) -> None:
+        super()._handle_reset(stream, failure)
+        now = trio.current_time()
+        self._resets = min(float(RESET_BURST), self._resets + (now - self._resets_at) * RESETS_PER_SECOND) - 1
+        self._resets_at = now
+        if self._resets < 0:
+            self._server.give_up(ErrorCode.ENHANCE_YOUR_CALM)
+            self._lose("the peer gives up too many calls")
 
     def _handle_head(self, event: RequestHead | RefusedHead | ResponseHead) -> None:
         match event:

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from mesh.http.headers import FRAMING
 from mesh.http.message import Headers
 from mesh.rpc.errors import RpcError
 from mesh.wire.grpc import Status
 
 _NAME: Final = re.compile(r"[0-9a-z_.-]+", re.ASCII)
 _VALUE: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?|", re.ASCII)
-_RESERVED: Final = frozenset({"te", "content-type", "content-length", "host", "connection", "user-agent"})
+_RESERVED: Final = frozenset({"te", "expect", "content-type", "user-agent", *(name.decode() for name in FRAMING)})
 
 
 def to_headers(metadata: Mapping[str, str]) -> Headers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias, assert_never
@@ -194,11 +193,12 @@ class _NotGrpc(Exception):
 
 async def _serve_call(stream: InboundStream, handlers: Mapping[str, Handler], peer: Peer) -> None:
     """One call from its headers to its status. Whatever its handler raises ends here."""
+    if stream.failure is not None:  # given up in the read that brought it: nobody would cancel the handler
+        return
     try:
         call = _parse_call(stream, peer)
     except _NotGrpc as exc:
-        with suppress(RpcError):  # the client has gone
-            stream.respond(Response(exc.http_status, []), ended=True)
+        stream.respond(Response(exc.http_status, []), ended=True)
         return
     handler = handlers.get(call.path)
     if handler is not None and handler.max_message is not None:

@@ -15,8 +15,9 @@ import trio.testing
 
 from mesh.http.message import Request
 from mesh.rpc import Bidi, Call, Channel, Handler, Limits, Peer, RpcError, ServerStream, Status, Unary, open_channel_on, serve_connection
-from mesh.rpc.connection import ClientConnection
-from mesh.wire.frames import FrameType, frame_header, goaway_frame, rst_stream_frame
+from mesh.rpc.connection import RESET_BURST, ClientConnection
+from mesh.rpc.metadata import to_headers
+from mesh.wire.frames import MAX_STREAM_ID, FrameType, frame_header, goaway_frame, rst_stream_frame
 
 PATIENCE = 20.0
 SMALL = Limits(max_message=1024 * 1024, stream_window=65535)
@@ -239,6 +240,25 @@ def test_calls_of_a_lost_connection_fail_with_unavailable() -> None:
                 await channel.unary("/t/echo", b"")
 
     _run(main)
+
+
+def test_a_connection_without_numbers_left_is_of_no_more_use_and_says_so() -> None:
+    async def main() -> None:
+        async with _connected(ECHO) as (channel, _):
+            channel._connection._client._next_stream = MAX_STREAM_ID
+            assert await channel.unary("/t/echo", b"the last") == b"the last"
+            assert not channel.usable
+            await channel.wait_unusable()
+            with pytest.raises(RpcError, match="UNAVAILABLE"):
+                await channel.unary("/t/echo", b"one too many")
+
+    _run(main)
+
+
+@pytest.mark.parametrize("name", ["connection", "keep-alive", "transfer-encoding", "expect", "host", "te", "grpc-status"])
+def test_metadata_that_http_has_a_meaning_for_is_refused(name: str) -> None:
+    with pytest.raises(RpcError, match=f"metadata name '{name}' cannot be sent"):
+        to_headers({name: "x"})
 
 
 def test_a_newline_in_metadata_is_refused_here_and_never_sent() -> None:
@@ -505,6 +525,66 @@ def test_a_client_that_resets_stream_after_stream_is_sent_away() -> None:
             event = await client.wait_for(h2.events.ConnectionTerminated)
             assert isinstance(event, h2.events.ConnectionTerminated)
             assert event.error_code == 0xB
+
+    _run(main)
+
+
+def test_calls_that_are_answered_between_do_not_pay_for_those_given_up() -> None:
+    async def main() -> None:
+        async with _bare_client() as client:
+            for number in range(1, 4 * (RESET_BURST + 1), 4):
+                client.h2.send_headers(number, [(":method", "GET"), *_request()[1:]], end_stream=True)
+                client.h2.send_headers(number + 2, _request())
+                client.h2.reset_stream(number + 2)
+                await client.flush()
+                await trio.testing.wait_all_tasks_blocked()
+            event = await client.wait_for(h2.events.ConnectionTerminated)
+            assert isinstance(event, h2.events.ConnectionTerminated)
+            assert event.error_code == 0xB
+
+    _run(main, trio.testing.MockClock())  # no call is forgiven meanwhile
+
+
+def test_a_call_given_up_in_the_read_that_brought_it_never_reaches_its_handler() -> None:
+    async def main() -> None:
+        called: list[bytes] = []
+
+        async def note(request: bytes, call: Call) -> bytes:
+            called.append(request)
+            return request
+
+        near, far = trio.testing.memory_stream_pair()
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve_connection, far, {"/t/echo": Unary(note)})
+                client = _BareClient(near)
+                client.h2.send_headers(1, _request())
+                client.h2.send_data(1, b"\0\0\0\0\1a", end_stream=True)
+                client.h2.reset_stream(1)
+                client.h2.send_headers(3, _request())
+                client.h2.send_data(3, b"\0\0\0\0\1b", end_stream=True)
+                await client.wait_for(h2.events.TrailersReceived)
+                nursery.cancel_scope.cancel()
+        assert called == [b"b"]
+
+    _run(main)
+
+
+def test_a_server_that_ends_says_which_calls_it_had_taken() -> None:
+    async def main() -> None:
+        near, far = trio.testing.memory_stream_pair()
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve_connection, far, ECHO)
+                client = _BareClient(near)
+                client.h2.send_headers(1, _request())
+                client.h2.send_data(1, b"\0\0\0\0\1a", end_stream=True)
+                await client.wait_for(h2.events.TrailersReceived)
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    event = await client.wait_for(h2.events.ConnectionTerminated)
+        assert isinstance(event, h2.events.ConnectionTerminated)
+        assert (event.error_code, event.last_stream_id) == (0, 1)
 
     _run(main)
 
