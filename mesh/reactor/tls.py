@@ -1,4 +1,4 @@
-"""TLS without sockets: pyOpenSSL's contexts and handshakes, and OpenSSL's record calls made on our own buffers.
+"""TLS without sockets: pyOpenSSL's contexts, OpenSSL's own calls for handshakes, the judgement of peers and records in our buffers.
 
 OpenSSL here is whatever library `cryptography` was built with: OpenSSL as the package index has it, AWS-LC in the image (`LIBRARY`).
 This is the one module that calls it through the cffi binding `cryptography` ships. pyOpenSSL's own ``send`` and ``recv_into``

@@ -22,6 +22,7 @@ from mesh.rpc.errors import RpcError
 from mesh.wire.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from mesh.wire.frames import DEFAULT_WINDOW
 from mesh.wire.grpc import HEADER_SIZE, MessageReader, MessageTooLarge, Status, message_header, status_from_reset
+from mesh.wire.hbone.patience import Patience
 
 READ_SIZE: Final = 64 * 1024
 MAX_QUEUED_DATA: Final = 256 * 1024
@@ -32,7 +33,7 @@ SMALL_MESSAGE: Final = 16 * 1024 - HEADER_SIZE
 """A message up to this size goes out with its header in one frame: two frames are often two packets, and two turns of both ends' loops."""
 CLOSE_TIMEOUT: Final = 1.0
 """For what is queued at the end (the last trailers, GOAWAY) to go out."""
-RESET_BURST: Final = 200
+RESET_BURST: Final = 200.0
 RESETS_PER_SECOND: Final = 20.0
 """Calls a client may give up; more is the rapid-reset attack (CVE-2023-44487). The codec counts too, but in halves of all calls, as suits a
 gateway: here one call may cost a signature."""
@@ -331,7 +332,7 @@ class Http2Connection(ABC):
         try:
             self._codec.send_end(stream.id, trailers)
         except LocalProtocolError as exc:
-            raise unsendable(exc) from exc
+            raise _unsendable(exc) from exc
         self._ended_here(stream)
 
     @abstractmethod
@@ -472,7 +473,7 @@ class ClientConnection(Http2Connection):
         try:
             stream = OutboundStream(self, self._client.send_request(request, ended=False))
         except LocalProtocolError as exc:
-            raise unsendable(exc) from exc
+            raise _unsendable(exc) from exc
         self._streams[stream.id] = stream
         self._pump()
         if not self._client.reusable:  # that was the last number: whoever holds us opens another connection
@@ -512,8 +513,7 @@ class ServerConnection(Http2Connection):
         self._server = Http2Server(options, now=trio.current_time)
         super().__init__(transport, self._server, limits)
         self._on_request = on_request
-        self._resets = RESET_BURST * 1.0
-        self._resets_at = trio.current_time()
+        self._patience = Patience(trio.current_time, capacity=RESET_BURST, refill=RESETS_PER_SECOND)
 
     def close(self) -> None:
         if self.lost is None:
@@ -526,7 +526,7 @@ class ServerConnection(Http2Connection):
         try:
             self._server.send_response(stream.id, response, ended=ended)
         except LocalProtocolError as exc:
-            raise unsendable(exc) from exc
+            raise _unsendable(exc) from exc
         if ended:
             self._ended_here(stream)
         self._pump()
@@ -538,12 +538,11 @@ class ServerConnection(Http2Connection):
 
     def _handle_reset(self, stream: Http2Stream, failure: RpcError) -> None:
         super()._handle_reset(stream, failure)
-        now = trio.current_time()
-        self._resets = min(float(RESET_BURST), self._resets + (now - self._resets_at) * RESETS_PER_SECOND) - 1
-        self._resets_at = now
-        if self._resets < 0:
-            self._server.give_up(ErrorCode.ENHANCE_YOUR_CALM)
-            self._lose("the peer gives up too many calls")
+        try:
+            self._patience.spend(1, "calls given up")
+        except RemoteProtocolError as exc:
+            self._server.give_up(exc.code)
+            self._lose(exc.reason)
 
     def _handle_head(self, event: RequestHead | RefusedHead | ResponseHead) -> None:
         match event:
@@ -557,7 +556,7 @@ class ServerConnection(Http2Connection):
                 raise AssertionError("only a client is answered")
 
 
-def unsendable(exc: LocalProtocolError) -> RpcError:
+def _unsendable(exc: LocalProtocolError) -> RpcError:
     return RpcError(Status.INTERNAL, f"headers cannot be sent: {exc}")
 
 

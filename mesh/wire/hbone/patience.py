@@ -30,19 +30,20 @@ STREAM_ERROR: Final = 10
 
 
 class Patience:
-    """A bucket of points."""
+    """A bucket of points, of which so many grow back each second."""
 
-    __slots__ = ("_at", "_now", "_points")
+    __slots__ = ("_at", "_capacity", "_now", "_points", "_refill")
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], *, capacity: float | None = None, refill: float = REFILL_PER_SECOND) -> None:
         self._now = now
-        self._points = CAPACITY
+        self._points = self._capacity = CAPACITY if capacity is None else capacity
+        self._refill = refill
         self._at = now()
 
     def spend(self, points: int, on: str) -> None:
         """Raises RemoteProtocolError (ENHANCE_YOUR_CALM) when the peer has used up our patience."""
         now = self._now()
-        self._points = min(CAPACITY, self._points + (now - self._at) * REFILL_PER_SECOND) - points
+        self._points = min(self._capacity, self._points + (now - self._at) * self._refill) - points
         self._at = now
         if self._points < 0:
             raise RemoteProtocolError(f"too much of {on}", ErrorCode.ENHANCE_YOUR_CALM)

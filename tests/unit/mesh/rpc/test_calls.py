@@ -532,7 +532,7 @@ def test_a_client_that_resets_stream_after_stream_is_sent_away() -> None:
 def test_calls_that_are_answered_between_do_not_pay_for_those_given_up() -> None:
     async def main() -> None:
         async with _bare_client() as client:
-            for number in range(1, 4 * (RESET_BURST + 1), 4):
+            for number in range(1, 4 * (int(RESET_BURST) + 1), 4):
                 client.h2.send_headers(number, [(":method", "GET"), *_request()[1:]], end_stream=True)
                 client.h2.send_headers(number + 2, _request())
                 client.h2.reset_stream(number + 2)
